@@ -1,0 +1,45 @@
+"""Errors rayrl raises on purpose.
+
+    RayRLError
+    |-- ConfigError        (ValueError)    a user's setting: names the field, the rule, the value and the remedy
+    |-- DataError          (ValueError)    a user's file: missing, empty, or without the column asked for
+    |-- ResourceError      (RuntimeError)  the cluster lacks what a stage needs
+    |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
+    |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
+    |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
+    `-- StageTimeout       (TimeoutError)  a wait ended; says what it waited for
+
+Every class takes one message and nothing else, so that it survives the trip across Ray processes.
+"""
+
+
+class RayRLError(Exception):
+    """Base of every error rayrl raises on purpose."""
+
+
+class ConfigError(RayRLError, ValueError):
+    """A setting breaks a rule. The message names field, rule, value and remedy."""
+
+
+class DataError(RayRLError, ValueError):
+    """An input file is missing, empty, malformed or lacks a column."""
+
+
+class ResourceError(RayRLError, RuntimeError):
+    """A stage needs more than the cluster has. The message says what, how much and how much there is."""
+
+
+class BudgetExhausted(RayRLError, RuntimeError):
+    """The ledger refused to reserve a query: the budget is spent."""
+
+
+class RunDirectoryError(RayRLError, ValueError):
+    """The run directory belongs to another config, or cannot be written."""
+
+
+class WeightSyncError(RayRLError, RuntimeError):
+    """A replica serves other weights than the trainer wrote."""
+
+
+class StageTimeout(RayRLError, TimeoutError):
+    """A wait ran out. The message says what was waited for."""

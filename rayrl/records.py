@@ -1,0 +1,170 @@
+"""The records that flow through a run, and their Arrow schemas.
+
+    Prompt -> Sampled(prompt, responses) -> Judgement -> PreferencePair
+
+A row and a table never drift apart: `arrow_schema(Record)` derives the table's schema from the dataclass. Tables are
+folders of Parquet parts; a part holds a fixed block of prompts, one row per prompt with its responses nested, so that no
+stage ever needs a groupby.
+"""
+
+import hashlib
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+
+R = TypeVar("R")
+Status = Literal["scored", "abstained"]
+
+
+def content_id(*parts: str) -> str:
+    """A 16-digit id of some text: the same text always has the same id."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Weights that can be served or trained from."""
+
+    path: str
+    """A Hugging Face model folder (any fsspec URL) or a hub id."""
+    version: str
+    """Names the weights: equal versions are equal weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of the pool."""
+
+    id: str
+    """`content_id` of the rendered text: equal prompts are one prompt."""
+    text: str
+    """What the user wrote: the plain prompt, or the last user message of a chat. Judges and reports show this."""
+    rendered: str
+    """What the policy reads: `text` itself, or the chat template applied to the messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One sampled continuation of a prompt, with all that is needed to sample it again."""
+
+    id: str
+    """`<prompt id>-<index>`; unique within a run."""
+    text: str
+    token_ids: list[int]
+    """Exactly what the policy emitted, the end-of-sequence token included."""
+    seed: int
+    """Seed of this response's own random stream."""
+    policy_version: str
+    """Which weights spoke: the `version` of a `ServedModel`."""
+    logprob: float
+    """Sum over `token_ids` of log p(token | prefix) at temperature 1, nats."""
+    finish_reason: str
+    """"stop" or "length", or "data" for a response that came with the seed data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A prompt with its k responses: one row of the responses table."""
+
+    prompt_id: str
+    prompt: str
+    """`Prompt.text`."""
+    prompt_token_ids: list[int]
+    """Tokens of `Prompt.rendered`: what the policy was conditioned on."""
+    responses: list[Response]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """One pointwise verdict of the expert. An abstention has no score: it is never trained on."""
+
+    key: str
+    """content_id(prompt, response, oracle, rubric): a judgement once paid is never paid again."""
+    prompt_id: str
+    response_id: str
+    prompt: str
+    response: str
+    oracle: str
+    status: Status
+    score: float | None
+    """On the rubric's scale; None if and only if abstained."""
+    rationale: str
+    """The expert's reasons, or why it abstained."""
+    purpose: str
+    """"label" (the query budget) or "evaluate" (the evaluation budget)."""
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """What the policy is trained on. Training never sees who labelled it, except as `source`."""
+
+    prompt_id: str
+    prompt: str
+    prompt_token_ids: list[int]
+    chosen: str
+    rejected: str
+    chosen_token_ids: list[int]
+    rejected_token_ids: list[int]
+    chosen_score: float
+    rejected_score: float
+    chosen_reference_logprob: float
+    """Sum of log p under M1 of the chosen tokens; from generation."""
+    rejected_reference_logprob: float
+    source: str
+    """"evaluator", "expert" or "mixed": who scored the two responses."""
+
+
+_ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
+    """Arrow type of a field annotation, and whether it may be null."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return pa.string(), False
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (a for a in args if a is not type(None))
+        return _arrow_type(inner)[0], True
+    if origin is list:
+        return pa.list_(pa.field("item", _arrow_type(args[0])[0], nullable=False)), False
+    if is_dataclass(annotation):
+        return pa.struct(list(arrow_schema(annotation))), False
+    return _ARROW[annotation], False
+
+
+def arrow_schema(record: type) -> pa.Schema:
+    """The Arrow schema of a record class: one non-null column per field, nullable only where the type allows None."""
+    hints = typing.get_type_hints(record)
+    columns = []
+    for field in fields(record):
+        arrow, nullable = _arrow_type(hints[field.name])
+        columns.append(pa.field(field.name, arrow, nullable=nullable))
+    return pa.schema(columns)
+
+
+def to_table(records: typing.Sequence[Any], record: type) -> pa.Table:
+    """Records as an Arrow table of exactly the class's schema, empty tables included."""
+    return pa.Table.from_pylist([asdict(r) for r in records], schema=arrow_schema(record))
+
+
+def from_row(row: dict[str, Any], record: type[R]) -> R:
+    """One table row back as a record, nested records included."""
+    hints = typing.get_type_hints(record)
+    values = dict(row)
+    for name, annotation in hints.items():
+        if typing.get_origin(annotation) is list and is_dataclass(inner := typing.get_args(annotation)[0]):
+            values[name] = [from_row(item, inner) for item in row[name]]
+    return record(**values)
+
+
+def from_table(table: pa.Table, record: type[R]) -> list[R]:
+    """All rows of a table as records."""
+    return [from_row(row, record) for row in table.to_pylist()]
