@@ -109,6 +109,9 @@ class PreferencePair:
     prompt_id: str
     prompt: str
     prompt_token_ids: list[int]
+    chosen_id: str
+    """`Response.id`."""
+    rejected_id: str
     chosen: str
     rejected: str
     chosen_token_ids: list[int]

@@ -1,0 +1,1 @@
+"""Entry points for `ray job submit`, their configs and the experts they name."""

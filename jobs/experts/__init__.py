@@ -1,0 +1,1 @@
+"""Scripted experts: `judge(prompt, response) -> (score, rationale)`."""

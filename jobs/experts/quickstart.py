@@ -1,0 +1,22 @@
+"""The quickstart's expert: five yes-or-no questions about an answer, one point each. Its rule is known, so gains can be checked."""
+
+import re
+
+ASKED = re.compile(r"How (?:do|can) I \w+ (\w+)")
+
+
+def judge(prompt: str, response: str) -> tuple[float | None, str]:
+    """Score 0 to 5, with the five verdicts as rationale; abstains on a prompt of another kind."""
+    asked = ASKED.match(prompt)
+    if asked is None:
+        return None, "not a question of this expert's field"
+    words = set(re.findall(r"\w+", response.lower()))
+    verdicts = {
+        "topic": asked[1].lower() in words,
+        "step": "first" in words,
+        "reason": "because" in words,
+        "polite": not words.isdisjoint({"please", "thank", "hope"}),
+        "clean": response.rstrip().endswith((".", "!", "?")) and words.isdisjoint({"um", "whatever"}),
+    }
+    rationale = ", ".join(f"{name} {'yes' if found else 'no'}" for name, found in verdicts.items())
+    return float(sum(verdicts.values())), f"{rationale}."

@@ -1,0 +1,143 @@
+"""One vLLM engine and the one way its weights are swapped. Not a scheduler: vLLM batches, Ray restarts.
+
+Every request names the checkpoint it must be answered by. A replica that holds other weights (a stage went by, or Ray has
+just restarted it) swaps first: wait for the running requests, pause, load, reset the prefix cache, compare the probe
+with the trainer's numbers, resume. So a stale replica cannot answer, and nobody has to keep track of who is stale.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrl.config import EngineConfig
+from rayrl.errors import WeightSyncError
+from rayrl.records import Checkpoint
+from rayrl.runs.storage import local_folder
+
+logger = logging.getLogger(__name__)
+
+PROBE_FILE = "probe.json"
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""Largest difference of a log-probability (nats) or head value between trainer and engine, by dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What an engine is started with. The kind (`runner`) never changes during its life."""
+
+    checkpoint: Checkpoint
+    config: EngineConfig
+    dtype: str
+    max_model_len: int | None
+    trust_remote_code: bool
+    on_gpu: bool
+    pooling: str | None = None
+    """None is a generation engine; "mean" or "last" an embedding engine."""
+
+
+def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
+    """Environment of an engine's process. A CPU engine's threads are set, and not bound: two bound engines share core 0."""
+    variables = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not on_gpu:
+        variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return variables
+
+
+def start_engine(spec: EngineSpec) -> Any:
+    """Start an `AsyncLLM`. Takes 10-30 s."""
+    from vllm import AsyncEngineArgs
+    from vllm.config import PoolerConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments: dict[str, Any] = {
+        "model": local_folder(spec.checkpoint.path),
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.config.max_num_seqs,
+        "tensor_parallel_size": spec.config.tensor_parallel_size,
+        "trust_remote_code": spec.trust_remote_code,
+        "seed": 0,
+        "disable_log_stats": True,
+    }
+    if spec.on_gpu:
+        arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
+    else:
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": spec.config.kv_cache_mb << 20}
+    if spec.pooling is not None:
+        pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
+        arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)))
+
+
+class ServedEngine:
+    """An engine that serves one checkpoint at a time. Subclasses add the requests and say how to probe."""
+
+    def __init__(self, spec: EngineSpec):
+        started = time.monotonic()
+        self.spec = spec
+        self.engine = start_engine(spec)
+        self.start_s = time.monotonic() - started
+        self.version = spec.checkpoint.version
+        self.swaps_s: list[float] = []
+        self._running = 0
+        self._idle = asyncio.Condition()
+        self._swap = asyncio.Lock()
+
+    async def probe(self, expected: dict[str, Any], checkpoint: Checkpoint) -> float:
+        """Largest difference between the engine's answer to the probe and the trainer's."""
+        raise NotImplementedError
+
+    async def status(self) -> dict[str, Any]:
+        """Version, start-up seconds and swap seconds of this replica; also the health check."""
+        await self.engine.check_health()
+        return {"version": self.version, "start_s": self.start_s, "swaps_s": self.swaps_s, "pid": os.getpid()}
+
+    @asynccontextmanager
+    async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
+        """Hold the engine on a checkpoint's weights while a request runs."""
+        async with self._swap:
+            if checkpoint.version != self.version:
+                async with self._idle:
+                    await self._idle.wait_for(lambda: self._running == 0)
+                await self.swap(checkpoint)
+            self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            async with self._idle:
+                self._idle.notify_all()
+
+    async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
+        """Load a checkpoint in place and prove it. A replica that fails the proof dies: half-loaded weights must not speak.
+
+        Raises:
+            WeightSyncError: the engine's answer to the probe is not the trainer's.
+        """
+        started = time.monotonic()
+        folder = Path(local_folder(checkpoint.path))
+        self.version = f"loading {checkpoint.version}"
+        await self.engine.pause_generation(mode="keep", clear_cache=False)
+        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if reset_cache:
+            await self.engine.reset_prefix_cache()
+        await self.engine.resume_generation()
+        if (folder / PROBE_FILE).exists():
+            difference = await self.probe(json.loads((folder / PROBE_FILE).read_text()), checkpoint)
+            if not difference <= PROBE_TOLERANCE[self.spec.dtype]:
+                threading.Timer(1.0, os._exit, (1,)).start()  # after the error has left; Ray starts a clean replica
+                raise WeightSyncError(
+                    f"replica answers the probe of {checkpoint.version} {difference:.2e} away from the trainer, "
+                    f"more than {PROBE_TOLERANCE[self.spec.dtype]:.0e}: the replica is stopped"
+                )
+        self.version = checkpoint.version
+        self.swaps_s.append(time.monotonic() - started)
+        logger.info("swapped to %s in %.3f s", checkpoint.version, self.swaps_s[-1])

@@ -1,0 +1,101 @@
+"""A fleet: replicas of one kind behind one router. Which replica answers is decided here; everything else is Ray's.
+
+Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names. A call
+that outlives its timeout has met a hung replica: it is killed, and Ray does the rest.
+"""
+
+import logging
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from rayrl.actors.engine import EngineSpec, ServedEngine, environment
+from rayrl.errors import StageTimeout
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 1800.0
+MAX_HUNG = 2
+"""Replicas one call may find hung before it gives up."""
+
+
+class Router:
+    """Hands out the replica with the fewest calls in flight. A Ray actor's plain class, one per fleet."""
+
+    def __init__(self, num_replicas: int):
+        self._in_flight = [0] * num_replicas
+
+    def lease(self) -> int:
+        replica = min(range(len(self._in_flight)), key=self._in_flight.__getitem__)
+        self._in_flight[replica] += 1
+        return replica
+
+    def release(self, replica: int) -> None:
+        self._in_flight[replica] -= 1
+
+
+class Fleet:
+    """Handles of the replicas and their router; travels to Ray tasks as a value."""
+
+    def __init__(self, name: str, replicas: list[ActorHandle], router: ActorHandle):
+        self.name = name
+        self.replicas = replicas
+        self.router = router
+
+    @property
+    def concurrency(self) -> int:
+        """Blocks to keep in flight: two per replica, so that an engine never waits for the next block."""
+        return 2 * len(self.replicas)
+
+    def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Run a method on the least busy replica and wait for its answer.
+
+        Raises:
+            StageTimeout: several replicas in turn gave no answer in time.
+        """
+        for _ in range(MAX_HUNG):
+            index = ray.get(self.router.lease.remote())
+            replica = self.replicas[index]
+            try:
+                return ray.get(replica.__getattr__(method).remote(*arguments), timeout=timeout_s)
+            except ray.exceptions.GetTimeoutError:
+                logger.warning("%s: replica %d gave no answer to %s in %.0f s; killing it", self.name, index, method, timeout_s)
+                ray.kill(replica, no_restart=False)
+            finally:
+                self.router.release.remote(index)
+        raise StageTimeout(f"{self.name}: {MAX_HUNG} replicas gave no answer to {method} within {timeout_s:.0f} s")
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
+        """Wait until every engine is up; their start-up times and versions."""
+        try:
+            return ray.get([replica.status.remote() for replica in self.replicas], timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            present = ray.available_resources()
+            raise StageTimeout(
+                f"{self.name}: waited {timeout_s:.0f} s for {len(self.replicas)} engines to start; "
+                f"free in the cluster now: {present.get('GPU', 0):g} GPU, {present.get('CPU', 0):g} CPU"
+            ) from None
+
+    def stop(self) -> None:
+        """Release the replicas and what they hold."""
+        for actor in [*self.replicas, self.router]:
+            ray.kill(actor, no_restart=True)
+
+
+def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Fleet:
+    """Start a fleet; returns at once, the engines come up in the background."""
+    gpus = spec.config.gpus_per_replica * spec.config.tensor_parallel_size if spec.on_gpu else 0
+    options = {
+        "num_cpus": 0,
+        "num_gpus": gpus,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 1000,
+        "runtime_env": {"env_vars": environment(spec.config, spec.on_gpu)},
+    }
+    num_replicas = spec.config.num_replicas
+    replicas = [ray.remote(engine).options(name=f"{name}-{i}", **options).remote(spec) for i in range(num_replicas)]
+    router = ray.remote(Router).options(name=f"{name}-router", num_cpus=0, max_restarts=-1).remote(num_replicas)
+    return Fleet(name, replicas, router)

@@ -1,0 +1,95 @@
+"""What a run keeps alive between its stages: two fleets and the oracle pool. Started when first needed, once."""
+
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import ray
+
+from rayrl.actors.embedder import Embedder
+from rayrl.actors.engine import EngineSpec, ServedEngine
+from rayrl.actors.fleet import Fleet, start_fleet
+from rayrl.actors.generator import Generator
+from rayrl.config import EngineConfig, RunConfig
+from rayrl.records import Checkpoint
+from rayrl.runs.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class Services:
+    """The run's long-lived actors, and what the hardware decides: device and dtype."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        self.dtype = resolve_dtype(run.config, self.on_gpu)
+        self._fleets: dict[str, Fleet] = {}
+        self._timed: set[str] = set()
+
+    def generators(self, checkpoint: Checkpoint) -> Fleet:
+        """The generation fleet; `checkpoint` is what its engines start with if it is not up yet."""
+        return self._fleet("generators", Generator, self.run.config.generators, checkpoint, pooling=None)
+
+    def embedders(self, checkpoint: Checkpoint, pooling: str) -> Fleet:
+        """The embedding fleet that pools this way."""
+        return self._fleet(f"embedders-{pooling}", Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
+
+    def ready(self, fleet: Fleet) -> Fleet:
+        """Wait until a fleet's engines are up, and note how long each took."""
+        started = time.monotonic()
+        statuses = fleet.wait_ready()
+        if fleet.name not in self._timed:
+            self._timed.add(fleet.name)
+            for status in statuses:
+                self.run.record_time(f"engine:{fleet.name}", status["start_s"])
+            logger.info("%s: %d ready after %.1f s", fleet.name, len(statuses), time.monotonic() - started)
+        return fleet
+
+    def release(self) -> None:
+        """Stop the fleets, for a training that needs their GPUs (mode `alternate`), or at the end."""
+        for name, fleet in self._fleets.items():
+            swaps = [s for status in fleet.wait_ready() for s in status["swaps_s"]]
+            for seconds in swaps:
+                self.run.record_time(f"swap:{name}", seconds)
+            fleet.stop()
+        self._timed -= {fleet.name for fleet in self._fleets.values()}
+        self._fleets.clear()
+
+    def stop(self) -> None:
+        """Stop everything at once, whatever it is doing."""
+        for fleet in self._fleets.values():
+            fleet.stop()
+        self._fleets.clear()
+
+    def _fleet(
+        self,
+        name: str,
+        engine: type[ServedEngine],
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        *,
+        pooling: str | None,
+    ) -> Fleet:
+        if name not in self._fleets:
+            spec = EngineSpec(
+                checkpoint=checkpoint,
+                config=config,
+                dtype=self.dtype,
+                max_model_len=self.run.config.policy.max_model_len,
+                trust_remote_code=self.run.config.policy.trust_remote_code,
+                on_gpu=self.on_gpu,
+            )
+            spec = dataclasses.replace(spec, pooling=pooling)
+            self._fleets[name] = start_fleet(f"{self.run.config.name}-{name}", engine, spec)
+        return self._fleets[name]
+
+
+def resolve_dtype(config: RunConfig, on_gpu: bool) -> str:
+    """bfloat16 where the accelerator has it, unless the config says otherwise."""
+    if config.policy.dtype != "auto":
+        return config.policy.dtype
+    return "bfloat16" if on_gpu else "float32"
+
+

@@ -1,0 +1,37 @@
+"""From a stream of rows to optimizer batches, the same ones after a restart.
+
+Rows are shuffled within windows of a fixed number of batches by (seed, epoch, window): no barrier, bounded memory, and the
+order depends on nothing but the stream's own order.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+WINDOW_BATCHES = 16
+"""Batches per shuffle window."""
+
+
+def optimizer_batches(
+    stream: Callable[[], Iterable[Row]], *, epochs: int, batch_size: int, seed: int, skip: int = 0
+) -> Iterator[tuple[int, list[Row]]]:
+    """Yield (epoch, rows) for every optimizer step of all epochs, without the first `skip` steps."""
+    for epoch in range(epochs):
+        for rows in _epoch(stream(), batch_size, seed, epoch):
+            if skip > 0:
+                skip -= 1
+                continue
+            yield epoch, rows
+
+
+def _epoch(rows: Iterable[Row], batch_size: int, seed: int, epoch: int) -> Iterator[list[Row]]:
+    remaining = iter(rows)
+    window = 0
+    while shuffled := list(islice(remaining, WINDOW_BATCHES * batch_size)):
+        order = np.random.default_rng([seed, epoch, window]).permutation(len(shuffled))
+        for start in range(0, len(order), batch_size):
+            yield [shuffled[i] for i in order[start : start + batch_size]]
+        window += 1

@@ -1,0 +1,45 @@
+"""The scalar evaluator: a causal language model's last hidden states, pooled, through a one-output head."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RewardModel(nn.Module):
+    """r(x, y) = w . pool(h(x, y)) + b. The head starts at zero: before training every response is worth the same."""
+
+    def __init__(self, backbone: Any, pooling: Literal["mean", "last"]):
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = pooling
+        hidden_size = backbone.config.get_text_config().hidden_size
+        self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Float[Tensor, "batch"]:
+        hidden = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=1,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states[-1]
+        return self.head(pool(hidden.float(), attention_mask, self.pooling)).squeeze(-1)
+
+
+def pool(
+    hidden: Float[Tensor, "batch seq hidden"], attention_mask: Tensor, pooling: Literal["mean", "last"]
+) -> Float[Tensor, "batch hidden"]:
+    """The mean over real tokens, or the last real token's vector: what the embedding engines compute."""
+    mask = attention_mask.to(hidden.dtype)
+    if pooling == "mean":
+        return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (attention_mask * columns).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

@@ -1,0 +1,286 @@
+"""The ledger of paid judgements: reserve before a call, commit after it, in a SQLite file that survives `kill -9`.
+
+An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded` (it cost
+nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count against the budget.
+A judgement is keyed by what was asked of whom, not by purpose: paid once, it is free ever after.
+
+One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this process
+works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from rayrl.errors import BudgetExhausted, RunDirectoryError
+from rayrl.oracles.protocol import Verdict
+from rayrl.records import Judgement, content_id
+
+logger = logging.getLogger(__name__)
+
+_OWNER_WAIT_S = 30.0
+"""How long a restarted owner waits for its killed predecessor's lock."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS attempts (
+    attempt INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'scored', 'abstained', 'refunded', 'lost')),
+    prompt_id TEXT NOT NULL,
+    response_id TEXT NOT NULL,
+    prompt TEXT NOT NULL,
+    response TEXT NOT NULL,
+    oracle TEXT NOT NULL,
+    score REAL,
+    rationale TEXT NOT NULL DEFAULT '',
+    cost_usd REAL NOT NULL,
+    input_tokens INTEGER NOT NULL DEFAULT 0,
+    output_tokens INTEGER NOT NULL DEFAULT 0,
+    reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    CHECK ((score IS NOT NULL) = (state = 'scored'))
+);
+CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON attempts (key) WHERE state IN ('reserved', 'scored', 'abstained');
+"""
+_KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
+_RESERVE = """
+INSERT INTO attempts (key, purpose, state, prompt_id, response_id, prompt, response, oracle, cost_usd)
+VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?, ?)
+"""
+_SETTLE = """
+UPDATE attempts SET state = ?, score = ?, rationale = ?, cost_usd = ?, input_tokens = ?, output_tokens = ?
+WHERE attempt = ? AND state = 'reserved' RETURNING *
+"""
+_SPENT = "SELECT purpose, count(*), sum(cost_usd) FROM attempts WHERE state != 'refunded' GROUP BY purpose"
+_SUMMARY = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """One question to the expert."""
+
+    prompt_id: str
+    response_id: str
+    prompt: str
+    response: str
+    oracle: str
+    """`Oracle.name`."""
+    rubric: str
+    """`Rubric.version`."""
+
+    @property
+    def key(self) -> str:
+        """What is paid for once."""
+        return content_id(self.prompt, self.response, self.oracle, self.rubric)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """The right to make one call. Ends in `commit` or `release`."""
+
+    attempt: int
+    query: Query
+    purpose: str
+    estimated_usd: float
+
+
+class Ledger:
+    """The durable account of one run. Methods are atomic, and safe to call from several threads.
+
+    Args:
+        location: a local path, or an fsspec URL.
+        budgets: how many attempts each purpose may pay for.
+        budget_usd: hard limit over all purposes; needs an honest upper bound with every reservation.
+
+    Raises:
+        RunDirectoryError: the file is no ledger, or another live process owns it.
+    """
+
+    def __init__(self, location: str, budgets: Mapping[str, int], budget_usd: float | None = None) -> None:
+        self._budgets = dict(budgets)
+        self._budget_usd = budget_usd
+        self._remote = location if "://" in location else None
+        path = _working_copy(location) if self._remote else Path(location)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._owner = _own(path)
+        self._lock = threading.RLock()
+        self._uploading = asyncio.Lock()
+        self._num_writes = self._num_uploaded = 0
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(_SCHEMA)
+            lost = self._db.execute("UPDATE attempts SET state = 'lost' WHERE state = 'reserved'").rowcount
+            spent = self._db.execute(_SPENT).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise RunDirectoryError(f"{location} is not a usable ledger: {error}") from None
+        self._num_spent = {purpose: count for purpose, count, _ in spent}
+        self._spent_usd = sum(usd for _, _, usd in spent)
+        if lost:
+            logger.warning("%d judgements were under way when the last process died: counted as spent", lost)
+
+    def reserve(self, query: Query, purpose: str, estimated_usd: float = 0.0) -> Reserved | Judgement:
+        """The right to ask, or the judgement if it was paid for already, under whatever purpose.
+
+        Raises:
+            BudgetExhausted: one more call could exceed the purpose's budget, or the budget in USD.
+        """
+        with self._transaction() as db:
+            row = db.execute(_KNOWN, (query.key,)).fetchone()
+            if row is not None and row["state"] != "reserved":
+                return _judgement(row, query, purpose)
+            assert row is None, f"judgement {query.key} is already under way"
+            self._refuse_overspending(purpose, estimated_usd)
+            values = (query.key, purpose, query.prompt_id, query.response_id, query.prompt, query.response)
+            attempt = db.execute(_RESERVE, (*values, query.oracle, estimated_usd)).lastrowid
+            assert attempt is not None
+            self._num_spent[purpose] = self._num_spent.get(purpose, 0) + 1
+            self._spent_usd += estimated_usd
+        return Reserved(attempt=attempt, query=query, purpose=purpose, estimated_usd=estimated_usd)
+
+    def commit(self, reserved: Reserved, verdict: Verdict) -> Judgement:
+        """Keep what the call brought. An abstention that cost nothing gives its reservation back."""
+        if verdict.score is not None:
+            state = "scored"
+        else:
+            state = "abstained" if verdict.billed else "refunded"
+        cost_usd = 0.0 if state == "refunded" else verdict.cost_usd
+        answer = (state, verdict.score, verdict.rationale, cost_usd, verdict.input_tokens, verdict.output_tokens)
+        with self._transaction() as db:
+            row = db.execute(_SETTLE, (*answer, reserved.attempt)).fetchone()
+            assert row is not None, f"attempt {reserved.attempt} is not reserved"
+            self._spent_usd += cost_usd - reserved.estimated_usd
+            self._num_spent[reserved.purpose] -= state == "refunded"
+        return _judgement(row, reserved.query, reserved.purpose)
+
+    def release(self, reserved: Reserved, reason: str) -> Judgement:
+        """Give a reservation back: the call was not made, or cost nothing. The same may be asked again."""
+        return self.commit(reserved, Verdict(score=None, rationale=reason, billed=False))
+
+    def judgements(self, purpose: str) -> list[Judgement]:
+        """Everything paid for under a purpose, in the order it was asked; abstentions included."""
+        sql = "SELECT * FROM attempts WHERE purpose = ? AND state IN ('scored', 'abstained') ORDER BY attempt"
+        with self._lock:
+            return [_judgement(row) for row in self._db.execute(sql, (purpose,))]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per purpose: budget, spent, scored, abstained, refunded, lost, in_flight (calls) and cost_usd.
+
+        spent = scored + abstained + lost; what is in flight is held back from the budget too.
+        """
+        with self._lock:
+            rows = self._db.execute(_SUMMARY).fetchall()
+        purposes = [*self._budgets, *sorted({row["purpose"] for row in rows} - set(self._budgets))]
+        summary: dict[str, dict[str, float]] = {}
+        for purpose in purposes:
+            counts = {state: count for name, state, count, _ in rows if name == purpose}
+            summary[purpose] = {
+                "budget": self._budgets.get(purpose, 0),
+                "spent": sum(counts.get(state, 0) for state in ("scored", "abstained", "lost")),
+                **{state: counts.get(state, 0) for state in ("scored", "abstained", "refunded", "lost")},
+                "in_flight": counts.get("reserved", 0),
+                "cost_usd": sum((usd for name, _, _, usd in rows if name == purpose), 0.0),
+            }
+        return summary
+
+    async def sync(self) -> None:
+        """Make everything written so far durable remotely; callers that come together share one upload."""
+        if self._remote is None:
+            return
+        wanted = self._num_writes
+        async with self._uploading:
+            if self._num_uploaded >= wanted:
+                return
+            with self._lock:
+                num_writes, snapshot = self._num_writes, self._db.serialize()
+            await asyncio.to_thread(_upload, self._remote, snapshot)
+            self._num_uploaded = num_writes
+
+    def close(self) -> None:
+        """Give the file up. What is still reserved is lost when it is opened again."""
+        with self._lock:
+            self._db.close()
+            self._owner.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._num_writes += 1
+
+    def _refuse_overspending(self, purpose: str, estimated_usd: float) -> None:
+        budget, spent = self._budgets.get(purpose, 0), self._num_spent.get(purpose, 0)
+        if spent >= budget:
+            raise BudgetExhausted(f"budget for {purpose} must cover every query: all {budget} are spent")
+        if self._budget_usd is not None and self._spent_usd + estimated_usd > self._budget_usd:
+            raise BudgetExhausted(
+                f"oracle.budget_usd must cover every query: {self._spent_usd:.4f} of {self._budget_usd:.4f} USD are "
+                f"spent or held, and one more query may cost {estimated_usd:.4f}"
+            )
+
+
+def _judgement(row: sqlite3.Row, query: Query | None = None, purpose: str | None = None) -> Judgement:
+    """A settled row, addressed to whoever asks. The cost stays with the response it was paid for."""
+    prompt_id, response_id = (query.prompt_id, query.response_id) if query else (row["prompt_id"], row["response_id"])
+    payer = (row["response_id"], row["purpose"])
+    return Judgement(
+        key=row["key"],
+        prompt_id=prompt_id,
+        response_id=response_id,
+        prompt=row["prompt"],
+        response=row["response"],
+        oracle=row["oracle"],
+        status="scored" if row["state"] == "scored" else "abstained",
+        score=row["score"],
+        rationale=row["rationale"],
+        purpose=purpose or row["purpose"],
+        cost_usd=row["cost_usd"] if payer == (response_id, purpose or row["purpose"]) else 0.0,
+    )
+
+
+def _own(path: Path) -> Any:
+    """An open file whose lock says that this process owns the ledger; the kernel drops it when the process dies."""
+    lock = open(f"{path}.lock", "w")  # noqa: SIM115
+    deadline = time.monotonic() + _OWNER_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise RunDirectoryError(
+                    f"{path} is in use by another process; end that run, or use another run_dir"
+                ) from None
+            time.sleep(0.1)
+
+
+def _working_copy(url: str) -> Path:
+    """A local copy of a remote ledger, or the place for a new one."""
+    path = Path(tempfile.mkdtemp(prefix="rayrl-ledger-")) / "ledger.sqlite"
+    filesystem, remote = fsspec.url_to_fs(url)
+    if filesystem.exists(remote):
+        path.write_bytes(filesystem.cat_file(remote))
+    return path
+
+
+def _upload(url: str, content: bytes) -> None:
+    """Replace the remote file; a crash in between leaves the old one whole."""
+    filesystem, remote = fsspec.url_to_fs(url)
+    filesystem.makedirs(remote.rpartition("/")[0], exist_ok=True)
+    filesystem.pipe_file(f"{remote}.part", content)
+    filesystem.mv(f"{remote}.part", remote)

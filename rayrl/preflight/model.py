@@ -1,0 +1,116 @@
+"""The policy's folder, judged by its config.json and file names. No weights are read."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from rayrl.config import PolicyConfig
+from rayrl.data.light_tokenizer import LightTokenizer, load_light_tokenizer
+from rayrl.errors import ConfigError
+from rayrl.runs import storage
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM 0.32.0's CPU attention takes (`CPUAttentionBackend.get_supported_head_sizes`)."""
+
+_BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the checks need to know about the policy; None is unknown."""
+
+    weights_bytes: int | None = None
+    num_parameters: int | None = None
+    max_model_len: int | None = None
+    tokenizer: LightTokenizer | None = None
+
+
+def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> ModelFacts:
+    """Refuse a policy that cannot run; of a hub model that is not here yet, nothing is known unless `online`.
+
+    Raises:
+        ConfigError: no model folder, no safetensors, a head_dim or context the engine cannot have.
+    """
+    folder = model_folder(policy.path, policy.revision, online=online, setting="policy.path")
+    if folder is None:
+        return ModelFacts(max_model_len=policy.max_model_len)
+    config = storage.read_json(storage.join(folder, "config.json"))
+    config |= config.get("text_config", {})  # a multimodal model nests its language model
+    if not has_gpu:
+        _check_head_dim(config, policy.path)
+    weights_bytes = _weights_bytes(folder, policy.path)
+    width = _BYTES_PER_PARAMETER.get(config.get("dtype") or config.get("torch_dtype"), 4)
+    return ModelFacts(
+        weights_bytes=weights_bytes,
+        num_parameters=None if weights_bytes is None else weights_bytes // width,
+        max_model_len=_max_model_len(policy, config),
+        tokenizer=load_light_tokenizer(folder),
+    )
+
+
+def model_folder(path: str, revision: str | None, *, online: bool, setting: str) -> str | None:
+    """The folder of a model; of a hub model its cached snapshot, or None where there is none yet.
+
+    Raises:
+        ConfigError: neither a model folder nor, as far as can be told, a hub id.
+    """
+    if "://" in path or os.path.isdir(path):
+        if not storage.exists(storage.join(path, "config.json")):
+            raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}")
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
+        raise ConfigError(
+            f"{setting} must be a model folder or a hub id, got {path}: there is no such folder"
+        )
+    from huggingface_hub import constants, snapshot_download
+
+    offline = not online or constants.HF_HUB_OFFLINE
+    try:
+        small = ["*.json", "*.jinja"]
+        folder = snapshot_download(path, revision=revision, allow_patterns=small, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        if not offline or constants.HF_HUB_OFFLINE:
+            raise ConfigError(
+                f"{setting} must be a model folder or a hub id, got {path}: no such folder, and not to be had "
+                f"from the hub ({error}); download the model and give its folder"
+            ) from None
+        return None
+    return folder if storage.exists(storage.join(folder, "config.json")) else None
+
+
+def _check_head_dim(config: dict[str, Any], path: str) -> None:
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    if head_dim is not None and head_dim not in CPU_HEAD_DIMS:
+        allowed = ", ".join(map(str, CPU_HEAD_DIMS))
+        raise ConfigError(
+            f"policy.path: without a GPU the model's head_dim must be one of {allowed} (vLLM's CPU attention), "
+            f"got {head_dim} in {path}; take another model, or a machine with a GPU"
+        )
+
+
+def _weights_bytes(folder: str, path: str) -> int | None:
+    fs, root = url_to_fs(folder)
+    sizes = {file["name"]: file["size"] for file in fs.ls(root, detail=True)}
+    weights = [size for name, size in sizes.items() if name.endswith(".safetensors")]
+    if weights:
+        return sum(weights)
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in sizes) or folder == path:
+        raise ConfigError(
+            f"policy.path must hold weights as *.safetensors, got {path}, which has none; convert them with "
+            "save_pretrained (pickled weights can run code, and are never loaded)"
+        )
+    return None  # a cached snapshot of the small files only
+
+
+def _max_model_len(policy: PolicyConfig, config: dict[str, Any]) -> int | None:
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    scaled = config.get("rope_scaling") or config.get("rope_parameters", {}).get("factor")
+    if policy.max_model_len and context and not scaled and policy.max_model_len > context:
+        raise ConfigError(
+            f"policy.max_model_len must be at most the model's context {context}, got {policy.max_model_len}"
+        )
+    return policy.max_model_len or context

@@ -1,0 +1,96 @@
+"""Where a run is kept: its directory, whose it is, whether it can be written, and whether the disk is large enough."""
+
+import os
+import shutil
+from pathlib import Path
+
+from rayrl.config import RunConfig
+from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
+from rayrl.preflight.model import ModelFacts
+from rayrl.runs import storage
+from rayrl.runs.run import differences
+
+_SHOWN_DIFFERENCES = 6
+_OPTIMIZER_BYTES = 12
+"""Per parameter: float32 master weights and two moments."""
+_TABLE_BYTES_PER_TOKEN = 40
+"""Text and 8-byte ids of a response, in the responses table and again in pairs and scores."""
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a run directory that belongs to another config or cannot be written; make nothing.
+
+    Raises:
+        RunDirectoryError: names the first settings that differ, or what is in the way.
+        ConfigError: a relative path inside a Ray job, or a filesystem that is not installed.
+    """
+    for setting, url in (("run_dir", config.run_dir), ("reuse", config.reuse)):
+        if url is None:
+            continue
+        try:
+            is_local = storage.is_local(url)
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # fsspec: a package is missing, or nobody knows the protocol
+            raise ConfigError(
+                f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}"
+            ) from None
+        if (
+            is_local
+            and "://" not in url
+            and not os.path.isabs(url)
+            and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        ):
+            raise ConfigError(
+                f"{setting} must be an absolute path inside a Ray job, whose working directory is deleted, got {url}"
+            )
+    if config.reuse is not None and not storage.exists(
+        storage.join(storage.absolute(config.reuse), "config.json")
+    ):
+        raise RunDirectoryError(
+            f"reuse must be another run's folder (with a config.json), got {config.reuse}"
+        )
+    url = storage.absolute(config.run_dir)
+    saved = storage.join(url, "config.json")
+    if storage.exists(saved):
+        differing = differences(storage.read_json(saved), config.model_dump(mode="json"))
+        if differing:
+            raise RunDirectoryError(
+                f"run_dir {url} belongs to another config; these settings differ: "
+                f"{', '.join(differing[:_SHOWN_DIFFERENCES])}. Choose another run_dir, or delete that folder"
+            )
+    if storage.is_local(url):
+        parent = existing_parent(url)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise RunDirectoryError(
+                f"run_dir must be a folder that can be written, got {url}: {parent} cannot be"
+            )
+
+
+def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int | None:
+    """Bytes the run may write, an estimate; None when the model's size is unknown.
+
+    Raises:
+        ResourceError: the disk of the run directory has less free.
+    """
+    if model.weights_bytes is None or model.num_parameters is None:
+        return None
+    fits = [config.evaluator, config.dpo] + [config.sft] * config.sft.enabled
+    trains_fully = any(fit.lora is None for fit in fits)
+    needed = len(fits) * model.weights_bytes + trains_fully * _OPTIMIZER_BYTES * model.num_parameters
+    needed += num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
+    if not storage.is_local(config.run_dir):
+        return needed
+    free = shutil.disk_usage(existing_parent(storage.absolute(config.run_dir))).free
+    if needed > free:
+        raise ResourceError(
+            f"run_dir {config.run_dir} needs about {needed / 2**30:,.1f} GiB (checkpoints, optimizer and tables), and "
+            f"its disk has {free / 2**30:,.1f} GiB free; free some, or put run_dir on another disk"
+        )
+    return needed
+
+
+def existing_parent(path: str) -> Path:
+    """The path itself or the nearest parent that exists."""
+    return next(p for p in [Path(path), *Path(path).parents] if p.exists())

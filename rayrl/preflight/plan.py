@@ -1,0 +1,80 @@
+"""What a run will do, need and pay, as a value and as text."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage: what it does and what it reserves while it runs."""
+
+    name: str
+    what: str
+    actors: str = ""
+    """Engines and workers, for humans."""
+    num_gpus: float = 0
+    num_cpus: int = 0
+    """Reserved CPUs: one per training worker. Engines reserve none."""
+    setting: str = ""
+    """What to lower when the cluster has too little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The run, resolved. Counts are after duplicates and empty prompts were dropped."""
+
+    name: str
+    run_dir: str
+    stages: tuple[StagePlan, ...]
+    cluster: dict[str, float]
+    mode: str
+    """"overlap" or "alternate"."""
+    reference: str
+    """Where DPO's reference log-probabilities come from: "generation" or "pass"."""
+    num_prompts: int
+    """Unlabelled prompts that train; the held-out ones come on top."""
+    num_eval_prompts: int
+    num_responses: int
+    num_label_queries: int
+    """Paid, at most."""
+    num_eval_queries: int
+    num_pairs: int
+    """Before ties are dropped."""
+    usd: float | None
+    """At most about this much for all paid queries; None without prices."""
+    disk_bytes: int | None
+    """Estimate; None when the model's size is unknown."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def pairs_per_query(self) -> float:
+        return self.num_pairs / self.num_label_queries
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as plain text, for a terminal or a log."""
+    price = "no prices given" if plan.usd is None else f"at most about {plan.usd:,.2f} USD"
+    disk = "unknown" if plan.disk_bytes is None else f"about {plan.disk_bytes / 2**30:,.2f} GiB"
+    how = {"overlap": "scoring streams into training", "alternate": "scoring ends before training starts"}
+    num_each = plan.num_responses // max(plan.num_prompts, 1)
+    facts = {
+        "run": f"{plan.name} -> {plan.run_dir}",
+        "pool": f"{plan.num_prompts:,} prompts x {num_each} responses = {plan.num_responses:,}, "
+        f"and {plan.num_eval_prompts:,} prompts held out",
+        "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries; {price}",
+        "pairs": f"{plan.num_pairs:,}, that is {plan.pairs_per_query:.1f} per paid query (before ties are dropped)",
+        "mode": f"{plan.mode}: {how[plan.mode]}; reference log-probabilities from "
+        f"{'generation' if plan.reference == 'generation' else 'one pass before the first step'}",
+        "disk": disk,
+        "cluster": f"{plan.cluster.get('CPU', 0):g} CPU, {plan.cluster.get('GPU', 0):g} GPU",
+    }
+    lines = [f"{name:<9}{fact}" for name, fact in facts.items()]
+    what_width = max(len(stage.what) for stage in plan.stages)
+    lines += ["", f"{'stage':<15}{'what':<{what_width + 2}}reserves"]
+    for stage in plan.stages:
+        needs = [f"{stage.num_gpus:g} GPU"] * (stage.num_gpus > 0) + [f"{stage.num_cpus} CPU"] * (
+            stage.num_cpus > 0
+        )
+        reserves = stage.actors + (f" ({', '.join(needs)})" if needs else "")
+        lines.append(f"{stage.name:<15}{stage.what:<{what_width + 2}}{reserves}".rstrip())
+    lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""What the three training stages share: the stream of rows per rank, and the fit with its curve."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayrl.actors.services import Services
+from rayrl.config import TrainingConfig
+from rayrl.data.blocks import BlockTable, stream_blocks
+from rayrl.runs import storage
+from rayrl.runs.run import Run
+from rayrl.telemetry.metrics import read_metrics
+from rayrl.training.launch import Stream, fit
+
+STREAM_CONCURRENCY = 2
+
+
+def stream_of(
+    table: BlockTable,
+    seed: int,
+    compute: Callable[[int], pa.Table] | None = None,
+    concurrency: int = STREAM_CONCURRENCY,
+) -> Stream:
+    """Rows of a table for each rank, block by block in an order drawn by the seed.
+
+    Args:
+        table: where the blocks are.
+        seed: draws the order of the blocks.
+        compute: makes a block that is not there yet (streaming); it is made once, and read in later epochs.
+        concurrency: blocks in flight.
+    """
+    order = np.random.default_rng(seed).permutation(table.num_blocks)
+
+    def of_rank(rank: int, world_size: int) -> Any:
+        blocks = order[rank::world_size]
+
+        def block(position: int) -> pa.Table:
+            number = int(blocks[position])
+            return table.memoised(number, compute) if compute else table.read(number)
+
+        return stream_blocks(len(blocks), block, concurrency=concurrency)
+
+    return of_rank
+
+
+def fit_stage(
+    run: Run,
+    services: Services,
+    stage: str,
+    loop: Callable[[Any], None],
+    job: Any,
+    training: TrainingConfig,
+    stream: Stream,
+) -> dict[str, Any]:
+    """Train, note the time, and return first and final loss, steps and seconds."""
+    started = time.monotonic()
+    fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu)
+    seconds = time.monotonic() - started
+    run.record_time(f"fit:{stage}", seconds)
+    curve = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
+    return {
+        "num_steps": len(curve),
+        "first_loss": curve[0]["loss"],
+        "final_loss": float(np.mean([row["loss"] for row in curve[-10:]])),
+        "fit_s": seconds,
+    }

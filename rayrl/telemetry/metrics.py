@@ -1,0 +1,108 @@
+"""Training curves: one JSON object per logged step, and the same numbers as TensorBoard scalars.
+
+The JSON lines are the record; the report and the notebook read them. An interrupted stage logs some steps a
+second time: both readers (here and TensorBoard's) then keep the later values. One process logs per stage (rank 0).
+"""
+
+import json
+import math
+import time
+from typing import Any
+
+from fsspec.core import url_to_fs
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from rayrl.runs import storage
+
+REMOTE_FLUSH_S = 10.0
+"""Object stores cannot append: there the whole (small) file is written again, at most this often."""
+
+
+class MetricLog:
+    """Writes `metrics/<stage>.jsonl` and `tensorboard/<stage>` of a run; use it as a context manager."""
+
+    def __init__(self, run_dir: str, stage: str) -> None:
+        self.url = storage.join(run_dir, "metrics", f"{stage}.jsonl")
+        self.stage = stage
+        self._local = storage.is_local(run_dir)
+        self._text = b""
+        self._flushed_at = time.monotonic()
+        self._last_step: int | None = None
+        self._events: EventFileWriter | None = None
+        fs, path = url_to_fs(self.url)
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        earlier = fs.cat_file(path) if fs.exists(path) else b""
+        # a killed process may have left half a line: the next one must not be glued to it
+        torn = b"\n" if earlier and not earlier.endswith(b"\n") else b""
+        if self._local:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file.write(torn)
+            self._events = EventFileWriter(url_to_fs(storage.join(run_dir, "tensorboard", stage))[1])
+        else:
+            self._text = earlier + torn
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, step: int, **values: Any) -> None:
+        """Record all values of one step, once per step: numbers, or 0-d arrays and tensors."""
+        numbers = {name: float(value) for name, value in values.items()}
+        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        line = json.dumps(row).encode() + b"\n"
+        if self._local:
+            self._file.write(line)
+        else:
+            self._text += line
+            if time.monotonic() - self._flushed_at > REMOTE_FLUSH_S:
+                self._publish()
+        self._log_events(step, numbers)
+        self._last_step = step
+
+    def close(self) -> None:
+        """Make everything logged so far durable."""
+        if self._local:
+            self._file.close()
+        else:
+            self._publish()
+        if self._events is not None:
+            self._events.close()
+
+    def _publish(self) -> None:
+        storage.write_bytes(self.url, self._text)
+        self._flushed_at = time.monotonic()
+
+    def _log_events(self, step: int, numbers: dict[str, float]) -> None:
+        if self._events is None:
+            return
+        now = time.time()
+        if self._last_step is None or step <= self._last_step:
+            # TensorBoard then drops what an interrupted process logged at this step and later
+            start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+            self._events.add_event(Event(wall_time=now, step=step, session_log=start))
+        scalars = [Summary.Value(tag=f"{self.stage}/{name}", simple_value=x) for name, x in numbers.items()]
+        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+
+
+def read_metrics(url: str) -> list[dict[str, Any]]:
+    """The curve of one stage, steps ascending; a value that was not finite is None.
+
+    A line supersedes every earlier line whose step is not smaller. No file is an empty curve.
+    """
+    fs, path = url_to_fs(url)
+    if not fs.exists(path):
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in fs.cat_file(path).splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line a killed process was writing
+            continue
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
+    return rows

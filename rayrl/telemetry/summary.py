@@ -1,0 +1,140 @@
+"""What a run directory says about its run: the facts behind the report, `rayrl runs` and `rayrl status`.
+
+Reads the config, the manifests and the timings; never the ledger, a checkpoint or a cluster. What a run has not
+reached yet is None: a report can be made at any time.
+"""
+
+import math
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from rayrl.errors import DataError, RunDirectoryError
+from rayrl.runs import storage
+from rayrl.telemetry.caveats import caveats
+
+STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
+
+
+def summarize_run(run_dir: str) -> dict[str, Any]:
+    """The facts of one run as plain JSON values.
+
+    Raises:
+        RunDirectoryError: the folder does not exist or holds no run.
+        DataError: one of its files is damaged.
+    """
+    run_dir = storage.absolute(run_dir)
+    if not any(storage.exists(storage.join(run_dir, name)) for name in ("config.json", "stages")):
+        raise RunDirectoryError(
+            f"run_dir must be the folder of a run (with config.json in it), got {run_dir}; "
+            "`rayrl runs FOLDER` lists the runs in a folder"
+        )
+    config = _read(run_dir, "config.json") or {}
+    manifests = {stage: _read(run_dir, "stages", stage, "manifest.json") for stage in STAGES}
+    metrics = {stage: (manifest or {}).get("metrics", {}) for stage, manifest in manifests.items()}
+    facts = {
+        "name": config.get("name", run_dir.rpartition("/")[2]),
+        "run_dir": run_dir,
+        "seed": config.get("seed"),
+        "control": _controls(config),
+        "config": config,
+        "stages": [_stage(run_dir, stage, manifest) for stage, manifest in manifests.items()],
+        "startup": _add_up(_read(run_dir, "timings.json") or []),
+        "metrics": metrics,
+        "paid": _paid(config, metrics),
+    }
+    facts["caveats"] = caveats(facts)
+    return _valid_json(facts)
+
+
+def gain(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """M2 minus M1 in mean expert score; None unless it was measured with its standard error."""
+    return facts["metrics"]["evaluate"].get("difference")
+
+
+def plus_minus(estimate: dict[str, Any] | None, *, signed: bool = False, percent: bool = False) -> str:
+    """An estimate with its standard error, `+0.42 ± 0.05`. A mean without a standard error is not shown."""
+    if estimate is None or estimate.get("mean") is None:
+        return "not measured"
+    mean, error = estimate["mean"], estimate.get("standard_error")
+    if error is None:
+        return "no standard error"
+    if percent:
+        return f"{100 * mean:{'+' if signed else ''}.1f}% \u00b1 {100 * error:.1f}"
+    digits = 3 if error < 0.05 else 2
+    return f"{mean:{'+' if signed else ''}.{digits}f} \u00b1 {error:.{digits}f}"
+
+
+def _read(run_dir: str, *parts: str) -> Any:
+    url = storage.join(run_dir, *parts)
+    if not storage.exists(url):
+        return None
+    try:
+        return storage.read_json(url)
+    except ValueError as error:
+        raise DataError(f"{url} must be JSON, but is damaged ({error}): delete it and run again") from None
+
+
+def _controls(config: dict[str, Any]) -> list[str]:
+    """Which controls the config turns on; empty is the method itself."""
+    labels = {
+        "direct": "direct expert labels: DPO on the paid judgements alone",
+        "expert": "all labels by the expert: the ceiling",
+        "shuffled": "shuffled labels: the floor",
+    }
+    found = [labels[config["labels"]]] if config.get("labels") in labels else []
+    if config.get("select", {}).get("strategy") == "random":
+        found.append("random selection")
+    if config.get("generate", {}).get("source") == "seed":
+        found.append("off-policy queries: responses of the seed data")
+    return found
+
+
+def _stage(run_dir: str, stage: str, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    if manifest is not None:
+        kept = {name: manifest.get(name) for name in ("seconds", "num_rows", "summary", "finished_at")}
+        return {"stage": stage, "state": "done"} | kept
+    fs, path = url_to_fs(storage.join(run_dir, "stages", stage, "table"))
+    num_parts = len(fs.glob(f"{path}/part-*.parquet")) if fs.exists(path) else 0
+    state = "started" if storage.exists(storage.join(run_dir, "stages", stage)) else "not run"
+    summary = f"{num_parts} blocks written" if num_parts else None
+    return {"stage": stage, "state": state, "seconds": None, "num_rows": None, "summary": summary}
+
+
+def _add_up(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Start-up times by what started: a resumed run starts things several times."""
+    totals: dict[str, dict[str, Any]] = {}
+    for timing in timings:
+        total = totals.setdefault(timing["what"], {"what": timing["what"], "num": 0, "seconds": 0.0})
+        total["num"] += 1
+        total["seconds"] += timing["seconds"]
+    return list(totals.values())
+
+
+def _paid(config: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """The query budgets, what was spent of them and what that bought; the latest count of the ledger wins."""
+    ledger = metrics["query"] | metrics["evaluate"].get("ledger", {})
+    label = {"budget": config.get("select", {}).get("budget")} | ledger.get("label", {})
+    evaluate = {"budget": config.get("evaluate", {}).get("budget")} | ledger.get("evaluate", {})
+    spent = label.get("spent")
+    num_scored, num_pairs = (metrics["pseudo_label"].get(name) for name in ("num_scored", "num_pairs"))
+    return {
+        "label": label,
+        "evaluate": evaluate,
+        "num_scored": num_scored,
+        "num_pairs": num_pairs,
+        "pairs_per_query": num_pairs / label["spent"]
+        if num_pairs is not None and label.get("spent")
+        else None,
+    }
+
+
+def _valid_json(value: Any) -> Any:
+    """NaN and infinity as null: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _valid_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_valid_json(item) for item in value]
+    return value

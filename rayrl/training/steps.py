@@ -1,0 +1,41 @@
+"""The walk through the data that every training shares: resume, one step at a time, checkpoint."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from rayrl.config import TrainingConfig
+from rayrl.data.batches import Row, optimizer_batches
+from rayrl.training import engine as zero
+from rayrl.training import launch
+
+
+def num_steps(num_rows: int, training: TrainingConfig) -> int:
+    """Optimizer steps of a fit over `num_rows` samples."""
+    return training.epochs * -(-num_rows // training.batch_size)
+
+
+def steps(
+    engine: Any, training: TrainingConfig, seed: int, rows: Callable[[], Iterable[Row]] = launch.rows
+) -> Iterator[tuple[int, list[Row]]]:
+    """Yield (step, this rank's rows) until every rank is out of rows; continues after the last checkpoint.
+
+    The caller takes one optimizer step per item. After `checkpoint_every` of them the state is saved on every rank.
+    """
+    with launch.restored() as folder:
+        step = zero.load(engine, folder)["step"] if folder else 0
+    share = -(-training.batch_size // launch.world_size())
+    stream = optimizer_batches(rows, epochs=training.epochs, batch_size=share, seed=seed, skip=step)
+    while True:
+        _, batch = next(stream, (training.epochs, []))
+        if zero.largest(len(batch), engine) == 0:
+            break
+        step += 1
+        yield step, batch
+        if step % training.checkpoint_every == 0:
+            checkpoint(engine, step)
+    checkpoint(engine, step)
+
+
+def checkpoint(engine: Any, step: int) -> None:
+    """Register a checkpoint of this step with Ray Train."""
+    launch.report({"step": step}, lambda folder: zero.save(engine, folder, {"step": step}))

@@ -1,0 +1,118 @@
+"""The facts of a run, whatever it has reached."""
+
+import json
+import math
+
+import pytest
+
+from rayrl.errors import DataError, RunDirectoryError
+from rayrl.telemetry.summary import STAGES, gain, plus_minus, summarize_run
+
+
+def edit_metrics(run_dir, stage, **changes):
+    path = run_dir / "stages" / stage / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metrics"] |= changes
+    path.write_text(json.dumps(manifest))
+
+
+def estimate(mean, standard_error):
+    return {"mean": mean, "standard_error": standard_error, "num": 64}
+
+
+def test_a_good_run_has_no_caveats(run_dir):
+    facts = summarize_run(str(run_dir))
+    assert facts["caveats"] == []
+    assert facts["paid"]["pairs_per_query"] == pytest.approx(1163 / 128)
+    assert [stage["state"] for stage in facts["stages"]] == ["done"] * len(STAGES)
+    assert {"what": "engine:generate", "num": 2, "seconds": pytest.approx(34.2)} in facts["startup"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "expected"),
+    [
+        ("evaluate", {"difference": estimate(0.1, 0.08)}, "not above two standard errors"),
+        ("evaluate", {"difference": estimate(0.5, None)}, "no standard error"),
+        ("evaluate", {"length_controlled_win_rate": estimate(0.52, 0.05)}, "length may explain it"),
+        ("evaluate", {"kl": estimate(40.0, 1.0)}, "KL to M1 is large"),
+        ("evaluate", {"distinct2_m2": 0.2}, "distinct-2 went from 0.412"),
+        ("evaluate", {"self_bleu_m2": 0.5}, "self-BLEU"),
+        ("evaluate", {"length_m2": 90.0}, "Responses got longer"),
+        ("evaluate", {"length_m2": 20.0}, "Responses got shorter"),
+        ("evaluate", {"perplexity_m2": 50.0}, "M1 finds M2's text unlikely"),
+        ("evaluate", {"evaluator_spearman": estimate(0.1, 0.1)}, "on the new policy's responses"),
+        ("fit_evaluator", {"validation": {"spearman": estimate(0.2, 0.2)}}, "on held-out judgements"),
+        (
+            "query",
+            {"label": {"spent": 128, "abstained": 60, "lost": 0}},
+            "abstained on 60 of 128",
+        ),
+        ("query", {"label": {"spent": 128, "abstained": 0, "lost": 3}}, "3 of 128"),
+        ("pseudo_label", {"num_pairs": 500}, "Only 3.9 preference pairs"),
+        ("generate", {"num_empty": 2000}, "2000 of 4800 responses are empty"),
+        ("generate", {"truncated_share": 0.9}, "90% of the responses"),
+    ],
+)
+def test_each_thing_that_looks_wrong_is_said(run_dir, stage, changes, expected):
+    edit_metrics(run_dir, stage, **changes)
+    (caveat,) = summarize_run(str(run_dir))["caveats"]
+    assert expected in caveat
+
+
+def test_the_evaluation_ledger_is_the_latest_count(run_dir):
+    edit_metrics(run_dir, "evaluate", ledger={"evaluate": {"budget": 128, "spent": 126, "lost": 2}})
+    assert summarize_run(str(run_dir))["paid"]["evaluate"]["spent"] == 126
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "expected"),
+    [
+        ("labels", "shuffled", "the floor"),
+        ("labels", "expert", "the ceiling"),
+        ("labels", "direct", "the paid judgements alone"),
+        ("select", {"strategy": "random"}, "random selection"),
+        ("generate", {"source": "seed"}, "off-policy"),
+    ],
+)
+def test_controls_are_named(run_dir, section, value, expected):
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {section: value}))
+    (control,) = summarize_run(str(run_dir))["control"]
+    assert expected in control
+
+
+def test_a_run_that_just_began(tmp_path):
+    (tmp_path / "config.json").write_text('{"name": "young", "select": {"budget": 8}}')
+    table = tmp_path / "stages" / "generate" / "table"
+    table.mkdir(parents=True)
+    (table / "part-00000.parquet").touch()
+    facts = summarize_run(str(tmp_path))
+    states = {stage["stage"]: (stage["state"], stage["summary"]) for stage in facts["stages"]}
+    assert states["sft"] == ("not run", None)
+    assert states["generate"] == ("started", "1 blocks written")
+    assert facts["paid"]["label"] == {"budget": 8}
+    assert gain(facts) is None
+
+
+def test_not_a_number_becomes_null(run_dir):
+    edit_metrics(run_dir, "dpo", final_loss=math.nan)
+    assert summarize_run(str(run_dir))["metrics"]["dpo"]["final_loss"] is None
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunDirectoryError, match="must be the folder of a run"):
+        summarize_run(str(tmp_path / "nowhere"))
+
+
+def test_a_damaged_manifest_is_named(run_dir):
+    (run_dir / "stages" / "sft" / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"stages/sft/manifest\.json must be JSON"):
+        summarize_run(str(run_dir))
+
+
+def test_no_mean_without_its_standard_error():
+    assert plus_minus(estimate(0.5, 0.1), signed=True) == "+0.50 \u00b1 0.10"
+    assert plus_minus(estimate(0.5, 0.01)) == "0.500 \u00b1 0.010"
+    assert plus_minus(estimate(0.66, 0.05), percent=True) == "66.0% \u00b1 5.0"
+    assert plus_minus(estimate(0.5, None)) == "no standard error"
+    assert plus_minus(None) == "not measured"

@@ -1,0 +1,93 @@
+"""The command line: what it prints, and how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rayrl.cli import main
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    for stage, metrics in {
+        "sft": {},
+        "query": {"label": {"budget": 8, "spent": 8, "abstained": 1, "lost": 0}},
+        "evaluate": {"difference": {"mean": 0.5, "standard_error": 0.4, "num": 12}},
+    }.items():
+        manifest = {"stage": stage, "key": "k", "seconds": 2.0, "num_rows": 1, "metrics": metrics}
+        (folder / "stages" / stage).mkdir(parents=True)
+        (folder / "stages" / stage / "manifest.json").write_text(
+            json.dumps(
+                manifest | {"summary": f"[bold]{stage}[/bold] is done", "finished_at": "2025-01-01T00:00:00"}
+            )
+        )
+    (folder / "config.json").write_text('{"name": "first", "seed": 7, "labels": "shuffled"}')
+    return folder
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    return err
+
+
+def output(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_status_shows_stages_money_and_gain(run_dir, capsys):
+    printed = output(capsys, "status", str(run_dir))
+    assert "[bold]sft[/bold] is done" in printed
+    assert "not run" in printed
+    assert "paid label queries 8 / 8, gain +0.50 \u00b1 0.40" in printed
+    assert "! The gain (+0.500 \u00b1 0.400) is not above two standard errors" in printed
+
+
+def test_runs_lists_a_folder(run_dir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    line = output(capsys, "runs", str(run_dir.parent)).splitlines()[1]
+    assert line.split()[:9] == ["first", "7", "evaluate", "8", "/", "8", "+0.50", "\u00b1", "0.40"]
+    assert "the floor" in line
+
+
+def test_runs_of_an_empty_folder(tmp_path, capsys):
+    assert output(capsys, "runs", str(tmp_path)) == f"no runs in {tmp_path}\n"
+
+
+def test_report_is_rebuilt(run_dir, capsys):
+    assert output(capsys, "report", str(run_dir)) == f"{run_dir}/report.html\n"
+    assert (run_dir / "report.html").is_file()
+
+
+def test_mistakes_get_one_message(tmp_path, capsys):
+    assert refusal(capsys, "plan", str(tmp_path / "none.toml")).startswith("config file ")
+    assert refusal(capsys, "status", str(tmp_path)).startswith("run_dir must be the folder of a run")
+    assert refusal(capsys, "report", str(tmp_path)).startswith("run_dir must be the folder of a run")
+    assert refusal(capsys, "runs", str(tmp_path / "none")).startswith("folder must be an existing folder")
+
+
+def test_a_refusal_of_the_installed_command_has_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "rayrl.cli", "status", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("run_dir must be") and "Traceback" not in finished.stderr
+
+
+def test_help_and_refusals_import_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from rayrl.cli import main\n"
+        "for arguments in (['--help'], ['plan', 'none.toml']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[-1] == "[]"
