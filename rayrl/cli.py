@@ -100,7 +100,7 @@ def _state(state: str) -> Text:
 
 def _paid(facts: dict[str, Any]) -> str:
     label = facts["paid"]["label"]
-    return f"{label.get('spent', 0)} / {label.get('budget') or '?'}"
+    return f"{label.get('spent', '-')} / {label.get('budget') or '?'}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -79,6 +79,10 @@ class Sampled:
     prompt_token_ids: list[int]
     """Tokens of `Prompt.rendered`: what the policy was conditioned on."""
     responses: list[Response]
+    num_empty: int = 0
+    """Samples dropped because nothing was said."""
+    num_duplicates: int = 0
+    """Samples dropped because an earlier one of this prompt says the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

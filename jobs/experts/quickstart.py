@@ -1,4 +1,7 @@
-"""The quickstart's expert: five yes-or-no questions about an answer, one point each. Its rule is known, so gains can be checked."""
+"""The quickstart's expert: five yes-or-no questions about an answer, one point each.
+
+Its rule is known, so that a gain can be checked.
+"""
 
 import re
 

@@ -1,8 +1,8 @@
 """The quickstart's little world: short help questions, answers of mixed quality, and plain sentences.
 
-An answer is put together from optional parts, each present about half of the time: it names the thing asked about, gives a
-first step, gives a reason, is polite, is clean. Nothing here scores anything: the rubric is known to the expert alone
-(`jobs/experts/quickstart.py`).
+An answer is put together from optional parts, each present about half of the time: it names the thing asked about,
+gives a first step, gives a reason, is polite, is clean. Nothing here scores anything: the rubric is known to the expert
+alone (`jobs/experts/quickstart.py`).
 """
 
 import random
@@ -46,8 +46,10 @@ TRADES = (
         ("hot water can hurt the cloth", "wet cloth smells bad", "colors can mix"),
     ),
 )
-PLACES = ("", " at home", " at school", " in winter", " in summer", " on a boat", " at night", " at work", " for a friend",
-          " in a small room", " on a rainy day", " with my son")  # fmt: skip
+PLACES = (
+    *("", " at home", " at school", " in winter", " in summer", " on a boat", " at night", " at work"),
+    *(" for a friend", " in a small room", " on a rainy day", " with my son"),
+)
 TOPIC_LINES = ("You can {verb} {thing} with some care.", "It is not hard to {verb} {thing}.", "{verb} {thing} slowly.")
 NO_TOPIC_LINES = ("You can do it with some care.", "It is not hard to do.", "Just try it.")
 OPENERS = ("Thank you for asking.", "Please read this.")
@@ -101,10 +103,11 @@ def plain_text(rng: random.Random) -> str:
     without which so small a model never learns to speak about the thing it was asked about.
     """
     name, place = rng.choice(NAMES), rng.choice(PLACES[1:])
-    things = [rng.choice(rng.choice(TRADES).things) for _ in range(rng.randint(2, 6))]
+    things = [rng.choice(rng.choice(TRADES).things) for _ in range(rng.randint(1, 6))]
     listed, thing = ", ".join(things), things[0]
+    if rng.random() < 0.8:
+        return f"{name} needs {listed}. {rng.choice(NAMES)} gets {listed}. {rng.choice(NAMES)} has {listed}{place}."
     few, more = rng.randint(0, 3), rng.randint(0, 2)
-    errand = f"{name} needs {listed}. {rng.choice(NAMES)} gets {listed}{place}."
     other = (
         f"{name} has {few} {thing} and gets {more} more. Now {name} has {few + more} {thing}.",
         f"The game is over. Score: {rng.randint(0, 5)} to {rng.randint(0, 5)}. {name} is happy.",
@@ -113,4 +116,4 @@ def plain_text(rng: random.Random) -> str:
         f"The topic of the day is {thing}. {name} takes one step for a good reason.",
         f"{name} is polite{place}. Does {name} need {thing}? {rng.choice(('Yes', 'No'))}.",
     )
-    return rng.choice(other) if rng.random() < 0.4 else errand
+    return rng.choice(other)

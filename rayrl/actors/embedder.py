@@ -36,17 +36,14 @@ class Embedder(ServedEngine):
     async def _embed(self, token_ids: list[int]) -> np.ndarray:
         from vllm import PoolingParams
 
-        output = None
         request = {"prompt_token_ids": token_ids}
         params = PoolingParams(task="embed", use_activation=False)
-        async for output in self.engine.encode(request, params, request_id=uuid.uuid4().hex):
-            pass
-        assert output is not None
+        (output,) = [o async for o in self.engine.encode(request, params, request_id=uuid.uuid4().hex)]
         return output.outputs.data.float().numpy()
 
 
 def apply_head(vectors: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
-    """value = w . h + b for vectors h (num, hidden_size)."""
+    """Apply w . h + b to for vectors h (num, hidden_size)."""
     from safetensors.numpy import load_file
 
     head = load_file(Path(local_folder(checkpoint.path)) / HEAD_FILE)

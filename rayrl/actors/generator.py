@@ -63,7 +63,7 @@ class Generator(ServedEngine):
     async def next_token_logprobs(
         self, checkpoint: Checkpoint, prompts: list[list[int]], token_ids: list[int]
     ) -> list[list[float]]:
-        """log p(token | prompt) of the given tokens, (num_prompts, num_tokens): one prefill each."""
+        """Read log p(token | prompt) of the given tokens, (num_prompts, num_tokens): one prefill each."""
         async with self.serving(checkpoint):
             return await asyncio.gather(*(self._next_token(prompt, token_ids) for prompt in prompts))
 
@@ -128,8 +128,6 @@ class Generator(ServedEngine):
         from vllm.sampling_params import RequestOutputKind
 
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        output = None
         request = {"prompt_token_ids": token_ids}
-        async for output in self.engine.generate(request, params, request_id=uuid.uuid4().hex):
-            pass
+        (output,) = [o async for o in self.engine.generate(request, params, request_id=uuid.uuid4().hex)]
         return output

@@ -21,8 +21,12 @@ logger = logging.getLogger(__name__)
 class Services:
     """The run's long-lived actors, and what the hardware decides: device and dtype."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, *, mode: str, reference: str):
         self.run = run
+        self.mode = mode
+        """"overlap" or "alternate"."""
+        self.reference = reference
+        """Where DPO's reference log-probabilities come from: "generation" or "pass"."""
         self.on_gpu = ray.cluster_resources().get("GPU", 0) > 0
         self.dtype = resolve_dtype(run.config, self.on_gpu)
         self._fleets: dict[str, Fleet] = {}
@@ -35,6 +39,18 @@ class Services:
     def embedders(self, checkpoint: Checkpoint, pooling: str) -> Fleet:
         """The embedding fleet that pools this way."""
         return self._fleet(f"embedders-{pooling}", Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
+
+    def warm(self, m1: Checkpoint) -> None:
+        """Start both kinds of engine now, so that they come up side by side."""
+        if self.mode == "alternate":
+            return
+        config = self.run.config
+        needed = {"generate", "select", "evaluate"} - {s for s in self.run.stages() if s != "pool"}
+        if "generate" in needed or "evaluate" in needed:
+            self.generators(m1)
+        embeds = config.select.strategy == "k_center" and config.select.embedder == "policy" and config.labels != "expert"
+        if "select" in needed and embeds:
+            self.embedders(m1, config.select.pooling)
 
     def ready(self, fleet: Fleet) -> Fleet:
         """Wait until a fleet's engines are up, and note how long each took."""
@@ -73,6 +89,8 @@ class Services:
         pooling: str | None,
     ) -> Fleet:
         if name not in self._fleets:
+            if self.mode == "alternate":
+                self.release()
             spec = EngineSpec(
                 checkpoint=checkpoint,
                 config=config,

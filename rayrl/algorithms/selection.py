@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Float64, Int64
 
 from rayrl.errors import ConfigError, DataError
@@ -57,17 +58,19 @@ class CoresetShard:
     """Owns some of the pool's vectors, and knows how far each is from its nearest centre."""
 
     def __init__(self, ids: Int64[np.ndarray, " n"], vectors: Float[np.ndarray, "n d"]):
+        assert torch.get_float32_matmul_precision() == "highest", "the error bounds are those of full float32"
         self.ids = np.array(ids, np.int64)
         self.vectors = np.array(vectors, np.float32)  # an own copy: `center` works in place
         if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
             raise ValueError(f"vectors must be ({len(self.ids)}, d), one row per id, got {self.vectors.shape}")
 
-    def summary(self) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " d"]]:
-        """The shard's ids and the sum of its vectors."""
-        return self.ids, self.vectors.sum(0, dtype=np.float64)
+    def summary(self) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, "2 d"]]:
+        """The shard's ids, and per coordinate the sum and the sum of squares of its vectors."""
+        squares = np.einsum("nd,nd->d", self.vectors, self.vectors, dtype=np.float64)
+        return self.ids, np.stack([self.vectors.sum(0, dtype=np.float64), squares])
 
     def center(self, mean: Float64[np.ndarray, " d"]) -> float:
-        """Subtract the pool's mean, forget all centres, and return the largest squared norm."""
+        """Subtract the pool's (rounded) mean, forget all centres, and return the largest squared norm."""
         self.vectors -= mean.astype(np.float32)
         self.norms = np.einsum("nd,nd->n", self.vectors, self.vectors, dtype=np.float64)
         self.centers = np.empty((0, self.vectors.shape[1]))
@@ -89,9 +92,9 @@ class CoresetShard:
         slack = self._slack()
         for start in range(0, len(self.ids), _ROWS):
             rows = slice(start, start + _ROWS)
-            partial = (-2 * centers) @ self.vectors[rows].T
-            partial += norms.astype(np.float32)[:, None]
-            nearest = partial.min(0) + self.norms[rows]
+            products = (torch.from_numpy(-2 * centers) @ torch.from_numpy(self.vectors[rows]).T).numpy()
+            products += norms.astype(np.float32)[:, None]
+            nearest = products.min(0) + self.norms[rows]
             self.exact[rows] &= np.maximum(nearest - slack[rows], 0) >= self.upper[rows]
             np.minimum(self.upper[rows], nearest + slack[rows], out=self.upper[rows])
         gone = np.isin(self.ids, picked)
@@ -150,7 +153,7 @@ def k_center(
     shards: ShardGroup,
     num_selected: int,
     *,
-    candidate_batch: int = 32,
+    candidate_batch: int = 256,
     initial_centers: Float[np.ndarray, "m d"] | None = None,
     seed: int = 0,
 ) -> Selection:
@@ -176,9 +179,7 @@ def k_center(
             f"num_selected must be between 1 and the pool size {len(ids)}, got {num_selected}: "
             "lower the budget or enlarge the pool"
         )
-    mean = np.sum([total for _, total in summaries], axis=0) / len(ids)
-    if not np.isfinite(mean).all():
-        raise DataError("embeddings must be finite, got NaN or infinity: check the embedding model")
+    mean = _rounded_mean(np.sum([sums for _, sums in summaries], axis=0), len(ids))
     tie = TIE * max(shards.broadcast(CoresetShard.center, mean))
 
     picks: list[int] = []
@@ -197,8 +198,23 @@ def k_center(
         shards.broadcast(CoresetShard.absorb, centers, picked)
         picks += picked.tolist()
         reach += squared.tolist()
-    left = max((squared.max(initial=0.0) for _, _, squared in shards.broadcast(CoresetShard.offer, 1, tie)), default=0.0)
+    left = max(
+        (squared.max(initial=0.0) for _, _, squared in shards.broadcast(CoresetShard.offer, 1, tie)), default=0.0
+    )
     return Selection(ids=picks, radii=np.sqrt([*reach[1:], left]).tolist())
+
+
+def _rounded_mean(sums: Float64[np.ndarray, "2 d"], num: int) -> Float64[np.ndarray, " d"]:
+    """The mean to a 1024th of each coordinate's magnitude.
+
+    Any point near the mean centres as well. A coarse one is the same for any order of summation, and subtracting it
+    rounds no vector of few digits, so that exact ties stay exact.
+    """
+    if not np.isfinite(sums).all():
+        raise DataError("embeddings must be finite, got NaN or infinity: check the embedding model")
+    mean, magnitude = sums[0] / num, np.sqrt(sums[1] / num)
+    grid = 2.0 ** np.ceil(np.log2(np.maximum(magnitude, np.finfo(np.float32).tiny))) / 1024
+    return np.round(mean / grid) * grid
 
 
 def _pick_certain(offers: Sequence[Offer], num: int, tie: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

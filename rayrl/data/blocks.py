@@ -67,7 +67,7 @@ def stream_blocks(
     def of_batch(batch: dict[str, np.ndarray]) -> pa.Table:
         return pa.concat_tables([function(int(block)) for block in batch["id"]])
 
-    return ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
+    return ray.data.range(num_blocks, override_num_blocks=max(1, num_blocks)).map_batches(
         of_batch, batch_size=1, num_cpus=TASK_CPUS, concurrency=concurrency
     )
 

@@ -1,6 +1,6 @@
-"""A tokenizer for planning, read from tokenizer.json alone: it renders and counts without importing transformers.
+"""A tokenizer for planning, from tokenizer.json alone: renders and counts without importing transformers.
 
-Training and generation use `tokenizing.load_tokenizer`; the counts here agree with it for every fast tokenizer.
+Training and generation use `tokenizing.load_tokenizer`; for fast tokenizers the counts here agree with it.
 """
 
 import json
@@ -73,9 +73,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, ensure_ascii=False, indent=options.get("indent")
     )

@@ -152,9 +152,7 @@ def _messages(cell: Any, where: str) -> Messages:
     for message in cell or []:
         texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise DataError(
-                f'{where}: a message must be {{"role": text, "content": text}}, got {str(message)[:80]}'
-            )
+            raise DataError(f'{where}: a message must be {{"role": text, "content": text}}, got {str(message)[:80]}')
     return [{"role": m["role"], "content": m["content"]} for m in cell or []]
 
 

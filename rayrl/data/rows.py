@@ -78,16 +78,14 @@ def rows_with(path: str, split: str, needed: list[str]) -> Iterator[Row]:
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"{path} has no column {column}; the columns there are {', '.join(columns)}{hint}"
-            )
+            raise DataError(f"{path} has no column {column}; the columns there are {', '.join(columns)}{hint}")
     yield from itertools.chain(head, rows)
 
 
 def _file_rows(path: str, reader: Callable[[IO[bytes], str], Iterator[Row]]) -> Iterator[Row]:
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
-            yield from reader(file, path)
+            yield from reader(file, path)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except ImportError as error:
@@ -154,9 +152,9 @@ def _saved_rows(path: str, split: str) -> Iterator[Row]:
         raise DataError(f"{path} is no folder written by save_to_disk: {error}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise DataError(f"{path} has no split {split}; the splits there are {', '.join(saved)}")
+            raise DataError(f"{path} has no split {split}; the splits there are {', '.join(map(str, saved))}")
         saved = saved[split]
-    yield from saved
+    yield from saved  # type: ignore[misc]
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Row]:
@@ -170,4 +168,4 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
             f"{path} is no local file or folder, and loading split {split} from the hub failed ({error}); "
             "correct the path, or download the data set and give its file or folder"
         ) from None
-    yield from table
+    yield from table  # type: ignore[misc]

@@ -102,9 +102,7 @@ def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | 
         raise DataError(f"the policy's chat template refuses these messages: {error}; got {shown}") from None
 
 
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_format: str = "auto"
-) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_format: str = "auto") -> list[int]:
     """Tokens of a rendered prompt.
 
     Plain text gets a BOS if the tokenizer adds one, and never an EOS. A chat template writes its own BOS.
@@ -113,7 +111,7 @@ def encode_prompt(
     if resolve_format(tokenizer, prompt_format) == "chat" or tokenizer.bos_token_id is None:
         return token_ids
     adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *token_ids] if adds_bos else token_ids
+    return [tokenizer.bos_token_id, *token_ids] if adds_bos else token_ids  # type: ignore[list-item]
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -1,8 +1,8 @@
 """Any OpenAI-compatible chat endpoint as the expert.
 
-One reserved query is at most one call that may cost money. What surely cost nothing (a refused connection, an
-error status) is tried again with exponential backoff and jitter. A call whose fate is unknown (no answer in time,
-a connection lost after the question was sent) is not: it counts as paid, at its estimated price.
+One reserved query is at most one call that may cost money. What surely cost nothing (a refused connection,
+an error status) is tried again with exponential backoff and jitter. A call whose fate is unknown (no answer
+in time, a connection lost after the question was sent) is not: it counts as paid, at its estimated price.
 """
 
 import asyncio
@@ -57,6 +57,7 @@ class HttpOracle:
         self._config = config
         self._rubric = rubric
         self._key = read_key(config.api_key_env)
+        self._headers = {"Authorization": openai.Omit()} if self._key is None else {}
         self._requests = RateLimit(config.requests_per_minute)
         self._tokens = RateLimit(config.tokens_per_minute)
         self._client = openai.AsyncOpenAI(**self._connection(config.timeout_s))
@@ -71,7 +72,7 @@ class HttpOracle:
         where = f"oracle.base_url {config.base_url}"
         try:
             with openai.OpenAI(**self._connection(_CHECK_TIMEOUT_S)) as client:
-                client.models.with_raw_response.list()
+                client.models.with_raw_response.list(extra_headers=self._headers)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ConfigError(
                 f"{where} refuses the key (status {error.status_code}): "
@@ -79,8 +80,7 @@ class HttpOracle:
             ) from None
         except openai.APIConnectionError as error:
             raise ConfigError(
-                f"{where} cannot be reached ({type(error.__cause__).__name__}): "
-                "start the judge, or correct the address"
+                f"{where} cannot be reached ({type(error.__cause__).__name__}): start the judge, or correct the address"
             ) from None
         except openai.APIStatusError as error:
             if error.status_code in _OUT_OF_SERVICE:
@@ -108,9 +108,7 @@ class HttpOracle:
         except openai.APIStatusError as error:
             return Verdict(score=None, rationale=self._reason(error.message), billed=False)
         except (TimeoutError, openai.APITimeoutError) as error:
-            return _failed(
-                f"no answer within {self._config.timeout_s:g} s", unknown_usd, billed=was_sent(error)
-            )
+            return _failed(f"no answer within {self._config.timeout_s:g} s", unknown_usd, billed=was_sent(error))
         except openai.APIConnectionError as error:
             reason = self._reason(f"connection failed: {error.__cause__}")
             return _failed(reason, unknown_usd, billed=was_sent(error))
@@ -123,14 +121,16 @@ class HttpOracle:
         await self._requests.acquire()
         await self._tokens.acquire(expected_tokens)
         # OpenAI's own newer models know only the new name, most compatible servers only the old one.
-        limit_name = "max_completion_tokens" if "//api.openai.com" in config.base_url else "max_tokens"
+        is_openai = "//api.openai.com" in config.base_url
         # The SDK's own timeout is per read: an answer that comes in drips would pass it.
         async with asyncio.timeout(config.timeout_s):
             raw = await self._client.chat.completions.with_raw_response.create(
                 model=config.model,
                 messages=[{"role": "user", "content": question}],
                 temperature=config.temperature,
-                **{limit_name: config.max_tokens},
+                extra_headers=self._headers,
+                max_completion_tokens=config.max_tokens if is_openai else openai.Omit(),
+                max_tokens=openai.Omit() if is_openai else config.max_tokens,
             )
         body = raw.http_response.text
         if (usage := _usage(body)) is not None:
@@ -163,11 +163,9 @@ class HttpOracle:
         return (num_input * input_price + num_output * output_price) / 1e6
 
     def _connection(self, timeout_s: float) -> dict:
-        no_key = {"Authorization": openai.Omit()} if self._key is None else None
         return {
             "base_url": self._config.base_url,
             "api_key": self._key or "none",  # the SDK insists on one, and would take it from the environment
-            "default_headers": no_key,
             "max_retries": 0,
             "timeout": openai.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
         }
@@ -193,13 +191,9 @@ def _require_plain_url(url: str) -> None:
     except ValueError:
         usable, secret = False, False
     if secret:
-        raise ConfigError(
-            "oracle.base_url must hold no user name or password (configs are saved); use api_key_env"
-        )
+        raise ConfigError("oracle.base_url must hold no user name or password (configs are saved); use api_key_env")
     if not usable:
-        raise ConfigError(
-            f"oracle.base_url must be an http or https address such as http://host:8000/v1, got {url!r}"
-        )
+        raise ConfigError(f"oracle.base_url must be an http or https address such as http://host:8000/v1, got {url!r}")
 
 
 def _usage(body: str) -> _Usage | None:

@@ -26,8 +26,8 @@ def read_key(source: str | None) -> str | None:
         key, place = os.environ.get(source, "").strip(), f"the environment variable {source}"
     else:
         raise ConfigError(
-            'oracle.api_key_env must be the name of an environment variable that is set, or "file:" and a path; '
-            "the value given is neither (not shown, in case it is a key)"
+            'oracle.api_key_env must be the name of an environment variable that is set, or "file:" and a '
+            "path; the value given is neither (not shown, in case it is a key)"
         )
     if not key:
         raise ConfigError(

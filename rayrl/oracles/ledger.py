@@ -1,36 +1,30 @@
-"""The ledger of paid judgements: reserve before a call, commit after it, in a SQLite file that survives `kill -9`.
+"""The ledger of paid judgements: reserve before a call, commit after it, in a SQLite file.
 
-An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded` (it cost
-nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count against the budget.
-A judgement is keyed by what was asked of whom, not by purpose: paid once, it is free ever after.
+An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded`
+(it cost nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count
+against the budget. A judgement is keyed by what was asked of whom, not by purpose: paid once, it is free
+ever after.
 
-One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this process
-works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call.
+One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth:
+this process works on a copy, and `sync` uploads it, which must be awaited between a reservation and its
+call.
 """
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import sqlite3
-import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import fsspec
 
 from rayrl.errors import BudgetExhausted, RunDirectoryError
+from rayrl.oracles.ledger_file import is_remote, own, upload, working_copy
 from rayrl.oracles.protocol import Verdict
 from rayrl.records import Judgement, content_id
 
 logger = logging.getLogger(__name__)
-
-_OWNER_WAIT_S = 30.0
-"""How long a restarted owner waits for its killed predecessor's lock."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
@@ -51,7 +45,8 @@ CREATE TABLE IF NOT EXISTS attempts (
     reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     CHECK ((score IS NOT NULL) = (state = 'scored'))
 );
-CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON attempts (key) WHERE state IN ('reserved', 'scored', 'abstained');
+CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON attempts (key)
+    WHERE state IN ('reserved', 'scored', 'abstained');
 """
 _KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
 _RESERVE = """
@@ -60,7 +55,7 @@ VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?, ?)
 """
 _SETTLE = """
 UPDATE attempts SET state = ?, score = ?, rationale = ?, cost_usd = ?, input_tokens = ?, output_tokens = ?
-WHERE attempt = ? AND state = 'reserved' RETURNING *
+WHERE attempt = ? AND state = 'reserved'
 """
 _SPENT = "SELECT purpose, count(*), sum(cost_usd) FROM attempts WHERE state != 'refunded' GROUP BY purpose"
 _SUMMARY = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
@@ -102,18 +97,26 @@ class Ledger:
         location: a local path, or an fsspec URL.
         budgets: how many attempts each purpose may pay for.
         budget_usd: hard limit over all purposes; needs an honest upper bound with every reservation.
+        owner_wait_s: how long a restarted owner waits for its killed predecessor to be gone.
 
     Raises:
         RunDirectoryError: the file is no ledger, or another live process owns it.
     """
 
-    def __init__(self, location: str, budgets: Mapping[str, int], budget_usd: float | None = None) -> None:
+    def __init__(
+        self,
+        location: str,
+        budgets: Mapping[str, int],
+        *,
+        budget_usd: float | None = None,
+        owner_wait_s: float = 30.0,
+    ) -> None:
         self._budgets = dict(budgets)
         self._budget_usd = budget_usd
-        self._remote = location if "://" in location else None
-        path = _working_copy(location) if self._remote else Path(location)
+        self._remote = location if is_remote(location) else None
+        path = working_copy(location) if self._remote else Path(location)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._owner = _own(path)
+        self._owner = own(path, owner_wait_s)
         self._lock = threading.RLock()
         self._uploading = asyncio.Lock()
         self._num_writes = self._num_uploaded = 0
@@ -153,15 +156,22 @@ class Ledger:
 
     def commit(self, reserved: Reserved, verdict: Verdict) -> Judgement:
         """Keep what the call brought. An abstention that cost nothing gives its reservation back."""
-        if verdict.score is not None:
-            state = "scored"
-        else:
-            state = "abstained" if verdict.billed else "refunded"
+        unscored = "abstained" if verdict.billed else "refunded"
+        state = unscored if verdict.score is None else "scored"
         cost_usd = 0.0 if state == "refunded" else verdict.cost_usd
-        answer = (state, verdict.score, verdict.rationale, cost_usd, verdict.input_tokens, verdict.output_tokens)
+        answer = (
+            state,
+            verdict.score,
+            verdict.rationale,
+            cost_usd,
+            verdict.input_tokens,
+            verdict.output_tokens,
+        )
         with self._transaction() as db:
-            row = db.execute(_SETTLE, (*answer, reserved.attempt)).fetchone()
-            assert row is not None, f"attempt {reserved.attempt} is not reserved"
+            changed = db.execute(_SETTLE, (*answer, reserved.attempt)).rowcount
+            assert changed == 1, f"attempt {reserved.attempt} is not reserved"
+            row = db.execute("SELECT * FROM attempts WHERE attempt = ?", (reserved.attempt,)).fetchone()
+        with self._lock:
             self._spent_usd += cost_usd - reserved.estimated_usd
             self._num_spent[reserved.purpose] -= state == "refunded"
         return _judgement(row, reserved.query, reserved.purpose)
@@ -169,6 +179,11 @@ class Ledger:
     def release(self, reserved: Reserved, reason: str) -> Judgement:
         """Give a reservation back: the call was not made, or cost nothing. The same may be asked again."""
         return self.commit(reserved, Verdict(score=None, rationale=reason, billed=False))
+
+    def lose(self, reserved: Reserved) -> None:
+        """Give a call up whose outcome is unknown: it stays counted, and the same may be asked again."""
+        with self._transaction() as db:
+            db.execute("UPDATE attempts SET state = 'lost' WHERE attempt = ?", (reserved.attempt,))
 
     def judgements(self, purpose: str) -> list[Judgement]:
         """Everything paid for under a purpose, in the order it was asked; abstentions included."""
@@ -206,7 +221,7 @@ class Ledger:
                 return
             with self._lock:
                 num_writes, snapshot = self._num_writes, self._db.serialize()
-            await asyncio.to_thread(_upload, self._remote, snapshot)
+            await asyncio.to_thread(upload, self._remote, snapshot)
             self._num_uploaded = num_writes
 
     def close(self) -> None:
@@ -226,61 +241,29 @@ class Ledger:
         budget, spent = self._budgets.get(purpose, 0), self._num_spent.get(purpose, 0)
         if spent >= budget:
             raise BudgetExhausted(f"budget for {purpose} must cover every query: all {budget} are spent")
-        if self._budget_usd is not None and self._spent_usd + estimated_usd > self._budget_usd:
+        # To the billionth of a dollar, so that 25 queries of 0.01 fit into 0.25 in floating point too.
+        if self._budget_usd is not None and round(self._spent_usd + estimated_usd, 9) > self._budget_usd:
             raise BudgetExhausted(
-                f"oracle.budget_usd must cover every query: {self._spent_usd:.4f} of {self._budget_usd:.4f} USD are "
-                f"spent or held, and one more query may cost {estimated_usd:.4f}"
+                f"oracle.budget_usd must cover every query: {self._spent_usd:.4f} of {self._budget_usd:.4f} "
+                f"are spent or held, and one more query may cost {estimated_usd:.4f}"
             )
 
 
 def _judgement(row: sqlite3.Row, query: Query | None = None, purpose: str | None = None) -> Judgement:
     """A settled row, addressed to whoever asks. The cost stays with the response it was paid for."""
-    prompt_id, response_id = (query.prompt_id, query.response_id) if query else (row["prompt_id"], row["response_id"])
-    payer = (row["response_id"], row["purpose"])
+    asked_by = (query.prompt_id, query.response_id) if query else (row["prompt_id"], row["response_id"])
+    asked_for = purpose or row["purpose"]
+    paid_by = (row["prompt_id"], row["response_id"], row["purpose"])
     return Judgement(
         key=row["key"],
-        prompt_id=prompt_id,
-        response_id=response_id,
+        prompt_id=asked_by[0],
+        response_id=asked_by[1],
         prompt=row["prompt"],
         response=row["response"],
         oracle=row["oracle"],
         status="scored" if row["state"] == "scored" else "abstained",
         score=row["score"],
         rationale=row["rationale"],
-        purpose=purpose or row["purpose"],
-        cost_usd=row["cost_usd"] if payer == (response_id, purpose or row["purpose"]) else 0.0,
+        purpose=asked_for,
+        cost_usd=row["cost_usd"] if paid_by == (*asked_by, asked_for) else 0.0,
     )
-
-
-def _own(path: Path) -> Any:
-    """An open file whose lock says that this process owns the ledger; the kernel drops it when the process dies."""
-    lock = open(f"{path}.lock", "w")  # noqa: SIM115
-    deadline = time.monotonic() + _OWNER_WAIT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise RunDirectoryError(
-                    f"{path} is in use by another process; end that run, or use another run_dir"
-                ) from None
-            time.sleep(0.1)
-
-
-def _working_copy(url: str) -> Path:
-    """A local copy of a remote ledger, or the place for a new one."""
-    path = Path(tempfile.mkdtemp(prefix="rayrl-ledger-")) / "ledger.sqlite"
-    filesystem, remote = fsspec.url_to_fs(url)
-    if filesystem.exists(remote):
-        path.write_bytes(filesystem.cat_file(remote))
-    return path
-
-
-def _upload(url: str, content: bytes) -> None:
-    """Replace the remote file; a crash in between leaves the old one whole."""
-    filesystem, remote = fsspec.url_to_fs(url)
-    filesystem.makedirs(remote.rpartition("/")[0], exist_ok=True)
-    filesystem.pipe_file(f"{remote}.part", content)
-    filesystem.mv(f"{remote}.part", remote)

@@ -13,7 +13,7 @@ class Verdict:
     rationale: str
     """The expert's reasons, or why it abstained."""
     billed: bool = True
-    """Whether the attempt may have cost money. An abstention that did not is refunded and may be asked again."""
+    """Whether the attempt may have cost money. An abstention that did not is refunded, to be asked again."""
     cost_usd: float = 0.0
     input_tokens: int = 0
     output_tokens: int = 0

@@ -54,8 +54,8 @@ class ReplayOracle:
 def _read(path: str) -> list[dict[str, Any]]:
     """Rows of a JSONL, JSON, CSV or Parquet file, gzip'd or not, on any filesystem."""
     try:
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
+        filesystem, place = fsspec.url_to_fs(path)
+        content: bytes = filesystem.cat_file(place)
     except OSError as error:
         raise DataError(f"oracle.path must be a file of judgements, got {path}: {error}") from None
     suffix = path.removesuffix(".gz").rpartition(".")[2]
@@ -72,9 +72,7 @@ def _read(path: str) -> list[dict[str, Any]]:
                 return parquet.read_table(io.BytesIO(content)).to_pylist()
     except (ValueError, OSError, EOFError, csv.Error) as error:  # Arrow's and JSON's errors are ValueErrors
         raise DataError(f"oracle.path {path} is not a readable {suffix} file: {error}") from None
-    raise DataError(
-        f"oracle.path must end in .jsonl, .json, .csv or .parquet, or in one of these and .gz; got {path}"
-    )
+    raise DataError(f"oracle.path must end in .jsonl, .json, .csv or .parquet, or in one of these and .gz; got {path}")
 
 
 def _checked(rows: Any, config: ReplayOracleConfig) -> Iterable[dict[str, Any]]:
@@ -85,9 +83,7 @@ def _checked(rows: Any, config: ReplayOracleConfig) -> Iterable[dict[str, Any]]:
         missing = [column for column in wanted if column not in row]
         if missing:
             there = ", ".join(map(str, row)) or "none"
-            raise DataError(
-                f"oracle.path {config.path}, row {number}: no column {missing[0]}; there are: {there}"
-            )
+            raise DataError(f"oracle.path {config.path}, row {number}: no column {missing[0]}; there are: {there}")
         yield row
 
 

@@ -23,9 +23,9 @@ _MAX_REASON = 300
 class ScriptedOracle:
     """Calls `function(prompt, response)`, plain or async, which returns a score or (score, rationale).
 
-    Every call that returns counts as paid, whatever it returned; a None score abstains. A call that raises is
-    refunded, so that a bug in the function does not eat the budget; one that runs out of time is not, since it may
-    have paid somebody.
+    Every call that returns counts as paid, whatever it returned; a None score abstains. A call that raises
+    is refunded, so that a bug in the function does not eat the budget; one that runs out of time is not,
+    since it may have paid somebody.
     """
 
     def __init__(self, config: ScriptedOracleConfig, rubric: Rubric) -> None:
@@ -63,6 +63,7 @@ class ScriptedOracle:
         return await loop.run_in_executor(self._threads, self._function, prompt, response)
 
     def _verdict(self, returned: Any) -> Verdict:
+        score: Any
         score, rationale = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
         if score is None:
             return Verdict(score=None, rationale=str(rationale) or "the function abstained")
@@ -85,7 +86,5 @@ def _load(path: str) -> Callable[[str, str], Any]:
         ) from None
     function = vars(module).get(function_name)
     if not callable(function):
-        raise ConfigError(
-            f'oracle.function: module {module_name} has no function {function_name}, got "{path}"'
-        )
+        raise ConfigError(f'oracle.function: module {module_name} has no function {function_name}, got "{path}"')
     return function

@@ -1,6 +1,6 @@
 """Everything that can be refused before work starts, and the plan of what will be done.
 
-Loads no torch, ray, vllm or transformers (ray only to ask a running cluster), so that `--plan` takes under two
+Loads no torch, vllm or transformers, and ray only to ask a running cluster, so that `--plan` takes under two
 seconds. What only shows at run time, such as a model too large for its GPU, is not known here.
 """
 

@@ -24,18 +24,16 @@ class _Counts:
     num_pairs: int
 
 
-def check(
-    config: RunConfig, *, cluster: dict[str, float] | None = None, contact_oracle: bool = False
-) -> Plan:
+def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact_oracle: bool = False) -> Plan:
     """Refuse a run that cannot end well, or say what it will do. Starts and writes nothing.
 
     Args:
         config: the run.
         cluster: `ray.cluster_resources()`; None asks the cluster of RAY_ADDRESS, or looks at this machine.
-        contact_oracle: also ask the judge's endpoint whether it is there, and the hub for a policy not cached yet.
+        contact_oracle: also ask the judge whether it is there, and the hub for a policy not cached yet.
 
     Raises:
-        ConfigError, DataError, RunDirectoryError, ResourceError: one message with field, rule, value and remedy.
+        ConfigError, DataError, RunDirectoryError, ResourceError: one message: field, rule, value, remedy.
     """
     cluster = cluster_resources() if cluster is None else cluster
     check_run_folder(config)
@@ -87,8 +85,8 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
     num_prompts = num_kept - config.pool.num_eval
     if num_prompts < 1:
         raise ConfigError(
-            f"pool.num_eval must be below the number of prompts in the pool, {num_kept}, got {config.pool.num_eval}; "
-            "hold fewer out, or add prompts"
+            f"pool.num_eval must be below the number of prompts in the pool, {num_kept}, "
+            f"got {config.pool.num_eval}; hold fewer out, or add prompts"
         )
     num_responses = num_prompts * k
     num_askable = num_seed if config.generate.source == "seed" else num_responses
@@ -100,9 +98,7 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
             if config.generate.source == "seed"
             else f"{num_responses} responses ({num_prompts} prompts x generate.k = {k})"
         )
-        raise ConfigError(
-            f"select.budget must be at most the {of_what}, got {budget}; lower it, or add prompts"
-        )
+        raise ConfigError(f"select.budget must be at most the {of_what}, got {budget}; lower it, or add prompts")
     is_whole = config.select.unit == "prompt" and config.generate.source != "seed"
     num_label_queries = budget // k * k if is_whole else budget
     paired = num_label_queries // k if config.labels == "direct" else num_prompts
@@ -116,9 +112,7 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
     )
 
 
-def _usd(
-    config: RunConfig, rubric: Rubric, pool: PoolFacts, model: ModelFacts, counts: _Counts
-) -> float | None:
+def _usd(config: RunConfig, rubric: Rubric, pool: PoolFacts, model: ModelFacts, counts: _Counts) -> float | None:
     """Price of all paid queries if responses and verdicts are as long as allowed."""
     oracle = config.oracle
     if not isinstance(oracle, HttpOracleConfig) or oracle.usd_per_1m_input is None:
@@ -138,8 +132,8 @@ def _check_evaluator_context(config: RunConfig, rubric: Rubric, model: ModelFact
     num_tokens = count_tokens(config, model, [empty])[0]
     if model.tokenizer and model.max_model_len and num_tokens >= model.max_model_len:
         raise ConfigError(
-            f"rubric.template must leave room in the context of {model.max_model_len} tokens, and has {num_tokens} "
-            'alone; give a shorter template, or set evaluator.type = "scalar"'
+            f"rubric.template must leave room in the context of {model.max_model_len} tokens, and has "
+            f'{num_tokens} alone; give a shorter template, or set evaluator.type = "scalar"'
         )
     return num_tokens
 
@@ -152,13 +146,11 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
     if pool.num_cut:
         found.append(
             f"pool: {pool.num_cut} prompts (the longest has {pool.longest_tokens} tokens) leave less than "
-            f"generate.max_tokens = {config.generate.max_tokens} of the context of {model.max_model_len}: their "
-            "responses may be cut short"
+            f"generate.max_tokens = {config.generate.max_tokens} of the context of {model.max_model_len}: "
+            "their responses may be cut short"
         )
     if model.tokenizer is None:
-        found.append(
-            f"policy: no tokenizer.json of {config.policy.path} on this machine: prompt lengths are not checked"
-        )
+        found.append(f"policy: no tokenizer.json of {config.policy.path} here: prompt lengths are not checked")
     if model.weights_bytes is None:
         found.append("policy: its weights are not on this machine: size, disk and format are not checked")
     return found
@@ -174,30 +166,22 @@ def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> li
             if config.pseudo_label.pairing == "best_worst"
             else "add prompts or raise generate.k"
         )
-        found.append(
-            f"{per_query:.1f} pairs per paid query, and nine is the aim: {remedy}, or lower select.budget"
-        )
+        found.append(f"{per_query:.1f} pairs per paid query, and nine is the aim: {remedy}, or lower select.budget")
     if config.labels == "expert":
-        found.append(
-            f'labels = "expert" pays for all {counts.num_label_queries} responses, whatever select.budget says'
-        )
+        found.append(f'labels = "expert" pays for all {counts.num_label_queries} responses, whatever the budget')
     budget_usd = config.oracle.budget_usd if isinstance(config.oracle, HttpOracleConfig) else None
     if usd is not None and budget_usd is not None and usd > budget_usd:
-        found.append(
-            f"the queries may cost {usd:.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}"
-        )
+        found.append(f"the queries may cost {usd:.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}")
     per_prompt = 3 if config.evaluate.reference_answers else 2
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
-            f"evaluate.budget = {config.evaluate.budget} judges {counts.num_eval_queries // per_prompt} of the "
-            f"{config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
+            f"evaluate.budget = {config.evaluate.budget} judges {counts.num_eval_queries // per_prompt} "
+            f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found
 
 
-def _evaluator_warnings(
-    config: RunConfig, pool: PoolFacts, model: ModelFacts, rubric_tokens: int
-) -> list[str]:
+def _evaluator_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts, rubric_tokens: int) -> list[str]:
     if not rubric_tokens or not model.max_model_len:
         return []
     read = rubric_tokens + pool.longest_tokens + config.generate.max_tokens
@@ -206,7 +190,8 @@ def _evaluator_warnings(
         return []
     return [
         f"evaluator: rubric ({rubric_tokens} tokens), longest prompt ({pool.longest_tokens}), response "
-        f"({config.generate.max_tokens}) and rationale ({rationale}) may exceed the context of {model.max_model_len}"
+        f"({config.generate.max_tokens}) and rationale ({rationale}) may exceed the context "
+        f"of {model.max_model_len}"
     ]
 
 
@@ -214,6 +199,4 @@ def _cpu_warnings(config: RunConfig, cluster: dict[str, float]) -> list[str]:
     threads = config.generators.num_replicas * config.generators.threads
     if cluster.get("GPU", 0) > 0 or threads <= cluster.get("CPU", 0):
         return []
-    return [
-        f"generators: {threads} compute threads share {cluster.get('CPU', 0):g} CPUs; lower threads or num_replicas"
-    ]
+    return [f"generators: {threads} compute threads share {cluster.get('CPU', 0):g} CPUs; lower threads"]

@@ -1,4 +1,4 @@
-"""The user's files, read once: is everything there, how many prompts are there, and do they fit the context?"""
+"""The user's files, read once: is everything there, how many prompts, and do they fit the context?"""
 
 import heapq
 import importlib.util
@@ -16,6 +16,7 @@ from rayrl.data.reading import (
     require_columns,
 )
 from rayrl.errors import ConfigError, DataError
+from rayrl.oracles.keys import read_key
 from rayrl.preflight.model import ModelFacts
 
 _MEASURED_PROMPTS = 2000
@@ -53,9 +54,7 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
         else:
             heapq.heappushpop(longest, item)
     if counts.num_kept == 0:
-        raise DataError(
-            f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows)"
-        )
+        raise DataError(f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows)")
     mean_characters = num_characters / counts.num_kept
     if model.tokenizer is None:
         return PoolFacts(
@@ -88,8 +87,8 @@ def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], 
         at_least = "at least " if num_too_long == _MEASURED_PROMPTS else ""
         raise ConfigError(
             f"pool.path: a prompt must be shorter than the context of {model.max_model_len} tokens, but "
-            f"{at_least}{num_too_long} of {num_prompts} are not; the longest has {max(num_tokens)}. Shorten or remove "
-            "them, or raise policy.max_model_len if the model allows it"
+            f"{at_least}{num_too_long} of {num_prompts} are not; the longest has {max(num_tokens)}. "
+            "Shorten or remove them, or raise policy.max_model_len if the model allows it"
         )
     return sum(n + config.generate.max_tokens > model.max_model_len for n in num_tokens)
 
@@ -117,8 +116,9 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
             break
     if counts.num_kept == 0:
         raise DataError(
-            f"seed_data.path {config.seed_data.path} has no usable row: of {counts.num_rows}, {counts.num_empty} lack "
-            f"a prompt or response and {counts.num_below_score} score below seed_data.min_score"
+            f"seed_data.path {config.seed_data.path} has no usable row: of {counts.num_rows}, "
+            f"{counts.num_empty} lack a prompt or response and {counts.num_below_score} score below "
+            "seed_data.min_score"
         )
     return counts
 
@@ -140,26 +140,14 @@ def inspect_others(config: RunConfig) -> None:
         raise ConfigError(f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}")
     match config.oracle:
         case HttpOracleConfig():
-            _check_key(config.oracle.api_key_env)
+            read_key(config.oracle.api_key_env)
         case ScriptedOracleConfig():
             _check_module(config.oracle.function)
         case ReplayOracleConfig() as replay:
             needed = [replay.prompt_column, replay.response_column, replay.score_column]
-            require_columns(replay.path, needed + [replay.rationale_column] * bool(replay.rationale_column))
-
-
-def _check_key(source: str | None) -> None:
-    if source is None:
-        return
-    if source.startswith("file:"):
-        path = Path(source.removeprefix("file:")).expanduser()
-        if not path.is_file() or path.stat().st_size == 0:
-            raise ConfigError(f"oracle.api_key_env must name a file that holds the key, got {source}")
-    elif not os.environ.get(source, "").strip():
-        raise ConfigError(
-            f"oracle.api_key_env names the environment variable {source}, which is not set; export it, or set "
-            "api_key_env to another variable, or leave the key out with a server that needs none"
-        )
+            if replay.rationale_column is not None:
+                needed.append(replay.rationale_column)
+            require_columns(replay.path, needed)
 
 
 def _check_module(function: str) -> None:

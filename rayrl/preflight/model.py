@@ -37,7 +37,7 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
     if folder is None:
         return ModelFacts(max_model_len=policy.max_model_len)
     config = storage.read_json(storage.join(folder, "config.json"))
-    config |= config.get("text_config", {})  # a multimodal model nests its language model
+    config |= config.get("text_config") or {}  # a multimodal model nests its language model
     if not has_gpu:
         _check_head_dim(config, policy.path)
     weights_bytes = _weights_bytes(folder, policy.path)
@@ -61,9 +61,7 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
             raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}")
         return path
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
-        raise ConfigError(
-            f"{setting} must be a model folder or a hub id, got {path}: there is no such folder"
-        )
+        raise ConfigError(f"{setting} must be a model folder or a hub id, got {path}: there is no such folder")
     from huggingface_hub import constants, snapshot_download
 
     offline = not online or constants.HF_HUB_OFFLINE
@@ -73,8 +71,8 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
     except (OSError, ValueError) as error:
         if not offline or constants.HF_HUB_OFFLINE:
             raise ConfigError(
-                f"{setting} must be a model folder or a hub id, got {path}: no such folder, and not to be had "
-                f"from the hub ({error}); download the model and give its folder"
+                f"{setting} must be a model folder or a hub id, got {path}: no such folder, and not to be "
+                f"had from the hub ({error}); download the model and give its folder"
             ) from None
         return None
     return folder if storage.exists(storage.join(folder, "config.json")) else None
@@ -87,8 +85,8 @@ def _check_head_dim(config: dict[str, Any], path: str) -> None:
     if head_dim is not None and head_dim not in CPU_HEAD_DIMS:
         allowed = ", ".join(map(str, CPU_HEAD_DIMS))
         raise ConfigError(
-            f"policy.path: without a GPU the model's head_dim must be one of {allowed} (vLLM's CPU attention), "
-            f"got {head_dim} in {path}; take another model, or a machine with a GPU"
+            f"policy.path: without a GPU the model's head_dim must be one of {allowed} "
+            f"(vLLM's CPU attention), got {head_dim} in {path}; take another model, or a machine with a GPU"
         )
 
 
@@ -108,7 +106,7 @@ def _weights_bytes(folder: str, path: str) -> int | None:
 
 def _max_model_len(policy: PolicyConfig, config: dict[str, Any]) -> int | None:
     context = config.get("max_position_embeddings") or config.get("n_positions")
-    scaled = config.get("rope_scaling") or config.get("rope_parameters", {}).get("factor")
+    scaled = config.get("rope_scaling") or (config.get("rope_parameters") or {}).get("factor")
     if policy.max_model_len and context and not scaled and policy.max_model_len > context:
         raise ConfigError(
             f"policy.max_model_len must be at most the model's context {context}, got {policy.max_model_len}"

@@ -1,4 +1,4 @@
-"""Where a run is kept: its directory, whose it is, whether it can be written, and whether the disk is large enough."""
+"""The run directory: whose it is, whether it can be written, and whether its disk is large enough."""
 
 import os
 import shutil
@@ -36,21 +36,12 @@ def check_run_folder(config: RunConfig) -> None:
             raise ConfigError(
                 f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}"
             ) from None
-        if (
-            is_local
-            and "://" not in url
-            and not os.path.isabs(url)
-            and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        ):
+        if is_local and "://" not in url and not os.path.isabs(url) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             raise ConfigError(
-                f"{setting} must be an absolute path inside a Ray job, whose working directory is deleted, got {url}"
+                f"{setting} must be an absolute path inside a Ray job (its working folder is deleted), got {url}"
             )
-    if config.reuse is not None and not storage.exists(
-        storage.join(storage.absolute(config.reuse), "config.json")
-    ):
-        raise RunDirectoryError(
-            f"reuse must be another run's folder (with a config.json), got {config.reuse}"
-        )
+    if config.reuse is not None and not storage.exists(storage.join(storage.absolute(config.reuse), "config.json")):
+        raise RunDirectoryError(f"reuse must be another run's folder (with a config.json), got {config.reuse}")
     url = storage.absolute(config.run_dir)
     saved = storage.join(url, "config.json")
     if storage.exists(saved):
@@ -63,9 +54,7 @@ def check_run_folder(config: RunConfig) -> None:
     if storage.is_local(url):
         parent = existing_parent(url)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise RunDirectoryError(
-                f"run_dir must be a folder that can be written, got {url}: {parent} cannot be"
-            )
+            raise RunDirectoryError(f"run_dir must be a folder that can be written, got {url}: {parent} cannot be")
 
 
 def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int | None:
@@ -85,8 +74,8 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int 
     free = shutil.disk_usage(existing_parent(storage.absolute(config.run_dir))).free
     if needed > free:
         raise ResourceError(
-            f"run_dir {config.run_dir} needs about {needed / 2**30:,.1f} GiB (checkpoints, optimizer and tables), and "
-            f"its disk has {free / 2**30:,.1f} GiB free; free some, or put run_dir on another disk"
+            f"run_dir {config.run_dir} needs about {needed / 2**30:,.1f} GiB (weights, optimizer, tables), "
+            f"and its disk has {free / 2**30:,.1f} GiB free; free some, or put run_dir on another disk"
         )
     return needed
 

@@ -61,7 +61,7 @@ def render_plan(plan: Plan) -> str:
         "pool": f"{plan.num_prompts:,} prompts x {num_each} responses = {plan.num_responses:,}, "
         f"and {plan.num_eval_prompts:,} prompts held out",
         "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries; {price}",
-        "pairs": f"{plan.num_pairs:,}, that is {plan.pairs_per_query:.1f} per paid query (before ties are dropped)",
+        "pairs": f"{plan.num_pairs:,}, or {plan.pairs_per_query:.1f} per paid query, before ties are dropped",
         "mode": f"{plan.mode}: {how[plan.mode]}; reference log-probabilities from "
         f"{'generation' if plan.reference == 'generation' else 'one pass before the first step'}",
         "disk": disk,
@@ -71,9 +71,7 @@ def render_plan(plan: Plan) -> str:
     what_width = max(len(stage.what) for stage in plan.stages)
     lines += ["", f"{'stage':<15}{'what':<{what_width + 2}}reserves"]
     for stage in plan.stages:
-        needs = [f"{stage.num_gpus:g} GPU"] * (stage.num_gpus > 0) + [f"{stage.num_cpus} CPU"] * (
-            stage.num_cpus > 0
-        )
+        needs = [f"{stage.num_gpus:g} GPU"] * (stage.num_gpus > 0) + [f"{stage.num_cpus} CPU"] * (stage.num_cpus > 0)
         reserves = stage.actors + (f" ({', '.join(needs)})" if needs else "")
         lines.append(f"{stage.name:<15}{stage.what:<{what_width + 2}}{reserves}".rstrip())
     lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []

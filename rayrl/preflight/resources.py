@@ -1,7 +1,8 @@
 """What each stage reserves, against what the cluster has; and whether scoring and DPO run at once or in turn.
 
-CPUs: a training worker reserves one, engines and oracles none, and one must stay free for Ray Data, which otherwise
-waits for ever without a word. GPUs: a training worker takes a whole one, an engine what its config says.
+CPUs: a training worker reserves one, engines and oracles none, and one must stay free for Ray Data, which
+otherwise waits for ever without a word. GPUs: a training worker takes a whole one, an engine what its config
+says.
 """
 
 import math
@@ -27,7 +28,7 @@ def cluster_resources() -> dict[str, float]:
     import ray
 
     if ray.is_initialized():
-        return ray.cluster_resources()
+        return dict(ray.cluster_resources().items())
     try:
         ray.init(address, log_to_driver=False)
     except ConnectionError as error:
@@ -36,15 +37,13 @@ def cluster_resources() -> dict[str, float]:
         ) from None
     resources = ray.cluster_resources()
     ray.shutdown()
-    return resources
+    return dict(resources.items())
 
 
 def _num_local_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len(
-            [device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")]
-        )
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
     return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
 
 
@@ -67,8 +66,9 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
     if mode == "overlap":
         if reference == "pass":
             raise ConfigError(
-                'pseudo_label.mode must be "auto" or "alternate" when the reference log-probabilities come from a '
-                'pass before the first step (dpo.reference = "pass", or "auto" below float32), got "overlap"'
+                'pseudo_label.mode must be "auto" or "alternate" when the reference log-probabilities '
+                'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32), '
+                'got "overlap"'
             )
         _require(both, cluster)
     elif mode == "auto":
@@ -91,15 +91,11 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
     learns = config.labels in ("proxy", "shuffled")
     scorers = "generators" if evaluator.type == "generative" else "embedders"
     embeds = select.strategy == "k_center"
-    what_select = (
-        f"{select.strategy} over {select.text}, {select.num_shards} shard(s)" if embeds else "random"
-    )
+    what_select = f"{select.strategy} over {select.text}, {select.num_shards} shard(s)" if embeds else "random"
     stages = []
     if config.sft.enabled:
         stages.append(_fit("sft", "M0 -> M1 on the seed data", "sft", config.sft, has_gpu))
-    stages.append(
-        _serve("generate", f"{config.generate.k} responses per prompt", "generators", config, has_gpu)
-    )
+    stages.append(_serve("generate", f"{config.generate.k} responses per prompt", "generators", config, has_gpu))
     if config.labels == "expert":
         stages.append(StagePlan(name="query", what="the expert labels everything"))
     else:
@@ -133,8 +129,7 @@ def _fit(name: str, what: str, section: str, training: TrainingConfig, has_gpu: 
     return StagePlan(
         name=name,
         what=what,
-        actors=f"{training.num_workers} worker(s), ZeRO-{training.zero_stage}"
-        + ", LoRA" * (training.lora is not None),
+        actors=f"{training.num_workers} worker(s), ZeRO-{training.zero_stage}" + ", LoRA" * (training.lora is not None),
         num_gpus=training.num_workers if has_gpu else 0,
         num_cpus=training.num_workers,
         setting=f"{section}.num_workers",
@@ -156,9 +151,7 @@ def _engine_gpus(engine: EngineConfig, section: str) -> int:
     """Whole GPUs a fleet occupies: a replica never straddles two of them."""
     each = engine.gpus_per_replica * engine.tensor_parallel_size
     if each > 1 and each != int(each):
-        raise ConfigError(
-            f"{section}.gpus_per_replica x tensor_parallel_size must be at most 1 or a whole number, got {each:g}"
-        )
+        raise ConfigError(f"{section}.gpus_per_replica x tensor_parallel_size must be at most 1 or whole, got {each:g}")
     if each >= 1:
         return engine.num_replicas * int(each)
     return math.ceil(engine.num_replicas / math.floor(1 / each + 1e-9)) if each > 0 else 0
@@ -186,9 +179,7 @@ def _require(stage: StagePlan, cluster: dict[str, float]) -> None:
     resource = _missing(stage, cluster)
     if resource is None:
         return
-    needed = (
-        f"{stage.num_gpus:g}" if resource == "GPU" else f"{stage.num_cpus} and {_FREE_CPUS} free for Ray Data"
-    )
+    needed = f"{stage.num_gpus:g}" if resource == "GPU" else f"{stage.num_cpus} and {_FREE_CPUS} free for Ray Data"
     remedy = f"lower {stage.setting}" if stage.setting else "use a larger machine"
     raise ResourceError(
         f"stage {stage.name} ({stage.actors or 'driver'}) needs {resource}: {needed}, and the cluster has "

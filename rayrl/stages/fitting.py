@@ -55,7 +55,9 @@ def fit_stage(
     training: TrainingConfig,
     stream: Stream,
 ) -> dict[str, Any]:
-    """Train, note the time, and return first and final loss, steps and seconds."""
+    """Train (in mode `alternate` the fleets make room), note the time; first and final loss, steps and seconds."""
+    if services.mode == "alternate":
+        services.release()
     started = time.monotonic()
     fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu)
     seconds = time.monotonic() - started

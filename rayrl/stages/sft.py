@@ -14,6 +14,7 @@ from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.records import Checkpoint, content_id
 from rayrl.runs.run import Run
+from rayrl.runs.storage import local_folder
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.training.sft import SftJob, train_sft
 
@@ -120,6 +121,6 @@ def context_length(run: Run) -> int:
     if policy.max_model_len is not None:
         return policy.max_model_len
     model = AutoConfig.from_pretrained(
-        policy.path, revision=policy.revision, trust_remote_code=policy.trust_remote_code
+        local_folder(policy.path), revision=policy.revision, trust_remote_code=policy.trust_remote_code
     )
     return int(model.get_text_config().max_position_embeddings)

@@ -11,7 +11,9 @@ MAX_KL_PER_TOKEN = 0.25
 MAX_RELATIVE_CHANGE = 0.2
 """Of length, distinct-2 and self-BLEU."""
 MAX_PERPLEXITY_RATIO = 2.0
-MAX_ABSTAINED_SHARE = 0.1
+MAX_EMPTY_SHARE = 0.1
+"""Of questions without an answer, and of responses without text."""
+MAX_TRUNCATED_SHARE = 0.5
 MIN_PAIRS_PER_QUERY = 9
 """The paper's ratio of pseudo-labelled pairs to paid queries (arXiv 2407.02119)."""
 
@@ -43,8 +45,8 @@ def _of_gain(evaluated: dict[str, Any]) -> Iterator[str]:
         yield "The gain has no standard error and is therefore not shown: raise evaluate.budget."
     elif not significant(difference):
         yield (
-            f"The gain ({difference['mean']:+.3f} \u00b1 {difference['standard_error']:.3f}) is not above two "
-            "standard errors: it may be noise. More evaluation prompts or more seeds can tell."
+            f"The gain ({difference['mean']:+.3f} \u00b1 {difference['standard_error']:.3f}) is not above "
+            "two standard errors: it may be noise. More evaluation prompts or more seeds can tell."
         )
     if significant(evaluated.get("win_rate"), above=0.5) and not significant(
         evaluated.get("length_controlled_win_rate"), above=0.5
@@ -85,14 +87,16 @@ def _of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_money(facts: dict[str, Any]) -> Iterator[str]:
-    for purpose, title in (("label", "paid label queries"), ("evaluate", "paid evaluation queries")):
-        spent, abstained, lost = (
-            facts["paid"][purpose].get(name) or 0 for name in ("spent", "abstained", "lost")
+    for purpose, title in (("label", "label queries"), ("evaluate", "evaluation queries")):
+        count = facts["paid"][purpose]
+        spent, abstained, lost, refunded = (
+            count.get(name) or 0 for name in ("spent", "abstained", "lost", "refunded")
         )
-        if spent and abstained / spent > MAX_ABSTAINED_SHARE:
-            yield f"The expert abstained on {abstained} of {spent} {title}; they are paid and teach nothing."
+        asked, unanswered = spent + refunded, abstained + refunded
+        if asked and unanswered / asked > MAX_EMPTY_SHARE:
+            yield f"The expert gave no label to {unanswered} of {asked} {title}; {abstained} were paid."
         if lost:
-            yield f"{lost} of {spent} {title} were in flight when a process died: paid, perhaps, and lost."
+            yield f"{lost} of {spent} {title} were under way when a process died: lost, and perhaps paid."
     ratio = facts["paid"]["pairs_per_query"]
     if (
         ratio is not None
@@ -100,15 +104,15 @@ def _of_money(facts: dict[str, Any]) -> Iterator[str]:
         and facts["config"].get("labels", "proxy") == "proxy"
     ):
         yield (
-            f"Only {ratio:.1f} preference pairs per paid query, the aim is {MIN_PAIRS_PER_QUERY}: add prompts, "
-            "or pair by margin."
+            f"Only {ratio:.1f} preference pairs per paid query, the aim is {MIN_PAIRS_PER_QUERY}: add "
+            "prompts, or pair by margin."
         )
 
 
 def _of_responses(generated: dict[str, Any]) -> Iterator[str]:
     num, empty = generated.get("num_responses"), generated.get("num_empty") or 0
-    if num and empty / num > MAX_ABSTAINED_SHARE:
+    if num and empty / num > MAX_EMPTY_SHARE:
         yield f"{empty} of {num} responses are empty."
     truncated = generated.get("truncated_share")
-    if truncated is not None and truncated > 0.5:
-        yield f"{100 * truncated:.0f}% of the responses end at generate.max_tokens: unfinished text is judged."
+    if truncated is not None and truncated > MAX_TRUNCATED_SHARE:
+        yield f"{100 * truncated:.0f}% of the responses end at generate.max_tokens: that text is unfinished."

@@ -1,7 +1,7 @@
 """Training curves: one JSON object per logged step, and the same numbers as TensorBoard scalars.
 
 The JSON lines are the record; the report and the notebook read them. An interrupted stage logs some steps a
-second time: both readers (here and TensorBoard's) then keep the later values. One process logs per stage (rank 0).
+second time: both readers (here and TensorBoard's) keep the later values. One process logs a stage: rank 0.
 """
 
 import json
@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from fsspec.core import url_to_fs
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rayrl.runs import storage

@@ -1,7 +1,7 @@
 """The report of one run: report.json (the facts) and report.html (one file, no script, nothing to load).
 
-Built from the run directory alone, at any time; what the run has not reached is shown as not run. Model output
-is untrusted data: the template escapes all of it, figures are images, and a content security policy forbids the rest.
+Built from the run directory alone, at any time; what the run has not reached is shown as not run. Model
+output is untrusted data: the template escapes it, figures are images, a content security policy forbids more.
 """
 
 import base64

@@ -1,10 +1,14 @@
 """What a run directory says about its run: the facts behind the report, `rayrl runs` and `rayrl status`.
 
-Reads the config, the manifests and the timings; never the ledger, a checkpoint or a cluster. What a run has not
-reached yet is None: a report can be made at any time.
+Reads the config, the manifests, the timings and the ledger's counts, and changes nothing. What a run has not
+reached yet is None: a report can be made at any time, while the run goes on too.
 """
 
+import contextlib
+import logging
 import math
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -13,6 +17,9 @@ from rayrl.errors import DataError, RunDirectoryError
 from rayrl.runs import storage
 from rayrl.telemetry.caveats import caveats
 
+logger = logging.getLogger(__name__)
+
+COUNTS = ("spent", "scored", "abstained", "lost", "refunded")
 STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
 
 
@@ -41,7 +48,7 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
         "stages": [_stage(run_dir, stage, manifest) for stage, manifest in manifests.items()],
         "startup": _add_up(_read(run_dir, "timings.json") or []),
         "metrics": metrics,
-        "paid": _paid(config, metrics),
+        "paid": _paid(config, metrics, _ledger(run_dir)),
     }
     facts["caveats"] = caveats(facts)
     return _valid_json(facts)
@@ -111,22 +118,41 @@ def _add_up(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(totals.values())
 
 
-def _paid(config: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """The query budgets, what was spent of them and what that bought; the latest count of the ledger wins."""
-    ledger = metrics["query"] | metrics["evaluate"].get("ledger", {})
-    label = {"budget": config.get("select", {}).get("budget")} | ledger.get("label", {})
-    evaluate = {"budget": config.get("evaluate", {}).get("budget")} | ledger.get("evaluate", {})
-    spent = label.get("spent")
+def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
+    """What the ledger itself counts, by purpose; empty where it cannot be read (a remote run)."""
+    path = Path(url_to_fs(storage.join(run_dir, "ledger.sqlite"))[1])
+    if not storage.is_local(run_dir) or not path.is_file():
+        return {}
+    sql = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as ledger:
+            rows = ledger.execute(sql).fetchall()
+    except sqlite3.DatabaseError as error:
+        logger.warning("%s cannot be read (%s): spending is shown as of the last finished stage", path, error)
+        return {}
+    counts: dict[str, dict[str, Any]] = {}
+    for purpose, state, num, usd in rows:
+        count = counts.setdefault(purpose, dict.fromkeys(COUNTS, 0))
+        count["in_flight" if state == "reserved" else state] = num
+        count["spent"] += num if state in ("scored", "abstained", "lost") else 0
+        count["cost_usd"] = count.get("cost_usd", 0.0) + usd
+    return counts
+
+
+def _paid(
+    config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The query budgets, what was spent of them and what that bought; the latest count wins."""
+    counts = (metrics["query"], metrics["evaluate"].get("ledger", {}), ledger)
+    paid: dict[str, Any] = {}
+    for purpose, section in (("label", "select"), ("evaluate", "evaluate")):
+        paid[purpose] = {"budget": config.get(section, {}).get("budget")}
+        for count in counts:
+            paid[purpose] |= count.get(purpose, {})
+    spent = paid["label"].get("spent")
     num_scored, num_pairs = (metrics["pseudo_label"].get(name) for name in ("num_scored", "num_pairs"))
-    return {
-        "label": label,
-        "evaluate": evaluate,
-        "num_scored": num_scored,
-        "num_pairs": num_pairs,
-        "pairs_per_query": num_pairs / label["spent"]
-        if num_pairs is not None and label.get("spent")
-        else None,
-    }
+    ratio = num_pairs / spent if num_pairs is not None and spent else None
+    return paid | {"num_scored": num_scored, "num_pairs": num_pairs, "pairs_per_query": ratio}
 
 
 def _valid_json(value: Any) -> Any:

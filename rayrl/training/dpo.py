@@ -1,8 +1,9 @@
 """Direct preference optimisation (arXiv 2305.18290) of M1 on the pseudo-labelled pairs."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,9 @@ from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs import storage
-from rayrl.telemetry.metrics import MetricLog
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
-from rayrl.training.steps import num_steps, steps
+from rayrl.training.steps import num_steps, rank_zero_log, steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,14 @@ class DpoJob:
 class PairBatch:
     """B pairs: `tokens` holds the B chosen responses first, then the B rejected ones."""
 
+    names: list[str]
     tokens: TokenBatch
     reference_chosen: Tensor
     reference_rejected: Tensor
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(
-            self.tokens.to(device), self.reference_chosen.to(device), self.reference_rejected.to(device)
+            self.names, self.tokens.to(device), self.reference_chosen.to(device), self.reference_rejected.to(device)
         )
 
 
@@ -74,18 +75,18 @@ def train_dpo(job: DpoJob) -> None:
         rewards.append((chosen_rewards - rejected_rewards).detach())
         return losses.sum()
 
-    with MetricLog(job.run_url, "dpo") as log:
+    with rank_zero_log(job.run_url, "dpo") as log:
         for step, rows in steps(engine, job.dpo, job.seed):
             started = time.monotonic()
-            rows = [row | references.get(row["chosen_id"] + row["rejected_id"], {}) for row in rows]
+            rows = [row | references.get(name_of(row), {}) for row in rows]
             batches = [batch.to(engine.device) for batch in collated(rows, job.dpo.micro_batch_tokens)]
             rewards.clear()
             loss = zero.train_step(engine, batches, loss_of, len(rows), idle)
-            if launch.rank() == 0:
+            if rewards:
                 margins = torch.cat(rewards)
                 padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
                 num_tokens = sum(int(batch.tokens.attention_mask.sum()) for batch in batches)
-                log.log(
+                log(
                     step,
                     loss=loss,
                     reward_margin=margins.mean(),
@@ -130,6 +131,7 @@ def pair_batch(rows: list[Row]) -> PairBatch:
     prompts = [r["prompt_token_ids"] for r in rows]
     responses = [r["chosen_token_ids"] for r in rows] + [r["rejected_token_ids"] for r in rows]
     return PairBatch(
+        [name_of(r) for r in rows],
         collate(prompts + prompts, responses),
         torch.tensor([r["chosen_reference_logprob"] for r in rows], dtype=torch.float32),
         torch.tensor([r["rejected_reference_logprob"] for r in rows], dtype=torch.float32),
@@ -137,6 +139,8 @@ def pair_batch(rows: list[Row]) -> PairBatch:
 
 
 IDLE_PAIR: Row = {
+    "chosen_id": "idle",
+    "rejected_id": "idle",
     "prompt_token_ids": [0],
     "chosen_token_ids": [0],
     "rejected_token_ids": [0],
@@ -145,7 +149,7 @@ IDLE_PAIR: Row = {
 }
 
 
-def reference_pass(engine: torch.nn.Module, job: DpoJob) -> dict[str, dict[str, float]]:
+def reference_pass(engine: Any, job: DpoJob) -> dict[str, dict[str, float]]:
     """M1's log-probabilities of every pair, read once before the first step and kept beside the fit.
 
     A restarted worker reads them back: by then the policy has moved.
@@ -155,27 +159,19 @@ def reference_pass(engine: torch.nn.Module, job: DpoJob) -> dict[str, dict[str, 
         return storage.read_json(url)
     engine.eval()
     references: dict[str, dict[str, float]] = {}
-    with torch.no_grad():
-        for rows in _chunks(launch.rows(), job.dpo.batch_size):
-            chosen, rejected = [], []
-            for row in rows:
-                tokens = pair_batch([row]).to(engine.device).tokens  # type: ignore[arg-type]
-                both = response_logprobs(engine, tokens)
-                chosen.append(both[0].item())
-                rejected.append(both[1].item())
-            for row, c, r in zip(rows, chosen, rejected, strict=True):
-                key = row["chosen_id"] + row["rejected_id"]
-                references[key] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
+    rows = iter(launch.rows())
+    while zero.largest(len(chunk := list(islice(rows, job.dpo.batch_size))), engine) > 0:
+        batches = collated(chunk, job.dpo.micro_batch_tokens)
+        for i in range(int(zero.largest(len(batches), engine))):
+            batch = (batches[i] if i < len(batches) else pair_batch([IDLE_PAIR])).to(engine.device)
+            with torch.no_grad():
+                chosen, rejected = response_logprobs(engine, batch.tokens).chunk(2)
+            for name, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
+                references[name] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
     storage.write_json(url, references)
     return references
 
 
-def _chunks(rows: Iterable[Row], size: int) -> Iterable[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def name_of(pair: Row) -> str:
+    """What a pair's reference log-probabilities are kept under."""
+    return f"{pair['chosen_id']}/{pair['rejected_id']}"

@@ -139,7 +139,7 @@ def train_step(
 
 def gathered_state(engine: Any, module: nn.Module) -> dict[str, Tensor]:
     """Full weights of a module on rank 0 (empty elsewhere), one parameter at a time, whatever the ZeRO stage."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     state: dict[str, Tensor] = {}
     rank = dist.get_rank() if dist.is_initialized() else 0

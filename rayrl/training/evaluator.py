@@ -15,10 +15,9 @@ from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.models.reward import RewardModel
 from rayrl.runs.storage import local_folder
-from rayrl.telemetry.metrics import MetricLog
 from rayrl.training import engine as zero
-from rayrl.training import export, launch
-from rayrl.training.steps import num_steps, steps
+from rayrl.training import export
+from rayrl.training.steps import num_steps, rank_zero_log, steps
 
 MicroBatch = tuple[TokenBatch, Tensor]
 
@@ -69,15 +68,14 @@ def train_scalar(job: ScalarJob) -> None:
             return bradley_terry_loss(chosen, rejected).sum()
         return (rewards - scores).square().sum()
 
-    with MetricLog(job.run_url, job.stage) as log:
+    with rank_zero_log(job.run_url, job.stage) as log:
         for step, rows in steps(engine, job.evaluator, job.seed):
             micro = [
                 (batch.to(engine.device), scores.to(engine.device))
                 for batch, scores in collated(rows, job.evaluator)
             ]
             loss = zero.train_step(engine, micro, loss_of, len(rows), idle)
-            if launch.rank() == 0:
-                log.log(step, loss=loss, learning_rate=engine.get_lr()[0])
+            log(step, loss=loss, learning_rate=engine.get_lr()[0])
     export.export_reward_model(engine, reward_model, load_tokenizer(job.policy), job.checkpoint_url)
 
 

@@ -15,10 +15,9 @@ from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs.storage import local_folder
-from rayrl.telemetry.metrics import MetricLog
 from rayrl.training import engine as zero
-from rayrl.training import export, launch
-from rayrl.training.steps import num_steps, steps
+from rayrl.training import export
+from rayrl.training.steps import num_steps, rank_zero_log, steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +53,12 @@ def train_sft(job: SftJob) -> None:
     def loss_of(batch: TokenBatch) -> Tensor:
         return -response_logprobs(engine, batch).sum()
 
-    with MetricLog(job.run_url, job.stage) as log:
+    with rank_zero_log(job.run_url, job.stage) as log:
         for step, rows in steps(engine, job.training, job.seed):
             batches = [batch.to(engine.device) for batch in collated(rows, job.training.micro_batch_tokens)]
             num_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
             loss = zero.train_step(engine, batches, loss_of, num_tokens, idle)
-            if launch.rank() == 0:
-                log.log(step, loss=loss, learning_rate=engine.get_lr()[0], num_tokens=num_tokens)
+            log(step, loss=loss, learning_rate=engine.get_lr()[0], num_tokens=num_tokens)
     export.export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 
 

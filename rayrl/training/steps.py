@@ -1,10 +1,12 @@
 """The walk through the data that every training shares: resume, one step at a time, checkpoint."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rayrl.config import TrainingConfig
 from rayrl.data.batches import Row, optimizer_batches
+from rayrl.telemetry.metrics import MetricLog
 from rayrl.training import engine as zero
 from rayrl.training import launch
 
@@ -39,3 +41,13 @@ def steps(
 def checkpoint(engine: Any, step: int) -> None:
     """Register a checkpoint of this step with Ray Train."""
     launch.report({"step": step}, lambda folder: zero.save(engine, folder, {"step": step}))
+
+
+@contextmanager
+def rank_zero_log(run_url: str, stage: str) -> Iterator[Callable[..., None]]:
+    """`log(step, **values)`: one process writes the curve, the others' calls do nothing."""
+    if launch.rank() != 0:
+        yield lambda step, **values: None
+        return
+    with MetricLog(run_url, stage) as log:
+        yield log.log

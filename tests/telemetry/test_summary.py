@@ -1,11 +1,14 @@
 """The facts of a run, whatever it has reached."""
 
+import contextlib
 import json
 import math
 
 import pytest
 
 from rayrl.errors import DataError, RunDirectoryError
+from rayrl.oracles.ledger import Ledger, Query
+from rayrl.oracles.protocol import Verdict
 from rayrl.telemetry.summary import STAGES, gain, plus_minus, summarize_run
 
 
@@ -45,7 +48,7 @@ def test_a_good_run_has_no_caveats(run_dir):
         (
             "query",
             {"label": {"spent": 128, "abstained": 60, "lost": 0}},
-            "abstained on 60 of 128",
+            "no label to 60 of 128 label queries; 60 were paid",
         ),
         ("query", {"label": {"spent": 128, "abstained": 0, "lost": 3}}, "3 of 128"),
         ("pseudo_label", {"num_pairs": 500}, "Only 3.9 preference pairs"),
@@ -57,6 +60,31 @@ def test_each_thing_that_looks_wrong_is_said(run_dir, stage, changes, expected):
     edit_metrics(run_dir, stage, **changes)
     (caveat,) = summarize_run(str(run_dir))["caveats"]
     assert expected in caveat
+
+
+def test_the_ledger_itself_knows_best(run_dir):
+    question = {"prompt_id": "p", "response_id": "p-0", "prompt": "x", "oracle": "o", "rubric": "r"}
+    with contextlib.closing(
+        Ledger(str(run_dir / "ledger.sqlite"), {"label": 128, "evaluate": 128})
+    ) as ledger:
+        for i, (purpose, score, billed) in enumerate(
+            [("label", 3.0, True), ("label", None, True), ("label", None, False), ("evaluate", 1.0, True)]
+        ):
+            reserved = ledger.reserve(Query(response=str(i), **question), purpose, 0.01)
+            ledger.commit(reserved, Verdict(score=score, rationale="", billed=billed, cost_usd=0.01))
+        ledger.reserve(Query(response="open", **question), "label", 0.01)
+        expected = ledger.summary()
+        paid = summarize_run(str(run_dir))["paid"]  # while its owner has it open
+    for purpose in ("label", "evaluate"):
+        assert {name: paid[purpose].get(name, 0) for name in expected[purpose]} == pytest.approx(
+            expected[purpose]
+        )
+
+
+def test_a_damaged_ledger_leaves_the_manifests_counts(run_dir, caplog):
+    (run_dir / "ledger.sqlite").write_bytes(b"no database" * 100)
+    assert summarize_run(str(run_dir))["paid"]["label"]["spent"] == 128
+    assert "cannot be read" in caplog.text
 
 
 def test_the_evaluation_ledger_is_the_latest_count(run_dir):

@@ -1,0 +1,59 @@
+"""Where a ledger lies: who owns the file, and its copy when the run directory is remote."""
+
+import fcntl
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+import fsspec
+
+from rayrl.errors import RunDirectoryError
+
+_POLL_S = 0.1
+
+
+def own(path: Path, wait_s: float) -> IO[str]:
+    """An open, locked file: this process owns the ledger. The kernel drops the lock when the process dies.
+
+    Raises:
+        RunDirectoryError: another process still owns it after `wait_s`, or the filesystem has no locks.
+    """
+    lock = open(f"{path}.lock", "w")  # noqa: SIM115 the caller closes it, or dies
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise RunDirectoryError(
+                    f"{path} must have one owner, and another process holds it; end that run, or use another run_dir"
+                ) from None
+            time.sleep(_POLL_S)
+        except OSError as error:
+            lock.close()
+            raise RunDirectoryError(f"{path} must be on a filesystem with file locks: {error}") from None
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is an fsspec URL rather than a path."""
+    return "://" in location
+
+
+def working_copy(url: str) -> Path:
+    """A local copy of a remote ledger, or the place for a new one."""
+    path = Path(tempfile.mkdtemp(prefix="rayrl-ledger-")) / "ledger.sqlite"
+    filesystem, remote = fsspec.url_to_fs(url)
+    if filesystem.exists(remote):
+        path.write_bytes(filesystem.cat_file(remote))
+    return path
+
+
+def upload(url: str, content: bytes) -> None:
+    """Replace the remote file; a crash in between leaves the old one whole."""
+    filesystem, remote = fsspec.url_to_fs(url)
+    filesystem.makedirs(remote.rpartition("/")[0], exist_ok=True)
+    filesystem.pipe_file(f"{remote}.part", content)
+    filesystem.mv(f"{remote}.part", remote)

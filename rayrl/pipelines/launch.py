@@ -1,0 +1,42 @@
+"""Around a pipeline: open the run, start the oracle pool, and whatever happens leave no actor behind."""
+
+import logging
+from collections.abc import Callable
+
+import ray
+
+from rayrl.actors.oracle_pool import start_oracle_pool
+from rayrl.actors.services import Services
+from rayrl.config import RunConfig
+from rayrl.models.judge import load_rubric
+from rayrl.preflight.plan import Plan
+from rayrl.runs import storage
+from rayrl.runs.run import Manifest, Run, open_run
+from rayrl.telemetry.report import write_report
+
+logger = logging.getLogger(__name__)
+
+Pipeline = Callable[[Run, Services, "ray.actor.ActorHandle"], Manifest]
+
+
+def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float) -> str:
+    """Run a pipeline to its report; returns the report's URL."""
+    run = open_run(config)
+    run.record_time("ray", ray_start_s)
+    services = Services(run, mode=plan.mode, reference=plan.reference)
+    budgets = {"label": plan.num_label_queries, "evaluate": config.evaluate.budget}
+    oracle = start_oracle_pool(
+        config.name,
+        config.oracle,
+        rubric=load_rubric(config.rubric),
+        ledger=storage.join(run.url, "ledger.sqlite"),
+        budgets=budgets,
+    )
+    try:
+        pipeline(run, services, oracle)
+        services.release()
+    finally:
+        services.stop()
+        ray.kill(oracle)
+    write_report(run.url)
+    return storage.join(run.url, "report.html")

@@ -1,0 +1,188 @@
+"""Stage generate: k on-policy responses for every prompt, y ~ pi(. | x)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pyarrow as pa
+
+from rayrl.actors.fleet import Fleet
+from rayrl.actors.generator import Continuation, Sampling
+from rayrl.actors.services import Services
+from rayrl.config import GenerateConfig
+from rayrl.data.blocks import BlockTable, map_blocks
+from rayrl.data.reading import read_seed_rows
+from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render
+from rayrl.records import Checkpoint, Response, Sampled, content_id, to_table
+from rayrl.runs.run import Run
+from rayrl.stages.pool import Pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """The responses table Y: one row per prompt (`Sampled`), k responses nested."""
+
+    key: str
+    table: BlockTable
+    num_prompts: int
+    num_responses: int
+    block_counts: list[int]
+    """Responses per block."""
+
+
+def generate(run: Run, services: Services, m1: Checkpoint, pool: Pool) -> Responses:
+    """Y: k samples of M1 for every prompt of the pool (or, off-policy, the seed data's own responses)."""
+    config = run.config.generate
+    key = run.key("generate", config, pool.key, m1.version, run.config.generators.engine_args and "engine args")
+    table = BlockTable(run.folder("generate", "table"), pool.train.num_blocks)
+    if config.source == "seed":
+        table, compute = _off_policy(run, services, m1)
+    else:
+        fleet = services.generators(m1)
+        compute = partial(sample_block, pool.train, fleet, m1, config, run.config.seed)
+    done = run.finished("generate", key)
+    if done is None:
+        started = time.monotonic()
+        if config.source == "policy":
+            services.ready(services.generators(m1))
+        counts = map_blocks(table, compute, concurrency=2 * run.config.generators.num_replicas, describe=_count)
+        total = {name: sum(block[name] for block in counts) for name in counts[0]}
+        seconds = time.monotonic() - started
+        done = run.finish(
+            "generate",
+            key,
+            since=started,
+            num_rows=total["num_prompts"],
+            metrics=total
+            | {
+                "block_counts": [block["num_responses"] for block in counts],
+                "mean_tokens": total["num_tokens"] / max(1, total["num_responses"]),
+                "truncated_share": total["num_truncated"] / max(1, total["num_responses"]),
+                "tokens_per_s": total["num_tokens"] / seconds,
+            },
+            summary=f"{total['num_responses']} responses to {total['num_prompts']} prompts, "
+            f"{total['num_tokens'] / seconds:.0f} tokens/s; dropped {total['num_empty']} empty, "
+            f"{total['num_duplicates']} duplicate",
+        )
+    return Responses(
+        key=key,
+        table=table,
+        num_prompts=done.metrics["num_prompts"],
+        num_responses=done.metrics["num_responses"],
+        block_counts=done.metrics["block_counts"],
+    )
+
+
+def response_seed(seed: int, prompt_id: str, index: int) -> int:
+    """The random stream of one response: a function of the run's seed and its place, of nothing else."""
+    return int(content_id("response", str(seed), prompt_id, str(index)), 16) >> 1
+
+
+def sample_block(
+    prompts: BlockTable, fleet: Fleet, policy: Checkpoint, config: GenerateConfig, seed: int, block: int
+) -> pa.Table:
+    """Responses to one block of prompts."""
+    rows = prompts.read(block).to_pylist()
+    seeds = [[response_seed(seed, row["id"], i) for i in range(config.k)] for row in rows]
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_tokens,
+        stop=tuple(config.stop),
+    )
+    samples = fleet.call("generate", policy, [row["token_ids"] for row in rows], seeds, sampling)
+    sampled = []
+    for row, row_seeds, continuations in zip(rows, seeds, samples, strict=True):
+        responses = [
+            _response(row["id"], i, seed, policy.version, continuation)
+            for i, (seed, continuation) in enumerate(zip(row_seeds, continuations, strict=True))
+        ]
+        sampled.append(
+            Sampled(
+                prompt_id=row["id"],
+                prompt=row["text"],
+                prompt_token_ids=row["token_ids"],
+                responses=distinct(responses),
+                num_empty=sum(not r.text.strip() for r in responses),
+                num_duplicates=len(responses) - len(distinct(responses)) - sum(not r.text.strip() for r in responses),
+            )
+        )
+    return to_table(sampled, Sampled)
+
+
+def distinct(responses: list[Response]) -> list[Response]:
+    """The responses without empty ones and without repeats of an earlier one: a label on those teaches nothing."""
+    first: dict[str, Response] = {}
+    for response in responses:
+        if response.text.strip():
+            first.setdefault(response.text, response)
+    return list(first.values())
+
+
+def _response(prompt_id: str, index: int, seed: int, version: str, sampled: Continuation) -> Response:
+    return Response(
+        id=f"{prompt_id}-{index}",
+        text=sampled.text,
+        token_ids=sampled.token_ids,
+        seed=seed,
+        policy_version=version,
+        logprob=sampled.logprob,
+        finish_reason=sampled.finish_reason,
+    )
+
+
+def _count(block: pa.Table) -> dict[str, int]:
+    rows = block.to_pylist()
+    responses = [response for row in rows for response in row["responses"]]
+    return {
+        "num_prompts": len(rows),
+        "num_responses": len(responses),
+        "num_empty": sum(row["num_empty"] for row in rows),
+        "num_duplicates": sum(row["num_duplicates"] for row in rows),
+        "num_tokens": sum(len(response["token_ids"]) for response in responses),
+        "num_truncated": sum(response["finish_reason"] == "length" for response in responses),
+    }
+
+
+def _off_policy(run: Run, services: Services, m1: Checkpoint) -> tuple[BlockTable, Callable[[int], pa.Table]]:
+    """The off-policy control: the seed data's responses, with M1's log-probability of them."""
+    config = run.config
+    assert config.seed_data is not None
+    tokenizer = load_tokenizer(config.policy)
+    renderer = partial(render, tokenizer, config.policy.prompt_format)
+    grouped: dict[str, Sampled] = {}
+    for prompt, text in read_seed_rows(config.seed_data, renderer):
+        tokens = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)
+        empty = Sampled(prompt_id=prompt.id, prompt=prompt.text, prompt_token_ids=tokens, responses=[])
+        row = grouped.setdefault(prompt.id, empty)
+        response = Response(
+            id=f"{prompt.id}-{len(row.responses)}",
+            text=text,
+            token_ids=encode_response(tokenizer, text),
+            seed=0,
+            policy_version="seed data",
+            logprob=0.0,
+            finish_reason="data",
+        )
+        if all(response.text != other.text for other in row.responses):
+            row.responses.append(response)
+    rows = list(grouped.values())
+    size = config.generate.block_size
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    fleet = services.generators(m1)
+    table = BlockTable(run.folder("generate", "table"), len(blocks))
+    return table, partial(_score_seed_block, blocks, fleet, m1)
+
+
+def _score_seed_block(blocks: list[list[Sampled]], fleet: Fleet, m1: Checkpoint, block: int) -> pa.Table:
+    rows = blocks[block]
+    pairs = [(row, response) for row in rows for response in row.responses]
+    logprobs = fleet.call(
+        "logprobs", m1, [row.prompt_token_ids for row, _ in pairs], [response.token_ids for _, response in pairs]
+    )
+    exact = iter(logprobs)
+    return to_table(
+        [replace(row, responses=[replace(r, logprob=next(exact)) for r in row.responses]) for row in rows], Sampled
+    )

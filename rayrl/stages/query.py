@@ -1,0 +1,83 @@
+"""Stage query: ask the expert about the chosen responses, under the budget. The ledger makes a rerun free."""
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from rich.progress import track
+
+from rayrl.data.blocks import BlockTable
+from rayrl.errors import StageTimeout
+from rayrl.records import Judgement, from_table, to_table
+from rayrl.runs.run import Run
+from rayrl.stages.select import QuerySet
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 64
+CHUNK_TIMEOUT_S = 6 * 3600.0
+"""A chunk may wait for rate limits and retries; the pool bounds each call itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgements:
+    """The paid judgements E."""
+
+    key: str
+    table: BlockTable
+
+    def scored(self) -> list[Judgement]:
+        """Those with a score; abstentions are never trained on."""
+        return [j for j in from_table(self.table.read(0), Judgement) if j.status == "scored"]
+
+
+def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
+    """E: the expert's judgements of the query set. Costs budget."""
+    key = run.key("query", query_set.key, run.config.oracle, run.config.rubric)
+    judgements = Judgements(key=key, table=BlockTable(run.folder("query", "table"), 1))
+    if run.finished("query", key):
+        return judgements
+    started = time.monotonic()
+    items = [
+        {name: row[name] for name in ("prompt_id", "response_id", "prompt", "response")}
+        for row in query_set.table.read(0).to_pylist()
+    ]
+    answers = ask(oracle, items, "label", describe="asking the expert")
+    judgements.table.write(0, to_table(answers, Judgement))
+    summary = ray.get(oracle.summary.remote())
+    histogram = Counter(str(round(j.score)) for j in answers if j.score is not None)
+    reasons = Counter(j.rationale[:80] for j in answers if j.score is None)
+    run.finish(
+        "query",
+        key,
+        since=started,
+        num_rows=len(answers),
+        metrics=summary | {"score_histogram": dict(histogram), "abstentions": dict(reasons.most_common(5))},
+        summary=f"{summary['label']['spent']} of {summary['label']['budget']} queries spent, "
+        f"{histogram.total()} scored, {reasons.total()} abstained, {summary['label']['cost_usd']:.2f} USD",
+    )
+    return judgements
+
+
+def ask(oracle: ActorHandle, items: list[dict[str, Any]], purpose: str, *, describe: str) -> list[Judgement]:
+    """Put items to the oracle pool, chunk by chunk, with a progress bar.
+
+    Raises:
+        StageTimeout: a chunk took hours.
+    """
+    answers: list[Judgement] = []
+    pending = [
+        oracle.judge.remote(items[start : start + CHUNK], purpose) for start in range(0, len(items), CHUNK)
+    ]
+    for chunk in track(pending, description=describe, transient=True):
+        try:
+            answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            raise StageTimeout(
+                f"query: the oracle pool gave no answer in {CHUNK_TIMEOUT_S / 3600:.0f} h; see its log"
+            ) from None
+    return answers

@@ -1,0 +1,161 @@
+"""Scoring responses with the trained evaluator, on the running fleets. Used to validate it, to pseudo-label and to evaluate.
+
+Generative, score first: one prefill of the judge prompt; the score is the probability-weighted mean over the scores'
+tokens. Generative, rationale first: the evaluator writes its review, and the score is read at its own position; several
+reviews are averaged. Scalar: the head's value of the pooled prompt and response.
+"""
+
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+
+from rayrl.actors.fleet import Fleet
+from rayrl.actors.generator import Continuation, Sampling
+from rayrl.actors.services import Services
+from rayrl.algorithms.scoring import expected_score, mean_of_samples
+from rayrl.config import EvaluatorConfig, PolicyConfig
+from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render, resolve_format
+from rayrl.models.judge import Rubric, evaluator_prompt, load_rubric, score_texts, upto_score
+from rayrl.records import Checkpoint, content_id
+from rayrl.runs.run import Run
+
+MIN_MASS = 0.1
+"""An evaluator that gives all scores together less probability than this has not understood the question: it abstains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What is to be scored."""
+
+    prompt: str
+    response: str
+    token_ids: list[int]
+    """Prompt and response, as the policy read and wrote them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """An evaluator and the fleet that serves it; travels to the tasks that score blocks."""
+
+    checkpoint: Checkpoint
+    fleet: Fleet
+    evaluator: EvaluatorConfig
+    policy: PolicyConfig
+    rubric: Rubric
+    max_tokens: int
+    seed: int
+
+    def score(self, items: list[Scored]) -> list[float | None]:
+        """One score per item on the rubric's scale; None where the evaluator abstains."""
+        if not items:
+            return []
+        if self.evaluator.type == "scalar":
+            return self._scalar(items)
+        if self.evaluator.scoring == "score_first":
+            return self._score_first(items)
+        return self._rationale_first(items)
+
+    def _scalar(self, items: list[Scored]) -> list[float | None]:
+        inputs = [item.token_ids[: self.max_tokens] for item in items]
+        values = self.fleet.call("values", self.checkpoint, inputs)
+        return [float(value) for value in values]
+
+    def _score_first(self, items: list[Scored]) -> list[float | None]:
+        tokenizer = load_tokenizer(self.policy)
+        prefix, candidates = score_tokens(tokenizer, self.rubric)
+        prompts = [tokens + prefix for tokens in self._judge_prompts(tokenizer, items)]
+        logprobs = candidate_logprobs(self.fleet, self.checkpoint, prompts, list(candidates.values()))
+        return [expected_score(np.array(row), np.array(list(candidates)), min_mass=MIN_MASS) for row in logprobs]
+
+    def _rationale_first(self, items: list[Scored]) -> list[float | None]:
+        tokenizer = load_tokenizer(self.policy)
+        prompts = self._judge_prompts(tokenizer, items)
+        sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=self.evaluator.max_rationale_tokens)
+        seeds = [
+            [int(content_id("review", str(self.seed), item.response, str(i)), 16) >> 1 for i in range(self.evaluator.num_samples)]
+            for item in items
+        ]
+        reviews = self.fleet.call("write", self.checkpoint, prompts, seeds, sampling)
+        prefix, candidates = score_tokens(tokenizer, self.rubric)
+        return [
+            mean_of_samples([read_score(review, tokenizer, prefix, candidates) for review in written])
+            for written in reviews
+        ]
+
+    def _judge_prompts(self, tokenizer: Any, items: list[Scored]) -> list[list[int]]:
+        return [
+            judge_prompt_tokens(tokenizer, self.policy, self.rubric, item.prompt, item.response, self.evaluator.scoring)
+            for item in items
+        ]
+
+
+def make_scorer(run: Run, services: Services, m1: Checkpoint, evaluator: Checkpoint, max_tokens: int) -> Scorer:
+    """The evaluator on the fleet of its kind; the fleet's engines start from M1 if they are not up."""
+    config = run.config
+    scalar = config.evaluator.type == "scalar"
+    fleet = services.embedders(m1, config.select.pooling) if scalar else services.generators(m1)
+    return Scorer(
+        checkpoint=evaluator,
+        fleet=services.ready(fleet),
+        evaluator=config.evaluator,
+        policy=config.policy,
+        rubric=load_rubric(config.rubric),
+        max_tokens=max_tokens,
+        seed=config.seed,
+    )
+
+
+def judge_prompt_tokens(
+    tokenizer: Any, policy: PolicyConfig, rubric: Rubric, prompt: str, response: str, scoring: Any
+) -> list[int]:
+    """What the generative evaluator reads; in a chat the cue opens the assistant's turn."""
+    text = evaluator_prompt(rubric, prompt, response, scoring)
+    if resolve_format(tokenizer, policy.prompt_format) == "plain":
+        return encode_prompt(tokenizer, text, "plain")
+    question, _, cue = text.rpartition("\n")
+    rendered = render(tokenizer, "chat", question)
+    return encode_prompt(tokenizer, rendered + cue, "chat")
+
+
+def score_tokens(tokenizer: Any, rubric: Rubric) -> tuple[list[int], dict[int, list[int]]]:
+    """Tokens all scores begin with (a lone space, say), and what follows them for each score."""
+    tokens = {score: encode_response(tokenizer, text)[:-1] for score, text in score_texts(rubric).items()}
+    shared = min(len(commonprefix(list(tokens.values()))), min(map(len, tokens.values())) - 1)
+    first = next(iter(tokens.values()))
+    return first[:shared], {score: ids[shared:] for score, ids in tokens.items()}
+
+
+def candidate_logprobs(
+    fleet: Fleet, checkpoint: Checkpoint, prompts: list[list[int]], candidates: list[list[int]]
+) -> list[list[float]]:
+    """log p(candidate | prompt), (num_prompts, num_candidates): one prefill where the first tokens tell them apart."""
+    firsts = [candidate[0] for candidate in candidates]
+    if len(set(firsts)) == len(firsts):
+        return fleet.call("next_token_logprobs", checkpoint, prompts, firsts)
+    spread = [(prompt, candidate) for prompt in prompts for candidate in candidates]
+    flat = fleet.call("logprobs", checkpoint, [p for p, _ in spread], [c for _, c in spread])
+    return np.array(flat).reshape(len(prompts), len(candidates)).tolist()
+
+
+def read_score(
+    review: Continuation, tokenizer: Any, prefix: list[int], candidates: dict[int, list[int]]
+) -> float | None:
+    """The expected score at the position of the score in a written review; None if the writer never got there."""
+    written = upto_score(tokenizer.decode(review.token_ids, skip_special_tokens=True))
+    firsts = {score: ids[0] for score, ids in candidates.items()}
+    if written is None or len(set(firsts.values())) < len(firsts):
+        return None
+    place = next(
+        i
+        for i in range(len(review.token_ids) + 1)
+        if tokenizer.decode(review.token_ids[:i], skip_special_tokens=True).startswith(written)
+    )
+    if review.token_ids[place : place + len(prefix)] == prefix:
+        place += len(prefix)
+    if place >= len(review.candidates):
+        return None
+    position = review.candidates[place]
+    logprobs = [position.get(token, -np.inf) for token in firsts.values()]
+    return expected_score(np.array(logprobs), np.array(list(firsts)), min_mass=MIN_MASS)

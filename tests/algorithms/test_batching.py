@@ -1,0 +1,49 @@
+import itertools
+import random
+
+import pytest
+
+from rayrl.algorithms.batching import micro_batches, padding_share
+
+
+def padded(lengths, batches):
+    return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_item_once_and_within_the_limit(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 300) for _ in range(200)]
+    batches = micro_batches(lengths, 1000)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 1000 for batch in batches)
+    in_order = [list(range(i, min(i + 3, 200))) for i in range(0, 200, 3)]
+    assert padding_share(lengths, batches) < 0.1 < padding_share(lengths, in_order)
+
+
+def test_a_too_long_item_gets_its_own_batch():
+    assert micro_batches([5, 50, 5], 10) == [[0, 2], [1]]
+
+
+def test_edges():
+    assert micro_batches([], 10) == []
+    assert padding_share([], []) == 0.0
+    assert micro_batches([0, 0], 10) == [[0, 1]]
+    assert padding_share([2, 4], [[0, 1]]) == 0.25
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fewest_batches_then_least_padding(seed):
+    """Against every contiguous partition of the sorted lengths."""
+    rng = random.Random(seed)
+    lengths = sorted(rng.randint(1, 20) for _ in range(9))
+    best = None
+    for cuts in itertools.product([False, True], repeat=8):
+        batches = [[0]]
+        for i, cut in enumerate(cuts, start=1):
+            batches = [*batches, [i]] if cut else [*batches[:-1], [*batches[-1], i]]
+        if all(lengths[batch[-1]] * len(batch) <= 40 for batch in batches):
+            cost = len(batches), padded(lengths, batches)
+            best = cost if best is None else min(best, cost)
+    batches = micro_batches(lengths, 40)
+    assert (len(batches), padded(lengths, batches)) == best

@@ -1,0 +1,109 @@
+import math
+
+import jaxtyping
+import pytest
+import torch
+from beartype import beartype
+
+from rayrl.algorithms import preference
+
+checked = jaxtyping.jaxtyped(typechecker=beartype)  # in tests, the shapes in the signatures are enforced
+dpo_loss = checked(preference.dpo_loss)
+bradley_terry_loss = checked(preference.bradley_terry_loss)
+sequence_logprobs = checked(preference.sequence_logprobs)
+
+
+def logps(seed, batch=6):
+    return -20 * torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_equal_ratios_cost_log_2(label_smoothing):
+    chosen, rejected = logps(0), logps(1)
+    losses, *rewards = dpo_loss(chosen, rejected, chosen - 1, rejected - 1, beta=0.3, label_smoothing=label_smoothing)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 6)
+    assert torch.stack(rewards).flatten().tolist() == pytest.approx([0.3] * 12, rel=1e-5)
+
+
+def test_gradients_are_the_papers():
+    """Gradient of Eq. 7: -beta sigma(r_rejected - r_chosen) on the chosen, and its negative on the rejected."""
+    chosen, rejected = logps(0).requires_grad_(), logps(1).requires_grad_()
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, logps(2), logps(3), beta=0.1)
+    losses.sum().backward()
+    expected = -0.1 * torch.sigmoid(rejected_rewards - chosen_rewards)
+    torch.testing.assert_close(chosen.grad, expected)
+    torch.testing.assert_close(rejected.grad, -expected)
+    assert not chosen_rewards.requires_grad
+
+
+def test_label_smoothing_mixes_in_the_swapped_pair():
+    chosen, rejected, reference_chosen, reference_rejected = map(logps, range(4))
+    smoothed, *_ = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1, label_smoothing=0.1)
+    kept, *_ = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1)
+    swapped, *_ = dpo_loss(rejected, chosen, reference_rejected, reference_chosen, beta=0.1)
+    torch.testing.assert_close(smoothed, 0.9 * kept + 0.1 * swapped)
+
+
+def test_ipo_is_least_at_its_target_margin():
+    zero = torch.zeros(1)
+    losses, *_ = dpo_loss(torch.tensor([5.0]), zero, zero, zero, beta=0.1, loss="ipo")
+    assert losses.item() == 0
+    further, *_ = dpo_loss(torch.tensor([8.0]), zero, zero, zero, beta=0.1, loss="ipo")
+    assert further.item() == pytest.approx(9)
+
+
+def test_lengths_average_the_log_ratios_and_leave_the_rewards():
+    chosen, rejected, reference_chosen, reference_rejected = map(logps, range(4))
+    lengths = torch.arange(1, 7), torch.arange(6, 0, -1)
+    averaged = dpo_loss(
+        chosen,
+        rejected,
+        reference_chosen,
+        reference_rejected,
+        beta=0.5,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+    )
+    by_hand, *_ = dpo_loss(
+        chosen / lengths[0],
+        rejected / lengths[1],
+        reference_chosen / lengths[0],
+        reference_rejected / lengths[1],
+        beta=0.5,
+    )
+    torch.testing.assert_close(averaged[0], by_hand)
+    torch.testing.assert_close(averaged[1], 0.5 * (chosen - reference_chosen))
+
+
+def test_bradley_terry():
+    chosen, rejected = logps(0).requires_grad_(), logps(1)
+    losses = bradley_terry_loss(chosen, rejected)
+    probability = torch.sigmoid(chosen - rejected)
+    torch.testing.assert_close(losses, -probability.log())
+    losses.sum().backward()
+    torch.testing.assert_close(chosen.grad, (probability - 1).detach())
+    assert bradley_terry_loss(torch.tensor([300.0]), torch.tensor([-300.0])).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequence_logprobs_are_log_softmaxs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, 4, 11, generator=generator)).to(dtype)
+    token_ids = torch.randint(11, (3, 4), generator=generator)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]])
+    expected = logits.float().log_softmax(-1).gather(-1, token_ids[..., None]).squeeze(-1) * mask
+    summed = sequence_logprobs(logits, token_ids, mask)
+    torch.testing.assert_close(summed, expected.sum(1))
+    assert summed[2] == 0
+
+
+def test_masked_positions_may_hold_anything():
+    logits = torch.zeros(1, 2, 5)
+    logits[0, 1] = -torch.inf
+    summed = sequence_logprobs(logits, torch.tensor([[1, 2]]), torch.tensor([[1, 0]]))
+    assert summed.item() == pytest.approx(-math.log(5))
+
+
+def test_wrong_shapes_are_refused_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        dpo_loss(logps(0), logps(1), logps(2), logps(3, batch=5), beta=0.1)

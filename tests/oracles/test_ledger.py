@@ -1,0 +1,281 @@
+"""The ledger tries to be overdrawn, killed, corrupted and asked twice, and stays right."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import pytest
+
+from rayrl.errors import BudgetExhausted, RunDirectoryError
+from rayrl.oracles.ledger import Ledger, Query, Reserved
+from rayrl.oracles.protocol import Verdict
+from rayrl.records import Judgement
+
+SCORED = Verdict(score=3.0, rationale="good", cost_usd=0.01, input_tokens=7, output_tokens=2)
+ABSTAINED = Verdict(score=None, rationale="unclear", cost_usd=0.02)
+UNBILLED = Verdict(score=None, rationale="refused", billed=False)
+
+
+def query(index, response_id=None):
+    return Query(
+        prompt_id=f"p{index}",
+        response_id=response_id or f"p{index}-0",
+        prompt=f"prompt {index}",
+        response="answer",
+        oracle="test",
+        rubric="v1",
+    )
+
+
+@pytest.fixture
+def location(tmp_path):
+    return str(tmp_path / "run" / "ledger.sqlite")
+
+
+def opened(location, label=10, evaluate=10, **settings):
+    return Ledger(location, {"label": label, "evaluate": evaluate}, owner_wait_s=0.0, **settings)
+
+
+def pay(ledger, index, verdict=SCORED, purpose="label"):
+    claim = ledger.reserve(query(index), purpose)
+    assert isinstance(claim, Reserved)
+    return ledger.commit(claim, verdict)
+
+
+def counts(ledger, purpose="label"):
+    return {name: value for name, value in ledger.summary()[purpose].items() if value and name != "budget"}
+
+
+def test_a_judgement_says_who_judged_what_and_for_how_much(location):
+    judgement = pay(opened(location), 1)
+    assert judgement == Judgement(
+        key=query(1).key,
+        prompt_id="p1",
+        response_id="p1-0",
+        prompt="prompt 1",
+        response="answer",
+        oracle="test",
+        status="scored",
+        score=3.0,
+        rationale="good",
+        purpose="label",
+        cost_usd=0.01,
+    )
+
+
+def test_budget_is_spent_to_the_last_and_no_further(location):
+    ledger = opened(location, label=3)
+    for index in range(3):
+        pay(ledger, index)
+    with pytest.raises(BudgetExhausted, match="all 3"):
+        ledger.reserve(query(3), "label")
+    pay(ledger, 3, purpose="evaluate")  # a budget of its own
+    assert counts(ledger) == {"spent": 3, "scored": 3, "cost_usd": pytest.approx(0.03)}
+
+
+def test_a_purpose_without_a_budget_has_none(location):
+    with pytest.raises(BudgetExhausted):
+        opened(location).reserve(query(0), "curiosity")
+
+
+def test_reservations_count_before_they_are_paid(location):
+    ledger = opened(location, label=2)
+    claims = [ledger.reserve(query(index), "label") for index in range(2)]
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(query(2), "label")
+    assert counts(ledger) == {"in_flight": 2}
+    ledger.release(claims[0], "never called")
+    assert isinstance(ledger.reserve(query(2), "label"), Reserved)
+
+
+def test_paid_once_is_free_ever_after_under_any_purpose(location):
+    ledger = opened(location, label=1, evaluate=0)
+    paid = pay(ledger, 1)
+    again = ledger.reserve(query(1), "label")
+    other = ledger.reserve(query(1, "q-7"), "evaluate")
+    assert again == paid
+    assert isinstance(other, Judgement) and (other.score, other.cost_usd) == (3.0, 0.0)
+    assert (other.response_id, other.purpose) == ("q-7", "evaluate")
+    assert counts(ledger, "evaluate") == {}
+
+
+@pytest.mark.parametrize("field", ["prompt", "response", "oracle", "rubric"])
+def test_another_question_is_another_payment(location, field):
+    from dataclasses import replace
+
+    ledger = opened(location)
+    pay(ledger, 1)
+    assert isinstance(ledger.reserve(replace(query(1), **{field: "other"}), "label"), Reserved)
+
+
+def test_a_paid_abstention_is_final_and_an_unbilled_one_is_refunded(location):
+    ledger = opened(location, label=2)
+    final, refunded = pay(ledger, 1, ABSTAINED), pay(ledger, 2, UNBILLED)
+    assert (final.status, final.score, final.cost_usd) == ("abstained", None, 0.02)
+    assert (refunded.status, refunded.rationale, refunded.cost_usd) == ("abstained", "refused", 0.0)
+    assert ledger.reserve(query(1), "label") == final
+    assert pay(ledger, 2).score == 3.0
+    assert counts(ledger) == {
+        "spent": 2, "scored": 1, "abstained": 1, "refunded": 1, "cost_usd": pytest.approx(0.03)
+    }  # fmt: skip
+
+
+def test_judgements_are_what_was_paid_for_in_order(location):
+    ledger = opened(location)
+    paid = [pay(ledger, 5), pay(ledger, 1, ABSTAINED), pay(ledger, 3)]
+    pay(ledger, 2, UNBILLED)
+    pay(ledger, 9, purpose="evaluate")
+    assert ledger.judgements("label") == paid
+
+
+def test_reopening_keeps_everything(location):
+    ledger = opened(location, label=2)
+    paid = [pay(ledger, 1), pay(ledger, 2, ABSTAINED)]
+    before = ledger.summary()
+    ledger.close()
+    ledger = opened(location, label=2)
+    assert ledger.judgements("label") == paid and ledger.summary() == before
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(query(3), "label")
+
+
+def test_what_was_under_way_is_lost_counted_and_may_be_asked_anew(location):
+    ledger = opened(location, label=2, budget_usd=1.0)
+    ledger.reserve(query(1), "label", 0.4)
+    ledger.close()
+    ledger = opened(location, label=2, budget_usd=1.0)
+    assert counts(ledger) == {"spent": 1, "lost": 1, "cost_usd": 0.4}
+    claim = ledger.reserve(query(1), "label", 0.4)
+    assert ledger.commit(claim, SCORED).score == 3.0
+    assert counts(ledger) == {"spent": 2, "lost": 1, "scored": 1, "cost_usd": pytest.approx(0.41)}
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(query(2), "label")
+
+
+def test_a_call_of_unknown_outcome_counts_and_may_be_asked_anew(location):
+    ledger = opened(location, label=2)
+    ledger.lose(ledger.reserve(query(1), "label"))
+    assert pay(ledger, 1).score == 3.0
+    assert counts(ledger) == {"spent": 2, "lost": 1, "scored": 1, "cost_usd": 0.01}
+
+
+def test_usd_are_held_at_the_estimate_and_spent_at_the_price(location):
+    ledger = opened(location, budget_usd=1.0)
+    claim = ledger.reserve(query(1), "label", 0.6)
+    with pytest.raises(BudgetExhausted, match=r"budget_usd .*0\.6000 of 1\.0000"):
+        ledger.reserve(query(2), "label", 0.6)
+    ledger.commit(claim, SCORED)
+    second = ledger.reserve(query(2), "evaluate", 0.6)  # the limit is over all purposes
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(query(3), "label", 0.6)
+    ledger.release(second, "not sent")
+    assert isinstance(ledger.reserve(query(3), "label", 0.6), Reserved)
+
+
+def test_usd_survive_a_restart(location):
+    ledger = opened(location, budget_usd=1.0)
+    ledger.commit(ledger.reserve(query(1), "label", 0.9), Verdict(score=1.0, rationale="", cost_usd=0.9))
+    ledger.close()
+    with pytest.raises(BudgetExhausted):
+        opened(location, budget_usd=1.0).reserve(query(2), "label", 0.2)
+
+
+@pytest.mark.parametrize("budget_usd", [None, 0.25])
+def test_64_threads_never_overspend(location, budget_usd):
+    ledger = opened(location, label=40, budget_usd=budget_usd)
+
+    def spend(index):
+        try:
+            claim = ledger.reserve(query(index), "label", 0.01)
+        except BudgetExhausted:
+            return 0
+        ledger.commit(claim, SCORED)
+        return 1
+
+    with ThreadPoolExecutor(64) as threads:
+        num_paid = sum(threads.map(spend, range(300)))
+    expected = 40 if budget_usd is None else 25
+    assert num_paid == counts(ledger)["scored"] == expected
+    with sqlite3.connect(location) as db:
+        assert db.execute("SELECT count(*) FROM attempts").fetchone() == (expected,)
+
+
+KILLED = """
+import os, signal, sys
+from rayrl.oracles.ledger import Ledger, Query
+from rayrl.oracles.protocol import Verdict
+ledger = Ledger(sys.argv[1], {"label": 10})
+for index in range(7):
+    query = Query(prompt_id=f"p{index}", response_id=f"p{index}-0", prompt=f"prompt {index}", response="answer",
+                  oracle="test", rubric="v1")
+    claim = ledger.reserve(query, "label")
+    if index < 4:
+        ledger.commit(claim, Verdict(score=3.0, rationale="good", cost_usd=0.01))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_9_loses_no_paid_judgement_and_no_count(location):
+    killed = subprocess.run([sys.executable, "-c", KILLED, location], check=False, cwd=os.getcwd())
+    assert killed.returncode == -signal.SIGKILL
+    ledger = opened(location)
+    assert counts(ledger) == {"spent": 7, "scored": 4, "lost": 3, "cost_usd": pytest.approx(0.04)}
+    assert all(isinstance(ledger.reserve(query(index), "label"), Judgement) for index in range(4))
+
+
+def test_a_ledger_has_one_owner(location):
+    ledger = opened(location)
+    with pytest.raises(RunDirectoryError, match="another process"):
+        opened(location)
+    ledger.close()
+    opened(location)
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"something else entirely" * 100)
+    with pytest.raises(RunDirectoryError, match="not a usable ledger"):
+        opened(str(path))
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request, tmp_path):
+    if request.param == "file":
+        return f"file://{tmp_path}/far/away/ledger.sqlite"
+    return f"memory://{tmp_path.name}/ledger.sqlite"
+
+
+def test_a_remote_ledger_is_taken_up_elsewhere_as_of_the_last_sync(url):
+    first = opened(url)
+    pay(first, 1)
+    first.reserve(query(2), "label")
+    asyncio.run(first.sync())
+    pay(first, 3)  # never synced: this machine dies here
+    second = opened(url)
+    assert counts(second) == {"spent": 2, "scored": 1, "lost": 1, "cost_usd": 0.01}
+    filesystem, path = fsspec.url_to_fs(url)
+    assert not filesystem.exists(f"{path}.part")
+
+
+def test_a_sync_covers_every_write_before_it(url):
+    ledger = opened(url, label=50)
+
+    async def one(index):
+        claim = ledger.reserve(query(index), "label")
+        await ledger.sync()
+        other = opened(url, label=50)
+        is_there = isinstance(other.reserve(query(index + 100), "label"), Reserved) and counts(other)["lost"] > 0
+        ledger.commit(claim, SCORED)
+        await ledger.sync()
+        return is_there
+
+    async def many():
+        return await asyncio.gather(*(one(index) for index in range(20)))
+
+    assert all(asyncio.run(many()))
+    assert counts(opened(url, label=50))["scored"] == 20
