@@ -165,7 +165,7 @@ class SelectConfig(Table):
     """Count the seed data as labelled already: initial centres."""
     num_shards: int = Field(default=1, gt=0)
     """Actors that own the vectors."""
-    candidate_batch: int = Field(default=32, gt=0)
+    candidate_batch: int = Field(default=256, gt=0)
     """Farthest points offered per round; changes the speed, never the picks."""
 
 

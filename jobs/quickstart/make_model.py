@@ -113,7 +113,7 @@ def main(folder: Path) -> None:
     end = [tokenizer.eos_token_id]
     rows = [tokenizer(text).input_ids + end for text in plain]
     for index, (prompt, response) in enumerate(answered):
-        if index % 4:  # most as the policy will be asked, some in the form that a judge reads
+        if index % 8:  # most as the policy will be asked, some in the form that a judge reads
             rows.append(tokenizer(prompt).input_ids + tokenizer(response, add_special_tokens=False).input_ids + end)
         else:
             rows.append(tokenizer(f"Question: {prompt}\nAnswer: {response}\n").input_ids + end)

@@ -14,7 +14,8 @@ from rayrl.actors.engine import ServedEngine
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
 
-HEAD_FILE = "head.safetensors"
+HEAD_FILE = "head/head.safetensors"
+"""Beside the model folder's own files: vLLM loads every safetensors file at the top of it."""
 
 
 class Embedder(ServedEngine):

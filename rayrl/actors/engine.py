@@ -28,6 +28,9 @@ PROBE_FILE = "probe.json"
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a log-probability (nats) or head value between trainer and engine, by dtype."""
 
+CPU_BATCHED_TOKENS = 8192
+"""Tokens of one forward pass of a CPU engine; a context longer than this raises it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
@@ -44,10 +47,14 @@ class EngineSpec:
 
 
 def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
-    """Environment of an engine's process. A CPU engine's threads are set, and not bound: two bound engines share core 0."""
+    """Environment of an engine's process.
+
+    On CPU: threads set, and the model inside the core's process; vLLM's own worker process binds threads, and two bound
+    engines share core 0.
+    """
     variables = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not on_gpu:
-        variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return variables
 
 
@@ -70,7 +77,13 @@ def start_engine(spec: EngineSpec) -> Any:
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
     else:
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": spec.config.kv_cache_mb << 20}
+        # A prefill in chunks would rewind a seeded request's generator, which torch's CPU generator cannot do.
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": spec.config.kv_cache_mb << 20,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, spec.max_model_len or 0),
+        }
     if spec.pooling is not None:
         pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
         arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
@@ -103,6 +116,8 @@ class ServedEngine:
     @asynccontextmanager
     async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
         """Hold the engine on a checkpoint's weights while a request runs."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         async with self._swap:
             if checkpoint.version != self.version:
                 async with self._idle:
@@ -111,6 +126,9 @@ class ServedEngine:
             self._running += 1
         try:
             yield
+        except EngineDeadError:
+            logger.exception("the engine died; this replica ends, and Ray starts another")
+            os._exit(1)
         finally:
             self._running -= 1
             async with self._idle:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
+MAX_RETRIES = 5
+"""Replicas one call may lose; a call that kills every replica it meets must end."""
 MAX_HUNG = 2
 """Replicas one call may find hung before it gives up."""
 
@@ -91,7 +93,7 @@ def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Flee
         "num_cpus": 0,
         "num_gpus": gpus,
         "max_restarts": -1,
-        "max_task_retries": -1,
+        "max_task_retries": MAX_RETRIES,
         "max_concurrency": 1000,
         "runtime_env": {"env_vars": environment(spec.config, spec.on_gpu)},
     }

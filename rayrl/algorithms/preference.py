@@ -13,34 +13,30 @@ from torch.nn.functional import logsigmoid
 
 
 def dpo_loss(
-    policy_chosen: Float[Tensor, "batch"],
-    policy_rejected: Float[Tensor, "batch"],
-    reference_chosen: Float[Tensor, "batch"],
-    reference_rejected: Float[Tensor, "batch"],
+    chosen: Float[Tensor, "batch"],
+    rejected: Float[Tensor, "batch"],
     *,
     beta: float,
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
     label_smoothing: float = 0.0,
-    chosen_lengths: Shaped[Tensor, "batch"] | None = None,
-    rejected_lengths: Shaped[Tensor, "batch"] | None = None,
+    lengths: tuple[Shaped[Tensor, "batch"], Shaped[Tensor, "batch"]] | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]:
-    """Direct preference optimisation on summed log-probabilities of whole responses.
+    """Direct preference optimisation on the summed log-ratios h of whole responses.
 
     With h = log pi(y | x) - log pi_ref(y | x) and D = h_chosen - h_rejected:
     "sigmoid" is -log sigma(beta D), Eq. 7 of arXiv 2305.18290; label smoothing e makes it
     -(1 - e) log sigma(beta D) - e log sigma(-beta D), conservative DPO.
     "ipo" is (D - 1 / (2 beta))^2, Eq. 17 of arXiv 2310.12036; smoothing does not apply to it.
-    Lengths, in tokens, divide each h first. TRL always does so for IPO (its authors' reading of their paper), and calls
-    the sigmoid loss with lengths "sigmoid_norm".
+    Lengths (chosen, rejected), in tokens, divide each h first. TRL always does so for IPO (its authors' reading of
+    their paper), and calls the sigmoid loss with lengths "sigmoid_norm".
 
     Returns:
         The loss of each pair, and the detached implicit rewards beta h (Eq. 5, never length-normalised) of the chosen
         and of the rejected responses.
     """
-    chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     rewards = beta * chosen.detach(), beta * rejected.detach()
-    if chosen_lengths is not None and rejected_lengths is not None:
-        chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
+    if lengths is not None:
+        chosen, rejected = chosen / lengths[0].clamp(min=1), rejected / lengths[1].clamp(min=1)
     margin = chosen - rejected
     if loss == "ipo":
         return (margin - 1 / (2 * beta)).square(), *rewards

@@ -28,8 +28,8 @@ from rayrl.errors import ConfigError, DataError
 
 TIE = 1e-12
 """Squared distances closer than this share of the largest squared norm are equal: float64 rounding, with room."""
-_ROWS = 1 << 17
-_PAIRS = 1 << 22
+_PAIRS = 1 << 23
+"""Distances held at once."""
 
 T = TypeVar("T")
 Offer = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -77,8 +77,7 @@ class CoresetShard:
         self.upper = np.full(len(self.ids), np.inf)  # squared distance to the nearest centre is at most this ...
         self.exact = np.zeros(len(self.ids), bool)  # ... and equal to it here
         self.center_norm = 0.0
-        self.scale = float(self.norms.max(initial=0.0))
-        return self.scale
+        return float(self.norms.max(initial=0.0))
 
     def find(self, identifier: int) -> Float32[np.ndarray, "m d"]:
         """The centred vector of one id: one row, or none if another shard owns it."""
@@ -89,9 +88,9 @@ class CoresetShard:
         self.centers = np.concatenate([self.centers, centers.astype(np.float64)])
         norms = np.einsum("md,md->m", centers, centers, dtype=np.float64)
         self.center_norm = max(self.center_norm, float(norms.max()))
-        slack = self._slack()
-        for start in range(0, len(self.ids), _ROWS):
-            rows = slice(start, start + _ROWS)
+        slack, step = self._slack(), 1 + _PAIRS // len(centers)
+        for start in range(0, len(self.ids), step):
+            rows = slice(start, start + step)
             products = (torch.from_numpy(-2 * centers) @ torch.from_numpy(self.vectors[rows]).T).numpy()
             products += norms.astype(np.float32)[:, None]
             nearest = products.min(0) + self.norms[rows]

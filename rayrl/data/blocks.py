@@ -15,11 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from rich.progress import track
 
 from rayrl.runs import storage
 
 TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""
+MAX_TASKS = 1000
+"""Tasks of one map; a larger table gives a task several blocks."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,10 @@ def stream_blocks(
     """
 
     def of_batch(batch: dict[str, np.ndarray]) -> pa.Table:
-        return pa.concat_tables([function(int(block)) for block in batch["id"]])
+        return pa.concat_tables([function(int(block)) for block in batch["item"]])
 
-    return ray.data.range(num_blocks, override_num_blocks=max(1, num_blocks)).map_batches(
-        of_batch, batch_size=1, num_cpus=TASK_CPUS, concurrency=concurrency
-    )
+    blocks = ray.data.from_items(list(range(num_blocks)), override_num_blocks=min(num_blocks, MAX_TASKS) or None)
+    return blocks.map_batches(of_batch, batch_size=1, num_cpus=TASK_CPUS, concurrency=concurrency)
 
 
 def map_blocks(
@@ -78,10 +80,20 @@ def map_blocks(
     *,
     concurrency: int,
     describe: Callable[[pa.Table], dict[str, Any]],
+    progress: str,
 ) -> list[dict[str, Any]]:
-    """Fill `table` block by block; the driver sees only `describe(block)`, a few counts, in block order."""
+    """Fill `table` block by block; the driver sees only `describe(block)`, a few counts, in block order.
+
+    Args:
+        table: the table to fill; blocks that are there are not computed again.
+        compute: makes a block.
+        concurrency: blocks in flight.
+        describe: what the driver learns of a block.
+        progress: label of the progress bar.
+    """
 
     def count(block: int) -> pa.Table:
         return pa.Table.from_pylist([describe(table.memoised(block, compute))])
 
-    return stream_blocks(table.num_blocks, count, concurrency=concurrency).take_all()
+    counted = stream_blocks(table.num_blocks, count, concurrency=concurrency)
+    return list(track(counted.iter_rows(), description=progress, total=table.num_blocks, transient=True))

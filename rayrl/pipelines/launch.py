@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 import ray
+import ray.data
 
 from rayrl.actors.oracle_pool import start_oracle_pool
 from rayrl.actors.services import Services
@@ -21,6 +22,9 @@ Pipeline = Callable[[Run, Services, "ray.actor.ActorHandle"], Manifest]
 
 def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float) -> str:
     """Run a pipeline to its report; returns the report's URL."""
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the stages draw their own
+    for noisy in ("ray.data", "ray.train", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     run = open_run(config)
     run.record_time("ray", ray_start_s)
     services = Services(run, mode=plan.mode, reference=plan.reference)

@@ -26,7 +26,7 @@ def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> 
         num_cpus=0,
         num_gpus=config.generators.tensor_parallel_size if services.on_gpu else 0,
         max_calls=1,
-        runtime_env={"env_vars": environment(config.generators, services.on_gpu) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
+        runtime_env={"env_vars": environment(config.generators, services.on_gpu)},
     )
     arguments: dict[str, Any] = {
         "dtype": services.dtype,

@@ -99,7 +99,7 @@ def _answers(
     table = BlockTable(run.folder("evaluate", f"{name}-{policy.version}"), pool.held_out.num_blocks)
     fleet = services.generators(m1)
     compute = partial(sample_block, pool.held_out, fleet, policy, sampling, config.seed)
-    map_blocks(table, compute, concurrency=fleet.concurrency, describe=lambda block: {"num": block.num_rows})
+    map_blocks(table, compute, concurrency=fleet.concurrency, describe=lambda block: {"num": block.num_rows}, progress=f"answer {name}")
     rows = [from_row(row, Sampled) for block in table.blocks() for row in block.to_pylist()]
     return [_answer(row) for row in rows]
 

@@ -1,11 +1,14 @@
 """What the three training stages share: the stream of rows per rank, and the fit with its curve."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from rich.progress import Progress
 
 from rayrl.actors.services import Services
 from rayrl.config import TrainingConfig
@@ -14,8 +17,10 @@ from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.telemetry.metrics import read_metrics
 from rayrl.training.launch import Stream, fit
+from rayrl.training.steps import num_steps
 
 STREAM_CONCURRENCY = 2
+POLL_S = 2.0
 
 
 def stream_of(
@@ -59,7 +64,8 @@ def fit_stage(
     if services.mode == "alternate":
         services.release()
     started = time.monotonic()
-    fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu)
+    with progress_of(run, stage, num_steps(job.num_rows, training)):
+        fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu)
     seconds = time.monotonic() - started
     run.record_time(f"fit:{stage}", seconds)
     curve = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
@@ -69,3 +75,25 @@ def fit_stage(
         "final_loss": float(np.mean([row["loss"] for row in curve[-10:]])),
         "fit_s": seconds,
     }
+
+
+@contextmanager
+def progress_of(run: Run, stage: str, total: int) -> Iterator[None]:
+    """A progress bar that follows the curve rank 0 writes."""
+    url = storage.join(run.url, "metrics", f"{stage}.jsonl")
+    over = threading.Event()
+    with Progress(transient=True) as bars:
+        bar = bars.add_task(stage, total=total)
+
+        def follow() -> None:
+            while not over.wait(POLL_S):
+                curve = read_metrics(url)
+                bars.update(bar, completed=curve[-1]["step"] if curve else 0)
+
+        watcher = threading.Thread(target=follow, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()

@@ -130,9 +130,9 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
     started = time.monotonic()
     labelling = pairs.labelling
     counts = map_blocks(
-        pairs.table, labelling.pair_block, concurrency=4, describe=_count_pairs
+        pairs.table, labelling.pair_block, concurrency=4, describe=_count_pairs, progress="pair"
     )
-    scored = map_blocks(labelling.scored, labelling.score_block, concurrency=4, describe=_count_scores)
+    scored = map_blocks(labelling.scored, labelling.score_block, concurrency=4, describe=_count_scores, progress="count")
     num_pairs = sum(count["num_pairs"] for count in counts)
     metrics: dict[str, Any] = {name: sum(c[name] for c in scored) for name in scored[0]}
     metrics |= {"num_pairs": num_pairs, "mode": pairs.mode}

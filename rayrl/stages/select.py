@@ -146,6 +146,7 @@ def _coreset(
         partial(embed_block, embedding, run),
         concurrency=embedding.fleet.concurrency,
         describe=lambda block: {"num": block.num_rows},
+        progress="embed",
     )
     embed_s = time.monotonic() - embed_s
     num_items = sum(count["num"] for count in counts)

@@ -103,18 +103,14 @@ def pair_losses(model: torch.nn.Module, batch: PairBatch, dpo: DpoConfig) -> tup
     """Per-pair losses and the implicit rewards of both sides, (B,) each."""
     chosen, rejected = response_logprobs(model, batch.tokens).chunk(2)
     lengths = batch.tokens.response_mask.sum(1)
-    chosen_lengths, rejected_lengths = lengths.chunk(2)
     normalised = dpo.length_normalised or dpo.loss == "ipo"
     return dpo_loss(
-        chosen,
-        rejected,
-        batch.reference_chosen,
-        batch.reference_rejected,
+        chosen - batch.reference_chosen,
+        rejected - batch.reference_rejected,
         beta=dpo.beta,
         loss=dpo.loss,
         label_smoothing=dpo.label_smoothing,
-        chosen_lengths=chosen_lengths if normalised else None,
-        rejected_lengths=rejected_lengths if normalised else None,
+        lengths=lengths.chunk(2) if normalised else None,
     )
 
 

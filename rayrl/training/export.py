@@ -62,7 +62,8 @@ def _write(
         tokenizer.save_pretrained(folder)
         (Path(folder) / "probe.json").write_text(json.dumps(probe))
         if head is not None:
-            save_file(head, Path(folder) / "head.safetensors")
+            (Path(folder) / "head").mkdir()
+            save_file(head, Path(folder) / "head" / "head.safetensors")
         publish_folder(folder, url)
 
 

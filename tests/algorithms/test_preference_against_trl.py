@@ -86,10 +86,10 @@ def test_dpo_loss_is_trls(dpo_trainer, theirs, ours):
             ).chunk(2)
             for model in (dpo_trainer.model, dpo_trainer.ref_model)
         ]
-    lengths = mask.sum(1).chunk(2)
     if theirs != "sigmoid":
-        ours = ours | {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
-    losses, *_ = dpo_loss(*sides[0], *sides[1], beta=0.3, **ours)
+        ours = ours | {"lengths": mask.sum(1).chunk(2)}
+    chosen, rejected = (policy - reference for policy, reference in zip(*sides, strict=True))
+    losses, *_ = dpo_loss(chosen, rejected, beta=0.3, **ours)
     assert losses.std() > 0.01
     assert losses.mean().item() == pytest.approx(expected.item(), abs=1e-5)
 

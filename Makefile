@@ -1,0 +1,41 @@
+# Every target makes what it needs: `make quickstart` and `make test` work alone on a clean checkout with Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+export HF_HUB_OFFLINE = 1
+
+.PHONY: install quickstart test check test-slow bench study lock
+
+install: $(VENV)/.installed
+
+# torch's CPU build is on PyTorch's own index; the configured index is asked first.
+$(VENV)/.installed: cluster/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "the lock is for Python 3.11, and $(PYTHON) is another: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps --require-hashes -r cluster/cpu.lock || \
+	$(BIN)/pip install -q --no-deps --require-hashes -r cluster/cpu.lock --extra-index-url $(TORCH_CPU_INDEX)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+quickstart: install
+	$(BIN)/python jobs/proxy_dpo.py jobs/configs/quickstart.toml
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: check
+	$(BIN)/python -m pytest -m "not gpu and not slow" -q
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow -q
+
+bench: install
+	for bench in k_center generation dpo startup memory; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
+
+lock:
+	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \
+	  --generate-hashes --index-strategy unsafe-best-match -o cluster/cpu.lock

@@ -1,0 +1,136 @@
+"""Generation through the fleet against raw vLLM: tokens per second, and whether both say the same.
+
+    python jobs/bench/generation.py
+    python jobs/bench/generation.py --policy path/to/model --num-prompts 200 --k 4
+
+The fleet's side is what the stage runs: Ray Data over blocks of prompts, a replica's answer, a Parquet part per block.
+The raw side is one `vllm.LLM.generate` call with the same tokens, seeds, sampling and engine settings. Both engines stay up
+and one is idle while the other is measured; measurements alternate, after one warm-up each.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from hardware import hardware
+
+from rayrl.actors.engine import EngineSpec, environment
+from rayrl.actors.fleet import Fleet, start_fleet
+from rayrl.actors.generator import Generator
+from rayrl.config import EngineConfig, GenerateConfig, PolicyConfig
+from rayrl.data.blocks import BlockTable, map_blocks
+from rayrl.data.reading import read_rows
+from rayrl.data.tokenizing import encode_prompt, load_tokenizer
+from rayrl.records import Checkpoint, content_id
+from rayrl.stages.generate import response_seed, sample_block
+
+SEED = 0
+
+
+def write_prompts(arguments: argparse.Namespace, folder: str, block_size: int) -> BlockTable:
+    """The prompts in blocks, as stage `pool` lays them down."""
+    tokenizer = load_tokenizer(PolicyConfig(path=arguments.policy))
+    texts = list(dict.fromkeys(row["prompt"] for row in read_rows(arguments.prompts)))[: arguments.num_prompts]
+    rows = [{"id": content_id(t), "text": t, "token_ids": encode_prompt(tokenizer, t, "plain")} for t in texts]
+    blocks = [rows[start : start + block_size] for start in range(0, len(rows), block_size)]
+    table = BlockTable(f"{folder}/prompts", len(blocks))
+    for number, block in enumerate(blocks):
+        table.write(number, pa.Table.from_pylist(block))
+    return table
+
+
+def through_fleet(prompts: BlockTable, fleet: Fleet, policy: Checkpoint, config: GenerateConfig, folder: str) -> Any:
+    """Token ids by response id, after the seconds it took to have all parts on disk."""
+    table = BlockTable(folder, prompts.num_blocks)
+    compute = partial(sample_block, prompts, fleet, policy, config, SEED)
+    started = time.perf_counter()
+    map_blocks(table, compute, concurrency=fleet.concurrency, describe=lambda t: {"n": t.num_rows}, progress="fleet")
+    seconds = time.perf_counter() - started
+    rows = [row for block in table.blocks() for row in block.to_pylist()]
+    return seconds, {response["id"]: response["token_ids"] for row in rows for response in row["responses"]}
+
+
+def start_raw(policy: str, config: EngineConfig) -> Any:
+    """The engine a script without Ray would start, with the replica's settings."""
+    os.environ.update(environment(config, on_gpu=False))
+    from vllm import LLM
+
+    return LLM(
+        model=policy,
+        dtype="float32",
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=True,
+        kv_cache_memory_bytes=config.kv_cache_mb << 20,
+        seed=0,
+    )
+
+
+def raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
+    """Token ids by response id, after the seconds of the one call."""
+    from vllm import SamplingParams
+
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens, "logprobs": 0}
+    rows = [row for block in prompts.blocks() for row in block.to_pylist()]
+    places = [(row, i) for row in rows for i in range(config.k)]
+    started = time.perf_counter()
+    outputs = llm.generate(
+        [{"prompt_token_ids": row["token_ids"]} for row, _ in places],
+        [SamplingParams(**sampling, seed=response_seed(SEED, row["id"], i)) for row, i in places],
+        use_tqdm=False,
+    )
+    seconds = time.perf_counter() - started
+    answers = {f"{row['id']}-{i}": list(o.outputs[0].token_ids) for (row, i), o in zip(places, outputs, strict=True)}
+    return seconds, answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="jobs/quickstart/model")
+    parser.add_argument("--prompts", default="jobs/quickstart/prompts.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=1000)
+    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    machine = hardware()
+    policy = Checkpoint(path=str(Path(arguments.policy).absolute()), version="bench")
+    engine, config = EngineConfig(), GenerateConfig(k=arguments.k, temperature=0.9, top_p=1.0, max_tokens=arguments.max_tokens)
+    llm = start_raw(policy.path, engine)
+    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    spec = EngineSpec(
+        checkpoint=policy, config=engine, dtype="float32", max_model_len=None, trust_remote_code=False, on_gpu=False
+    )
+    fleet = start_fleet("bench", Generator, spec)
+    fleet.wait_ready()
+    fleet_s, raw_s, ours, theirs = [], [], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = write_prompts(arguments, folder, config.block_size)
+        for repeat in range(arguments.repeats + 1):
+            seconds, ours = through_fleet(prompts, fleet, policy, config, f"{folder}/responses-{repeat}")
+            fleet_s.append(seconds)
+            seconds, theirs = raw(prompts, llm, config)
+            raw_s.append(seconds)
+    fleet.stop()
+    tokens = sum(map(len, theirs.values()))
+    equal = sum(theirs[name] == token_ids for name, token_ids in ours.items())
+    ratio = statistics.median(b / a for a, b in zip(fleet_s[1:], raw_s[1:], strict=True))
+    print(f"\n{machine}; {len(theirs)} responses, {tokens} tokens, 1 replica, 1 thread, {arguments.policy}\n")
+    print(f"| side | seconds, median of {arguments.repeats} | all seconds | tokens/s | ratio to raw | rows equal to raw |")
+    print("|---|---|---|---|---|---|")
+    for name, times in (("raw vLLM", raw_s[1:]), ("fleet", fleet_s[1:])):
+        every = " ".join(f"{t:.1f}" for t in times)
+        median = statistics.median(times)
+        last = f"{ratio:.3f} | {equal} of {len(ours)}" if name == "fleet" else "1 | |"
+        print(f"| {name} | {median:.2f} | {every} | {tokens / median:.0f} | {last} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The driver's memory as the tables grow: peak resident size at 20,000 and at 200,000 responses of 1 KB.
+
+    python jobs/bench/memory.py
+
+Each size is a fresh process that runs the table path of the pipeline: pool, responses, random selection, scores and
+pairs. There is no engine: the responses and the scores are made up in the tasks that would have asked for them.
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from hardware import hardware
+
+from rayrl.config import RunConfig
+from rayrl.data.blocks import BlockTable, map_blocks
+from rayrl.records import Response, Sampled, to_table
+from rayrl.runs.run import Run, open_run
+from rayrl.stages.generate import Responses
+from rayrl.stages.pool import read_pool
+from rayrl.stages.pseudo_label import Labelling, Pairs, finish_pairs
+from rayrl.stages.select import select
+
+K = 4
+BOUND_MB = 50
+
+
+def fabricated(prompts: BlockTable, block: int) -> pa.Table:
+    """K responses of 1 KB to every prompt of a block."""
+    draw = random.Random(block)
+    sampled = [
+        Sampled(
+            prompt_id=row["id"],
+            prompt=row["text"],
+            prompt_token_ids=row["token_ids"],
+            responses=[_response(row["id"], i, draw) for i in range(K)],
+        )
+        for row in prompts.read(block).to_pylist()
+    ]
+    return to_table(sampled, Sampled)
+
+
+def _response(prompt_id: str, index: int, draw: random.Random) -> Response:
+    return Response(
+        id=f"{prompt_id}-{index}",
+        text=draw.randbytes(512).hex(),
+        token_ids=list(draw.randbytes(200)),
+        seed=index,
+        policy_version="bench",
+        logprob=-100.0,
+        finish_reason="stop",
+    )
+
+
+class MadeUpScores:
+    """In the evaluator's place."""
+
+    def score(self, items: list[Any]) -> list[float | None]:
+        return [float(int(item.response[:4], 16) % 6) for item in items]
+
+
+def table_path(run: Run, num_responses: int) -> dict[str, float]:
+    """Everything between the pool and the pairs; peak memory of this process in MB after each part."""
+    peaks = {"ray up": peak_mb()}
+    pool = read_pool(run)
+    peaks["pool"] = peak_mb()
+    table = BlockTable(run.folder("generate", "table"), pool.train.num_blocks)
+    counts = map_blocks(
+        table, partial(fabricated, pool.train), concurrency=2, describe=lambda t: {"n": t.num_rows * K}, progress="make"
+    )
+    block_counts = [count["n"] for count in counts]
+    assert sum(block_counts) == num_responses
+    peaks["responses"] = peak_mb()
+    responses = Responses(
+        key="bench",
+        table=table,
+        num_prompts=pool.num_prompts,
+        num_responses=num_responses,
+        block_counts=block_counts,
+    )
+    # random selection asks for no engine and no checkpoint
+    select(run, None, None, responses)  # type: ignore[arg-type]
+    peaks["select"] = peak_mb()
+    folder = run.folder("pseudo_label")
+    labelling = Labelling(
+        responses=table,
+        scored=BlockTable(f"{folder}/scored", table.num_blocks),
+        pairs=BlockTable(f"{folder}/table", table.num_blocks),
+        scorer=MadeUpScores(),  # type: ignore[arg-type]
+        expert={},
+        config=run.config.pseudo_label,
+    )
+    pairs = Pairs(
+        key="bench", table=labelling.pairs, labelling=labelling, mode="alternate", num_planned=0, num_done=None
+    )
+    finish_pairs(run, pairs)
+    return peaks | {"pairs": peak_mb()}
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def one_size(num_responses: int) -> None:
+    """Run the path in this process and print its peaks as JSON."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        with prompts.open("w") as file:
+            for i in range(num_responses // K):
+                file.write(json.dumps({"prompt": f"What is the answer to question number {i}?"}) + "\n")
+        config = RunConfig.model_validate(
+            {
+                "name": "bench",
+                "run_dir": f"{folder}/run",
+                "policy": {"path": "jobs/quickstart/model", "dtype": "float32"},
+                "pool": {"path": str(prompts), "num_eval": 0},
+                "sft": {"enabled": False},
+                "select": {"budget": 1700, "strategy": "random"},
+                "generate": {"k": K},
+                "oracle": {"type": "scripted", "function": "jobs.experts.quickstart:judge"},
+            }
+        )
+        ray.init(include_dashboard=False, log_to_driver=False)
+        peaks = table_path(open_run(config), num_responses)
+    print(json.dumps(peaks | {"seconds": time.monotonic() - started}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs=2, default=[20_000, 200_000])
+    parser.add_argument("--only", type=int, help="run one size in this process")
+    arguments = parser.parse_args()
+    if arguments.only:
+        one_size(arguments.only)
+        return
+    machine = hardware()
+    peaks = []
+    for size in arguments.sizes:
+        done = subprocess.run([sys.executable, __file__, "--only", str(size)], stdout=subprocess.PIPE, check=True)
+        peaks.append(json.loads(done.stdout.splitlines()[-1]))
+    growth = peaks[1]["pairs"] - peaks[0]["pairs"]
+    print(f"\n{machine}; peak resident size of the driver, MB\n")
+    print("| responses | " + " | ".join(peaks[0]) + " |")
+    print("|---|" + "---|" * len(peaks[0]))
+    for size, row in zip(arguments.sizes, peaks, strict=True):
+        print(f"| {size} | " + " | ".join(f"{value:.0f}" for value in row.values()) + " |")
+    print(f"| growth | | | | | {growth:.0f} (bound {BOUND_MB}: {'holds' if growth <= BOUND_MB else 'BROKEN'}) | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""One run on disk: the resolved config, and one manifest per finished stage, written last.
+
+A stage is finished if and only if its manifest is there and carries the key of its inputs. The key is a hash of the
+stage's own settings and the keys of what it read, so that another run's stage with the same key (`reuse`) is the same work.
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from rayrl.config import RunConfig
+from rayrl.errors import RunDirectoryError
+from rayrl.records import content_id
+from rayrl.runs import storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a finished stage leaves behind, beside its table or checkpoint."""
+
+    stage: str
+    key: str
+    seconds: float
+    num_rows: int
+    metrics: dict[str, Any]
+    summary: str
+    finished_at: str
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run directory and the config it belongs to."""
+
+    config: RunConfig
+    url: str
+    timings: list[dict[str, Any]] = field(default_factory=list)
+
+    def folder(self, stage: str, *parts: str) -> str:
+        """URL inside a stage's folder."""
+        return storage.join(self.url, "stages", stage, *parts)
+
+    def stages(self) -> set[str]:
+        """Stages that have a manifest."""
+        names = ("pool", "sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
+        return {name for name in names if storage.exists(self.folder(name, "manifest.json"))}
+
+    def key(self, stage: str, *inputs: BaseModel | str | int | None) -> str:
+        """Names a stage's work by everything that decides its outcome."""
+        parts = [i.model_dump_json() if isinstance(i, BaseModel) else json.dumps(i) for i in inputs]
+        return content_id(stage, str(self.config.seed), *parts)
+
+    def finished(self, stage: str, key: str) -> Manifest | None:
+        """The stage's manifest if it is done, here or in the run named by `reuse`."""
+        if found := self._manifest(self.url, stage, key):
+            logger.info("%s: already finished (%s)", stage, found.summary)
+            return found
+        if self.config.reuse is None:
+            return None
+        other = storage.absolute(self.config.reuse)
+        if found := self._manifest(other, stage, key):
+            storage.copy_folder(storage.join(other, "stages", stage), self.folder(stage), last="manifest.json")
+            logger.info("%s: taken over from %s (%s)", stage, other, found.summary)
+            return found
+        return None
+
+    @staticmethod
+    def _manifest(url: str, stage: str, key: str) -> Manifest | None:
+        path = storage.join(url, "stages", stage, "manifest.json")
+        if not storage.exists(path):
+            return None
+        manifest = Manifest(**storage.read_json(path))
+        return manifest if manifest.key == key else None
+
+    def finish(
+        self, stage: str, key: str, *, since: float, num_rows: int, metrics: dict[str, Any], summary: str
+    ) -> Manifest:
+        """Write the manifest: from now on the stage is done."""
+        manifest = Manifest(
+            stage=stage,
+            key=key,
+            seconds=time.monotonic() - since,
+            num_rows=num_rows,
+            metrics=metrics,
+            summary=summary,
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        storage.write_json(self.folder(stage, "manifest.json"), asdict(manifest))
+        logger.info("%s: %s (%.1f s)", stage, summary, manifest.seconds)
+        return manifest
+
+    def record_time(self, what: str, seconds: float) -> None:
+        """Keep a start-up or stage time for the report's table."""
+        self.timings.append({"what": what, "seconds": round(seconds, 3)})
+        storage.write_json(storage.join(self.url, "timings.json"), self.timings)
+
+
+def open_run(config: RunConfig) -> Run:
+    """Open a run directory, or make it. The same config continues it; any other is refused.
+
+    Raises:
+        RunDirectoryError: it belongs to another config; names the settings that differ.
+    """
+    url = storage.absolute(config.run_dir)
+    path = storage.join(url, "config.json")
+    mine = config.model_dump(mode="json")
+    if storage.exists(path):
+        differing = differences(storage.read_json(path), mine)
+        if differing:
+            raise RunDirectoryError(
+                f"run_dir {url} belongs to another config; these settings differ: {', '.join(differing[:6])}. "
+                "Choose another run_dir, or delete that folder"
+            )
+    else:
+        storage.write_json(path, mine)
+    timings = storage.join(url, "timings.json")
+    return Run(config=_with_absolute_models(config), url=url, timings=storage.read_json(timings) if storage.exists(timings) else [])
+
+
+def _with_absolute_models(config: RunConfig) -> RunConfig:
+    """Workers run in folders of their own: what is a local model folder here must be one there."""
+    policy, select = config.policy, config.select
+    if Path(policy.path).is_dir():
+        policy = policy.model_copy(update={"path": storage.absolute(policy.path)})
+    if Path(select.embedder).is_dir():
+        select = select.model_copy(update={"embedder": storage.absolute(select.embedder)})
+    return config.model_copy(update={"policy": policy, "select": select})
+
+
+def differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings that differ between two resolved configs; where a run lives does not count."""
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return [] if theirs == mine else [f"{prefix} ({theirs!r} there, {mine!r} now)"]
+    names = sorted(set(theirs) | set(mine))
+    return [
+        difference
+        for name in names
+        if prefix or name not in ("run_dir", "reuse")
+        for difference in differences(theirs.get(name), mine.get(name), f"{prefix}.{name}" if prefix else name)
+    ]
