@@ -282,7 +282,7 @@ def test_a_check_writes_nothing(tree, tmp_path):
         (
             {"pseudo_label__mode": "overlap", "policy__dtype": "float32"},
             {"CPU": 9.0, "GPU": 1.0},
-            'stage dpo .*beside 1 engine.* needs GPU: 2, .*pseudo_label.mode = "alternate"',
+            'stage dpo .*beside 1 engine.* needs GPU: 3, .*pseudo_label.mode = "alternate"',
         ),
     ],
 )
@@ -296,11 +296,11 @@ def test_gpu_settings_ray_cannot_give_are_refused(tree):
 
 
 def test_the_mode_follows_the_cluster_and_the_reference(tree):
-    one, two = {"CPU": 9.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 2.0}
+    one, three = {"CPU": 9.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 3.0}
     float32 = changed(tree, policy__dtype="float32")
-    assert check(float32, cluster=two).mode == "overlap"
+    assert check(float32, cluster=three).mode == "overlap"
     assert check(float32, cluster=one).mode == "alternate"
-    bfloat16 = check(changed(tree), cluster=two)  # "auto" is bfloat16 on a GPU
+    bfloat16 = check(changed(tree), cluster=three)  # "auto" is bfloat16 on a GPU
     assert (bfloat16.mode, bfloat16.reference) == ("alternate", "pass")
     assert check(changed(tree, dpo__reference="pass"), cluster=TWO_CPUS).mode == "alternate"
     message = refusal(ConfigError, changed(tree, pseudo_label__mode="overlap", dpo__reference="pass"))

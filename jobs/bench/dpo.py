@@ -4,11 +4,12 @@
     python jobs/bench/dpo.py --trl-micro-batch 8   # TRL accumulating over micro-batches of 8 pairs
 
 Same model, pairs, optimizer batch, learning rate, clipping and threads, one process; reference log-probabilities are
-columns of the data on both sides. TRL runs with its own defaults except gradient checkpointing and bf16, both off. Rounds
-alternate; a round is one pass over the pairs without its first step. A pair's lengths are log-normal, as responses' are.
+columns of the data on both sides. TRL runs with its own defaults except gradient checkpointing and bf16, both off.
+Rounds alternate; a round is one pass over the pairs without its first step. Lengths are log-normal, as responses' are.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -17,28 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset
+from dpo_trl import QUICKSTART, Round, Theirs
 from hardware import hardware
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
-from trl import DPOConfig as TrlConfig
-from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayrl.config import DpoConfig
 from rayrl.models.policy import load_policy
 from rayrl.training import engine as zero
-from rayrl.training.dpo import IDLE_PAIR, collated, pair_batch, pair_losses
+from rayrl.training.dpo import IDLE_PAIR, PairBatch, collated, pair_batch, pair_losses
 
-QUICKSTART = "jobs/quickstart/model"
-Round = tuple[float, int, int]
-"""Seconds, tokens without padding, tokens with it."""
+RANDOM_VOCAB = 32_000
 
 
-def random_model(folder: str, vocab_size: int) -> str:
+def random_model(folder: str) -> str:
     """A random 8M Llama with a real vocabulary: most of its work is the head's, as in small instruct models."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=RANDOM_VOCAB, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -55,7 +52,11 @@ def make_pairs(num_pairs: int, vocab_size: int) -> list[dict[str, Any]]:
 
     return [
         IDLE_PAIR
-        | {"prompt_token_ids": tokens(16, 0.4), "chosen_token_ids": tokens(48, 0.6), "rejected_token_ids": tokens(48, 0.6)}
+        | {
+            "prompt_token_ids": tokens(16, 0.4),
+            "chosen_token_ids": tokens(48, 0.6),
+            "rejected_token_ids": tokens(48, 0.6),
+        }
         for _ in range(num_pairs)
     ]
 
@@ -70,73 +71,24 @@ class Ours:
         self.engine.train()
         self.idle = pair_batch([IDLE_PAIR])
 
+    def loss(self, batch: PairBatch) -> Tensor:
+        return pair_losses(self.engine, batch, self.config)[0].sum()
+
     def round(self) -> Round:
         started, num_tokens, num_padded = 0.0, 0, 0
         size = self.config.batch_size
         for start in range(0, len(self.pairs), size):
             rows = self.pairs[start : start + size]
             batches = collated(rows, self.config.micro_batch_tokens)
-            zero.train_step(self.engine, batches, lambda b: pair_losses(self.engine, b, self.config)[0].sum(), size, self.idle)
+            zero.train_step(
+                self.engine, batches, lambda b: pair_losses(self.engine, b, self.config)[0].sum(), size, self.idle
+            )
             if start == 0:
                 started = time.perf_counter()
                 continue
             num_tokens += sum(int(batch.tokens.attention_mask.sum()) for batch in batches)
             num_padded += sum(batch.tokens.attention_mask.numel() for batch in batches)
         return time.perf_counter() - started, num_tokens, num_padded
-
-
-class Counting(DataCollatorForPreference):
-    """TRL's collator; keeps the size of every micro-batch."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        SIZES.append((int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
-        return batch
-
-
-SIZES: list[tuple[int, int]] = []
-
-
-class Clock(TrainerCallback):
-    """When each optimizer step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-
-class Theirs:
-    """TRL's trainer on the same tokens, given in the columns its own preparation makes."""
-
-    def __init__(self, path: str, pairs: list[dict[str, Any]], batch_size: int, micro_batch: int):
-        self.accumulation = batch_size // micro_batch
-        arguments = TrlConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, num_train_epochs=1, learning_rate=1e-5,
-            gradient_accumulation_steps=self.accumulation, gradient_checkpointing=False, bf16=False, use_cpu=True,
-            lr_scheduler_type="constant", precompute_ref_log_probs=True, report_to=[], save_strategy="no",
-            disable_tqdm=True, dataloader_pin_memory=False, max_length=None, logging_steps=10_000,
-        )  # fmt: skip
-        self.clock = Clock()
-        tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
-        self.trainer = DPOTrainer(
-            model=load_policy(path, torch.float32), args=arguments, processing_class=tokenizer, callbacks=[self.clock],
-            data_collator=Counting(pad_token_id=0),
-            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-        )  # fmt: skip
-        columns = {"prompt_token_ids": "prompt_ids", "chosen_token_ids": "chosen_ids", "rejected_token_ids": "rejected_ids"}
-        rows = [{theirs: pair[ours] for ours, theirs in columns.items()} for pair in pairs]
-        self.trainer.train_dataset = Dataset.from_list(
-            [row | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for row in rows]
-        )
-
-    def round(self) -> Round:
-        SIZES.clear()
-        self.clock.ends.clear()
-        self.trainer.train()
-        later = SIZES[self.accumulation :]
-        return self.clock.ends[-1] - self.clock.ends[0], sum(n for n, _ in later), sum(n for _, n in later)
 
 
 def table_row(name: str, path: str, vocab_size: int, arguments: argparse.Namespace) -> str:
@@ -159,21 +111,27 @@ def table_row(name: str, path: str, vocab_size: int, arguments: argparse.Namespa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-pairs", type=int, default=96)
+    parser.add_argument("--num-pairs", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--trl-micro-batch", type=int, default=None, help="pairs; default: the whole batch at once")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="+", choices=("quickstart", "random"), default=["quickstart", "random"])
     arguments = parser.parse_args()
     machine = hardware()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # else accelerate takes all cores
     torch.set_num_threads(arguments.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        models = (("quickstart, 768 tokens", QUICKSTART, 768), ("random 8M, 32,000 tokens", random_model(folder, 32_000), 32_000))
-        for name, path, vocab_size in models:
-            rows.append(table_row(name, path, vocab_size, arguments))
-    print(f"\n{machine}; batches of {arguments.batch_size} pairs, {arguments.threads} thread, median of {arguments.repeats}\n")
-    print("| model | rayrl, tokens/s | TRL, tokens/s | ratio | each round | padding share, rayrl | padding share, TRL |")
+        for name in arguments.models:
+            path, vocab_size = (QUICKSTART, 768) if name == "quickstart" else (random_model(folder), RANDOM_VOCAB)
+            rows.append(table_row(f"{name}, {vocab_size} tokens", path, vocab_size, arguments))
+    print(
+        f"\n{machine}; batches of {arguments.batch_size} pairs, {arguments.threads} thread, median of {arguments.repeats}\n"
+    )
+    print(
+        "| model | rayrl, tokens/s | TRL, tokens/s | ratio | each round | padding share, rayrl | padding share, TRL |"
+    )
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 

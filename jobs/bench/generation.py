@@ -4,8 +4,9 @@
     python jobs/bench/generation.py --policy path/to/model --num-prompts 200 --k 4
 
 The fleet's side is what the stage runs: Ray Data over blocks of prompts, a replica's answer, a Parquet part per block.
-The raw side is one `vllm.LLM.generate` call with the same tokens, seeds, sampling and engine settings. Both engines stay up
-and one is idle while the other is measured; measurements alternate, after one warm-up each.
+The raw side is one `vllm.LLM.generate` call with the same tokens, seeds, sampling and engine settings, in the processes
+vLLM makes by default. Both engines stay up and one is idle while the other is measured; measurements alternate, after
+one warm-up each. It needs two idle cores: the fleet's front end works beside its engine, and neighbours cost it more.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import pyarrow as pa
 import ray
 from hardware import hardware
 
-from rayrl.actors.engine import EngineSpec, environment
+from rayrl.actors.engine import CPU_BATCHED_TOKENS, EngineSpec, environment
 from rayrl.actors.fleet import Fleet, start_fleet
 from rayrl.actors.generator import Generator
 from rayrl.config import EngineConfig, GenerateConfig, PolicyConfig
@@ -59,7 +60,9 @@ def through_fleet(prompts: BlockTable, fleet: Fleet, policy: Checkpoint, config:
 
 def start_raw(policy: str, config: EngineConfig) -> Any:
     """The engine a script without Ray would start, with the replica's settings."""
-    os.environ.update(environment(config, on_gpu=False))
+    variables = environment(config, on_gpu=False)
+    variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    os.environ.update(variables, VLLM_CPU_OMP_THREADS_BIND="nobind")
     from vllm import LLM
 
     return LLM(
@@ -68,6 +71,8 @@ def start_raw(policy: str, config: EngineConfig) -> Any:
         max_num_seqs=config.max_num_seqs,
         enforce_eager=True,
         kv_cache_memory_bytes=config.kv_cache_mb << 20,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=CPU_BATCHED_TOKENS,
         seed=0,
     )
 
@@ -76,13 +81,18 @@ def raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
     """Token ids by response id, after the seconds of the one call."""
     from vllm import SamplingParams
 
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens, "logprobs": 0}
+    sampling = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "max_tokens": config.max_tokens,
+        "logprobs": 0,
+    }
     rows = [row for block in prompts.blocks() for row in block.to_pylist()]
     places = [(row, i) for row in rows for i in range(config.k)]
     started = time.perf_counter()
     outputs = llm.generate(
         [{"prompt_token_ids": row["token_ids"]} for row, _ in places],
-        [SamplingParams(**sampling, seed=response_seed(SEED, row["id"], i)) for row, i in places],
+        [SamplingParams(**sampling, logprobs=0, seed=response_seed(SEED, row["id"], i)) for row, i in places],
         use_tqdm=False,
     )
     seconds = time.perf_counter() - started
@@ -101,7 +111,10 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = hardware()
     policy = Checkpoint(path=str(Path(arguments.policy).absolute()), version="bench")
-    engine, config = EngineConfig(), GenerateConfig(k=arguments.k, temperature=0.9, top_p=1.0, max_tokens=arguments.max_tokens)
+    engine, config = (
+        EngineConfig(),
+        GenerateConfig(k=arguments.k, temperature=0.9, top_p=1.0, max_tokens=arguments.max_tokens),
+    )
     llm = start_raw(policy.path, engine)
     ray.init(include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -123,7 +136,7 @@ def main() -> None:
     equal = sum(theirs[name] == token_ids for name, token_ids in ours.items())
     ratio = statistics.median(b / a for a, b in zip(fleet_s[1:], raw_s[1:], strict=True))
     print(f"\n{machine}; {len(theirs)} responses, {tokens} tokens, 1 replica, 1 thread, {arguments.policy}\n")
-    print(f"| side | seconds, median of {arguments.repeats} | all seconds | tokens/s | ratio to raw | rows equal to raw |")
+    print(f"| side | median of {arguments.repeats}, s | every time, s | tokens/s | ratio to raw | rows equal to raw |")
     print("|---|---|---|---|---|---|")
     for name, times in (("raw vLLM", raw_s[1:]), ("fleet", fleet_s[1:])):
         every = " ".join(f"{t:.1f}" for t in times)

@@ -3,8 +3,8 @@
     python jobs/bench/swap.py --swaps 8
 
 The replica swaps between the policy and the same policy with noise on its weights. After each swap it reads the
-log-probability of the last 100 tokens of a 300-token prompt (cached under the old weights, longer than a KV block), which
-is compared with what transformers computes from the same weights.
+log-probability of the last 100 tokens of a 300-token prompt (cached under the old weights, longer than a KV block),
+which is compared with what transformers computes from the same weights.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def noisy_copy(policy: str, folder: Path) -> Any:
 
 
 def trainer_logprob(model: Any, prompt: list[int]) -> float:
-    """log p of the prompt's last tokens by transformers, nats."""
+    """Summed log p of the prompt's last tokens by transformers, nats."""
     with torch.no_grad():
         return response_logprobs(model, collate([prompt[:-NUM_READ]], [prompt[-NUM_READ:]])).item()
 
@@ -85,7 +85,7 @@ def main() -> None:
     median = statistics.median(swaps_s)
     print(f"\n{machine}; {arguments.policy}, float32\n")
     print(f"The two models' answers are {abs(expected['noisy'] - expected['original']):.2f} nats apart.\n")
-    print("| swaps | largest difference to trainer, nats | swap, median s | swap, worst s | engine start, s | start / swap |")
+    print("| swaps | largest difference to trainer, nats | swap, median s | worst s | engine start, s | start / swap |")
     print("|---|---|---|---|---|---|")
     print(
         f"| {len(swaps_s)} | {max(differences[1:]):.1e} | {median:.3f} | {max(swaps_s):.3f} | {status['start_s']:.1f} "

@@ -36,7 +36,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Turn a file of stories into prompts and seed rows.")
     parser.add_argument("stories", type=Path, help="JSONL, gzip'd, with a text column")
     parser.add_argument("folder", type=Path, help="where prompts.jsonl and seed.jsonl go")
     parser.add_argument("--column", default="text")

@@ -22,6 +22,7 @@ from jobs.quickstart.corpus import all_prompts, answer, plain_text
 NUM_POOL, NUM_SEED = 1100, 400
 NUM_ANSWERS, NUM_PLAIN = 16_000, 8_000
 VOCAB_SIZE, CONTEXT = 768, 512
+PAD, BOS, EOS = 0, 1, 2
 BATCH_SIZE, LEARNING_RATE = 16, 3e-3
 
 
@@ -30,13 +31,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<s>", "</s>"]
+    specials = ["<pad>", "<s>", "</s>"]  # in the order of their ids
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=CONTEXT
     )
@@ -55,9 +56,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         initializer_range=0.05,  # at the usual 0.02 it does not learn in time to copy the thing asked about
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         dtype="float32",
     )
     return LlamaForCausalLM(config)
@@ -72,7 +73,7 @@ def batches(rows: list[list[int]], rng: random.Random) -> Iterator[torch.Tensor]
     for start in starts:
         group = rows[start : start + BATCH_SIZE]
         width = max(map(len, group))
-        yield torch.tensor([row + [0] * (width - len(row)) for row in group])
+        yield torch.tensor([row + [PAD] * (width - len(row)) for row in group])
 
 
 def pretrain(model: LlamaForCausalLM, rows: list[list[int]], rng: random.Random) -> float:
@@ -82,7 +83,7 @@ def pretrain(model: LlamaForCausalLM, rows: list[list[int]], rng: random.Random)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, num_steps, pct_start=0.1)
     losses = []
     for ids in batches(rows, rng):
-        mask = ids.ne(0)
+        mask = ids.ne(PAD)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~mask, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,13 +111,12 @@ def main(folder: Path) -> None:
     plain = [plain_text(rng) for _ in range(NUM_PLAIN)]
 
     tokenizer = train_tokenizer([text for pair in answered for text in pair] + plain)
-    end = [tokenizer.eos_token_id]
-    rows = [tokenizer(text).input_ids + end for text in plain]
+    rows = [[*tokenizer(text).input_ids, EOS] for text in plain]
     for index, (prompt, response) in enumerate(answered):
         if index % 8:  # most as the policy will be asked, some in the form that a judge reads
-            rows.append(tokenizer(prompt).input_ids + tokenizer(response, add_special_tokens=False).input_ids + end)
+            rows.append(tokenizer(prompt).input_ids + tokenizer(response, add_special_tokens=False).input_ids + [EOS])
         else:
-            rows.append(tokenizer(f"Question: {prompt}\nAnswer: {response}\n").input_ids + end)
+            rows.append([*tokenizer(f"Question: {prompt}\nAnswer: {response}\n").input_ids, EOS])
     model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {sum(map(len, rows)):,} tokens")
     print(f"loss {pretrain(model, rows, rng):.3f}")

@@ -71,7 +71,7 @@ def stream_blocks(
         return pa.concat_tables([function(int(block)) for block in batch["item"]])
 
     blocks = ray.data.from_items(list(range(num_blocks)), override_num_blocks=min(num_blocks, MAX_TASKS) or None)
-    return blocks.map_batches(of_batch, batch_size=1, num_cpus=TASK_CPUS, concurrency=concurrency)
+    return blocks.map_batches(of_batch, batch_size=1, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(concurrency))
 
 
 def map_blocks(

@@ -61,7 +61,7 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
         _require(stage, cluster)
     if "pseudo_label" not in stages:
         return tuple(stages.values()), "alternate", reference
-    both = _overlapped(stages["pseudo_label"], stages["dpo"])
+    both = _overlapped(_fleets(config, has_gpu), stages["dpo"])
     mode = config.pseudo_label.mode
     if mode == "overlap":
         if reference == "pass":
@@ -144,6 +144,20 @@ def _serve(name: str, what: str, section: str, config: RunConfig, has_gpu: bool)
         actors=f"{engine.num_replicas} engine(s)",
         num_gpus=_engine_gpus(engine, section) if has_gpu else 0,
         setting=f"{section}.num_replicas",
+    )
+
+
+def _fleets(config: RunConfig, has_gpu: bool) -> StagePlan:
+    """Every fleet of the run at once: in mode `overlap` none makes room for another."""
+    fleets = [_serve("fleets", "", "generators", config, has_gpu)]
+    if config.select.strategy == "k_center" or config.evaluator.type == "scalar":
+        fleets.append(_serve("fleets", "", "embedders", config, has_gpu))
+    return StagePlan(
+        name="fleets",
+        what="",
+        actors=" and ".join(fleet.actors for fleet in fleets),
+        num_gpus=sum(fleet.num_gpus for fleet in fleets),
+        setting=" or ".join(fleet.setting for fleet in fleets),
     )
 
 

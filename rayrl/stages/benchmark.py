@@ -1,5 +1,6 @@
 """Optional benchmark tasks (MMLU, BBH ...) through lm-evaluation-harness and its vLLM backend."""
 
+import importlib.metadata
 import logging
 from typing import Any
 
@@ -22,12 +23,9 @@ def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> 
     config = run.config
     if services.on_gpu:
         services.release()
-    task = ray.remote(_evaluate).options(
-        num_cpus=0,
-        num_gpus=config.generators.tensor_parallel_size if services.on_gpu else 0,
-        max_calls=1,
-        runtime_env={"env_vars": environment(config.generators, services.on_gpu)},
-    )
+    variables = {"env_vars": environment(config.generators, services.on_gpu)}
+    num_gpus = config.generators.tensor_parallel_size if services.on_gpu else 0
+    task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_calls=1, runtime_env=variables)(_evaluate)
     arguments: dict[str, Any] = {
         "dtype": services.dtype,
         "tensor_parallel_size": config.generators.tensor_parallel_size,
@@ -44,6 +42,12 @@ def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> 
 
 
 def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], seed: int) -> dict[str, Any]:
+    import vllm
+
+    # The harness asks for the distribution "vllm"; vLLM's CPU rebuild is installed under another name. This process does
+    # nothing else, and ends with the task.
+    installed = importlib.metadata.version
+    importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else installed(name)
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -1,5 +1,6 @@
 """The scalar evaluator: regression on the expert's scores, or Bradley-Terry on pairs of them."""
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,12 +71,13 @@ def train_scalar(job: ScalarJob) -> None:
 
     with rank_zero_log(job.run_url, job.stage) as log:
         for step, rows in steps(engine, job.evaluator, job.seed):
+            started = time.monotonic()
             micro = [
                 (batch.to(engine.device), scores.to(engine.device))
                 for batch, scores in collated(rows, job.evaluator)
             ]
             loss = zero.train_step(engine, micro, loss_of, len(rows), idle)
-            log(step, loss=loss, learning_rate=engine.get_lr()[0])
+            log(step, loss=loss, learning_rate=engine.get_lr()[0], seconds=time.monotonic() - started)
     export.export_reward_model(engine, reward_model, load_tokenizer(job.policy), job.checkpoint_url)
 
 

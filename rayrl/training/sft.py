@@ -3,6 +3,7 @@
 Trains M1 from the seed data, and the generative evaluator from the expert's written judgements.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,17 @@ def train_sft(job: SftJob) -> None:
 
     with rank_zero_log(job.run_url, job.stage) as log:
         for step, rows in steps(engine, job.training, job.seed):
+            started = time.monotonic()
             batches = [batch.to(engine.device) for batch in collated(rows, job.training.micro_batch_tokens)]
             num_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
             loss = zero.train_step(engine, batches, loss_of, num_tokens, idle)
-            log(step, loss=loss, learning_rate=engine.get_lr()[0], num_tokens=num_tokens)
+            log(
+                step,
+                loss=loss,
+                learning_rate=engine.get_lr()[0],
+                num_tokens=num_tokens,
+                seconds=time.monotonic() - started,
+            )
     export.export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 
 

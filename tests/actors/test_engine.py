@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayrl.actors.generator import Sampling
+from rayrl.data.collate import collate
 from rayrl.errors import WeightSyncError
 from rayrl.models.policy import response_logprobs
 from rayrl.models.reward import pool
-from rayrl.data.collate import collate
 from rayrl.records import Checkpoint
 from rayrl.training.export import PROBE_CANDIDATES, probe_prompt
 
@@ -42,7 +42,8 @@ def other(tmp_path_factory, tiny_policy):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}  # the tied head by its own name too
+    model.save_pretrained(folder, state_dict=weights)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(tiny_policy.path) / name, folder)
     prompt = probe_prompt(model.config)

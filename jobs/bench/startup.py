@@ -1,0 +1,121 @@
+"""What a run pays for starting things, against what the same things cost bare.
+
+    python jobs/bench/startup.py --run runs/quickstart     # a finished run; without one, run the pipeline first
+
+A fit's start-up is its seconds less those of its steps (`seconds` in metrics/<stage>.jsonl): worker processes, imports,
+loading, checkpoints and the export. The bound: every fit an empty fit, every engine a bare engine, and 15 s.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from hardware import hardware
+
+from rayrl.actors.embedder import Embedder
+from rayrl.actors.engine import EngineSpec, ServedEngine
+from rayrl.actors.fleet import start_fleet
+from rayrl.actors.generator import Generator
+from rayrl.config import EngineConfig, TrainingConfig
+from rayrl.data.blocks import stream_blocks
+from rayrl.records import Checkpoint
+from rayrl.training.launch import fit
+
+MARGIN_S = 15.0
+
+
+def empty_fit() -> float:
+    """Seconds of a fit whose loop does nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        fit(
+            lambda job: None,
+            None,
+            TrainingConfig(),
+            lambda rank, world_size: stream_blocks(1, lambda block: None, concurrency=1),  # type: ignore[arg-type]
+            storage=folder,
+            on_gpu=False,
+        )
+        return time.monotonic() - started
+
+
+def bare_engine(kind: type[ServedEngine], pooling: str | None, policy: str) -> float:
+    """Seconds from nothing to a fleet of one that answers."""
+    spec = EngineSpec(
+        checkpoint=Checkpoint(path=policy, version="bench"),
+        config=EngineConfig(),
+        dtype="float32",
+        max_model_len=None,
+        trust_remote_code=False,
+        on_gpu=False,
+        pooling=pooling,
+    )
+    started = time.monotonic()
+    fleet = start_fleet("bench", kind, spec)
+    fleet.wait_ready()
+    seconds = time.monotonic() - started
+    fleet.stop()
+    return seconds
+
+
+def paid(run: Path) -> dict[str, float]:
+    """Start-up seconds of a run's engines and fits, by name."""
+    seconds: dict[str, float] = {}
+    for timing in json.loads((run / "timings.json").read_text()):
+        kind, _, name = timing["what"].partition(":")
+        if kind == "engine":
+            seconds[timing["what"]] = seconds.get(timing["what"], 0.0) + timing["seconds"]
+        if kind == "fit":
+            steps = (run / "metrics" / f"{name}.jsonl").read_text().splitlines()
+            seconds[timing["what"]] = timing["seconds"] - sum(json.loads(step)["seconds"] for step in steps)
+    return seconds
+
+
+def run_quickstart(folder: str) -> Path:
+    """The whole pipeline on the embedded model."""
+    from jobs.proxy_dpo import main as proxy_dpo
+
+    assert proxy_dpo(["jobs/configs/quickstart.toml", f"run_dir={folder}"]) == 0
+    return Path(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a finished run of the quickstart")
+    parser.add_argument("--policy", default="jobs/quickstart/model")
+    arguments = parser.parse_args()
+    machine = hardware()
+    started = time.monotonic()
+    ray.init(include_dashboard=False, log_to_driver=False)
+    ray_s = time.monotonic() - started
+    policy = str(Path(arguments.policy).absolute())
+    bare: dict[str, float] = {"generators": bare_engine(Generator, None, policy)}
+    bare["embedders"] = bare_engine(Embedder, "mean", policy)
+    bare["fit"] = empty_fit()
+    with tempfile.TemporaryDirectory() as folder:
+        run = paid(arguments.run or run_quickstart(folder))
+    print_table(machine, ray_s, bare, run)
+
+
+def print_table(machine: str, ray_s: float, bare: dict[str, float], run: dict[str, float]) -> None:
+    rows: list[tuple[str, Any, float]] = [("ray.init (in no sum)", "", ray_s)]
+    for what, seconds in run.items():
+        kind = "fit" if what.startswith("fit:") else next(k for k in ("generators", "embedders") if k in what)
+        rows.append((what, seconds, bare[kind]))
+    total, bound = sum(run.values()), sum(row[2] for row in rows[1:]) + MARGIN_S
+    print(f"\n{machine}\n")
+    print("| what | start-up in the run, s | bare, s |")
+    print("|---|---|---|")
+    for what, seconds, alone in rows:
+        print(f"| {what} | {f'{seconds:.1f}' if seconds != '' else ''} | {alone:.1f} |")
+    print(
+        f"| total; bound is bare + {MARGIN_S:.0f} s | {total:.1f} | {bound:.1f}: {'holds' if total <= bound else 'BROKEN'} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

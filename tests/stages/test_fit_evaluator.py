@@ -1,0 +1,99 @@
+"""What the evaluator is trained and validated on."""
+
+from collections import Counter
+
+import pytest
+
+from rayrl.config import RunConfig
+from rayrl.data.blocks import BlockTable
+from rayrl.errors import DataError
+from rayrl.models.judge import ADDITIVE_RUBRIC, Rubric
+from rayrl.records import Judgement, to_table
+from rayrl.runs.run import Run
+from rayrl.stages.fit_evaluator import balance, labels, split
+from rayrl.stages.query import Judgements
+
+RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
+
+
+def judgement(prompt, index, score):
+    return Judgement(
+        key=f"{prompt}{index}",
+        prompt_id=prompt,
+        response_id=f"{prompt}-{index}",
+        prompt="?",
+        response="!",
+        oracle="o",
+        status="abstained" if score is None else "scored",
+        score=score,
+        rationale=f"because {score}",
+        purpose="label",
+        cost_usd=0.0,
+    )
+
+
+JUDGEMENTS = [judgement(f"p{n}", i, float((n + i) % 6)) for n in range(20) for i in range(n % 3 + 1)]
+
+
+def test_a_prompt_is_on_one_side_of_the_split():
+    training, held_out = split(JUDGEMENTS, 0.25, seed=0)
+    prompts = {j.prompt_id for j in training}, {j.prompt_id for j in held_out}
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[1]) == 5
+    assert sorted(j.key for j in training + held_out) == sorted(j.key for j in JUDGEMENTS)
+
+
+def test_the_split_follows_the_seed_and_not_the_order():
+    held_out = {j.key for j in split(JUDGEMENTS, 0.25, seed=0)[1]}
+    assert held_out == {j.key for j in split(JUDGEMENTS[::-1], 0.25, seed=0)[1]}
+    assert held_out != {j.key for j in split(JUDGEMENTS, 0.25, seed=1)[1]}
+
+
+@pytest.mark.parametrize("holdout", [0.001, 0.999])
+def test_no_side_of_the_split_is_empty(holdout):
+    assert all(split([judgement("a", 0, 1.0), judgement("b", 0, 2.0)], holdout, seed=0))
+
+
+def test_balance_repeats_the_rare_and_drops_nobody():
+    judgements = [judgement(f"p{n}", 0, score) for n, score in enumerate([0.0] * 7 + [2.6, 3.4, 3.0] + [5.0])]
+    balanced = balance(judgements, RUBRIC)
+    counts = Counter(j.key for j in balanced)
+    assert set(counts) == {j.key for j in judgements}
+    assert Counter(round(j.score) for j in balanced) == {0: 7, 3: 7, 5: 7}
+    assert sorted(counts[f"p{n}0"] for n in (7, 8, 9)) == [2, 2, 3]
+
+
+def run_with(tmp_path, control, judgements):
+    config = RunConfig.model_validate(
+        {
+            "name": "test",
+            "run_dir": str(tmp_path),
+            "labels": control,
+            "policy": {"path": "model"},
+            "pool": {"path": "prompts.jsonl"},
+            "sft": {"enabled": False},
+            "select": {"budget": 8},
+            "oracle": {"type": "scripted", "function": "a:b"},
+        }
+    )
+    table = BlockTable(str(tmp_path / "judgements"), 1)
+    table.write(0, to_table(judgements, Judgement))
+    return labels(Run(config=config, url=str(tmp_path)), Judgements(key="k", table=table))
+
+
+def test_abstentions_are_no_labels(tmp_path):
+    assert run_with(tmp_path, "proxy", [*JUDGEMENTS, judgement("z", 0, None)]) == JUDGEMENTS
+
+
+def test_the_shuffled_control_permutes_scores_with_their_reasons(tmp_path):
+    shuffled = run_with(tmp_path, "shuffled", JUDGEMENTS)
+    assert [j.response_id for j in shuffled] == [j.response_id for j in JUDGEMENTS]
+    assert sorted(j.score for j in shuffled) == sorted(j.score for j in JUDGEMENTS)
+    assert [j.score for j in shuffled] != [j.score for j in JUDGEMENTS]
+    assert all(j.rationale == f"because {j.score}" for j in shuffled)
+    assert shuffled == run_with(tmp_path, "shuffled", JUDGEMENTS)
+
+
+def test_too_few_labels_are_refused(tmp_path):
+    with pytest.raises(DataError, match="at least 4 scored judgements, got 3"):
+        run_with(tmp_path, "proxy", [*JUDGEMENTS[:3], judgement("z", 0, None)])
