@@ -25,7 +25,7 @@ quickstart: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 test: check
 	$(BIN)/python -m pytest -m "not gpu and not slow" -q

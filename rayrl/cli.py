@@ -77,9 +77,7 @@ def runs(
     fs, path = url_to_fs(folder)
     if not fs.isdir(path):
         raise RunDirectoryError(f"folder must be an existing folder of runs, got {folder}")
-    table = Table(
-        "run", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold"
-    )
+    table = Table("run", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold")
     for config in sorted(fs.glob(f"{path}/*/config.json")):
         facts = summarize_run(fs.unstrip_protocol(config.rpartition("/")[0]))
         done = [stage["stage"] for stage in facts["stages"] if stage["state"] == "done"]

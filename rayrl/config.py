@@ -74,6 +74,8 @@ class PoolConfig(DataConfig):
 
 
 class LoraConfig(Table):
+    """Low-rank adapters instead of full fine-tuning; merged when the model is written."""
+
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -173,7 +175,7 @@ class RubricConfig(Table):
     """What the expert and the evaluator are asked. A pointwise, additive scale."""
 
     template: str | None = None
-    """File with the judge prompt; `{prompt}` and `{response}` are filled in. None is the built-in 0-5 additive rubric."""
+    """File with the judge prompt; `{prompt}` and `{response}` are filled in. None is the built-in additive rubric."""
     min_score: int = 0
     max_score: int = 5
 
@@ -185,6 +187,8 @@ class RubricConfig(Table):
 
 
 class OracleLimits(Table):
+    """How hard the expert may be pressed."""
+
     max_concurrency: int = Field(default=16, gt=0)
     requests_per_minute: int | None = Field(default=None, gt=0)
     tokens_per_minute: int | None = Field(default=None, gt=0)
@@ -200,7 +204,7 @@ class HttpOracleConfig(OracleLimits):
     base_url: str
     model: str
     api_key_env: str | None = "OPENAI_API_KEY"
-    """Name of the environment variable (or, with a leading "file:", of the file) that holds the key; None sends no key."""
+    """Environment variable (or, with a leading "file:", the file) that holds the key; None sends no key."""
     temperature: float = Field(default=0.0, ge=0)
     max_tokens: int = Field(default=512, gt=0)
     usd_per_1m_input: float | None = Field(default=None, ge=0)
@@ -315,8 +319,8 @@ class RunConfig(Table):
     reuse: str | None = None
     """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
     labels: Literal["proxy", "direct", "expert", "shuffled"] = "proxy"
-    """proxy is the method. Controls: "direct" (DPO on the paid judgements alone), "expert" (the expert labels everything:
-    the ceiling), "shuffled" (the paid scores are permuted: the floor)."""
+    """proxy is the method. Controls: "direct" (DPO on the paid judgements alone), "expert" (the expert labels
+    everything: the ceiling), "shuffled" (the paid scores are permuted: the floor)."""
 
     policy: PolicyConfig
     seed_data: SeedDataConfig | None = None

@@ -3,8 +3,8 @@
     Prompt -> Sampled(prompt, responses) -> Judgement -> PreferencePair
 
 A row and a table never drift apart: `arrow_schema(Record)` derives the table's schema from the dataclass. Tables are
-folders of Parquet parts; a part holds a fixed block of prompts, one row per prompt with its responses nested, so that no
-stage ever needs a groupby.
+folders of Parquet parts; a part holds a fixed block of prompts, one row per prompt with its responses nested, so that
+no stage ever needs a groupby.
 """
 
 import hashlib

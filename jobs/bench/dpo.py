@@ -64,9 +64,11 @@ def make_pairs(num_pairs: int, vocab_size: int) -> list[dict[str, Any]]:
 class Ours:
     """rayrl's step, without Ray around it."""
 
-    def __init__(self, path: str, pairs: list[dict[str, Any]], batch_size: int):
+    def __init__(self, path: str, pairs: list[dict[str, Any]], batch_size: int, micro_batch_tokens: int):
         self.pairs = pairs
-        self.config = DpoConfig(learning_rate=1e-5, batch_size=batch_size, schedule="constant")
+        self.config = DpoConfig(
+            learning_rate=1e-5, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, schedule="constant"
+        )
         self.engine = zero.start(load_policy(path, torch.float32), self.config, torch.float32, 1000)
         self.engine.train()
         self.idle = pair_batch([IDLE_PAIR])
@@ -95,8 +97,9 @@ def table_row(name: str, path: str, vocab_size: int, arguments: argparse.Namespa
     pairs = make_pairs(arguments.num_pairs, vocab_size)
     theirs = Theirs(path, pairs, arguments.batch_size, arguments.trl_micro_batch or arguments.batch_size)
     if not dist.is_initialized():  # after TRL has taken note that it is alone
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    ours = Ours(path, pairs, arguments.batch_size)
+        rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    ours = Ours(path, pairs, arguments.batch_size, arguments.micro_batch_tokens)
     rounds = [(ours.round(), theirs.round()) for _ in range(arguments.repeats + 1)][1:]
     speeds = [(a[1] / a[0], b[1] / b[0]) for a, b in rounds]
     ratio = statistics.median(a / b for a, b in speeds)
@@ -113,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-pairs", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-tokens", type=int, default=DpoConfig().micro_batch_tokens)
     parser.add_argument("--trl-micro-batch", type=int, default=None, help="pairs; default: the whole batch at once")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -126,12 +130,9 @@ def main() -> None:
         for name in arguments.models:
             path, vocab_size = (QUICKSTART, 768) if name == "quickstart" else (random_model(folder), RANDOM_VOCAB)
             rows.append(table_row(f"{name}, {vocab_size} tokens", path, vocab_size, arguments))
-    print(
-        f"\n{machine}; batches of {arguments.batch_size} pairs, {arguments.threads} thread, median of {arguments.repeats}\n"
-    )
-    print(
-        "| model | rayrl, tokens/s | TRL, tokens/s | ratio | each round | padding share, rayrl | padding share, TRL |"
-    )
+    shape = f"batches of {arguments.batch_size} pairs, rayrl's micro-batches of {arguments.micro_batch_tokens} tokens"
+    print(f"\n{machine}; {shape}, {arguments.threads} thread, median of {arguments.repeats}\n")
+    print("| model | rayrl, tokens/s | TRL, tokens/s | ratio | each round | padding, rayrl | padding, TRL |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import DPOConfig as TrlConfig
-from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.dpo_config import DPOConfig as TrlConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from rayrl.models.policy import load_policy
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import ray
 from hardware import hardware
 
-from rayrl.config import RunConfig
+from rayrl.config import load_config
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run, open_run
@@ -119,18 +119,12 @@ def one_size(num_responses: int) -> None:
         with prompts.open("w") as file:
             for i in range(num_responses // K):
                 file.write(json.dumps({"prompt": f"What is the answer to question number {i}?"}) + "\n")
-        config = RunConfig.model_validate(
-            {
-                "name": "bench",
-                "run_dir": f"{folder}/run",
-                "policy": {"path": "jobs/quickstart/model", "dtype": "float32"},
-                "pool": {"path": str(prompts), "num_eval": 0},
-                "sft": {"enabled": False},
-                "select": {"budget": 1700, "strategy": "random"},
-                "generate": {"k": K},
-                "oracle": {"type": "scripted", "function": "jobs.experts.quickstart:judge"},
-            }
-        )
+        changes = {
+            "run_dir": f"{folder}/run", "pool.path": str(prompts), "pool.limit": num_responses, "pool.num_eval": 0,
+            "select.strategy": "random", "select.budget": 1700, "generate.k": K,
+        }  # fmt: skip
+        overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+        config = load_config("jobs/configs/quickstart.toml", overrides)
         ray.init(include_dashboard=False, log_to_driver=False)
         peaks = table_path(open_run(config), num_responses)
     print(json.dumps(peaks | {"seconds": time.monotonic() - started}))

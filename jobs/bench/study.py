@@ -2,8 +2,8 @@
 
     python jobs/bench/study.py jobs/configs/stories.toml --seeds 0 1 2 [section.key=value ...]
 
-Runs every variant with every seed into RUN_DIR/<variant>-<seed>, shares the stages that are equal (M1 and its responses),
-and prints one table. Rerun it to continue an interrupted study.
+Runs every variant with every seed into RUN_DIR/<variant>-<seed>, shares the stages that are equal (M1 and its
+responses), and prints one table. Rerun it to continue an interrupted study.
 """
 
 import argparse
@@ -47,9 +47,7 @@ def variant(path: str, overrides: list[str], name: str, seed: int) -> RunConfig:
     base = load_config(path, [*overrides, *VARIANTS[name], f"seed={seed}"])
     folder = storage.join(base.run_dir, f"{name}-{seed}")
     shared = None if name == "k-center" else storage.join(base.run_dir, f"k-center-{seed}")
-    return base.model_copy(
-        update={"name": f"{base.name}-{name}-{seed}", "run_dir": folder, "reuse": shared}
-    )
+    return base.model_copy(update={"name": f"{base.name}-{name}-{seed}", "run_dir": folder, "reuse": shared})
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -57,7 +55,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not storage.exists(finished):
         run_pipeline(config, check(config), proxy_dpo, ray_start_s=0.0)
     folder = storage.join(storage.absolute(config.run_dir), "stages")
-    manifests = {name: storage.read_json(f"{folder}/{name}/manifest.json")["metrics"] for name in ("query", "dpo", "evaluate")}
+    manifests = {
+        name: storage.read_json(f"{folder}/{name}/manifest.json")["metrics"] for name in ("query", "dpo", "evaluate")
+    }
     return manifests["evaluate"] | {"paid": manifests["query"]["label"]["spent"]}
 
 
@@ -108,8 +108,10 @@ def main() -> None:
             logging.info("%s seed %d: %s", name, seed, results[name][-1]["difference"])
     print(table(results))
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{options.config}, seeds {options.seeds}, {platform.processor() or platform.machine()}, "
-          f"{ray.cluster_resources().get('CPU', 0):g} cores, {minutes:.0f} minutes, {date.today()}")
+    print(
+        f"\n{options.config}, seeds {options.seeds}, {platform.processor() or platform.machine()}, "
+        f"{ray.cluster_resources().get('CPU', 0):g} cores, {minutes:.0f} minutes, {date.today()}"
+    )
     if options.out:
         options.out.write_text(json.dumps(results, indent=2))
 

@@ -85,6 +85,7 @@ def main() -> None:
     median = statistics.median(swaps_s)
     print(f"\n{machine}; {arguments.policy}, float32\n")
     print(f"The two models' answers are {abs(expected['noisy'] - expected['original']):.2f} nats apart.\n")
+    print("Differences after each swap: " + " ".join(f"{d:.1e}" for d in differences[1:]) + "\n")
     print("| swaps | largest difference to trainer, nats | swap, median s | worst s | engine start, s | start / swap |")
     print("|---|---|---|---|---|---|")
     print(

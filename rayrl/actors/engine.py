@@ -1,14 +1,15 @@
 """One vLLM engine and the one way its weights are swapped. Not a scheduler: vLLM batches, Ray restarts.
 
-Every request names the checkpoint it must be answered by. A replica that holds other weights (a stage went by, or Ray has
-just restarted it) swaps first: wait for the running requests, pause, load, reset the prefix cache, compare the probe
-with the trainer's numbers, resume. So a stale replica cannot answer, and nobody has to keep track of who is stale.
+Every request names the checkpoint it must be answered by. A replica that holds other weights (a stage went by, or Ray
+has just restarted it) swaps first: wait for the running requests, pause, load, reset the prefix cache, compare the
+probe with the trainer's numbers, resume. So a stale replica cannot answer, and nobody need keep track of who is stale.
 """
 
 import asyncio
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -90,6 +91,31 @@ def start_engine(spec: EngineSpec) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)))
 
 
+def with_tied_head(folder: Path, scratch: Path) -> Path:
+    """The folder, or one of links in `scratch` that also names the tied output head.
+
+    vLLM on CPU keeps a packed copy of a tied head; a reload renews it only from a weight of its own name.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    embedding = None
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            names = set(opened.keys())
+            if "lm_head.weight" in names:
+                return folder
+            if "model.embed_tokens.weight" in names:
+                embedding = opened.get_tensor("model.embed_tokens.weight")
+    if embedding is None:
+        return folder
+    for file in folder.iterdir():
+        if not file.name.endswith(".index.json"):  # it would hide the file added here
+            (scratch / file.name).symlink_to(file.resolve())
+    save_file({"lm_head.weight": embedding}, scratch / "tied-head.safetensors")
+    return scratch
+
+
 class ServedEngine:
     """An engine that serves one checkpoint at a time. Subclasses add the requests and say how to probe."""
 
@@ -135,7 +161,7 @@ class ServedEngine:
                 self._idle.notify_all()
 
     async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
-        """Load a checkpoint in place and prove it. A replica that fails the proof dies: half-loaded weights must not speak.
+        """Load a checkpoint in place and prove it. A replica that fails dies: half-loaded weights must not speak.
 
         Raises:
             WeightSyncError: the engine's answer to the probe is not the trainer's.
@@ -144,7 +170,9 @@ class ServedEngine:
         folder = Path(local_folder(checkpoint.path))
         self.version = f"loading {checkpoint.version}"
         await self.engine.pause_generation(mode="keep", clear_cache=False)
-        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        with tempfile.TemporaryDirectory() as scratch:
+            weights = with_tied_head(folder, Path(scratch))
+            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
         if reset_cache:
             await self.engine.reset_prefix_cache()
         await self.engine.resume_generation()

@@ -1,7 +1,7 @@
 """A fleet: replicas of one kind behind one router. Which replica answers is decided here; everything else is Ray's.
 
-Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names. A call
-that outlives its timeout has met a hung replica: it is killed, and Ray does the rest.
+Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names. A
+call that outlives its timeout has met a hung replica: it is killed, and Ray does the rest.
 """
 
 import logging
@@ -63,7 +63,7 @@ class Fleet:
             try:
                 return ray.get(replica.__getattr__(method).remote(*arguments), timeout=timeout_s)
             except ray.exceptions.GetTimeoutError:
-                logger.warning("%s: replica %d gave no answer to %s in %.0f s; killing it", self.name, index, method, timeout_s)
+                logger.warning("%s: replica %d hung in %s for %.0f s; killing it", self.name, index, method, timeout_s)
                 ray.kill(replica, no_restart=False)
             finally:
                 self.router.release.remote(index)

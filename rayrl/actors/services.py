@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import time
-from typing import Any
 
 import ray
 
@@ -48,7 +47,8 @@ class Services:
         needed = {"generate", "select", "evaluate"} - {s for s in self.run.stages() if s != "pool"}
         if "generate" in needed or "evaluate" in needed:
             self.generators(m1)
-        embeds = config.select.strategy == "k_center" and config.select.embedder == "policy" and config.labels != "expert"
+        select = config.select
+        embeds = select.strategy == "k_center" and select.embedder == "policy" and config.labels != "expert"
         if "select" in needed and embeds:
             self.embedders(m1, config.select.pooling)
 
@@ -109,5 +109,3 @@ def resolve_dtype(config: RunConfig, on_gpu: bool) -> str:
     if config.policy.dtype != "auto":
         return config.policy.dtype
     return "bfloat16" if on_gpu else "float32"
-
-

@@ -4,24 +4,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BATCH_COST = 256
+"""What one more forward pass costs, in tokens of padding: batches are split further only where that saves more."""
+
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Split items into batches with (longest item) x (number of items) <= max_tokens.
 
     Every index appears once; an item longer than `max_tokens` gets a batch of its own. Items are sorted by length and
-    cut into the fewest contiguous batches that fit, and among those into the ones with the least padded size (a dynamic
-    programme over the cuts; ties in length go by index).
+    cut into the contiguous batches that cost least, padded tokens plus `BATCH_COST` each (a dynamic programme over the
+    cuts; ties in length go by index).
     """
     order = np.argsort(np.asarray(lengths, np.int64), kind="stable")
     ordered = np.asarray(lengths, np.int64)[order]
-    best = [(0, 0)]  # (batches, padded tokens) of the first i items
+    best = [0]  # least cost of the first i items
     starts = []
     for stop in range(1, len(ordered) + 1):
         longest = max(int(ordered[stop - 1]), 1)
         widest = max(max_tokens // longest, 1)
         best_cost, start = min(
-            ((best[start][0] + 1, best[start][1] + longest * (stop - start)), start)
-            for start in range(max(stop - widest, 0), stop)
+            (best[start] + BATCH_COST + longest * (stop - start), start) for start in range(max(stop - widest, 0), stop)
         )
         best.append(best_cost)
         starts.append(start)

@@ -1,7 +1,7 @@
 """From a stream of rows to optimizer batches, the same ones after a restart.
 
-Rows are shuffled within windows of a fixed number of batches by (seed, epoch, window): no barrier, bounded memory, and the
-order depends on nothing but the stream's own order.
+Rows are shuffled within windows of a fixed number of batches by (seed, epoch, window): no barrier, bounded memory, and
+the order depends on nothing but the stream's own order.
 """
 
 from collections.abc import Callable, Iterable, Iterator

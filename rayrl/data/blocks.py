@@ -1,7 +1,7 @@
 """Tables as numbered Parquet parts, and memoised maps over them.
 
-A table is a folder of parts; part i holds block i of the pool, one row per prompt. `map_blocks` runs a function over the
-blocks with Ray Data and keeps each result as a part of another table; a part that is there already is not computed again.
+A table is a folder of parts; part i holds block i of the pool, one row per prompt. `map_blocks` runs a function over
+the blocks with Ray Data and keeps each result as a part of another table; a part that is there is not computed again.
 Resume, the second epoch of a streamed training and "never scored twice" are this one mechanism.
 """
 
@@ -59,9 +59,7 @@ class BlockTable:
         return self.read(block)
 
 
-def stream_blocks(
-    num_blocks: int, function: Callable[[int], pa.Table], *, concurrency: int
-) -> "ray.data.Dataset":
+def stream_blocks(num_blocks: int, function: Callable[[int], pa.Table], *, concurrency: int) -> "ray.data.Dataset":
     """A lazy Ray Dataset of `function(block)` for every block, in block order, at most `concurrency` at once.
 
     Retries of a lost task are Ray's.
@@ -71,7 +69,9 @@ def stream_blocks(
         return pa.concat_tables([function(int(block)) for block in batch["item"]])
 
     blocks = ray.data.from_items(list(range(num_blocks)), override_num_blocks=min(num_blocks, MAX_TASKS) or None)
-    return blocks.map_batches(of_batch, batch_size=1, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(concurrency))
+    return blocks.map_batches(
+        of_batch, batch_size=1, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(concurrency)
+    )
 
 
 def map_blocks(

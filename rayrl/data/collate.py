@@ -1,5 +1,8 @@
-"""Token rows to tensors. Prompts are padded on the left and responses on the right, so that every response starts in the
-same column and the model computes logits for response positions only (`logits_to_keep`)."""
+"""Token rows to tensors.
+
+Prompts are padded on the left and responses on the right, so that every response starts in the same column and the
+model computes logits for response positions only (`logits_to_keep`).
+"""
 
 from dataclasses import dataclass
 
@@ -27,9 +30,7 @@ def collate(prompts: list[list[int]], responses: list[list[int]]) -> TokenBatch:
     num_prompt = max(map(len, prompts))
     num_response = max(map(len, responses))
     rows = list(zip(prompts, responses, strict=True))
-    input_ids = torch.tensor(
-        [[0] * (num_prompt - len(p)) + p + r + [0] * (num_response - len(r)) for p, r in rows]
-    )
+    input_ids = torch.tensor([[0] * (num_prompt - len(p)) + p + r + [0] * (num_response - len(r)) for p, r in rows])
     attention_mask = torch.tensor(
         [[0] * (num_prompt - len(p)) + [1] * (len(p) + len(r)) + [0] * (num_response - len(r)) for p, r in rows]
     )

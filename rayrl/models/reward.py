@@ -19,9 +19,7 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
-    ) -> Float[Tensor, "batch"]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Float[Tensor, "batch"]:
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

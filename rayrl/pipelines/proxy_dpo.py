@@ -17,13 +17,13 @@ from rayrl.stages.sft import sft
 
 def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
     """Align the policy with what `select.budget` expert queries can teach; returns the evaluation."""
-    pool = read_pool(run)                                                     # X
-    m1 = sft(run, services)                                                   # M1 = SFT(M0, seed)
+    pool = read_pool(run)  # X
+    m1 = sft(run, services)  # M1 = SFT(M0, seed)
     services.warm(m1)
-    responses = generate(run, services, m1, pool)                             # Y ~ M1(. | X)
-    query_set = select(run, services, m1, responses)                          # Q, the coreset of Y
-    judgements = query(run, oracle, query_set)                                # E = expert(Q); costs budget
-    evaluator = fit_evaluator(run, services, m1, judgements)                  # M_eval = fit(M1, E)
-    pairs = pseudo_label(run, services, m1, evaluator, responses, judgements) # P = M_eval(Y), best against worst
-    m2 = dpo(run, services, m1, pairs)                                        # M2 = DPO(M1, P)
+    responses = generate(run, services, m1, pool)  # Y ~ M1(. | X)
+    query_set = select(run, services, m1, responses)  # Q, the coreset of Y
+    judgements = query(run, oracle, query_set)  # E = expert(Q); costs budget
+    evaluator = fit_evaluator(run, services, m1, judgements)  # M_eval = fit(M1, E)
+    pairs = pseudo_label(run, services, m1, evaluator, responses, judgements)  # P = M_eval(Y), best against worst
+    m2 = dpo(run, services, m1, pairs)  # M2 = DPO(M1, P)
     return evaluate(run, services, oracle, pool, m1=m1, m2=m2, evaluator=evaluator)

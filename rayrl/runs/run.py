@@ -1,7 +1,8 @@
 """One run on disk: the resolved config, and one manifest per finished stage, written last.
 
 A stage is finished if and only if its manifest is there and carries the key of its inputs. The key is a hash of the
-stage's own settings and the keys of what it read, so that another run's stage with the same key (`reuse`) is the same work.
+stage's own settings and the keys of what it read, so that another run's stage with the same key (`reuse`) is the same
+work.
 """
 
 import json
@@ -121,7 +122,11 @@ def open_run(config: RunConfig) -> Run:
     else:
         storage.write_json(path, mine)
     timings = storage.join(url, "timings.json")
-    return Run(config=_with_absolute_models(config), url=url, timings=storage.read_json(timings) if storage.exists(timings) else [])
+    return Run(
+        config=_with_absolute_models(config),
+        url=url,
+        timings=storage.read_json(timings) if storage.exists(timings) else [],
+    )
 
 
 def _with_absolute_models(config: RunConfig) -> RunConfig:

@@ -26,10 +26,12 @@ def absolute(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
+    """A URL inside a folder's URL."""
     return "/".join([url.rstrip("/"), *parts])
 
 
 def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
     fs, path = url_to_fs(url)
     return bool(fs.exists(path))
 
@@ -50,10 +52,12 @@ def write_bytes(url: str, content: bytes) -> None:
 
 
 def write_json(url: str, content: Any) -> None:
+    """Write a whole JSON file or nothing."""
     write_bytes(url, json.dumps(content, indent=2, sort_keys=True).encode())
 
 
 def read_json(url: str) -> Any:
+    """Read a JSON file."""
     with fsspec.open(url, "rb") as file:
         return json.load(file)  # type: ignore[arg-type]
 

@@ -44,8 +44,8 @@ def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> 
 def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], seed: int) -> dict[str, Any]:
     import vllm
 
-    # The harness asks for the distribution "vllm"; vLLM's CPU rebuild is installed under another name. This process does
-    # nothing else, and ends with the task.
+    # The harness asks for the distribution "vllm"; vLLM's CPU rebuild is installed under another name. This process
+    # does nothing else, and ends with the task.
     installed = importlib.metadata.version
     importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else installed(name)
     try:

@@ -1,4 +1,4 @@
-"""Stage evaluate: what the budget bought. M2 against M1 on held-out prompts, judged by the expert under its own budget."""
+"""Stage evaluate: what the budget bought. M2 against M1 on held-out prompts, judged under a budget of its own."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -88,9 +88,7 @@ def evaluate(
     )
 
 
-def _answers(
-    run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str
-) -> list[Answer]:
+def _answers(run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str) -> list[Answer]:
     """One answer per held-out prompt; both policies draw from the same seeds."""
     config = run.config
     sampling = GenerateConfig(
@@ -99,7 +97,13 @@ def _answers(
     table = BlockTable(run.folder("evaluate", f"{name}-{policy.version}"), pool.held_out.num_blocks)
     fleet = services.generators(m1)
     compute = partial(sample_block, pool.held_out, fleet, policy, sampling, config.seed)
-    map_blocks(table, compute, concurrency=fleet.concurrency, describe=lambda block: {"num": block.num_rows}, progress=f"answer {name}")
+    map_blocks(
+        table,
+        compute,
+        concurrency=fleet.concurrency,
+        describe=lambda block: {"num": block.num_rows},
+        progress=f"answer {name}",
+    )
     rows = [from_row(row, Sampled) for block in table.blocks() for row in block.to_pylist()]
     return [_answer(row) for row in rows]
 
@@ -169,7 +173,9 @@ def _scores(answers1: list[Answer], answers2: list[Answer]) -> dict[str, Any]:
         statistics.paired_difference(ours2, zero),
         statistics.paired_difference(ours2, ours1),
         statistics.win_rate(ours2, ours1),
-        statistics.length_controlled_win_rate(wins, lengths2, lengths1) if len(both) >= MIN_FOR_LENGTH_CONTROL else None,
+        statistics.length_controlled_win_rate(wins, lengths2, lengths1)
+        if len(both) >= MIN_FOR_LENGTH_CONTROL
+        else None,
     ]
     return {name: asdict(value) if value else None for name, value in zip(names, values, strict=True)}
 

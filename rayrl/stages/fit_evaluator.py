@@ -27,9 +27,7 @@ from rayrl.training.sft import SftJob, train_sft
 MIN_JUDGEMENTS = 4
 
 
-def fit_evaluator(
-    run: Run, services: Services, m1: Checkpoint, judgements: Judgements
-) -> Checkpoint | None:
+def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Judgements) -> Checkpoint | None:
     """M_eval from the judgements; the manifest carries what it is worth on those it has not seen.
 
     None under the controls "direct" and "expert": there only the expert labels.
@@ -37,9 +35,7 @@ def fit_evaluator(
     config = run.config
     if config.labels in ("direct", "expert"):
         return None
-    key = run.key(
-        "fit_evaluator", config.evaluator, config.labels, config.select.pooling, judgements.key, m1.version
-    )
+    key = run.key("fit_evaluator", config.evaluator, config.labels, config.select.pooling, judgements.key, m1.version)
     checkpoint = Checkpoint(path=run.folder("fit_evaluator", "checkpoint"), version=f"evaluator-{key}")
     if run.finished("fit_evaluator", key):
         return checkpoint
@@ -66,15 +62,14 @@ def labels(run: Run, judgements: Judgements) -> list[Judgement]:
     scored = judgements.scored()
     if len(scored) < MIN_JUDGEMENTS:
         raise DataError(
-            f"fit_evaluator needs at least {MIN_JUDGEMENTS} scored judgements, got {len(scored)}: the expert abstained on "
-            "the rest; see stages/query for its reasons"
+            f"fit_evaluator needs at least {MIN_JUDGEMENTS} scored judgements, got {len(scored)}: the expert abstained "
+            "on the rest; see stages/query for its reasons"
         )
     if run.config.labels != "shuffled":
         return scored
     order = np.random.default_rng(run.config.seed).permutation(len(scored))
     return [
-        replace(j, score=scored[i].score, rationale=scored[i].rationale)
-        for j, i in zip(scored, order, strict=True)
+        replace(j, score=scored[i].score, rationale=scored[i].rationale) for j, i in zip(scored, order, strict=True)
     ]
 
 
@@ -109,9 +104,7 @@ def _fit(
         job, loop = SftJob(training=config.evaluator, **common), train_sft
     else:
         mean_score = float(np.mean([j.score for j in judgements if j.score is not None]))
-        job = ScalarJob(
-            evaluator=config.evaluator, pooling=config.select.pooling, mean_score=mean_score, **common
-        )
+        job = ScalarJob(evaluator=config.evaluator, pooling=config.select.pooling, mean_score=mean_score, **common)
         loop = train_scalar
     return fit_stage(run, services, "fit_evaluator", loop, job, config.evaluator, stream_of(table, config.seed))
 
@@ -167,8 +160,7 @@ def _scalar_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, Any]]:
             "evaluator.loss = bradley_terry found no two paid responses of one prompt with different scores"
         )
     return [
-        {"chosen_token_ids": tokens[c.response_id], "rejected_token_ids": tokens[r.response_id]}
-        for c, r in ordered
+        {"chosen_token_ids": tokens[c.response_id], "rejected_token_ids": tokens[r.response_id]} for c, r in ordered
     ]
 
 
@@ -198,5 +190,3 @@ def _validate(
         "within_one": accuracy_within(ours, expert) if both else 0.0,
         "calibration": calibration_table(ours, expert, num_bins=5) if both else [],
     }
-
-

@@ -46,7 +46,9 @@ def generate(run: Run, services: Services, m1: Checkpoint, pool: Pool) -> Respon
         started = time.monotonic()
         if config.source == "policy":
             services.ready(services.generators(m1))
-        counts = map_blocks(table, compute, concurrency=2 * run.config.generators.num_replicas, describe=_count, progress="generate")
+        counts = map_blocks(
+            table, compute, concurrency=2 * run.config.generators.num_replicas, describe=_count, progress="generate"
+        )
         total = {name: sum(block[name] for block in counts) for name in counts[0]}
         seconds = time.monotonic() - started
         done = run.finish(

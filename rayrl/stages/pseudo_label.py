@@ -1,7 +1,7 @@
 """Stage pseudo_label: the evaluator scores every response, and the scores become preference pairs.
 
-Scoring a block keeps it; pairing a block keeps it. So DPO can stream the pairs while they are made (`overlap`), read them
-when all are there (`alternate`), see them again in the second epoch or after a restart: nothing is scored twice.
+Scoring a block keeps it; pairing a block keeps it. So DPO can stream the pairs while they are made (`overlap`), read
+them when all are there (`alternate`), see them again in the second epoch or after a restart: nothing is scored twice.
 """
 
 import time
@@ -129,10 +129,10 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
         return pairs
     started = time.monotonic()
     labelling = pairs.labelling
-    counts = map_blocks(
-        pairs.table, labelling.pair_block, concurrency=4, describe=_count_pairs, progress="pair"
+    counts = map_blocks(pairs.table, labelling.pair_block, concurrency=4, describe=_count_pairs, progress="pair")
+    scored = map_blocks(
+        labelling.scored, labelling.score_block, concurrency=4, describe=_count_scores, progress="count"
     )
-    scored = map_blocks(labelling.scored, labelling.score_block, concurrency=4, describe=_count_scores, progress="count")
     num_pairs = sum(count["num_pairs"] for count in counts)
     metrics: dict[str, Any] = {name: sum(c[name] for c in scored) for name in scored[0]}
     metrics |= {"num_pairs": num_pairs, "mode": pairs.mode}

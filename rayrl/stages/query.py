@@ -48,7 +48,7 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
     ]
     answers = ask(oracle, items, "label", describe="asking the expert")
     judgements.table.write(0, to_table(answers, Judgement))
-    summary = ray.get(oracle.summary.remote())
+    summary: dict[str, Any] = ray.get(oracle.summary.remote())
     histogram = Counter(str(round(j.score)) for j in answers if j.score is not None)
     reasons = Counter(j.rationale[:80] for j in answers if j.score is None)
     run.finish(
@@ -70,9 +70,7 @@ def ask(oracle: ActorHandle, items: list[dict[str, Any]], purpose: str, *, descr
         StageTimeout: a chunk took hours.
     """
     answers: list[Judgement] = []
-    pending = [
-        oracle.judge.remote(items[start : start + CHUNK], purpose) for start in range(0, len(items), CHUNK)
-    ]
+    pending = [oracle.judge.remote(items[start : start + CHUNK], purpose) for start in range(0, len(items), CHUNK)]
     for chunk in track(pending, description=describe, transient=True):
         try:
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Scoring responses with the trained evaluator, on the running fleets. Used to validate it, to pseudo-label and to evaluate.
+"""Scoring responses with the trained evaluator, on the running fleets: to validate it, to pseudo-label, to evaluate.
 
 Generative, score first: one prefill of the judge prompt; the score is the probability-weighted mean over the scores'
 tokens. Generative, rationale first: the evaluator writes its review, and the score is read at its own position; several
@@ -6,7 +6,7 @@ reviews are averaged. Scalar: the head's value of the pooled prompt and response
 """
 
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from rayrl.records import Checkpoint, content_id
 from rayrl.runs.run import Run
 
 MIN_MASS = 0.1
-"""An evaluator that gives all scores together less probability than this has not understood the question: it abstains."""
+"""An evaluator that gives all scores together less probability than this has not understood: it abstains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,10 @@ class Scorer:
         prompts = self._judge_prompts(tokenizer, items)
         sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=self.evaluator.max_rationale_tokens)
         seeds = [
-            [int(content_id("review", str(self.seed), item.response, str(i)), 16) >> 1 for i in range(self.evaluator.num_samples)]
+            [
+                int(content_id("review", str(self.seed), item.response, str(i)), 16) >> 1
+                for i in range(self.evaluator.num_samples)
+            ]
             for item in items
         ]
         reviews = self.fleet.call("write", self.checkpoint, prompts, seeds, sampling)
@@ -122,7 +125,8 @@ def judge_prompt_tokens(
 def score_tokens(tokenizer: Any, rubric: Rubric) -> tuple[list[int], dict[int, list[int]]]:
     """Tokens all scores begin with (a lone space, say), and what follows them for each score."""
     tokens = {score: encode_response(tokenizer, text)[:-1] for score, text in score_texts(rubric).items()}
-    shared = min(len(commonprefix(list(tokens.values()))), min(map(len, tokens.values())) - 1)
+    columns = zip(*(ids[:-1] for ids in tokens.values()), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     first = next(iter(tokens.values()))
     return first[:shared], {score: ids[shared:] for score, ids in tokens.items()}
 
@@ -130,7 +134,7 @@ def score_tokens(tokenizer: Any, rubric: Rubric) -> tuple[list[int], dict[int, l
 def candidate_logprobs(
     fleet: Fleet, checkpoint: Checkpoint, prompts: list[list[int]], candidates: list[list[int]]
 ) -> list[list[float]]:
-    """log p(candidate | prompt), (num_prompts, num_candidates): one prefill where the first tokens tell them apart."""
+    """Read log p(candidate | prompt), (num_prompts, num_candidates): one prefill where first tokens differ."""
     firsts = [candidate[0] for candidate in candidates]
     if len(set(firsts)) == len(firsts):
         return fleet.call("next_token_logprobs", checkpoint, prompts, firsts)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from rayrl.actors.coreset import RayShards, vectors_of
+from rayrl.actors.coreset import RayShards
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.services import Services
 from rayrl.algorithms.selection import Selection, k_center, random_selection
@@ -133,9 +133,7 @@ def _units(run: Run, block: int, row: int, num_responses: int) -> Iterator[tuple
         yield from ((first + i, i) for i in range(num_responses))
 
 
-def _coreset(
-    run: Run, services: Services, m1: Checkpoint, responses: Responses
-) -> tuple[list[int], dict[str, Any]]:
+def _coreset(run: Run, services: Services, m1: Checkpoint, responses: Responses) -> tuple[list[int], dict[str, Any]]:
     config = run.config.select
     embedding = _embedding(run, services, m1, responses)
     vectors = BlockTable(run.folder("select", f"embeddings-{embedding.checkpoint.version}"), responses.table.num_blocks)
@@ -164,9 +162,7 @@ def _select_on_shards(
     for attempt in range(MAX_ATTEMPTS):
         shards = RayShards(vectors, config.num_shards)
         try:
-            return k_center(
-                shards, num, candidate_batch=config.candidate_batch, initial_centers=centers, seed=seed
-            )
+            return k_center(shards, num, candidate_batch=config.candidate_batch, initial_centers=centers, seed=seed)
         except ray.exceptions.RayActorError as error:
             if attempt + 1 == MAX_ATTEMPTS:
                 raise

@@ -85,8 +85,8 @@ def _tokenise(run: Run) -> tuple[BlockTable, int, dict[str, Any]]:
         block += 1
     if num_rows == 0:
         raise DataError(
-            f"seed_data.path {run.config.seed_data.path} leaves no row: {counts.num_rows} read, {counts.num_empty} empty, "
-            f"{counts.num_below_score} below min_score; lower min_score or add data"
+            f"seed_data.path {run.config.seed_data.path} leaves no row: {counts.num_rows} read, "
+            f"{counts.num_empty} empty, {counts.num_below_score} below min_score; lower min_score or add data"
         )
     metrics = {
         "num_empty": counts.num_empty,

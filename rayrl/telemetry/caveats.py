@@ -81,28 +81,21 @@ def _of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
     for estimate, where in ((held_out, "held-out judgements"), (moved, "the new policy's responses")):
         if estimate and not significant(estimate):
             yield (
-                f"The evaluator's rank correlation with the expert on {where} is not above zero by two "
-                "standard errors."
+                f"The evaluator's rank correlation with the expert on {where} is not above zero by two standard errors."
             )
 
 
 def _of_money(facts: dict[str, Any]) -> Iterator[str]:
     for purpose, title in (("label", "label queries"), ("evaluate", "evaluation queries")):
         count = facts["paid"][purpose]
-        spent, abstained, lost, refunded = (
-            count.get(name) or 0 for name in ("spent", "abstained", "lost", "refunded")
-        )
+        spent, abstained, lost, refunded = (count.get(name) or 0 for name in ("spent", "abstained", "lost", "refunded"))
         asked, unanswered = spent + refunded, abstained + refunded
         if asked and unanswered / asked > MAX_EMPTY_SHARE:
             yield f"The expert gave no label to {unanswered} of {asked} {title}; {abstained} were paid."
         if lost:
             yield f"{lost} of {spent} {title} were under way when a process died: lost, and perhaps paid."
     ratio = facts["paid"]["pairs_per_query"]
-    if (
-        ratio is not None
-        and ratio < MIN_PAIRS_PER_QUERY
-        and facts["config"].get("labels", "proxy") == "proxy"
-    ):
+    if ratio is not None and ratio < MIN_PAIRS_PER_QUERY and facts["config"].get("labels", "proxy") == "proxy":
         yield (
             f"Only {ratio:.1f} preference pairs per paid query, the aim is {MIN_PAIRS_PER_QUERY}: add "
             "prompts, or pair by margin."

@@ -77,9 +77,7 @@ def plot_paid_scores(histogram: Mapping[str, int]) -> Figure:
     figure, axes = _figure(5.2, 3.0)
     axes.bar(scores, [histogram[score] for score in scores], 0.6, color=MUTED)
     axes.grid(axis="x", visible=False)
-    axes.set(
-        xlabel="expert score", ylabel="paid judgements", title="What the expert said about M1's responses"
-    )
+    axes.set(xlabel="expert score", ylabel="paid judgements", title="What the expert said about M1's responses")
     return figure
 
 
@@ -92,13 +90,9 @@ def plot_calibration(bins: Sequence[Mapping[str, Any]]) -> Figure:
     ends = [min(predicted + expert), max(predicted + expert)]
     axes.plot(ends, ends, color=MUTED, linestyle="--", linewidth=1, label="perfect")
     axes.plot(predicted, expert, color=M2, linewidth=1, alpha=0.5)
-    axes.scatter(
-        predicted, expert, s=[20 + 4 * b["num"] for b in bins], color=M2, label="held-out (area: number)"
-    )
+    axes.scatter(predicted, expert, s=[20 + 4 * b["num"] for b in bins], color=M2, label="held-out (area: number)")
     for b in bins:
-        axes.annotate(
-            f"{b['num']}", (b["mean_predicted"], b["mean_expert"]), (0, -13), textcoords="offset points"
-        )
+        axes.annotate(f"{b['num']}", (b["mean_predicted"], b["mean_expert"]), (0, -13), textcoords="offset points")
     axes.margins(0.12, 0.2)
     axes.set(xlabel="evaluator's score", ylabel="expert's score", title="Evaluator calibration")
     _add_legend(figure, axes)
@@ -112,9 +106,7 @@ def plot_coverage(x: Sequence[float], y: Sequence[float], selected: Sequence[boo
     figure, axes = _figure(5.2, 3.6)
     pool = {"s": 5, "color": MUTED, "linewidths": 0, "rasterized": True}
     axes.scatter(*points[~chosen].T, label=f"pool ({int((~chosen).sum())} shown)", **pool)
-    axes.scatter(
-        *points[chosen].T, s=11, color=M2, linewidths=0, label=f"selected ({int(chosen.sum())} shown)"
-    )
+    axes.scatter(*points[chosen].T, s=11, color=M2, linewidths=0, label=f"selected ({int(chosen.sum())} shown)")
     axes.set(xlabel="first component", ylabel="second component", title="Coverage of the selected points")
     _add_legend(figure, axes, marker_scale=2)
     return figure
@@ -151,9 +143,7 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def _plotted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     logged = list(dict.fromkeys(name for row in rows for name in row))
-    others = [
-        name for name in logged if name not in CURVES and name not in UNPLOTTED and not name.endswith("_s")
-    ]
+    others = [name for name in logged if name not in CURVES and name not in UNPLOTTED and not name.endswith("_s")]
     return ([name for name in CURVES if name in logged] + others)[:4]
 
 
@@ -172,6 +162,4 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _add_legend(figure: Figure, axes: Axes, *, marker_scale: float = 1) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=2, handletextpad=0.4, markerscale=marker_scale
-    )
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, handletextpad=0.4, markerscale=marker_scale)

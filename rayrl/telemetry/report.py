@@ -94,9 +94,7 @@ def draw_figures(run_dir: str, facts: dict[str, Any], evaluated: pa.Table | None
         figures["coverage"] = plots.plot_coverage(x, y, selected)
     if len(metrics["select"].get("radius") or []) > 1:
         figures["radius"] = plots.plot_radius(metrics["select"]["radius"])
-    curves = {
-        stage: read_metrics(storage.join(run_dir, "metrics", f"{stage}.jsonl")) for stage in CURVE_STAGES
-    }
+    curves = {stage: read_metrics(storage.join(run_dir, "metrics", f"{stage}.jsonl")) for stage in CURVE_STAGES}
     if any(curves.values()):
         figures["curves"] = plots.plot_curves(curves)
     return figures

@@ -139,9 +139,7 @@ def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
     return counts
 
 
-def _paid(
-    config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _paid(config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The query budgets, what was spent of them and what that bought; the latest count wins."""
     counts = (metrics["query"], metrics["evaluate"].get("ledger", {}), ledger)
     paid: dict[str, Any] = {}

@@ -58,9 +58,7 @@ def train_dpo(job: DpoJob) -> None:
     torch.manual_seed(job.seed)
     dtype = getattr(torch, job.dtype)
     sharding = zero.prepare_zero3(job.dpo, dtype)
-    policy = load_policy(
-        storage.local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code
-    )
+    policy = load_policy(storage.local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code)
     if job.dpo.lora:
         policy = add_lora(policy, job.dpo.lora)
     engine = zero.start(policy, job.dpo, dtype, num_steps(job.num_rows, job.dpo))
@@ -117,13 +115,13 @@ def pair_losses(model: torch.nn.Module, batch: PairBatch, dpo: DpoConfig) -> tup
 def collated(rows: list[Row], max_tokens: int) -> list[PairBatch]:
     """Micro-batches of pairs of similar length, each at most `max_tokens` with its padding."""
     lengths = [
-        2 * (len(r["prompt_token_ids"]) + max(len(r["chosen_token_ids"]), len(r["rejected_token_ids"])))
-        for r in rows
+        2 * (len(r["prompt_token_ids"]) + max(len(r["chosen_token_ids"]), len(r["rejected_token_ids"]))) for r in rows
     ]
     return [pair_batch([rows[i] for i in batch]) for batch in micro_batches(lengths, max_tokens)]
 
 
 def pair_batch(rows: list[Row]) -> PairBatch:
+    """One micro-batch of pairs."""
     prompts = [r["prompt_token_ids"] for r in rows]
     responses = [r["chosen_token_ids"] for r in rows] + [r["rejected_token_ids"] for r in rows]
     return PairBatch(

@@ -1,7 +1,7 @@
 """DeepSpeed behind a few verbs: start, step, gather, save, load. The only importer of deepspeed.
 
-One optimizer step is any number of micro-batches; ranks may have different numbers of rows, and a rank without rows takes
-part with a zero loss, so that collectives always meet and no row is dropped.
+One optimizer step is any number of micro-batches; ranks may have different numbers of rows, and a rank without rows
+takes part with a zero loss, so that collectives always meet and no row is dropped.
 """
 
 import math
@@ -47,7 +47,7 @@ def prepare_zero3(training: TrainingConfig, dtype: torch.dtype) -> Any:
     """Make `from_pretrained` shard as it loads (ZeRO-3). Keep the returned object alive until the model is loaded."""
     if training.zero_stage != 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(zero_config(training, dtype))
 
@@ -68,7 +68,7 @@ def start(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, num_st
         config=zero_config(training, dtype),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: schedule(step, num_steps, training)
-        ),
+        ),  # type: ignore[arg-type]
         dist_init_required=False,
     )
     return engine
@@ -93,6 +93,7 @@ def total(value: float, engine: Any) -> float:
 
 
 def largest(value: float, engine: Any) -> float:
+    """Largest of a number over the ranks."""
     return _reduce(value, engine, dist.ReduceOp.MAX)
 
 

@@ -46,9 +46,7 @@ def train_scalar(job: ScalarJob) -> None:
     torch.manual_seed(job.seed)
     dtype = getattr(torch, job.dtype)
     sharding = zero.prepare_zero3(job.evaluator, dtype)
-    backbone = load_policy(
-        local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code
-    )
+    backbone = load_policy(local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code)
     if job.evaluator.lora:
         backbone = add_lora(backbone, job.evaluator.lora)
     reward_model = RewardModel(backbone, job.pooling)
@@ -73,8 +71,7 @@ def train_scalar(job: ScalarJob) -> None:
         for step, rows in steps(engine, job.evaluator, job.seed):
             started = time.monotonic()
             micro = [
-                (batch.to(engine.device), scores.to(engine.device))
-                for batch, scores in collated(rows, job.evaluator)
+                (batch.to(engine.device), scores.to(engine.device)) for batch, scores in collated(rows, job.evaluator)
             ]
             loss = zero.train_step(engine, micro, loss_of, len(rows), idle)
             log(step, loss=loss, learning_rate=engine.get_lr()[0], seconds=time.monotonic() - started)

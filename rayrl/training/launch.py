@@ -85,10 +85,12 @@ def _rows(shard: Any) -> Iterator[dict[str, Any]]:
 
 
 def rank() -> int:
+    """This worker's rank."""
     return ray.train.get_context().get_world_rank()
 
 
 def world_size() -> int:
+    """Workers of this fit."""
     return ray.train.get_context().get_world_size()
 
 

@@ -41,9 +41,7 @@ def train_sft(job: SftJob) -> None:
     torch.manual_seed(job.seed)
     dtype = getattr(torch, job.dtype)
     sharding = zero.prepare_zero3(job.training, dtype)
-    policy = load_policy(
-        local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code
-    )
+    policy = load_policy(local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code)
     if job.training.lora:
         policy = add_lora(policy, job.training.lora)
     engine = zero.start(policy, job.training, dtype, num_steps(job.num_rows, job.training))

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from rayrl.algorithms.batching import micro_batches, padding_share
+from rayrl.algorithms.batching import BATCH_COST, micro_batches, padding_share
 
 
 def padded(lengths, batches):
@@ -33,17 +33,17 @@ def test_edges():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fewest_batches_then_least_padding(seed):
+def test_least_padding_and_batches(seed):
     """Against every contiguous partition of the sorted lengths."""
     rng = random.Random(seed)
-    lengths = sorted(rng.randint(1, 20) for _ in range(9))
+    lengths = sorted(rng.randint(1, 400) for _ in range(9))
     best = None
     for cuts in itertools.product([False, True], repeat=8):
         batches = [[0]]
         for i, cut in enumerate(cuts, start=1):
             batches = [*batches, [i]] if cut else [*batches[:-1], [*batches[-1], i]]
-        if all(lengths[batch[-1]] * len(batch) <= 40 for batch in batches):
-            cost = len(batches), padded(lengths, batches)
+        if all(lengths[batch[-1]] * len(batch) <= 1500 for batch in batches):
+            cost = BATCH_COST * len(batches) + padded(lengths, batches)
             best = cost if best is None else min(best, cost)
-    batches = micro_batches(lengths, 40)
-    assert (len(batches), padded(lengths, batches)) == best
+    batches = micro_batches(lengths, 1500)
+    assert BATCH_COST * len(batches) + padded(lengths, batches) == best

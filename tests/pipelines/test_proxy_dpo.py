@@ -154,7 +154,7 @@ def test_controls_are_one_line_and_share_finished_stages(finished, tmp_path, con
 
 
 def test_a_driver_killed_in_mid_generation_continues_to_the_same_tables(finished, tmp_path):
-    """kill -9 of the job, then the same command again: nothing is lost, doubled or paid twice, and the rows are the same."""
+    """kill -9 of the job, then the same command again: nothing lost, doubled or paid twice, and the same rows."""
     folder = tmp_path / "killed"
     command = [sys.executable, "jobs/proxy_dpo.py", "jobs/configs/quickstart.toml", *SMALL]
     command += [f"run_dir={folder}", "name=killed"]

@@ -21,7 +21,9 @@ def test_merge_adapters_is_pefts(tiny_policy):
     for name, weight in merged.items():
         torch.testing.assert_close(weight, expected[name].detach(), atol=1e-5, rtol=1e-5)
     plain = tiny_policy.load().state_dict()
-    assert not torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], plain["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        merged["model.layers.0.self_attn.q_proj.weight"], plain["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 def test_the_probe_is_long_fixed_and_within_the_context(tiny_policy):
