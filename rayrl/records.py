@@ -142,7 +142,7 @@ def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
         return _arrow_type(inner)[0], True
     if origin is list:
         return pa.list_(pa.field("item", _arrow_type(args[0])[0], nullable=False)), False
-    if is_dataclass(annotation):
+    if isinstance(annotation, type) and is_dataclass(annotation):
         return pa.struct(list(arrow_schema(annotation))), False
     return _ARROW[annotation], False
 
@@ -167,8 +167,10 @@ def from_row(row: dict[str, Any], record: type[R]) -> R:
     hints = typing.get_type_hints(record)
     values = dict(row)
     for name, annotation in hints.items():
-        if typing.get_origin(annotation) is list and is_dataclass(inner := typing.get_args(annotation)[0]):
-            values[name] = [from_row(item, inner) for item in row[name]]
+        if typing.get_origin(annotation) is list:
+            (inner,) = typing.get_args(annotation)
+            if isinstance(inner, type) and is_dataclass(inner):
+                values[name] = [from_row(item, inner) for item in row[name]]
     return record(**values)
 
 

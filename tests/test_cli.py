@@ -20,9 +20,7 @@ def run_dir(tmp_path):
         manifest = {"stage": stage, "key": "k", "seconds": 2.0, "num_rows": 1, "metrics": metrics}
         (folder / "stages" / stage).mkdir(parents=True)
         (folder / "stages" / stage / "manifest.json").write_text(
-            json.dumps(
-                manifest | {"summary": f"[bold]{stage}[/bold] is done", "finished_at": "2025-01-01T00:00:00"}
-            )
+            json.dumps(manifest | {"summary": f"[bold]{stage}[/bold] is done", "finished_at": "2025-01-01T00:00:00"})
         )
     (folder / "config.json").write_text('{"name": "first", "seed": 7, "labels": "shuffled"}')
     return folder

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.exceptions import GetTimeoutError
 
 from rayrl.algorithms.selection import CoresetShard
 from rayrl.data.blocks import BlockTable
@@ -35,7 +36,7 @@ class RayShards:
 
     def __init__(self, table: BlockTable, num_shards: int):
         num_shards = min(num_shards, table.num_blocks)
-        self.actors = [
+        self.actors: list[Any] = [
             ray.remote(BlockShard)
             .options(name=f"coreset-{table.url}-{i}", num_cpus=0)
             .remote(table, list(range(i, table.num_blocks, num_shards)))
@@ -53,7 +54,7 @@ class RayShards:
         calls = [actor.__getattr__(method.__name__).remote(*shared) for actor in self.actors]
         try:
             return ray.get(calls, timeout=ROUND_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             raise StageTimeout(f"coreset shards: no answer to {method.__name__} in {ROUND_TIMEOUT_S:.0f} s") from None
 
     def stop(self) -> None:

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError
 
 from rayrl.actors.engine import EngineSpec, ServedEngine, environment
 from rayrl.errors import StageTimeout
@@ -39,9 +39,9 @@ class Router:
 
 
 class Fleet:
-    """Handles of the replicas and their router; travels to Ray tasks as a value."""
+    """Actor handles of the replicas and their router; travels to Ray tasks as a value."""
 
-    def __init__(self, name: str, replicas: list[ActorHandle], router: ActorHandle):
+    def __init__(self, name: str, replicas: list[Any], router: Any):
         self.name = name
         self.replicas = replicas
         self.router = router
@@ -58,11 +58,11 @@ class Fleet:
             StageTimeout: several replicas in turn gave no answer in time.
         """
         for _ in range(MAX_HUNG):
-            index = ray.get(self.router.lease.remote())
+            index: Any = ray.get(self.router.lease.remote())
             replica = self.replicas[index]
             try:
                 return ray.get(replica.__getattr__(method).remote(*arguments), timeout=timeout_s)
-            except ray.exceptions.GetTimeoutError:
+            except GetTimeoutError:
                 logger.warning("%s: replica %d hung in %s for %.0f s; killing it", self.name, index, method, timeout_s)
                 ray.kill(replica, no_restart=False)
             finally:
@@ -73,7 +73,7 @@ class Fleet:
         """Wait until every engine is up; their start-up times and versions."""
         try:
             return ray.get([replica.status.remote() for replica in self.replicas], timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             present = ray.available_resources()
             raise StageTimeout(
                 f"{self.name}: waited {timeout_s:.0f} s for {len(self.replicas)} engines to start; "

@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from rayrl.actors.engine import ServedEngine
+from rayrl.actors.engine import EngineSpec, ServedEngine
 from rayrl.records import Checkpoint
 
 
@@ -33,8 +33,15 @@ class Continuation:
     """Per token, log-probabilities of the likeliest tokens; empty unless asked for."""
 
 
+CONTEXT_TOKENS = 4
+
+
 class Generator(ServedEngine):
     """One vLLM generation engine."""
+
+    def __init__(self, spec: EngineSpec):
+        super().__init__(spec)
+        self._tokenizer = self.engine.get_tokenizer()
 
     async def generate(
         self, checkpoint: Checkpoint, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
@@ -93,17 +100,24 @@ class Generator(ServedEngine):
                 stop=list(sampling.stop),
                 seed=seed,
                 logprobs=num_candidates,
+                detokenize=bool(sampling.stop),  # token by token, and only to look for a stop string
             ),
         )
         (sampled,) = output.outputs
         token_ids = list(sampled.token_ids)
         return Continuation(
-            text=sampled.text,
+            text=sampled.text if sampling.stop else self._text(prompt, token_ids),
             token_ids=token_ids,
             logprob=sum(position[token].logprob for position, token in zip(sampled.logprobs, token_ids, strict=True)),
             finish_reason=sampled.finish_reason,
             candidates=[{t: c.logprob for t, c in p.items()} for p in sampled.logprobs] if num_candidates else [],
         )
+
+    def _text(self, prompt: list[int], token_ids: list[int]) -> str:
+        """What the tokens say after the prompt's last ones: a tokenizer drops the space before a first word."""
+        tail = prompt[-CONTEXT_TOKENS:]
+        said, both = self._tokenizer.batch_decode([tail, tail + token_ids], skip_special_tokens=True)
+        return both[len(said) :]
 
     async def _next_token(self, prompt: list[int], token_ids: list[int]) -> list[float]:
         from vllm import SamplingParams

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 import ray
-import ray.exceptions
+from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.config import HttpOracleConfig, OracleConfig
@@ -177,9 +177,9 @@ def start_oracle_pool(
         ) from None
     try:
         ray.get(pool.summary.remote(), timeout=_START_TIMEOUT_S)
-    except ray.exceptions.ActorDiedError as error:
+    except ActorDiedError as error:
         reason = str(error).strip().rpartition("\n")[2]  # the rest is the actor's traceback
         raise RunDirectoryError(f"the oracle pool of run {run_name!r} did not start: {reason}") from None
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         raise StageTimeout(f"waited {_START_TIMEOUT_S:g} s for the oracle pool of run {run_name!r} to start") from None
     return pool

@@ -36,8 +36,12 @@ class Services:
         return self._fleet("generators", Generator, self.run.config.generators, checkpoint, pooling=None)
 
     def embedders(self, checkpoint: Checkpoint, pooling: str) -> Fleet:
-        """The embedding fleet that pools this way."""
+        """The embedding fleet of the policy's architecture that pools this way: selection and scalar evaluators."""
         return self._fleet(f"embedders-{pooling}", Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
+
+    def sentence_embedders(self, checkpoint: Checkpoint, pooling: str) -> Fleet:
+        """The fleet of a sentence-embedding model, for the selection only."""
+        return self._fleet(f"sentences-{pooling}", Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
 
     def warm(self, m1: Checkpoint) -> None:
         """Start both kinds of engine now, so that they come up side by side."""
@@ -95,7 +99,7 @@ class Services:
                 checkpoint=checkpoint,
                 config=config,
                 dtype=self.dtype,
-                max_model_len=self.run.config.policy.max_model_len,
+                max_model_len=None if name.startswith("sentences") else self.run.config.policy.max_model_len,
                 trust_remote_code=self.run.config.policy.trust_remote_code,
                 on_gpu=self.on_gpu,
             )

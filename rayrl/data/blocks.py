@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -65,10 +64,11 @@ def stream_blocks(num_blocks: int, function: Callable[[int], pa.Table], *, concu
     Retries of a lost task are Ray's.
     """
 
-    def of_batch(batch: dict[str, np.ndarray]) -> pa.Table:
+    def of_batch(batch: Any) -> pa.Table:
         return pa.concat_tables([function(int(block)) for block in batch["item"]])
 
     blocks = ray.data.from_items(list(range(num_blocks)), override_num_blocks=min(num_blocks, MAX_TASKS) or None)
+    blocks.context.execution_options.preserve_order = True
     return blocks.map_batches(
         of_batch, batch_size=1, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(concurrency)
     )

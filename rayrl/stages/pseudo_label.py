@@ -5,7 +5,7 @@ them when all are there (`alternate`), see them again in the second epoch or aft
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -147,7 +147,7 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
         summary=f"{num_pairs} pairs from {metrics['num_scored']} scored responses, {per_query:.1f} per paid query; "
         f"{metrics['num_ties']} prompts tied",
     )
-    return Pairs(**(vars(pairs) | {"num_done": num_pairs}))
+    return replace(pairs, num_done=num_pairs)
 
 
 def pairs_of(row: dict[str, Any], scored: dict[str, Any], config: PseudoLabelConfig) -> list[PreferencePair]:

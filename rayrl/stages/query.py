@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError
 from rich.progress import track
 
 from rayrl.data.blocks import BlockTable
@@ -48,7 +49,7 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
     ]
     answers = ask(oracle, items, "label", describe="asking the expert")
     judgements.table.write(0, to_table(answers, Judgement))
-    summary: dict[str, Any] = ray.get(oracle.summary.remote())
+    summary: Any = ray.get(oracle.summary.remote())
     histogram = Counter(str(round(j.score)) for j in answers if j.score is not None)
     reasons = Counter(j.rationale[:80] for j in answers if j.score is None)
     run.finish(
@@ -74,7 +75,7 @@ def ask(oracle: ActorHandle, items: list[dict[str, Any]], purpose: str, *, descr
     for chunk in track(pending, description=describe, transient=True):
         try:
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             raise StageTimeout(
                 f"query: the oracle pool gave no answer in {CHUNK_TIMEOUT_S / 3600:.0f} h; see its log"
             ) from None

@@ -81,11 +81,26 @@ class Scorer:
             for item in items
         ]
         reviews = self.fleet.call("write", self.checkpoint, prompts, seeds, sampling)
+        written = [(prompt, review) for prompt, of_item in zip(prompts, reviews, strict=True) for review in of_item]
+        scores = iter(self._read_scores(tokenizer, written))
+        return [mean_of_samples([next(scores) for _ in of_item]) for of_item in reviews]
+
+    def _read_scores(self, tokenizer: Any, written: list[tuple[list[int], Continuation]]) -> list[float | None]:
+        """The expected score where each review (judge prompt, answer) has it; None where the writer never got there.
+
+        Where the scores' first tokens differ, what was recorded during writing says it all; else one more prefill each.
+        """
         prefix, candidates = score_tokens(tokenizer, self.rubric)
-        return [
-            mean_of_samples([read_score(review, tokenizer, prefix, candidates) for review in written])
-            for written in reviews
-        ]
+        places = [score_place(tokenizer, review, prefix) for _, review in written]
+        arrived = [(*pair, place) for pair, place in zip(written, places, strict=True) if place is not None]
+        firsts = [ids[0] for ids in candidates.values()]
+        if len(set(firsts)) == len(firsts):
+            rows = [[review.candidates[at].get(token, -np.inf) for token in firsts] for _, review, at in arrived]
+        else:
+            upto = [prompt + review.token_ids[:at] for prompt, review, at in arrived]
+            rows = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values())) if upto else []
+        expected = iter([expected_score(np.array(row), np.array(list(candidates)), min_mass=MIN_MASS) for row in rows])
+        return [None if place is None else next(expected) for place in places]
 
     def _judge_prompts(self, tokenizer: Any, items: list[Scored]) -> list[list[int]]:
         return [
@@ -143,13 +158,10 @@ def candidate_logprobs(
     return np.array(flat).reshape(len(prompts), len(candidates)).tolist()
 
 
-def read_score(
-    review: Continuation, tokenizer: Any, prefix: list[int], candidates: dict[int, list[int]]
-) -> float | None:
-    """The expected score at the position of the score in a written review; None if the writer never got there."""
+def score_place(tokenizer: Any, review: Continuation, prefix: list[int]) -> int | None:
+    """Index of the token that tells the score in a written review; None if the writer never got there."""
     written = upto_score(tokenizer.decode(review.token_ids, skip_special_tokens=True))
-    firsts = {score: ids[0] for score, ids in candidates.items()}
-    if written is None or len(set(firsts.values())) < len(firsts):
+    if written is None:
         return None
     place = next(
         i
@@ -158,8 +170,4 @@ def read_score(
     )
     if review.token_ids[place : place + len(prefix)] == prefix:
         place += len(prefix)
-    if place >= len(review.candidates):
-        return None
-    position = review.candidates[place]
-    logprobs = [position.get(token, -np.inf) for token in firsts.values()]
-    return expected_score(np.array(logprobs), np.array(list(firsts)), min_mass=MIN_MASS)
+    return place if place < len(review.token_ids) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
+from ray.exceptions import RayActorError
 
 from rayrl.actors.coreset import RayShards
 from rayrl.actors.fleet import Fleet
@@ -163,7 +163,7 @@ def _select_on_shards(
         shards = RayShards(vectors, config.num_shards)
         try:
             return k_center(shards, num, candidate_batch=config.candidate_batch, initial_centers=centers, seed=seed)
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             if attempt + 1 == MAX_ATTEMPTS:
                 raise
             logger.warning("select: a shard died (%s); selecting again", error)
@@ -178,10 +178,10 @@ def _embedding(run: Run, services: Services, m1: Checkpoint, responses: Response
     path = config.select.embedder
     checkpoint = m1 if own else Checkpoint(path=path, version=content_id("embedder", path))
     policy = config.policy if own else config.policy.model_copy(update={"path": path, "prompt_format": "plain"})
-    fleet = services.embedders(checkpoint, config.select.pooling)
+    embedders = services.embedders if own else services.sentence_embedders
     return Embedding(
         responses=responses.table,
-        fleet=fleet,
+        fleet=embedders(checkpoint, config.select.pooling),
         checkpoint=checkpoint,
         config=config.select,
         rubric=load_rubric(config.rubric),

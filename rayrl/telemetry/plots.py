@@ -44,6 +44,7 @@ UNPLOTTED = (
     "lr",
     "grad_norm",
     "num_tokens",
+    "seconds",
     "tokens_per_s",
     "padding_share",
 )

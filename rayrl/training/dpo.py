@@ -100,7 +100,7 @@ def train_dpo(job: DpoJob) -> None:
 def pair_losses(model: torch.nn.Module, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Per-pair losses and the implicit rewards of both sides, (B,) each."""
     chosen, rejected = response_logprobs(model, batch.tokens).chunk(2)
-    lengths = batch.tokens.response_mask.sum(1)
+    chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
     normalised = dpo.length_normalised or dpo.loss == "ipo"
     return dpo_loss(
         chosen - batch.reference_chosen,
@@ -108,7 +108,7 @@ def pair_losses(model: torch.nn.Module, batch: PairBatch, dpo: DpoConfig) -> tup
         beta=dpo.beta,
         loss=dpo.loss,
         label_smoothing=dpo.label_smoothing,
-        lengths=lengths.chunk(2) if normalised else None,
+        lengths=(chosen_length, rejected_length) if normalised else None,
     )
 
 

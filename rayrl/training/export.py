@@ -73,8 +73,8 @@ def _save_pretrained(model: Any, state: dict[str, torch.Tensor], folder: str) ->
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         return
-    merged = merge_adapters(model, state)
-    model.get_base_model().save_pretrained(folder, state_dict=merged, safe_serialization=True)
+    base: Any = model.get_base_model()
+    base.save_pretrained(folder, state_dict=merge_adapters(model, state), safe_serialization=True)
 
 
 def merge_adapters(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

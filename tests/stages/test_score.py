@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from rayrl.actors.generator import Continuation
-from rayrl.config import PolicyConfig
+from rayrl.config import EvaluatorConfig, PolicyConfig
 from rayrl.data.collate import collate
 from rayrl.data.tokenizing import encode_response, load_tokenizer
 from rayrl.models.judge import ADDITIVE_RUBRIC, Rubric
 from rayrl.models.policy import response_logprobs
-from rayrl.stages.score import candidate_logprobs, read_score, score_tokens
+from rayrl.stages.score import Scored, Scorer, candidate_logprobs, judge_prompt_tokens, score_tokens
 
 RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
 SHORT = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=2)
@@ -48,38 +48,91 @@ def test_candidate_logprobs_are_transformers(generators, tiny_policy, candidates
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
-def written(tokenizer, text, scores):
-    """A review whose candidates say `scores` at the last digit and something else everywhere before."""
-    token_ids = encode_response(tokenizer, text)
-    prefix, candidates = score_tokens(tokenizer, SHORT)
-    decoy = {candidates[0][0]: 0.0}
-    place = max(i for i, token in enumerate(token_ids) if token in {ids[0] for ids in candidates.values()})
-    positions = [decoy] * place + [{candidates[s][0]: float(np.log(p)) for s, p in scores.items()}]
-    review = Continuation(
-        text=text,
-        token_ids=token_ids,
-        logprob=0.0,
-        finish_reason="stop",
-        candidates=positions + [decoy] * (len(token_ids) - place - 1),
+class Writer:
+    """As much of a fleet as rationales need: writes given reviews, and finds one score likely in every prefill."""
+
+    def __init__(self, reviews, likeliest=None):
+        self.reviews, self.likeliest, self.prefills = reviews, likeliest, []
+
+    def call(self, method, checkpoint, *arguments):
+        if method == "write":
+            return self.reviews
+        assert method == "logprobs"
+        self.prefills.append(arguments)
+        return [float(np.log(0.6 if ids == self.likeliest else 0.06)) for ids in arguments[1]]
+
+
+def scorer(fleet, policy, rubric):
+    return Scorer(
+        checkpoint=policy.checkpoint,
+        fleet=fleet,
+        evaluator=EvaluatorConfig(scoring="rationale_first", num_samples=2),
+        policy=PolicyConfig(path=policy.path),
+        rubric=rubric,
+        max_tokens=1024,
+        seed=0,
     )
-    return read_score(review, tokenizer, prefix, candidates)
+
+
+def review(token_ids, candidates):
+    return Continuation(text="", token_ids=token_ids, logprob=0.0, finish_reason="stop", candidates=candidates)
+
+
+ITEM = Scored(prompt="How do I boil rice?", response="First add water.", token_ids=[])
 
 
 @pytest.fixture
-def tokenizer(tiny_policy):
-    return load_tokenizer(PolicyConfig(path=tiny_policy.path))
+def read(tiny_policy):
+    """Scores a review whose candidates say `scores` at the last digit and something else everywhere before."""
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+
+    def of(text, scores):
+        token_ids = encode_response(tokenizer, text)
+        _, candidates = score_tokens(tokenizer, SHORT)
+        decoy = {candidates[0][0]: 0.0}
+        place = max(i for i, token in enumerate(token_ids) if token in {ids[0] for ids in candidates.values()})
+        positions = [decoy] * len(token_ids)
+        positions[place] = {candidates[score][0]: float(np.log(p)) for score, p in scores.items()}
+        (score,) = scorer(Writer([[review(token_ids, positions)]]), tiny_policy, SHORT).score([ITEM])
+        return score
+
+    return of
 
 
-def test_the_score_is_read_after_the_rationale(tokenizer):
+def test_the_score_is_read_after_the_rationale(read):
     text = " It has 2 steps.\nIt is polite.\nScore: 2"
-    assert written(tokenizer, text, {1: 0.25, 2: 0.25}) == pytest.approx(1.5)
-    assert written(tokenizer, text, {2: 0.9}) == pytest.approx(2.0)
+    assert read(text, {1: 0.25, 2: 0.25}) == pytest.approx(1.5)
+    assert read(text, {2: 0.9}) == pytest.approx(2.0)
 
 
-def test_the_last_score_line_counts(tokenizer):
-    assert written(tokenizer, " Hm.\nScore: 1\nNo.\nScore: 2", {2: 0.6, 1: 0.2}) == pytest.approx(1.75)
+def test_the_last_score_line_counts(read):
+    assert read(" Hm.\nScore: 1\nNo.\nScore: 2", {2: 0.6, 1: 0.2}) == pytest.approx(1.75)
 
 
-def test_a_review_that_never_gets_there_abstains(tokenizer):
-    assert written(tokenizer, " It has 2 steps, and is polite.", {2: 1.0}) is None
-    assert written(tokenizer, " Hm.\nScore: 1", {2: 0.05}) is None
+def test_a_review_that_never_gets_there_abstains(read):
+    assert read(" It has 2 steps, and is polite.", {2: 1.0}) is None
+    assert read(" Hm.\nScore: 1", {2: 0.05}) is None
+
+
+def test_scores_that_begin_alike_are_read_by_a_prefill_of_what_was_written(tiny_policy):
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    prefix, candidates = score_tokens(tokenizer, RUBRIC)
+    assert len({ids[0] for ids in candidates.values()}) < len(candidates)
+    texts = [[" Hm.\nScore: 4", " It has 2 steps."], [" No idea.", ""], [" Fine.\nScore: 1", " Well.\nScore: 5"]]
+    reviews = [[review(encode_response(tokenizer, text), []) for text in of_item] for of_item in texts]
+    writer = Writer(reviews, likeliest=candidates[4])
+    expected = (0.6 * 4 + 0.06 * (0 + 1 + 2 + 3 + 5)) / 0.9
+    assert scorer(writer, tiny_policy, RUBRIC).score([ITEM] * 3) == [
+        pytest.approx(expected),
+        None,
+        pytest.approx(expected),
+    ]
+    ((prompts, continuations),) = writer.prefills
+    judge = judge_prompt_tokens(
+        tokenizer, PolicyConfig(path=tiny_policy.path), RUBRIC, ITEM.prompt, ITEM.response, "rationale_first"
+    )
+    upto = [
+        judge + encode_response(tokenizer, f"{text}\nScore:")[:-1] + prefix for text in (" Hm.", " Fine.", " Well.")
+    ]
+    assert prompts == [prompt for prompt in upto for _ in candidates]
+    assert continuations == list(candidates.values()) * 3

@@ -27,9 +27,7 @@ CONFIG = {
     "dpo": {"loss": "sigmoid", "beta": 0.1, "learning_rate": 1e-6, "epochs": 1},
     "evaluate": {"budget": 128},
 }
-ATTACK = (
-    "<script>alert('x')</script> & <img src=http://evil.example/a onerror=alert(1)> {{ 7*7 }} \u202etxt.exe"
-)
+ATTACK = "<script>alert('x')</script> & <img src=http://evil.example/a onerror=alert(1)> {{ 7*7 }} \u202etxt.exe"
 
 
 def estimate(mean: float, standard_error: float | None, num: int = 64) -> dict[str, Any]:

@@ -23,12 +23,7 @@ def execute(monkeypatch):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
         nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
-        return [
-            output["data"]
-            for cell in notebook.cells
-            for output in cell.get("outputs", [])
-            if "data" in output
-        ]
+        return [output["data"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
 
     return run
 

@@ -74,10 +74,7 @@ def test_the_file_stands_alone_and_is_small(run_dir):
 def test_model_output_is_text_and_nothing_else(run_dir):
     page = report(run_dir)
     assert "script" not in page.tags
-    assert (
-        "<script>alert('x')</script> & <img src=http://evil.example/a onerror=alert(1)> {{ 7*7 }}"
-        in page.text
-    )
+    assert "<script>alert('x')</script> & <img src=http://evil.example/a onerror=alert(1)> {{ 7*7 }}" in page.text
     assert "\u202e" not in page.text
     assert "default-src 'none'" in (run_dir / "report.html").read_text()
 

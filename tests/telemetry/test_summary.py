@@ -64,9 +64,7 @@ def test_each_thing_that_looks_wrong_is_said(run_dir, stage, changes, expected):
 
 def test_the_ledger_itself_knows_best(run_dir):
     question = {"prompt_id": "p", "response_id": "p-0", "prompt": "x", "oracle": "o", "rubric": "r"}
-    with contextlib.closing(
-        Ledger(str(run_dir / "ledger.sqlite"), {"label": 128, "evaluate": 128})
-    ) as ledger:
+    with contextlib.closing(Ledger(str(run_dir / "ledger.sqlite"), {"label": 128, "evaluate": 128})) as ledger:
         for i, (purpose, score, billed) in enumerate(
             [("label", 3.0, True), ("label", None, True), ("label", None, False), ("evaluate", 1.0, True)]
         ):
@@ -76,9 +74,7 @@ def test_the_ledger_itself_knows_best(run_dir):
         expected = ledger.summary()
         paid = summarize_run(str(run_dir))["paid"]  # while its owner has it open
     for purpose in ("label", "evaluate"):
-        assert {name: paid[purpose].get(name, 0) for name in expected[purpose]} == pytest.approx(
-            expected[purpose]
-        )
+        assert {name: paid[purpose].get(name, 0) for name in expected[purpose]} == pytest.approx(expected[purpose])
 
 
 def test_a_damaged_ledger_leaves_the_manifests_counts(run_dir, caplog):
