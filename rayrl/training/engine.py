@@ -56,6 +56,9 @@ def start(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, num_st
     """Wrap a model for training over all workers of the fit."""
     import deepspeed
 
+    # On CPU DeepSpeed would compile a shared-memory all-reduce: minutes, a C++ compiler, and a lock file that a killed
+    # process leaves for ever. gloo reduces as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if training.gradient_checkpointing:
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing_enable"):

@@ -1,4 +1,4 @@
-"""The generative evaluator learns from paid judgements: on held-out ones it ranks far better than with shuffled labels."""
+"""The generative evaluator learns from paid judgements: it ranks held-out ones far better than on shuffled labels."""
 
 import math
 import os

@@ -121,18 +121,12 @@ def test_scores_that_begin_alike_are_read_by_a_prefill_of_what_was_written(tiny_
     texts = [[" Hm.\nScore: 4", " It has 2 steps."], [" No idea.", ""], [" Fine.\nScore: 1", " Well.\nScore: 5"]]
     reviews = [[review(encode_response(tokenizer, text), []) for text in of_item] for of_item in texts]
     writer = Writer(reviews, likeliest=candidates[4])
-    expected = (0.6 * 4 + 0.06 * (0 + 1 + 2 + 3 + 5)) / 0.9
-    assert scorer(writer, tiny_policy, RUBRIC).score([ITEM] * 3) == [
-        pytest.approx(expected),
-        None,
-        pytest.approx(expected),
-    ]
+    expected = pytest.approx((0.6 * 4 + 0.06 * (0 + 1 + 2 + 3 + 5)) / 0.9)
+    assert scorer(writer, tiny_policy, RUBRIC).score([ITEM] * 3) == [expected, None, expected]
     ((prompts, continuations),) = writer.prefills
     judge = judge_prompt_tokens(
         tokenizer, PolicyConfig(path=tiny_policy.path), RUBRIC, ITEM.prompt, ITEM.response, "rationale_first"
     )
-    upto = [
-        judge + encode_response(tokenizer, f"{text}\nScore:")[:-1] + prefix for text in (" Hm.", " Fine.", " Well.")
-    ]
-    assert prompts == [prompt for prompt in upto for _ in candidates]
+    cut = [encode_response(tokenizer, f"{text}\nScore:")[:-1] for text in (" Hm.", " Fine.", " Well.")]
+    assert prompts == [judge + tokens + prefix for tokens in cut for _ in candidates]
     assert continuations == list(candidates.values()) * 3

@@ -145,13 +145,13 @@ def kill_a_worker_after(url, num_steps):
 def test_a_killed_worker_resumes_where_it_was_and_lora_is_exported_merged(ray_cluster, tiny_policy, tmp_path):
     table = write_examples(tmp_path / "examples")
     lora = LoraConfig(rank=4, alpha=8)
-    training = SftConfig(batch_size=2, epochs=2, learning_rate=1e-3, checkpoint_every=2, lora=lora)
+    training = SftConfig(batch_size=2, epochs=3, learning_rate=1e-3, checkpoint_every=2, lora=lora)
     undisturbed = sft_fit(tmp_path / "a", table, tiny_policy, training)
-    killer = kill_a_worker_after(f"{tmp_path}/b/metrics/sft.jsonl", 8)
+    killer = kill_a_worker_after(f"{tmp_path}/b/metrics/sft.jsonl", 9)
     disturbed = sft_fit(tmp_path / "b", table, tiny_policy, training)
     assert len(killer.killed) == 1
     lines = [json.loads(line)["step"] for line in (tmp_path / "b/metrics/sft.jsonl").read_text().splitlines()]
-    steps = list(range(1, 2 * 7 + 1))
+    steps = list(range(1, 3 * 7 + 1))
     assert [row["step"] for row in undisturbed] == steps == [row["step"] for row in disturbed]
     assert lines.count(1) == 1, "the restarted worker began again at step 1"
     for name in ("loss", "num_tokens"):
