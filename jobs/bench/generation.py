@@ -81,12 +81,7 @@ def raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
     """Token ids by response id, after the seconds of the one call."""
     from vllm import SamplingParams
 
-    sampling = {
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "max_tokens": config.max_tokens,
-        "logprobs": 0,
-    }
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
     rows = [row for block in prompts.blocks() for row in block.to_pylist()]
     places = [(row, i) for row in rows for i in range(config.k)]
     started = time.perf_counter()
