@@ -149,13 +149,19 @@ def score_tokens(tokenizer: Any, rubric: Rubric) -> tuple[list[int], dict[int, l
 def candidate_logprobs(
     fleet: Fleet, checkpoint: Checkpoint, prompts: list[list[int]], candidates: list[list[int]]
 ) -> list[list[float]]:
-    """Read log p(candidate | prompt), (num_prompts, num_candidates): one prefill where first tokens differ."""
-    firsts = [candidate[0] for candidate in candidates]
-    if len(set(firsts)) == len(firsts):
-        return fleet.call("next_token_logprobs", checkpoint, prompts, firsts)
-    spread = [(prompt, candidate) for prompt in prompts for candidate in candidates]
-    flat = fleet.call("logprobs", checkpoint, [p for p, _ in spread], [c for _, c in spread])
-    return np.array(flat).reshape(len(prompts), len(candidates)).tolist()
+    """Read log p(candidate | prompt), (num_prompts, num_candidates).
+
+    One prefill where every candidate is one token. Otherwise one per beginning that candidates share: the scores'
+    tokens are a tree, and each inner node says how likely its branches are.
+    """
+    totals = np.zeros((len(prompts), len(candidates)))
+    for beginning in sorted({tuple(c[:i]) for c in candidates for i in range(len(c))}):
+        place = len(beginning)
+        through = [n for n, c in enumerate(candidates) if tuple(c[:place]) == beginning and len(c) > place]
+        branches = sorted({candidates[n][place] for n in through})
+        branch = fleet.call("next_token_logprobs", checkpoint, [p + list(beginning) for p in prompts], branches)
+        totals[:, through] += np.array(branch)[:, [branches.index(candidates[n][place]) for n in through]]
+    return totals.tolist()
 
 
 def score_place(tokenizer: Any, review: Continuation, prefix: list[int]) -> int | None:

@@ -39,7 +39,7 @@ def test_score_tokens_of_a_tokenizer_that_spells_digits_in_several_tokens():
     assert len({tuple(ids) for ids in candidates.values()}) == 6
 
 
-@pytest.mark.parametrize("candidates", [[[7], [8], [9]], [[7, 8], [7, 9], [7, 8, 10]]], ids=["single", "several"])
+@pytest.mark.parametrize("candidates", [[[7], [8], [9]], [[6], [7, 9], [7, 8, 10]]], ids=["single", "several"])
 def test_candidate_logprobs_are_transformers(generators, tiny_policy, candidates):
     ours = candidate_logprobs(generators, tiny_policy.checkpoint, PROMPTS, candidates)
     model = tiny_policy.load()
@@ -49,7 +49,7 @@ def test_candidate_logprobs_are_transformers(generators, tiny_policy, candidates
 
 
 class Writer:
-    """As much of a fleet as rationales need: writes given reviews, and finds one score likely in every prefill."""
+    """As much of a fleet as rationales need: writes given reviews, finds one score's tokens likely in any prefill."""
 
     def __init__(self, reviews, likeliest=None):
         self.reviews, self.likeliest, self.prefills = reviews, likeliest, []
@@ -57,9 +57,10 @@ class Writer:
     def call(self, method, checkpoint, *arguments):
         if method == "write":
             return self.reviews
-        assert method == "logprobs"
-        self.prefills.append(arguments)
-        return [float(np.log(0.6 if ids == self.likeliest else 0.06)) for ids in arguments[1]]
+        assert method == "next_token_logprobs"
+        prompts, tokens = arguments
+        self.prefills.append(prompts)
+        return [[float(np.log(0.6 if token in self.likeliest else 0.06)) for token in tokens] for _ in prompts]
 
 
 def scorer(fleet, policy, rubric):
@@ -121,12 +122,13 @@ def test_scores_that_begin_alike_are_read_by_a_prefill_of_what_was_written(tiny_
     texts = [[" Hm.\nScore: 4", " It has 2 steps."], [" No idea.", ""], [" Fine.\nScore: 1", " Well.\nScore: 5"]]
     reviews = [[review(encode_response(tokenizer, text), []) for text in of_item] for of_item in texts]
     writer = Writer(reviews, likeliest=candidates[4])
-    expected = pytest.approx((0.6 * 4 + 0.06 * (0 + 1 + 2 + 3 + 5)) / 0.9)
+    likely = {n: np.prod([0.6 if t in candidates[4] else 0.06 for t in ids]) for n, ids in candidates.items()}
+    expected = pytest.approx(sum(n * p for n, p in likely.items()) / sum(likely.values()))
     assert scorer(writer, tiny_policy, RUBRIC).score([ITEM] * 3) == [expected, None, expected]
-    ((prompts, continuations),) = writer.prefills
     judge = judge_prompt_tokens(
         tokenizer, PolicyConfig(path=tiny_policy.path), RUBRIC, ITEM.prompt, ITEM.response, "rationale_first"
     )
     cut = [encode_response(tokenizer, f"{text}\nScore:")[:-1] for text in (" Hm.", " Fine.", " Well.")]
-    assert prompts == [judge + tokens + prefix for tokens in cut for _ in candidates]
-    assert continuations == list(candidates.values()) * 3
+    starts = [judge + tokens + prefix for tokens in cut]
+    shared = candidates[4][:1]
+    assert writer.prefills == [starts, [start + shared for start in starts]]
