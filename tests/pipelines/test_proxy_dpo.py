@@ -136,8 +136,8 @@ def test_another_familys_lora_with_a_scalar_evaluator_in_turn(ray_cluster, tmp_p
     ("control", "overrides"),
     [
         ("expert", ["labels=expert"]),
-        ("direct", ["labels=direct", "select.unit=prompt"]),
-        ("off-policy", ["generate.source=seed", "pool.limit=60"]),
+        pytest.param("direct", ["labels=direct", "select.unit=prompt"], marks=pytest.mark.slow),
+        pytest.param("off-policy", ["generate.source=seed", "pool.limit=60"], marks=pytest.mark.slow),
     ],
 )
 def test_controls_are_one_line_and_share_finished_stages(finished, tmp_path, control, overrides):
