@@ -4,6 +4,7 @@ from ray.actor import ActorHandle
 
 from rayrl.actors.services import Services
 from rayrl.runs.run import Manifest, Run
+from rayrl.stages.candidates import candidates
 from rayrl.stages.dpo import dpo
 from rayrl.stages.evaluate import evaluate
 from rayrl.stages.fit_evaluator import fit_evaluator
@@ -21,7 +22,7 @@ def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
     m1 = sft(run, services)  # M1 = SFT(M0, seed)
     services.warm(m1)
     responses = generate(run, services, m1, pool)  # Y ~ M1(. | X)
-    query_set = select(run, services, m1, responses)  # Q, the coreset of Y
+    query_set = select(run, services, m1, candidates(run, responses))  # Q, the coreset of Y
     judgements = query(run, oracle, query_set)  # E = expert(Q); costs budget
     evaluator = fit_evaluator(run, services, m1, judgements)  # M_eval = fit(M1, E)
     pairs = pseudo_label(run, services, m1, evaluator, responses, judgements)  # P = M_eval(Y), best against worst

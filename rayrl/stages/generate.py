@@ -1,8 +1,7 @@
 """Stage generate: k on-policy responses for every prompt, y ~ pi(. | x)."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
@@ -12,8 +11,6 @@ from rayrl.actors.generator import Continuation, Sampling
 from rayrl.actors.services import Services
 from rayrl.config import GenerateConfig
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.reading import read_seed_rows
-from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render
 from rayrl.records import Checkpoint, Response, Sampled, content_id, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.pool import Pool
@@ -32,23 +29,16 @@ class Responses:
 
 
 def generate(run: Run, services: Services, m1: Checkpoint, pool: Pool) -> Responses:
-    """Y: k samples of M1 for every prompt of the pool (or, off-policy, the seed data's own responses)."""
+    """Y: k samples of M1 for every prompt of the pool."""
     config = run.config.generate
-    key = run.key("generate", config, pool.key, m1.version)
+    key = run.key("generate", config.model_copy(update={"source": "policy"}), pool.key, m1.version)
     table = BlockTable(run.folder("generate", "table"), pool.train.num_blocks)
-    if config.source == "seed":
-        table, compute = _off_policy(run, services, m1)
-    else:
-        fleet = services.generators(m1)
-        compute = partial(sample_block, pool.train, fleet, m1, config, run.config.seed)
     done = run.finished("generate", key)
     if done is None:
         started = time.monotonic()
-        if config.source == "policy":
-            services.ready(services.generators(m1))
-        counts = map_blocks(
-            table, compute, concurrency=2 * run.config.generators.num_replicas, describe=_count, progress="generate"
-        )
+        fleet = services.ready(services.generators(m1))
+        compute = partial(sample_block, pool.train, fleet, m1, config, run.config.seed)
+        counts = map_blocks(table, compute, concurrency=fleet.concurrency, describe=_count, progress="generate")
         total = {name: sum(block[name] for block in counts) for name in counts[0]}
         seconds = time.monotonic() - started
         done = run.finish(
@@ -146,45 +136,3 @@ def _count(block: pa.Table) -> dict[str, int]:
         "num_tokens": sum(len(response["token_ids"]) for response in responses),
         "num_truncated": sum(response["finish_reason"] == "length" for response in responses),
     }
-
-
-def _off_policy(run: Run, services: Services, m1: Checkpoint) -> tuple[BlockTable, Callable[[int], pa.Table]]:
-    """The off-policy control: the seed data's responses, with M1's log-probability of them."""
-    config = run.config
-    assert config.seed_data is not None
-    tokenizer = load_tokenizer(config.policy)
-    renderer = partial(render, tokenizer, config.policy.prompt_format)
-    grouped: dict[str, Sampled] = {}
-    for prompt, text in read_seed_rows(config.seed_data, renderer):
-        tokens = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)
-        empty = Sampled(prompt_id=prompt.id, prompt=prompt.text, prompt_token_ids=tokens, responses=[])
-        row = grouped.setdefault(prompt.id, empty)
-        response = Response(
-            id=f"{prompt.id}-{len(row.responses)}",
-            text=text,
-            token_ids=encode_response(tokenizer, text),
-            seed=0,
-            policy_version="seed data",
-            logprob=0.0,
-            finish_reason="data",
-        )
-        if all(response.text != other.text for other in row.responses):
-            row.responses.append(response)
-    rows = list(grouped.values())
-    size = config.generate.block_size
-    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    fleet = services.generators(m1)
-    table = BlockTable(run.folder("generate", "table"), len(blocks))
-    return table, partial(_score_seed_block, blocks, fleet, m1)
-
-
-def _score_seed_block(blocks: list[list[Sampled]], fleet: Fleet, m1: Checkpoint, block: int) -> pa.Table:
-    rows = blocks[block]
-    pairs = [(row, response) for row in rows for response in row.responses]
-    logprobs = fleet.call(
-        "logprobs", m1, [row.prompt_token_ids for row, _ in pairs], [response.token_ids for _, response in pairs]
-    )
-    exact = iter(logprobs)
-    return to_table(
-        [replace(row, responses=[replace(r, logprob=next(exact)) for r in row.responses]) for row in rows], Sampled
-    )
