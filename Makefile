@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart test check test-slow bench study lock
+.PHONY: install quickstart test check test-slow bench lock
 
 install: $(VENV)/.installed
 
@@ -34,7 +34,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow -q
 
 bench: install
-	for bench in k_center generation dpo startup memory; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
+	for bench in k_center generation dpo startup swap memory; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \
