@@ -44,7 +44,7 @@ class Embedder(ServedEngine):
 
 
 def apply_head(vectors: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
-    """Apply w . h + b to for vectors h (num, hidden_size)."""
+    """The head's value w . h + b of vectors h, (num, hidden_size) -> (num,)."""
     from safetensors.numpy import load_file
 
     head = load_file(Path(local_folder(checkpoint.path)) / HEAD_FILE)

@@ -48,24 +48,14 @@ class Generator(ServedEngine):
     ) -> list[list[Continuation]]:
         """One continuation per prompt and seed; a seed's answer depends on nothing else in the batch."""
         async with self.serving(checkpoint):
-            return await asyncio.gather(
-                *(
-                    asyncio.gather(*(self._sample(prompt, seed, sampling, 0) for seed in prompt_seeds))
-                    for prompt, prompt_seeds in zip(prompts, seeds, strict=True)
-                )
-            )
+            return await self._samples(prompts, seeds, sampling, num_candidates=0)
 
     async def write(
         self, checkpoint: Checkpoint, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
     ) -> list[list[Continuation]]:
         """Like `generate`, with the 20 likeliest tokens at each position, to read a score inside the text."""
         async with self.serving(checkpoint):
-            return await asyncio.gather(
-                *(
-                    asyncio.gather(*(self._sample(prompt, seed, sampling, 20) for seed in prompt_seeds))
-                    for prompt, prompt_seeds in zip(prompts, seeds, strict=True)
-                )
-            )
+            return await self._samples(prompts, seeds, sampling, num_candidates=20)
 
     async def next_token_logprobs(
         self, checkpoint: Checkpoint, prompts: list[list[int]], token_ids: list[int]
@@ -86,6 +76,16 @@ class Generator(ServedEngine):
     async def probe(self, expected: dict[str, Any], checkpoint: Checkpoint) -> float:
         answer = await self._next_token(expected["prompt_token_ids"], expected["token_ids"])
         return max(abs(a - b) for a, b in zip(answer, expected["logprobs"], strict=True))
+
+    async def _samples(
+        self, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling, *, num_candidates: int
+    ) -> list[list[Continuation]]:
+        return await asyncio.gather(
+            *(
+                asyncio.gather(*(self._sample(prompt, seed, sampling, num_candidates) for seed in prompt_seeds))
+                for prompt, prompt_seeds in zip(prompts, seeds, strict=True)
+            )
+        )
 
     async def _sample(self, prompt: list[int], seed: int, sampling: Sampling, num_candidates: int) -> Continuation:
         from vllm import SamplingParams

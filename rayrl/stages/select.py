@@ -33,18 +33,6 @@ MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One thing to embed: a response, or a prompt that stands for all its responses."""
-
-    ordinal: int
-    """Place in the pool; names the item everywhere, in any number of shards."""
-    row: int
-    response: int | None
-    text: str
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Embedding:
     """How items become vectors; travels to the tasks that embed blocks."""
 
@@ -53,8 +41,6 @@ class Embedding:
     checkpoint: Checkpoint
     config: SelectConfig
     rubric: Rubric
-    stride: int
-    """Ordinals per block."""
     policy: Any
     own_tokenizer: bool
     """The embedder is the policy itself: it reads the very tokens the policy wrote."""
@@ -185,7 +171,6 @@ def _embedding(run: Run, services: Services, m1: Checkpoint, responses: Response
         checkpoint=checkpoint,
         config=config.select,
         rubric=load_rubric(config.rubric),
-        stride=stride(run),
         policy=policy,
         own_tokenizer=own,
         max_tokens=_context(local_folder(path if not own else m1.path), config.policy.max_model_len),
