@@ -114,7 +114,10 @@ def test_a_missing_column_is_named_with_the_columns_there_are(tmp_path):
 
 
 def test_a_column_that_only_later_rows_have_counts(tmp_path):
-    require_columns(write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "y", "score": 1}]), ["score"])
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "y", "score": 1}])
+    require_columns(path, ["score"])
+    with pytest.raises(DataError, match="no column reward"):
+        require_columns(path, ["reward"])
 
 
 def test_prompts_without_duplicates_and_empty_ones(tmp_path):
