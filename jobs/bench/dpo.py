@@ -5,7 +5,8 @@
 
 Same model, pairs, optimizer batch, learning rate, clipping and threads, one process; reference log-probabilities are
 columns of the data on both sides. TRL runs with its own defaults except gradient checkpointing and bf16, both off.
-Rounds alternate; a round is one pass over the pairs without its first step. Lengths are log-normal, as responses' are.
+Rounds alternate; a round is one pass over the pairs without its first step. The texts are the model's own samples, cut
+to log-normal lengths, as responses have.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from rayrl.training import engine as zero
 from rayrl.training.dpo import IDLE_PAIR, PairBatch, collated, pair_batch, pair_losses
 
 RANDOM_VOCAB = 32_000
+LONGEST_PROMPT, LONGEST_RESPONSE = 60, 240  # tokens
 
 
 def random_model(folder: str) -> str:
@@ -42,23 +44,40 @@ def random_model(folder: str) -> str:
     return folder
 
 
-def make_pairs(num_pairs: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Pairs of random tokens: prompts of 16 tokens in the median, responses of 48."""
+def make_pairs(num_pairs: int, path: str) -> list[dict[str, Any]]:
+    """Pairs of the model's own samples: prompts of 16 tokens in the median, responses of 48."""
     rng = np.random.default_rng(0)
+    torch.manual_seed(0)
 
-    def tokens(median: float, spread: float) -> list[int]:
-        length = int(np.clip(rng.lognormal(np.log(median), spread), 4, 240))
-        return rng.integers(3, vocab_size, length).tolist()
+    def lengths(median: float, spread: float, low: int, high: int) -> list[int]:
+        return np.clip(rng.lognormal(np.log(median), spread, num_pairs), low, high).astype(int).tolist()
 
+    first = torch.full((num_pairs, 1), load_policy(path, torch.float32).config.bos_token_id)
+    prompts = sample(path, first, LONGEST_PROMPT)
+    chosen, rejected = (sample(path, prompts, LONGEST_RESPONSE)[:, prompts.shape[1] :].tolist() for _ in range(2))
+    cuts = zip(
+        lengths(16, 0.4, 4, LONGEST_PROMPT),
+        lengths(48, 0.6, 4, LONGEST_RESPONSE),
+        lengths(48, 0.6, 4, LONGEST_RESPONSE),
+        strict=True,
+    )
     return [
         IDLE_PAIR
         | {
-            "prompt_token_ids": tokens(16, 0.4),
-            "chosen_token_ids": tokens(48, 0.6),
-            "rejected_token_ids": tokens(48, 0.6),
+            "prompt_token_ids": prompts[i, -prompt:].tolist(),
+            "chosen_token_ids": chosen[i][:first],
+            "rejected_token_ids": rejected[i][:second],
         }
-        for _ in range(num_pairs)
+        for i, (prompt, first, second) in enumerate(cuts)
     ]
+
+
+def sample(path: str, prompts: Tensor, num_tokens: int) -> Tensor:
+    """`num_tokens` more tokens to each row, without an end before them."""
+    model = load_policy(path, torch.float32)
+    return model.generate(
+        prompts, do_sample=True, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0, top_k=0
+    )
 
 
 class Ours:
@@ -93,14 +112,20 @@ class Ours:
         return time.perf_counter() - started, num_tokens, num_padded
 
 
-def table_row(name: str, path: str, vocab_size: int, arguments: argparse.Namespace) -> str:
-    pairs = make_pairs(arguments.num_pairs, vocab_size)
+def table_row(name: str, path: str, arguments: argparse.Namespace) -> str:
+    pairs = make_pairs(arguments.num_pairs, path)
     theirs = Theirs(path, pairs, arguments.batch_size, arguments.trl_micro_batch or arguments.batch_size)
     if not dist.is_initialized():  # after TRL has taken note that it is alone
         rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
         dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     ours = Ours(path, pairs, arguments.batch_size, arguments.micro_batch_tokens)
-    rounds = [(ours.round(), theirs.round()) for _ in range(arguments.repeats + 1)][1:]
+    rounds = []
+    for _ in range(arguments.repeats + 1):
+        torch.set_flush_denormal(True)  # as our engine does at its start
+        one = ours.round()
+        torch.set_flush_denormal(arguments.trl_flush_denormal)
+        rounds.append((one, theirs.round()))
+    rounds = rounds[1:]
     speeds = [(a[1] / a[0], b[1] / b[0]) for a, b in rounds]
     ratio = statistics.median(a / b for a, b in speeds)
     (_, tokens, padded), (_, their_tokens, their_padded) = rounds[-1]
@@ -118,6 +143,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=DpoConfig().micro_batch_tokens)
     parser.add_argument("--trl-micro-batch", type=int, default=None, help="pairs; default: the whole batch at once")
+    parser.add_argument(
+        "--trl-flush-denormal", action="store_true", help="give TRL our engine's floating-point mode too"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", choices=("quickstart", "random"), default=["quickstart", "random"])
@@ -129,7 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             path, vocab_size = (QUICKSTART, 768) if name == "quickstart" else (random_model(folder), RANDOM_VOCAB)
-            rows.append(table_row(f"{name}, {vocab_size} tokens", path, vocab_size, arguments))
+            rows.append(table_row(f"{name}, {vocab_size} tokens", path, arguments))
     shape = f"batches of {arguments.batch_size} pairs, rayrl's micro-batches of {arguments.micro_batch_tokens} tokens"
     print(f"\n{machine}; {shape}, {arguments.threads} thread, median of {arguments.repeats}\n")
     print("| model | rayrl, tokens/s | TRL, tokens/s | ratio | each round | padding, rayrl | padding, TRL |")

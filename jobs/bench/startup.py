@@ -2,8 +2,10 @@
 
     python jobs/bench/startup.py --run runs/quickstart     # a finished run; without one, run the pipeline first
 
-A fit's start-up is its seconds less those of its steps (`seconds` in metrics/<stage>.jsonl): worker processes, imports,
-loading, checkpoints and the export. The bound: every fit an empty fit, every engine a bare engine, and 15 s.
+A fit's start-up is its seconds less those of its steps and of their waits for rows but the first (metrics/):
+worker processes, imports, loading, the first rows, checkpoints and the export. Engines that start side by side are
+counted as the time until all are up, for on few cores each slows the others. The bound: every fit an empty fit, every
+engine a bare engine started alone, and 15 s.
 """
 
 import argparse
@@ -33,7 +35,7 @@ def empty_fit() -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         fit(
-            lambda job: None,
+            lambda job, data: None,
             None,
             TrainingConfig(),
             lambda rank, world_size: stream_blocks(1, lambda block: None, concurrency=1),  # type: ignore[arg-type]
@@ -44,7 +46,7 @@ def empty_fit() -> float:
 
 
 def bare_engine(kind: type[ServedEngine], pooling: str | None, policy: str) -> float:
-    """Seconds from nothing to a fleet of one that answers."""
+    """Start-up seconds of an engine that is alone, counted as a run counts its own."""
     spec = EngineSpec(
         checkpoint=Checkpoint(path=policy, version="bench"),
         config=EngineConfig(),
@@ -54,24 +56,27 @@ def bare_engine(kind: type[ServedEngine], pooling: str | None, policy: str) -> f
         on_gpu=False,
         pooling=pooling,
     )
-    started = time.monotonic()
     fleet = start_fleet("bench", kind, spec)
-    fleet.wait_ready()
-    seconds = time.monotonic() - started
+    (status,) = fleet.wait_ready()
     fleet.stop()
-    return seconds
+    return status["start_s"]
 
 
 def paid(run: Path) -> dict[str, float]:
-    """Start-up seconds of a run's engines and fits, by name."""
+    """Start-up seconds of a run's fits and engines, by name; an engine's count from where the one before it ended."""
+    timings = json.loads((run / "timings.json").read_text())
     seconds: dict[str, float] = {}
-    for timing in json.loads((run / "timings.json").read_text()):
-        kind, _, name = timing["what"].partition(":")
-        if kind == "engine":
-            seconds[timing["what"]] = seconds.get(timing["what"], 0.0) + timing["seconds"]
-        if kind == "fit":
-            steps = (run / "metrics" / f"{name}.jsonl").read_text().splitlines()
-            seconds[timing["what"]] = timing["seconds"] - sum(json.loads(step)["seconds"] for step in steps)
+    for timing in timings:
+        if timing["what"].startswith("fit:"):
+            curve = (run / "metrics" / f"{timing['what'].removeprefix('fit:')}.jsonl").read_text().splitlines()
+            steps = [json.loads(step) for step in curve]
+            working = sum(step["seconds"] for step in steps) + sum(step["waited_s"] for step in steps[1:])
+            seconds[timing["what"]] = timing["seconds"] - working
+    covered = 0.0
+    for timing in sorted((t for t in timings if t["what"].startswith("engine:")), key=lambda t: t["ended_at"]):
+        begun = max(timing["ended_at"] - timing["seconds"], covered)
+        covered = timing["ended_at"]
+        seconds[timing["what"]] = seconds.get(timing["what"], 0.0) + covered - begun
     return seconds
 
 

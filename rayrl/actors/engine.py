@@ -124,6 +124,7 @@ class ServedEngine:
         self.spec = spec
         self.engine = start_engine(spec)
         self.start_s = time.monotonic() - started
+        self.started_at = time.time()
         self.version = spec.checkpoint.version
         self.swaps_s: list[float] = []
         self._running = 0
@@ -137,7 +138,13 @@ class ServedEngine:
     async def status(self) -> dict[str, Any]:
         """Version, start-up seconds and swap seconds of this replica; also the health check."""
         await self.engine.check_health()
-        return {"version": self.version, "start_s": self.start_s, "swaps_s": self.swaps_s, "pid": os.getpid()}
+        return {
+            "version": self.version,
+            "start_s": self.start_s,
+            "started_at": self.started_at,
+            "swaps_s": self.swaps_s,
+            "pid": os.getpid(),
+        }
 
     @asynccontextmanager
     async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:

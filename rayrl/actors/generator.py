@@ -129,14 +129,20 @@ class Generator(ServedEngine):
         return [position[token].logprob for token in token_ids]
 
     async def _continuation(self, prompt: list[int], continuation: list[int]) -> float:
+        """The last token is read as a next token: a prompt that fills the context leaves vLLM no room for one."""
         from vllm import SamplingParams
 
-        tokens = prompt + continuation
+        if not continuation:
+            return 0.0
+        *tokens, last = prompt + continuation
         output = await self._finish(
-            tokens, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+            tokens,
+            SamplingParams(
+                temperature=0.0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last], detokenize=False
+            ),
         )
-        tail = output.prompt_logprobs[len(prompt) :]
-        return sum(position[token].logprob for position, token in zip(tail, continuation, strict=True))
+        inner = zip(output.prompt_logprobs[len(prompt) :], continuation, strict=False)
+        return sum(position[token].logprob for position, token in inner) + output.outputs[0].logprobs[0][last].logprob
 
     async def _finish(self, token_ids: list[int], params: Any) -> Any:
         from vllm.sampling_params import RequestOutputKind

@@ -63,7 +63,7 @@ class Services:
         if fleet.name not in self._timed:
             self._timed.add(fleet.name)
             for status in statuses:
-                self.run.record_time(f"engine:{fleet.name}", status["start_s"])
+                self.run.record_time(f"engine:{fleet.name}", status["start_s"], ended_at=status["started_at"])
             logger.info("%s: %d ready after %.1f s", fleet.name, len(statuses), time.monotonic() - started)
         return fleet
 

@@ -63,6 +63,18 @@ def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def context_length(policy: PolicyConfig) -> int:
+    """Tokens a sequence may have: the config's limit, or the model's own."""
+    from transformers import AutoConfig
+
+    if policy.max_model_len is not None:
+        return policy.max_model_len
+    model = AutoConfig.from_pretrained(
+        storage.local_folder(policy.path), revision=policy.revision, trust_remote_code=policy.trust_remote_code
+    )
+    return int(model.get_text_config().max_position_embeddings)
+
+
 def resolve_format(tokenizer: ChatTemplate, prompt_format: str) -> Format:
     """What "auto" means for this tokenizer.
 

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class Ledger:
         self._budgets = dict(budgets)
         self._budget_usd = budget_usd
         self._remote = location if is_remote(location) else None
-        path = working_copy(location) if self._remote else Path(location)
+        self._scratch = tempfile.TemporaryDirectory(prefix="rayrl-ledger-") if self._remote else None
+        path = working_copy(location, self._scratch.name) if self._scratch else Path(location)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._owner = own(path, owner_wait_s)
         self._lock = threading.RLock()
@@ -229,6 +231,8 @@ class Ledger:
         with self._lock:
             self._db.close()
             self._owner.close()
+            if self._scratch:
+                self._scratch.cleanup()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

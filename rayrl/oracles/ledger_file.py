@@ -1,7 +1,6 @@
 """Where a ledger lies: who owns the file, and its copy when the run directory is remote."""
 
 import fcntl
-import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -42,9 +41,9 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def working_copy(url: str) -> Path:
-    """A local copy of a remote ledger, or the place for a new one."""
-    path = Path(tempfile.mkdtemp(prefix="rayrl-ledger-")) / "ledger.sqlite"
+def working_copy(url: str, folder: str) -> Path:
+    """A local copy of a remote ledger, or the place for a new one, in `folder`."""
+    path = Path(folder) / "ledger.sqlite"
     filesystem, remote = fsspec.url_to_fs(url)
     if filesystem.exists(remote):
         path.write_bytes(filesystem.cat_file(remote))

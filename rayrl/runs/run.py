@@ -97,9 +97,10 @@ class Run:
         logger.info("%s: %s (%.1f s)", stage, summary, manifest.seconds)
         return manifest
 
-    def record_time(self, what: str, seconds: float) -> None:
-        """Keep a start-up or stage time for the report's table."""
-        self.timings.append({"what": what, "seconds": round(seconds, 3)})
+    def record_time(self, what: str, seconds: float, *, ended_at: float | None = None) -> None:
+        """Keep a start-up or stage time for the report's table; `ended_at` (Unix time) if it is not now."""
+        ended_at = time.time() if ended_at is None else ended_at
+        self.timings.append({"what": what, "seconds": round(seconds, 3), "ended_at": round(ended_at, 3)})
         storage.write_json(storage.join(self.url, "timings.json"), self.timings)
 
 

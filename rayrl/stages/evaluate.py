@@ -14,7 +14,7 @@ from rayrl.algorithms import statistics
 from rayrl.config import GenerateConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_reference_answers
-from rayrl.data.tokenizing import load_tokenizer, render
+from rayrl.data.tokenizing import context_length, load_tokenizer, render
 from rayrl.records import Checkpoint, Sampled, from_row
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.benchmark import benchmark
@@ -22,7 +22,6 @@ from rayrl.stages.generate import sample_block
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import ask
 from rayrl.stages.score import Scored, make_scorer
-from rayrl.stages.sft import context_length
 
 MIN_FOR_LENGTH_CONTROL = 20
 """Judged prompts below which the length regression says nothing."""
@@ -220,7 +219,7 @@ def _rank_correlation(
 ) -> dict[str, Any] | None:
     """Does the evaluator still rank well where the policy went?"""
     scored = [a for a in answers if a.score is not None and a.token_ids]
-    scorer = make_scorer(run, services, m1, evaluator, context_length(run))
+    scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
     items = [Scored(prompt=a.prompt, response=a.text, token_ids=a.prompt_token_ids + a.token_ids) for a in scored]
     both = [(p, a.score) for p, a in zip(scorer.score(items), scored, strict=True) if p is not None]
     if len(both) < 3:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from rayrl.actors.services import Services
 from rayrl.algorithms.statistics import accuracy_within, calibration_table, spearman
 from rayrl.data.blocks import BlockTable
-from rayrl.data.tokenizing import encode_response, load_tokenizer
+from rayrl.data.tokenizing import context_length, encode_response, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.models.judge import Rubric, evaluator_target, load_rubric, whole_score
 from rayrl.records import Checkpoint, Judgement, content_id
@@ -20,7 +20,6 @@ from rayrl.runs.run import Run
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.query import Judgements
 from rayrl.stages.score import Scored, judge_prompt_tokens, make_scorer
-from rayrl.stages.sft import context_length
 from rayrl.training.evaluator import ScalarJob, train_scalar
 from rayrl.training.sft import SftJob, train_sft
 
@@ -112,7 +111,7 @@ def _fit(
 def _generative_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, list[int]]]:
     config, rubric = run.config, load_rubric(run.config.rubric)
     tokenizer = load_tokenizer(config.policy)
-    limit = context_length(run)
+    limit = context_length(run.config.policy)
     scoring = config.evaluator.scoring
     if config.evaluator.balanced:
         judgements = balance(judgements, rubric)
@@ -175,7 +174,7 @@ def response_tokens(run: Run, judgements: list[Judgement]) -> dict[str, list[int
 def _validate(
     run: Run, services: Services, m1: Checkpoint, evaluator: Checkpoint, held_out: list[Judgement]
 ) -> dict[str, Any]:
-    scorer = make_scorer(run, services, m1, evaluator, context_length(run))
+    scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
     tokens = response_tokens(run, held_out)
     items = [Scored(prompt=j.prompt, response=j.response, token_ids=tokens[j.response_id]) for j in held_out]
     predicted = scorer.score(items)

@@ -16,7 +16,7 @@ from rayrl.data.blocks import BlockTable, stream_blocks
 from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.telemetry.metrics import read_metrics
-from rayrl.training.launch import Stream, fit
+from rayrl.training.launch import Rows, Stream, fit
 from rayrl.training.steps import num_steps
 
 STREAM_CONCURRENCY = 2
@@ -55,7 +55,7 @@ def fit_stage(
     run: Run,
     services: Services,
     stage: str,
-    loop: Callable[[Any], None],
+    loop: Callable[[Any, Rows], None],
     job: Any,
     training: TrainingConfig,
     stream: Stream,

@@ -14,13 +14,13 @@ from rayrl.actors.services import Services
 from rayrl.algorithms.pairing import best_worst, margin_pairs, num_pairs_planned
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable, map_blocks
+from rayrl.data.tokenizing import context_length
 from rayrl.records import Checkpoint, PreferencePair, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.fit_evaluator import labels
 from rayrl.stages.generate import Responses
 from rayrl.stages.query import Judgements
 from rayrl.stages.score import Scored, Scorer, make_scorer
-from rayrl.stages.sft import context_length
 
 SCORED_SCHEMA = pa.schema(
     [
@@ -101,7 +101,7 @@ def pseudo_label(
     done = run.finished("pseudo_label", key)
     scorer = None
     if done is None and evaluator is not None:
-        scorer = make_scorer(run, services, m1, evaluator, context_length(run))
+        scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
     folder = run.folder("pseudo_label")
     num_blocks = responses.table.num_blocks
     labelling = Labelling(

@@ -10,11 +10,10 @@ import pyarrow as pa
 from rayrl.actors.services import Services
 from rayrl.data.blocks import BlockTable
 from rayrl.data.reading import PromptCounts, read_seed_rows
-from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render
+from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render
 from rayrl.errors import DataError
 from rayrl.records import Checkpoint, content_id
 from rayrl.runs.run import Run
-from rayrl.runs.storage import local_folder
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.training.sft import SftJob, train_sft
 
@@ -101,7 +100,7 @@ def _rows(run: Run, counts: PromptCounts) -> Iterator[tuple[dict[str, list[int]]
     config = run.config
     assert config.seed_data is not None
     tokenizer = load_tokenizer(config.policy)
-    limit = context_length(run)
+    limit = context_length(config.policy)
     renderer = partial(render, tokenizer, config.policy.prompt_format)
     for prompt, response in read_seed_rows(config.seed_data, renderer, counts):
         prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)[: limit - 1]
@@ -111,16 +110,3 @@ def _rows(run: Run, counts: PromptCounts) -> Iterator[tuple[dict[str, list[int]]
             {"prompt_token_ids": prompt_ids, "response_token_ids": response_ids[:room]},
             len(response_ids) > room,
         )
-
-
-def context_length(run: Run) -> int:
-    """Tokens a sequence may have: the config's, or the model's own."""
-    from transformers import AutoConfig
-
-    policy = run.config.policy
-    if policy.max_model_len is not None:
-        return policy.max_model_len
-    model = AutoConfig.from_pretrained(
-        local_folder(policy.path), revision=policy.revision, trust_remote_code=policy.trust_remote_code
-    )
-    return int(model.get_text_config().max_position_embeddings)

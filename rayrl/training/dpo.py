@@ -53,7 +53,7 @@ class PairBatch:
         )
 
 
-def train_dpo(job: DpoJob) -> None:
+def train_dpo(job: DpoJob, data: launch.Rows) -> None:
     """The worker's loop."""
     torch.manual_seed(job.seed)
     dtype = getattr(torch, job.dtype)
@@ -63,7 +63,7 @@ def train_dpo(job: DpoJob) -> None:
         policy = add_lora(policy, job.dpo.lora)
     engine = zero.start(policy, job.dpo, dtype, num_steps(job.num_rows, job.dpo))
     del sharding
-    references = reference_pass(engine, job) if job.reference == "pass" else {}
+    references = reference_pass(engine, job, data) if job.reference == "pass" else {}
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     rewards: list[Tensor] = []
@@ -74,7 +74,7 @@ def train_dpo(job: DpoJob) -> None:
         return losses.sum()
 
     with rank_zero_log(job.run_url, "dpo") as log:
-        for step, rows in steps(engine, job.dpo, job.seed):
+        for step, rows, waited_s in steps(engine, job.dpo, job.seed, data):
             started = time.monotonic()
             rows = [row | references.get(name_of(row), {}) for row in rows]
             batches = [batch.to(engine.device) for batch in collated(rows, job.dpo.micro_batch_tokens)]
@@ -93,6 +93,7 @@ def train_dpo(job: DpoJob) -> None:
                     num_tokens=num_tokens,
                     padding_share=1 - num_tokens / max(1, padded),
                     seconds=time.monotonic() - started,
+                    waited_s=waited_s,
                 )
     export.export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 
@@ -143,7 +144,7 @@ IDLE_PAIR: Row = {
 }
 
 
-def reference_pass(engine: Any, job: DpoJob) -> dict[str, dict[str, float]]:
+def reference_pass(engine: Any, job: DpoJob, data: launch.Rows) -> dict[str, dict[str, float]]:
     """M1's log-probabilities of every pair, read once before the first step and kept beside the fit.
 
     A restarted worker reads them back: by then the policy has moved.
@@ -153,7 +154,7 @@ def reference_pass(engine: Any, job: DpoJob) -> dict[str, dict[str, float]]:
         return storage.read_json(url)
     engine.eval()
     references: dict[str, dict[str, float]] = {}
-    rows = iter(launch.rows())
+    rows = data()
     while zero.largest(len(chunk := list(islice(rows, job.dpo.batch_size))), engine) > 0:
         batches = collated(chunk, job.dpo.micro_batch_tokens)
         for i in range(int(zero.largest(len(batches), engine))):

@@ -17,7 +17,7 @@ from rayrl.models.policy import add_lora, load_policy
 from rayrl.models.reward import RewardModel
 from rayrl.runs.storage import local_folder
 from rayrl.training import engine as zero
-from rayrl.training import export
+from rayrl.training import export, launch
 from rayrl.training.steps import num_steps, rank_zero_log, steps
 
 MicroBatch = tuple[TokenBatch, Tensor]
@@ -41,7 +41,7 @@ class ScalarJob:
     """The head's bias starts here (regression)."""
 
 
-def train_scalar(job: ScalarJob) -> None:
+def train_scalar(job: ScalarJob, data: launch.Rows) -> None:
     """The worker's loop."""
     torch.manual_seed(job.seed)
     dtype = getattr(torch, job.dtype)
@@ -68,13 +68,19 @@ def train_scalar(job: ScalarJob) -> None:
         return (rewards - scores).square().sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step, rows in steps(engine, job.evaluator, job.seed):
+        for step, rows, waited_s in steps(engine, job.evaluator, job.seed, data):
             started = time.monotonic()
             micro = [
                 (batch.to(engine.device), scores.to(engine.device)) for batch, scores in collated(rows, job.evaluator)
             ]
             loss = zero.train_step(engine, micro, loss_of, len(rows), idle)
-            log(step, loss=loss, learning_rate=engine.get_lr()[0], seconds=time.monotonic() - started)
+            log(
+                step,
+                loss=loss,
+                learning_rate=engine.get_lr()[0],
+                seconds=time.monotonic() - started,
+                waited_s=waited_s,
+            )
     export.export_reward_model(engine, reward_model, load_tokenizer(job.policy), job.checkpoint_url)
 
 

@@ -6,8 +6,10 @@ A lost worker is Ray Train's to restart, and so is a lost driver: the same stora
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import ray.data
@@ -24,7 +26,7 @@ Stream = Callable[[int, int], "ray.data.Dataset"]
 
 
 def fit(
-    loop: Callable[[Any], None],
+    loop: Callable[[Any, "Rows"], None],
     job: Any,
     training: TrainingConfig,
     stream: Stream,
@@ -35,7 +37,7 @@ def fit(
     """Run a loop on every worker and return the metrics of its last report.
 
     Args:
-        loop: the training function; called with `job` on every worker.
+        loop: the training function; called with `job` and its rows on every worker.
         job: a picklable dataclass with all the loop needs.
         training: workers and failures.
         stream: the training rows of each rank.
@@ -70,18 +72,28 @@ def fit(
 
 
 def _run(config: dict[str, Any]) -> None:
-    config["loop"](config["job"])
+    config["loop"](config["job"], Rows(ray.train.get_dataset_shard(f"rank{rank()}")))
 
 
-def rows() -> Iterable[dict[str, Any]]:
-    """This worker's rows, from the start; call it once per epoch."""
-    shard = ray.train.get_dataset_shard(f"rank{ray.train.get_context().get_world_rank()}")
-    return _rows(shard)
+class Rows:
+    """This worker's rows: call it for an epoch, and it gives them from the start.
 
+    The first epoch's first block is asked for at once, so that Ray Data gets going beside the imports and the loading.
+    """
 
-def _rows(shard: Any) -> Iterator[dict[str, Any]]:
-    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        yield from table.to_pylist()
+    def __init__(self, shard: Any):
+        self._shard = shard
+        self._ahead = [ThreadPoolExecutor(1).submit(self._begin)]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        first, rest = self._ahead.pop().result() if self._ahead else self._begin()
+        for table in chain(first, rest):
+            yield from table.to_pylist()
+
+    def _begin(self) -> tuple[list[Any], Iterator[Any]]:
+        batches = iter(self._shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        first = next(batches, None)
+        return ([] if first is None else [first]), batches
 
 
 def rank() -> int:

@@ -17,7 +17,7 @@ from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs.storage import local_folder
 from rayrl.training import engine as zero
-from rayrl.training import export
+from rayrl.training import export, launch
 from rayrl.training.steps import num_steps, rank_zero_log, steps
 
 
@@ -36,7 +36,7 @@ class SftJob:
     num_rows: int
 
 
-def train_sft(job: SftJob) -> None:
+def train_sft(job: SftJob, data: launch.Rows) -> None:
     """The worker's loop."""
     torch.manual_seed(job.seed)
     dtype = getattr(torch, job.dtype)
@@ -53,7 +53,7 @@ def train_sft(job: SftJob) -> None:
         return -response_logprobs(engine, batch).sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step, rows in steps(engine, job.training, job.seed):
+        for step, rows, waited_s in steps(engine, job.training, job.seed, data):
             started = time.monotonic()
             batches = [batch.to(engine.device) for batch in collated(rows, job.training.micro_batch_tokens)]
             num_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
@@ -64,6 +64,7 @@ def train_sft(job: SftJob) -> None:
                 learning_rate=engine.get_lr()[0],
                 num_tokens=num_tokens,
                 seconds=time.monotonic() - started,
+                waited_s=waited_s,
             )
     export.export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 

