@@ -1,0 +1,65 @@
+"""What a run reads: the policy, its prompts, its seed data."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayrl.config.table import Table
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class PolicyConfig(Table):
+    """The policy to align, M0."""
+
+    path: str
+    """A local folder or a hub id."""
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    """"auto" is bfloat16 where the accelerator has it, else float32."""
+    prompt_format: Literal["auto", "plain", "chat"] = "auto"
+    """"auto" is chat when the tokenizer has a chat template."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Context in tokens; None is the model's own."""
+    trust_remote_code: bool = False
+
+
+class DataConfig(Table):
+    """A file or data set of prompts: JSONL, JSON, CSV, Parquet (gzip'd too), a `save_to_disk` folder or a hub name."""
+
+    path: str
+    split: str = "train"
+    prompt_column: str = "prompt"
+    messages_column: str | None = None
+    """A column of chat messages ({"role", "content"}); replaces `prompt_column`."""
+    limit: int | None = Field(default=None, gt=0)
+    """Use only the first `limit` rows."""
+
+
+class SeedDataConfig(DataConfig):
+    """Supervised seed data: prompts with responses."""
+
+    response_column: str = "response"
+    """Ignored with `messages_column`: there the last assistant message is the response."""
+    score_column: str | None = None
+    min_score: float | None = None
+    """With `score_column`: keep only rows that score at least this (the paper's M1 is trained on high-reward rows)."""
+
+    @model_validator(mode="after")
+    def _score_needs_column(self) -> "SeedDataConfig":
+        if (self.score_column is None) != (self.min_score is None):
+            raise ValueError("score_column and min_score go together: set both or neither")
+        return self
+
+
+class PoolConfig(DataConfig):
+    """The pool of unlabelled prompts, and which of them are held out for evaluation."""
+
+    num_eval: int = Field(default=64, ge=0)
+    """Prompts held out of the pool, chosen by the run's seed, for `evaluate`."""
+
+
+class ReferenceAnswersConfig(DataConfig):
+    """A fixed table of reference answers to compete with."""
+
+    response_column: str = "response"

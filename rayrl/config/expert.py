@@ -1,0 +1,104 @@
+"""What the expert is asked, who the expert is, and how hard it may be pressed."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayrl.config.table import Table
+
+Unit = Literal["response", "prompt"]
+
+
+class SelectConfig(Table):
+    """Which responses the expert is asked about."""
+
+    budget: int = Field(ge=1)
+    """Paid queries. The paper's headline is 1,700."""
+    strategy: Literal["k_center", "random"] = "k_center"
+    unit: Unit = "response"
+    """"prompt" asks about all k responses of a chosen prompt (budget // k prompts)."""
+    text: Literal["prompt", "prompt_response", "judge_prompt"] = "prompt_response"
+    """What is embedded: prompt_response is coresetIFT, judge_prompt is coresetEFT."""
+    embedder: str = "policy"
+    """"policy", or a sentence-embedding model's folder or hub id."""
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: bool = True
+    """L2-normalise the vectors (ours)."""
+    seed_centers: bool = False
+    """Count the seed data as labelled already: initial centres."""
+    num_shards: int = Field(default=1, gt=0)
+    """Actors that own the vectors."""
+    candidate_batch: int = Field(default=256, gt=0)
+    """Farthest points offered per round; changes the speed, never the picks."""
+
+
+class RubricConfig(Table):
+    """What the expert and the evaluator are asked. A pointwise, additive scale."""
+
+    template: str | None = None
+    """File with the judge prompt; `{prompt}` and `{response}` are filled in. None is the built-in additive rubric."""
+    min_score: int = 0
+    max_score: int = 5
+
+    @model_validator(mode="after")
+    def _scale(self) -> "RubricConfig":
+        if self.min_score >= self.max_score:
+            raise ValueError("min_score must be below max_score")
+        return self
+
+
+class OracleLimits(Table):
+    """How hard the expert may be pressed."""
+
+    max_concurrency: int = Field(default=16, gt=0)
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    tokens_per_minute: int | None = Field(default=None, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0)
+    max_retries: int = Field(default=4, ge=0)
+    """Tries after the first, with exponential backoff; then the query abstains."""
+
+
+class HttpOracleConfig(OracleLimits):
+    """Any OpenAI-compatible chat endpoint."""
+
+    type: Literal["http"] = "http"
+    base_url: str
+    model: str
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable (or, with a leading "file:", the file) that holds the key; None sends no key."""
+    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=512, gt=0)
+    usd_per_1m_input: float | None = Field(default=None, ge=0)
+    usd_per_1m_output: float | None = Field(default=None, ge=0)
+    budget_usd: float | None = Field(default=None, gt=0)
+    """Hard limit over labels and evaluation; needs both prices."""
+
+    @model_validator(mode="after")
+    def _prices(self) -> "HttpOracleConfig":
+        if (self.usd_per_1m_input is None) != (self.usd_per_1m_output is None):
+            raise ValueError("usd_per_1m_input and usd_per_1m_output go together: set both or neither")
+        if self.budget_usd is not None and self.usd_per_1m_input is None:
+            raise ValueError("budget_usd needs usd_per_1m_input and usd_per_1m_output")
+        return self
+
+
+class ScriptedOracleConfig(OracleLimits):
+    """A Python function `judge(prompt: str, response: str) -> (score, rationale)`; None as score abstains."""
+
+    type: Literal["scripted"] = "scripted"
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    """"module:function", importable from the working directory."""
+
+
+class ReplayOracleConfig(OracleLimits):
+    """A table of judgements made earlier; what it does not hold abstains."""
+
+    type: Literal["replay"] = "replay"
+    path: str
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    score_column: str = "score"
+    rationale_column: str | None = None
+
+
+OracleConfig = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]

@@ -1,0 +1,91 @@
+"""One run, all tables together."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayrl.config.data import PolicyConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
+from rayrl.config.engines import EngineConfig, GenerateConfig
+from rayrl.config.expert import OracleConfig, RubricConfig, SelectConfig
+from rayrl.config.table import Table
+from rayrl.config.training import DpoConfig, EvaluatorConfig, PseudoLabelConfig, SftConfig
+
+
+class LmEvalConfig(Table):
+    """Optional benchmark tasks through lm-evaluation-harness and its vLLM backend."""
+
+    tasks: list[str] = Field(default=[])
+    include_path: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+
+
+class EvaluateConfig(Table):
+    """M2 against M1 on held-out prompts, under a budget of its own."""
+
+    budget: int = Field(default=128, ge=0)
+    """Paid evaluation queries; two per prompt (three with reference answers). 0 skips the expert."""
+    temperature: float = Field(default=0.7, ge=0)
+    reference_answers: ReferenceAnswersConfig | None = None
+    lm_eval: LmEvalConfig = LmEvalConfig()
+
+
+class RunConfig(Table):
+    """One run of the proxy-reward pipeline."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    run_dir: str
+    """Folder of this run: a local path, NFS, or any fsspec URL."""
+    seed: int = Field(default=0, ge=0)
+    reuse: str | None = None
+    """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
+    labels: Literal["proxy", "direct", "expert", "shuffled"] = "proxy"
+    """proxy is the method. Controls: "direct" (DPO on the paid judgements alone), "expert" (the expert labels
+    everything: the ceiling), "shuffled" (the paid scores are permuted: the floor)."""
+
+    policy: PolicyConfig
+    seed_data: SeedDataConfig | None = None
+    pool: PoolConfig
+    sft: SftConfig = SftConfig()
+    generators: EngineConfig = EngineConfig()
+    embedders: EngineConfig = EngineConfig()
+    generate: GenerateConfig = GenerateConfig()
+    select: SelectConfig
+    rubric: RubricConfig = RubricConfig()
+    oracle: OracleConfig
+    evaluator: EvaluatorConfig = EvaluatorConfig()
+    pseudo_label: PseudoLabelConfig = PseudoLabelConfig()
+    dpo: DpoConfig = DpoConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "RunConfig":
+        for broken, message in (
+            (
+                self.pseudo_label.pairing == "best_worst" and self.generate.k < 2,
+                f'generate.k must be at least 2 when pseudo_label.pairing is "best_worst", got {self.generate.k}',
+            ),
+            (
+                self.seed_data is None and (self.sft.enabled or self.generate.source == "seed"),
+                "seed_data is missing: sft and the off-policy control need it; add a [seed_data] table "
+                "or set sft.enabled = false",
+            ),
+            (
+                self.labels == "direct" and self.select.unit != "prompt",
+                'labels = "direct" pairs only paid responses, so select.unit must be "prompt", got "response"',
+            ),
+            (
+                self.evaluator.type == "scalar"
+                and self.evaluator.loss == "bradley_terry"
+                and self.select.unit != "prompt",
+                'evaluator.loss = "bradley_terry" needs pairs of paid responses: set select.unit = "prompt"',
+            ),
+            (
+                self.select.unit == "prompt" and self.select.budget < self.generate.k,
+                f'select.budget must be at least generate.k ({self.generate.k}) when select.unit is "prompt", '
+                f"got {self.select.budget}",
+            ),
+        ):
+            if broken:
+                raise ValueError(message)
+        return self
