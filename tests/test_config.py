@@ -72,7 +72,8 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("select.budget=0", "select.budget: input should be greater than or equal to 1, got 0"),
+        ("select.budget=-1", "select.budget: input should be greater than or equal to 0, got -1"),
+        ("select.budget=0", "select.budget must be at least 1: the expert"),
         ("select.budget=many", "got 'many'"),
         ("select.strategy=best", "select.strategy: input should be 'k_center' or 'random', got 'best'"),
         ("generate.top_p=1.5", "generate.top_p: input should be less than or equal to 1, got 1.5"),
@@ -112,7 +113,7 @@ def test_a_dollar_budget_needs_prices(small):
 
 
 def test_every_mistake_is_told_at_once(small):
-    message = refusal(small, "select.budget=0", "generate.k=-1", "nonsense=1")
+    message = refusal(small, "select.budget=-1", "generate.k=-1", "nonsense=1")
     assert all(field in message for field in ("select.budget", "generate.k", "nonsense"))
 
 

@@ -17,6 +17,16 @@ from rayrl.config.expert import (
     Unit,
 )
 from rayrl.config.loading import load_config
+from rayrl.config.rlp import (
+    OcrmConfig,
+    PpoConfig,
+    PreferenceDataConfig,
+    PreferencesConfig,
+    RefreshConfig,
+    RewardModelConfig,
+    SpgConfig,
+    UmlConfig,
+)
 from rayrl.config.run import EvaluateConfig, LmEvalConfig, RunConfig
 from rayrl.config.table import Table
 from rayrl.config.training import DpoConfig, EvaluatorConfig, LoraConfig, PseudoLabelConfig, SftConfig, TrainingConfig
@@ -32,21 +42,29 @@ __all__ = [
     "HttpOracleConfig",
     "LmEvalConfig",
     "LoraConfig",
+    "OcrmConfig",
     "OracleConfig",
     "OracleLimits",
     "PolicyConfig",
     "PoolConfig",
+    "PpoConfig",
+    "PreferenceDataConfig",
+    "PreferencesConfig",
     "PseudoLabelConfig",
     "ReferenceAnswersConfig",
+    "RefreshConfig",
     "ReplayOracleConfig",
+    "RewardModelConfig",
     "RubricConfig",
     "RunConfig",
     "ScriptedOracleConfig",
     "SeedDataConfig",
     "SelectConfig",
     "SftConfig",
+    "SpgConfig",
     "Table",
     "TrainingConfig",
+    "UmlConfig",
     "Unit",
     "load_config",
 ]

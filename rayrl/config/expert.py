@@ -12,7 +12,7 @@ Unit = Literal["response", "prompt"]
 class SelectConfig(Table):
     """Which responses the expert is asked about."""
 
-    budget: int = Field(ge=1)
+    budget: int = Field(default=0, ge=0)
     """Paid queries. The paper's headline is 1,700."""
     strategy: Literal["k_center", "random"] = "k_center"
     unit: Unit = "response"

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rayrl.config.data import PolicyConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
 from rayrl.config.engines import EngineConfig, GenerateConfig
 from rayrl.config.expert import OracleConfig, RubricConfig, SelectConfig
+from rayrl.config.rlp import PpoConfig, PreferencesConfig, RefreshConfig, RewardModelConfig
 from rayrl.config.table import Table
 from rayrl.config.training import DpoConfig, EvaluatorConfig, PseudoLabelConfig, SftConfig
 
@@ -36,6 +37,8 @@ class RunConfig(Table):
     name: str = Field(pattern=r"^[\w.-]+$")
     run_dir: str
     """Folder of this run: a local path, NFS, or any fsspec URL."""
+    pipeline: Literal["proxy_dpo", "rlp"] = "proxy_dpo"
+    """Which algorithm the tables below are for: jobs/proxy_dpo.py or jobs/rlp.py runs it."""
     seed: int = Field(default=0, ge=0)
     reuse: str | None = None
     """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
@@ -50,19 +53,37 @@ class RunConfig(Table):
     generators: EngineConfig = EngineConfig()
     embedders: EngineConfig = EngineConfig()
     generate: GenerateConfig = GenerateConfig()
-    select: SelectConfig
+    select: SelectConfig = SelectConfig()
     rubric: RubricConfig = RubricConfig()
     oracle: OracleConfig
     evaluator: EvaluatorConfig = EvaluatorConfig()
     pseudo_label: PseudoLabelConfig = PseudoLabelConfig()
     dpo: DpoConfig = DpoConfig()
+    preferences: PreferencesConfig | None = None
+    reward_model: RewardModelConfig = RewardModelConfig()
+    ppo: PpoConfig = PpoConfig()
+    refresh: RefreshConfig = RefreshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "RunConfig":
+        needs_budget = self.pipeline == "proxy_dpo" or self.ppo.reward == "evaluator"
         for broken, message in (
             (
-                self.pseudo_label.pairing == "best_worst" and self.generate.k < 2,
+                needs_budget and self.select.budget < 1,
+                f"select.budget must be at least 1: the expert's answers are what the evaluator learns from, got "
+                f"{self.select.budget}; set it to the number of queries you pay for",
+            ),
+            (
+                self.pipeline == "rlp" and self.ppo.reward == "reward_model" and self.preferences is None,
+                "preferences is missing: the reward model learns from pairs; add a [preferences] table",
+            ),
+            (
+                self.preferences is not None and self.preferences.source == "oracle" and self.select.budget < 2,
+                f'select.budget must be at least 2 when preferences.source is "oracle", got {self.select.budget}',
+            ),
+            (
+                self.pipeline == "proxy_dpo" and self.pseudo_label.pairing == "best_worst" and self.generate.k < 2,
                 f'generate.k must be at least 2 when pseudo_label.pairing is "best_worst", got {self.generate.k}',
             ),
             (
