@@ -1,5 +1,7 @@
 """The order of training: every row once an epoch, drawn by the seed, the same after a restart."""
 
+from itertools import pairwise
+
 import pytest
 
 from rayrl.data.batches import WINDOW_BATCHES, optimizer_batches
@@ -46,10 +48,24 @@ def test_order_depends_on_seed_and_epoch():
 
 
 def test_rows_are_shuffled_within_bounded_windows():
-    drawn = [n for epoch, batch in batches() for n in batch if epoch == 0]
-    window = 4 * WINDOW_BATCHES
-    assert drawn[:window] != list(range(window))
-    assert sorted(drawn[:window]) == list(range(window))
+    for epoch, bounds in ((0, (0, 1, 3, 7, 15, 31)), (1, (0, 16, 32))):
+        drawn = [n for e, batch in batches() for n in batch if e == epoch]
+        for first, last in pairwise(bounds):
+            window = range(4 * first, 4 * last)
+            assert sorted(drawn[window.start : window.stop]) == list(window)
+        assert drawn[: 4 * WINDOW_BATCHES] != list(range(4 * WINDOW_BATCHES))
+
+
+def test_training_starts_with_the_first_rows_of_a_stream():
+    asked = []
+
+    def stream():
+        for n in range(NUM_ROWS):
+            asked.append(n)
+            yield {"n": n}
+
+    next(optimizer_batches(stream, epochs=1, batch_size=4, seed=0))
+    assert asked == [0, 1, 2, 3]
 
 
 def test_no_rows_no_batches():
