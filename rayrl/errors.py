@@ -7,6 +7,7 @@
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
+    |-- TrainingStopped    (RuntimeError)  a training went where it must not go, and was stopped
     `-- StageTimeout       (TimeoutError)  a wait ended; says what it waited for
 
 Every class takes one message and nothing else, so that it survives the trip across Ray processes.
@@ -39,6 +40,10 @@ class RunDirectoryError(RayRLError, ValueError):
 
 class WeightSyncError(RayRLError, RuntimeError):
     """A replica serves other weights than the trainer wrote."""
+
+
+class TrainingStopped(RayRLError, RuntimeError):
+    """A training was stopped on purpose. The message says what it did, the limit and the remedy."""
 
 
 class StageTimeout(RayRLError, TimeoutError):

@@ -1,6 +1,6 @@
 """The records that flow through a run, and their Arrow schemas.
 
-    Prompt -> Sampled(prompt, responses) -> Judgement -> PreferencePair
+    Prompt -> Sampled(prompt, responses) -> Judgement or Comparison -> PreferencePair
 
 A row and a table never drift apart: `arrow_schema(Record)` derives the table's schema from the dataclass. Tables are
 folders of Parquet parts; a part holds a fixed block of prompts, one row per prompt with its responses nested, so that
@@ -17,6 +17,7 @@ import pyarrow as pa
 
 R = TypeVar("R")
 Status = Literal["scored", "abstained"]
+Preference = Literal["first", "second", "tie"]
 
 
 def content_id(*parts: str) -> str:
@@ -67,6 +68,8 @@ class Response:
     """Sum over `token_ids` of log p(token | prefix) at temperature 1, nats."""
     finish_reason: str
     """"stop" or "length", or "data" for a response that came with the seed data."""
+    num_samples: int = 1
+    """Samples of this prompt that say exactly this; the first of them is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,16 @@ class Sampled:
     """Samples dropped because nothing was said."""
     num_duplicates: int = 0
     """Samples dropped because an earlier one of this prompt says the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A response to be scored by an evaluator or a reward model."""
+
+    prompt: str
+    response: str
+    token_ids: list[int]
+    """Prompt and response, as the policy read and wrote them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +120,30 @@ class Judgement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One pairwise verdict of the expert, on two responses in the order in which it read them."""
+
+    key: str
+    """content_id(prompt, first, second, oracle, rubric): the other order is another question."""
+    prompt_id: str
+    first_id: str
+    """`Response.id`."""
+    second_id: str
+    prompt: str
+    first: str
+    second: str
+    oracle: str
+    status: Status
+    preference: Preference | None
+    """Which response is better; None if and only if abstained."""
+    rationale: str
+    """The expert's reasons, or why it abstained."""
+    purpose: str
+    """"label" (the query budget) or "evaluate" (the evaluation budget)."""
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
     """What the policy is trained on. Training never sees who labelled it, except as `source`."""
 
@@ -121,12 +158,13 @@ class PreferencePair:
     chosen_token_ids: list[int]
     rejected_token_ids: list[int]
     chosen_score: float
+    """NaN, like the rejected one's, where only the preference is known."""
     rejected_score: float
     chosen_reference_logprob: float
-    """Sum of log p under M1 of the chosen tokens; from generation."""
+    """Sum of log p under M1 of the chosen tokens; from generation. NaN where M1 did not write them."""
     rejected_reference_logprob: float
     source: str
-    """"evaluator", "expert" or "mixed": who scored the two responses."""
+    """Who scored the two responses ("evaluator", "expert" or "mixed"), or who preferred one: "data" or "oracle"."""
 
 
 _ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}

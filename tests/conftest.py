@@ -84,3 +84,14 @@ def embedders(ray_cluster, tiny_policy):
     fleet.wait_ready()
     yield fleet
     fleet.stop()
+
+
+@pytest.fixture(scope="session")
+def last_embedders(ray_cluster, tiny_policy):
+    """A fleet of one embedding replica (the last token's vector)."""
+    from rayrl.actors.embedder import Embedder
+
+    fleet = _fleet("test-last-embedders", Embedder, tiny_policy, "last")
+    fleet.wait_ready()
+    yield fleet
+    fleet.stop()

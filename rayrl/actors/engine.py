@@ -146,6 +146,11 @@ class ServedEngine:
             "pid": os.getpid(),
         }
 
+    async def adopt(self, checkpoint: Checkpoint) -> str:
+        """Swap to a checkpoint now, once running requests are through, and prove it; the version that is served."""
+        async with self.serving(checkpoint):
+            return self.version
+
     @asynccontextmanager
     async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
         """Hold the engine on a checkpoint's weights while a request runs."""

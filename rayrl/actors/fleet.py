@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from rayrl.actors.engine import EngineSpec, ServedEngine, environment
-from rayrl.errors import StageTimeout
+from rayrl.errors import StageTimeout, WeightSyncError
+from rayrl.records import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,21 @@ class Fleet:
                 self.router.release.remote(index)
         raise StageTimeout(f"{self.name}: {MAX_HUNG} replicas gave no answer to {method} within {timeout_s:.0f} s")
 
+    def adopt(self, checkpoint: Checkpoint, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Bring every replica to a checkpoint's weights, each proved against the trainer's probe.
+
+        Raises:
+            WeightSyncError: a replica serves another version.
+            StageTimeout: a replica gave no answer in time.
+        """
+        try:
+            versions = ray.get([replica.adopt.remote(checkpoint) for replica in self.replicas], timeout=timeout_s)
+        except GetTimeoutError:
+            raise StageTimeout(f"{self.name}: a replica took no weights within {timeout_s:.0f} s") from None
+        stale = {version for version in versions if version != checkpoint.version}
+        if stale:
+            raise WeightSyncError(f"{self.name}: replicas serve {stale} instead of {checkpoint.version}")
+
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
         """Wait until every engine is up; their start-up times and versions."""
         try:
@@ -90,14 +106,24 @@ def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Flee
     """Start a fleet; returns at once, the engines come up in the background."""
     gpus = spec.config.gpus_per_replica * spec.config.tensor_parallel_size if spec.on_gpu else 0
     options = {
-        "num_cpus": 0,
         "num_gpus": gpus,
-        "max_restarts": -1,
-        "max_task_retries": MAX_RETRIES,
         "max_concurrency": 1000,
         "runtime_env": {"env_vars": environment(spec.config, spec.on_gpu)},
     }
-    num_replicas = spec.config.num_replicas
-    replicas = [ray.remote(engine).options(name=f"{name}-{i}", **options).remote(spec) for i in range(num_replicas)]
+    return start_replicas(name, engine, spec, num_replicas=spec.config.num_replicas, options=options)
+
+
+def start_replicas(name: str, replica: type[Any], spec: Any, *, num_replicas: int, options: dict[str, Any]) -> Fleet:
+    """Start a fleet of any class that is made from a spec and has a `status`; returns at once.
+
+    Args:
+        name: of the fleet; its actors are named after it.
+        replica: the actors' plain class.
+        spec: what each of them is made from.
+        num_replicas: how many there are.
+        options: Ray's, beside those that make a replica restart and its calls be retried.
+    """
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": MAX_RETRIES} | options
+    replicas = [ray.remote(replica).options(name=f"{name}-{i}", **options).remote(spec) for i in range(num_replicas)]
     router = ray.remote(Router).options(name=f"{name}-router", num_cpus=0, max_restarts=-1).remote(num_replicas)
     return Fleet(name, replicas, router)

@@ -28,6 +28,8 @@ class Continuation:
     token_ids: list[int]
     logprob: float
     """Summed at temperature 1, nats."""
+    token_logprobs: list[float]
+    """Its terms, one per token."""
     finish_reason: str
     candidates: list[dict[int, float]]
     """Per token, log-probabilities of the likeliest tokens; empty unless asked for."""
@@ -105,10 +107,12 @@ class Generator(ServedEngine):
         )
         (sampled,) = output.outputs
         token_ids = list(sampled.token_ids)
+        logprobs = [position[token].logprob for position, token in zip(sampled.logprobs, token_ids, strict=True)]
         return Continuation(
             text=sampled.text if sampling.stop else self._text(prompt, token_ids),
             token_ids=token_ids,
-            logprob=sum(position[token].logprob for position, token in zip(sampled.logprobs, token_ids, strict=True)),
+            logprob=sum(logprobs),
+            token_logprobs=logprobs,
             finish_reason=sampled.finish_reason,
             candidates=[{t: c.logprob for t, c in p.items()} for p in sampled.logprobs] if num_candidates else [],
         )

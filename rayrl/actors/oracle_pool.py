@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
@@ -18,9 +18,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayrl.config import HttpOracleConfig, OracleConfig
 from rayrl.errors import BudgetExhausted, RunDirectoryError, StageTimeout
 from rayrl.models.judge import Rubric
+from rayrl.models.pairwise import PAIRWISE_VERSION
 from rayrl.oracles.build import build_oracle
-from rayrl.oracles.ledger import Ledger, Query, Reserved
-from rayrl.records import Judgement
+from rayrl.oracles.ledger import Ledger, Reserved
+from rayrl.oracles.queries import Outcome, PairQuery, Query, Question
+from rayrl.records import Comparison, Judgement
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ BUDGET_EXHAUSTED = "budget exhausted"
 """Rationale of an abstention that was never asked, because nothing was left to pay with."""
 
 _START_TIMEOUT_S = 120.0
+
+A = TypeVar("A", Judgement, Comparison)
 
 
 class Item(TypedDict):
@@ -39,8 +43,19 @@ class Item(TypedDict):
     response: str
 
 
+class PairItem(TypedDict):
+    """Two responses to compare, in this order."""
+
+    prompt_id: str
+    first_id: str
+    second_id: str
+    prompt: str
+    first: str
+    second: str
+
+
 class OraclePool:
-    """Judges responses: each distinct one once, within the budget, with limited concurrency.
+    """Judges and compares responses: each question once, within the budget, with limited concurrency.
 
     Args:
         config: which expert.
@@ -55,20 +70,19 @@ class OraclePool:
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, budget_usd=budget_usd)
         self._slots = asyncio.Semaphore(config.max_concurrency)
-        self._asking: dict[str, asyncio.Task[Judgement | None]] = {}
+        self._asking: dict[str, asyncio.Task[Judgement | Comparison | None]] = {}
         self._num_calls = 0
         self._settled = asyncio.Event()
 
     async def judge(self, items: Sequence[Item], purpose: str) -> list[Judgement]:
         """One judgement per item, in order; failures and what the budget does not cover are abstentions."""
-        start = time.monotonic()
-        judgements = await asyncio.gather(*(self._judge(self._query(item), purpose) for item in items))
-        num_scored = sum(judgement.status == "scored" for judgement in judgements)
-        logger.info(
-            "judged %d responses for %s: %d scored, %d abstained, %.1f s",
-            *(len(judgements), purpose, num_scored, len(judgements) - num_scored, time.monotonic() - start),
-        )
-        return judgements
+        name, rubric = self._oracle.name, self._rubric.version
+        return await self._answers([Query(**item, oracle=name, rubric=rubric) for item in items], purpose)
+
+    async def compare(self, items: Sequence[PairItem], purpose: str) -> list[Comparison]:
+        """One comparison per item, in order. Each is one query of the purpose's budget, in the order given."""
+        name = self._oracle.comparer
+        return await self._answers([PairQuery(**item, oracle=name, rubric=PAIRWISE_VERSION) for item in items], purpose)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """`Ledger.summary`."""
@@ -78,50 +92,59 @@ class OraclePool:
         """`Ledger.judgements`."""
         return self._ledger.judgements(purpose)
 
+    def comparisons(self, purpose: str) -> list[Comparison]:
+        """`Ledger.comparisons`."""
+        return self._ledger.comparisons(purpose)
+
     def close(self) -> None:
         """Give up the ledger, for another owner in the same process."""
         self._ledger.close()
 
-    def _query(self, item: Item) -> Query:
-        return Query(**item, oracle=self._oracle.name, rubric=self._rubric.version)
+    async def _answers(self, queries: Sequence[Question[A]], purpose: str) -> list[A]:
+        start = time.monotonic()
+        answers = await asyncio.gather(*(self._answer(query, purpose) for query in queries))
+        num_scored = sum(answer.status == "scored" for answer in answers)
+        logger.info(
+            "asked %d questions for %s: %d answered, %d abstained, %.1f s",
+            *(len(answers), purpose, num_scored, len(answers) - num_scored, time.monotonic() - start),
+        )
+        return answers
 
-    async def _judge(self, query: Query, purpose: str) -> Judgement:
+    async def _answer(self, query: Question[A], purpose: str) -> A:
         """Ask, or share the answer to the same question when somebody is asking it already."""
         while (other := self._asking.get(query.key)) is not None:
             shared = await asyncio.shield(other)
             if shared is not None:
-                addressed = {"prompt_id": query.prompt_id, "response_id": query.response_id}
-                return replace(shared, **addressed, purpose=purpose, cost_usd=0.0)
+                return replace(shared, **query.ids(), purpose=purpose, cost_usd=0.0)  # type: ignore[return-value]
         # A task of its own: a caller that goes away must not cancel a call that is being paid for.
         task = asyncio.create_task(self._ask(query, purpose))
         self._asking[query.key] = task
         task.add_done_callback(lambda _: self._asking.pop(query.key))
-        return await asyncio.shield(task) or self._refused(query, purpose)
+        return await asyncio.shield(task) or _refused(query, purpose)
 
-    async def _ask(self, query: Query, purpose: str) -> Judgement | None:
+    async def _ask(self, query: Question[A], purpose: str) -> A | None:
         """Reserve, call, commit; None if the budget does not allow it."""
         async with self._slots:
             claim = await self._reserve(query, purpose)
             if not isinstance(claim, Reserved):
                 return claim
             self._num_calls += 1
-            judgement = None
+            answer = None
             try:
                 await self._ledger.sync()
-                verdict = await self._oracle.judge(query.prompt, query.response)
-                judgement = self._ledger.commit(claim, verdict)
+                answer = self._ledger.commit(claim, await query.put_to(self._oracle))
             finally:
-                if judgement is None:  # nobody knows what the call did, or whether it was made
+                if answer is None:  # nobody knows what the call did, or whether it was made
                     self._ledger.lose(claim)
                 self._num_calls -= 1
                 self._settled.set()
                 self._settled = asyncio.Event()
         await self._ledger.sync()
-        return judgement
+        return answer
 
-    async def _reserve(self, query: Query, purpose: str) -> Reserved | Judgement | None:
+    async def _reserve(self, query: Question[A], purpose: str) -> Reserved[A] | A | None:
         """A reservation; waits while calls under way may still give back some of the budget they hold."""
-        estimated_usd = self._oracle.estimate_usd(query.prompt, query.response)
+        estimated_usd = query.estimate_usd(self._oracle)
         while True:
             settled = self._settled
             try:
@@ -132,20 +155,12 @@ class OraclePool:
                     return None
             await settled.wait()
 
-    def _refused(self, query: Query, purpose: str) -> Judgement:
-        return Judgement(
-            key=query.key,
-            prompt_id=query.prompt_id,
-            response_id=query.response_id,
-            prompt=query.prompt,
-            response=query.response,
-            oracle=query.oracle,
-            status="abstained",
-            score=None,
-            rationale=BUDGET_EXHAUSTED,
-            purpose=purpose,
-            cost_usd=0.0,
-        )
+
+def _refused(query: Question[A], purpose: str) -> A:
+    unpaid = Outcome(
+        key=query.key, status="abstained", score=None, rationale=BUDGET_EXHAUSTED, purpose=purpose, cost_usd=0.0
+    )
+    return query.answered(unpaid)
 
 
 def start_oracle_pool(

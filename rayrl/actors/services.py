@@ -8,9 +8,10 @@ import ray
 
 from rayrl.actors.embedder import Embedder
 from rayrl.actors.engine import EngineSpec, ServedEngine
+from rayrl.actors.entailment import EntailmentSpec, start_entailment
 from rayrl.actors.fleet import Fleet, start_fleet
 from rayrl.actors.generator import Generator
-from rayrl.config import EngineConfig, RunConfig
+from rayrl.config import EngineConfig, RunConfig, SpgConfig
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 
@@ -40,8 +41,30 @@ class Services:
         return self._fleet(f"embedders-{pooling}", Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
 
     def sentence_embedders(self, checkpoint: Checkpoint, pooling: str) -> Fleet:
-        """The fleet of a sentence-embedding model, for the selection only."""
-        return self._fleet(f"sentences-{pooling}", Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
+        """The fleet of a sentence-embedding model: it serves the selection or the clustering."""
+        name = f"sentences-{checkpoint.version}-{pooling}"
+        return self._fleet(name, Embedder, self.run.config.embedders, checkpoint, pooling=pooling)
+
+    def entailment(self, config: SpgConfig) -> Fleet:
+        """The fleet of the entailment model; a replica has an embedder's threads, or its share of a GPU."""
+        name = "entailment"
+        if name not in self._fleets:
+            if self.mode == "alternate":
+                self.release()
+            hardware = self.run.config.embedders
+            spec = EntailmentSpec(
+                path=config.entailment_model,
+                max_tokens=config.max_tokens,
+                threads=hardware.threads,
+                on_gpu=self.on_gpu,
+            )
+            self._fleets[name] = start_entailment(
+                f"{self.run.config.name}-{name}",
+                spec,
+                num_replicas=config.num_replicas,
+                num_gpus=hardware.gpus_per_replica,
+            )
+        return self._fleets[name]
 
     def warm(self, m1: Checkpoint) -> None:
         """Start both kinds of engine now, so that they come up side by side."""
@@ -76,6 +99,12 @@ class Services:
             fleet.stop()
         self._timed -= {fleet.name for fleet in self._fleets.values()}
         self._fleets.clear()
+
+    def retire(self, fleet: Fleet) -> None:
+        """Stop a fleet that has done its work."""
+        self._fleets = {name: kept for name, kept in self._fleets.items() if kept is not fleet}
+        self._timed.discard(fleet.name)
+        fleet.stop()
 
     def stop(self) -> None:
         """Stop everything at once, whatever it is doing."""

@@ -27,6 +27,7 @@
 | largest cluster's best against another cluster's    | 2403.19279, 4.2     | `synthesis.synthetic_pair`    |
 | E[s] = sum_s s p(s) / sum_s p(s)                    | arXiv 2303.16634    | `scoring.expected_score`      |
 | sigma(c), logit p = c + w tanh(dlen / std dlen)     | arXiv 2404.04475    | `statistics.length_controlled_win_rate` |
+| sum_b n_b / n |confidence_b - accuracy_b|           | 1706.04599, Eq. 3   | `statistics.expected_calibration_error` |
 | mean of log pi - log pi_ref over y ~ pi             | definition          | `statistics.kl_estimate`      |
 | exp(-sum log p / number of tokens)                  | definition          | `statistics.perplexity`       |
 | distinct n-grams / n-grams                          | arXiv 1510.03055    | `statistics.distinct_n`       |

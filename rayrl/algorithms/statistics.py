@@ -107,6 +107,24 @@ def calibration_table(
     ]
 
 
+def expected_calibration_error(
+    confidences: Float[np.ndarray, " n"], correct: Shaped[np.ndarray, " n"], num_bins: int = 10
+) -> float:
+    """How far confidence is from accuracy: |mean confidence - accuracy| per bin, weighted by the bins' sizes.
+
+    Bins of equal width over [0, 1], the left edge in the bin (arXiv 1706.04599, Eq. 3). `correct` may be fractional.
+    Few answers in a bin are far from their confidence by chance: the value is biased upwards in small samples.
+
+    Raises:
+        ValueError: there is no answer.
+    """
+    if not len(confidences):
+        raise ValueError("a calibration error needs at least one answer, got none")
+    bins = np.clip((np.asarray(confidences, np.float64) * num_bins).astype(int), 0, num_bins - 1)
+    gaps = np.bincount(bins, np.subtract(confidences, correct, dtype=np.float64), num_bins)
+    return float(np.abs(gaps).sum() / len(bins))
+
+
 def kl_estimate(logprobs_policy: Float[np.ndarray, " n"], logprobs_reference: Float[np.ndarray, " n"]) -> Estimate:
     """KL(policy, reference) per sequence, nats, from sequences the policy sampled at temperature 1.
 

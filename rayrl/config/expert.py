@@ -83,22 +83,39 @@ class HttpOracleConfig(OracleLimits):
 
 
 class ScriptedOracleConfig(OracleLimits):
-    """A Python function `judge(prompt: str, response: str) -> (score, rationale)`; None as score abstains."""
+    """Python functions: one judges a response, the other (if there is one) compares two. None abstains."""
 
     type: Literal["scripted"] = "scripted"
     function: str = Field(pattern=r"^[\w.]+:\w+$")
-    """"module:function", importable from the working directory."""
+    """"module:function", importable from the working directory: `judge(prompt, response) -> score` or
+    `(score, rationale)`."""
+    compare_function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """"module:function": `compare(prompt, first, second) -> "first"`, `"second"` or `"tie"`, or with a rationale
+    as `function`. None compares nothing: two scores are two calls, and a comparison pays for one."""
 
 
 class ReplayOracleConfig(OracleLimits):
-    """A table of judgements made earlier; what it does not hold abstains."""
+    """Tables of judgements and of comparisons made earlier; what they do not hold abstains."""
 
     type: Literal["replay"] = "replay"
-    path: str
+    path: str | None = None
+    """Judgements: a prompt, a response and its score per row."""
+    comparisons_path: str | None = None
+    """Comparisons: a prompt, two responses and "first", "second" or "tie" per row."""
     prompt_column: str = "prompt"
     response_column: str = "response"
     score_column: str = "score"
+    first_column: str = "first"
+    second_column: str = "second"
+    preference_column: str = "preference"
     rationale_column: str | None = None
+    """In either table."""
+
+    @model_validator(mode="after")
+    def _some_table(self) -> "ReplayOracleConfig":
+        if self.path is None and self.comparisons_path is None:
+            raise ValueError("path or comparisons_path is missing: name a table of judgements, of comparisons, or both")
+        return self
 
 
 OracleConfig = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]

@@ -40,6 +40,9 @@ class PreferencesConfig(Table):
 class RewardModelConfig(TrainingConfig):
     """r: Bradley-Terry on the last token's hidden state, from M1."""
 
+    path: str | None = None
+    """A ready-made reward model instead of a fitted r: a folder written by this stage in another run. A refresh still
+    fits r^, from M1."""
     num_members: int = Field(default=1, gt=0)
     """Reward models trained on the same pairs with seeds of their own: an ensemble."""
     objective: Literal["mean", "worst_case", "uncertainty_weighted"] = "mean"
@@ -50,6 +53,14 @@ class RewardModelConfig(TrainingConfig):
     """Share of the prompts whose pairs are kept back to measure accuracy and calibration."""
     learning_rate: float = Field(default=3e-6, gt=0)
     batch_size: int = Field(default=16, gt=0)
+
+    @model_validator(mode="after")
+    def _one_ready_made(self) -> "RewardModelConfig":
+        if self.path is not None and self.num_members > 1:
+            raise ValueError(
+                f"reward_model.num_members must be 1 with a ready-made reward_model.path, got {self.num_members}"
+            )
+        return self
 
 
 class PpoConfig(TrainingConfig):
@@ -112,7 +123,8 @@ class SpgConfig(Table):
     gamma: float = Field(default=0.5, ge=0, le=1)
     """Least confidence, the largest cluster's share, that makes a pair. 0 is the control Select-All."""
     clustering: Literal["strict", "kuhn2023", "farquhar2024", "embedding"] = "strict"
-    """Which published definition of bidirectional entailment, or a threshold on embeddings."""
+    """Which published definition of bidirectional entailment, or a threshold on embeddings. If entailment accepts no
+    prompt at all, the embeddings are clustered beside it, and how many pairs they would give is reported."""
     entailment_model: str = "microsoft/deberta-large-mnli"
     """A sequence classifier with the three MNLI labels: a folder or hub id."""
     embedder: str | None = None

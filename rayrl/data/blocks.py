@@ -6,7 +6,8 @@ Resume, the second epoch of a streamed training and "never scored twice" are thi
 """
 
 import io
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import ray.data
 from rich.progress import track
 
+from rayrl.records import to_table
 from rayrl.runs import storage
 
 TASK_CPUS = 0.01
@@ -56,6 +58,15 @@ class BlockTable:
         if not self.has(block):
             self.write(block, compute(block))
         return self.read(block)
+
+
+def write_blocks(url: str, records: Iterable[Any], record: type, size: int) -> tuple[BlockTable, int]:
+    """Records as a table of blocks of `size` rows, one block in memory at a time; the table and its number of rows."""
+    rows, num_blocks, num_rows = iter(records), 0, 0
+    while block := list(itertools.islice(rows, size)):
+        BlockTable(url, num_blocks).write(num_blocks, to_table(block, record))
+        num_blocks, num_rows = num_blocks + 1, num_rows + len(block)
+    return BlockTable(url, num_blocks), num_rows
 
 
 def stream_blocks(num_blocks: int, function: Callable[[int], pa.Table], *, concurrency: int) -> "ray.data.Dataset":

@@ -23,6 +23,7 @@ __all__ = [
     "read_rows",
     "read_seed_rows",
     "require_columns",
+    "text_cell",
 ]
 
 Messages = list[dict[str, str]]
@@ -115,8 +116,8 @@ def _cells(
             text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
             source: str | Messages = messages
         else:
-            text = source = _text(row.get(config.prompt_column), config.prompt_column, where)
-            response = _text(row.get(response_column), response_column, where) if response_column else ""
+            text = source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
+            response = text_cell(row.get(response_column), response_column, where) if response_column else ""
         if not text.strip():
             counts.num_empty += 1
             continue
@@ -136,7 +137,12 @@ def _scores_enough(row: Row, config: SeedDataConfig, where: str) -> bool:
         raise DataError(f"{where}: column {config.score_column} must be a number, got {score!r}") from None
 
 
-def _text(cell: Any, column: str, where: str) -> str:
+def text_cell(cell: Any, column: str, where: str) -> str:
+    """A cell that holds text, or nothing.
+
+    Raises:
+        DataError: it holds something else.
+    """
     if cell is not None and not isinstance(cell, str):
         hint = "; a chat belongs into messages_column" if isinstance(cell, list) else ""
         raise DataError(f"{where}: column {column} must be text, got {type(cell).__name__}{hint}")

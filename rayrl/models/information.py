@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from rayrl.algorithms.information import Gaussian
+from rayrl.models.reward import Float32Linear
 
 MIN_SIGMA = 1e-7
 """Keeps the divergence of two codes finite; that of arXiv 2002.07017's release."""
@@ -42,9 +43,9 @@ class Critic(nn.Module):
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(input_dim, hidden_dim, dtype=torch.float32),
+        Float32Linear(input_dim, hidden_dim),
         nn.ReLU(),
-        nn.Linear(hidden_dim, hidden_dim, dtype=torch.float32),
+        Float32Linear(hidden_dim, hidden_dim),
         nn.ReLU(),
-        nn.Linear(hidden_dim, output_dim, dtype=torch.float32),
+        Float32Linear(hidden_dim, output_dim),
     )

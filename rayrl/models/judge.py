@@ -100,7 +100,7 @@ def load_rubric(config: RubricConfig) -> Rubric:
 
 def fill(rubric: Rubric, prompt: str, response: str) -> str:
     """The rubric about one response; nothing inside the two texts is filled in, or closes their tags."""
-    texts = {"prompt": _defuse(prompt), "response": _defuse(response)}
+    texts = {"prompt": defuse(prompt), "response": defuse(response)}
     return _SLOT.sub(lambda slot: texts[slot[1]], rubric.template)
 
 
@@ -176,5 +176,6 @@ def _fenced(template: str) -> str:
     return _SLOT.sub(fence, template)
 
 
-def _defuse(text: str) -> str:
+def defuse(text: str) -> str:
+    """A text that closes none of our tags and speaks no chat format's control tokens."""
     return _DELIMITER.sub(lambda match: "&lt;" if match[0] == "<" else "&#91;", text)

@@ -1,10 +1,21 @@
-"""The scalar evaluator: a causal language model's last hidden states, pooled, through a one-output head."""
+"""Reward models and scalar evaluators: a causal language model's last hidden states, pooled, and a one-output head."""
 
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer computed in float32; its weights are bfloat16 where DeepSpeed trains in bfloat16."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, dtype=torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class RewardModel(nn.Module):
@@ -15,11 +26,15 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.pooling: Literal["mean", "last"] = pooling
         hidden_size = backbone.config.get_text_config().hidden_size
-        self.head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.head = Float32Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Float[Tensor, "batch"]:
+        return self.head(self.pooled(input_ids, attention_mask, position_ids)).squeeze(-1)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Float[Tensor, "batch hidden"]:
+        """What the head reads, in float32."""
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -28,7 +43,7 @@ class RewardModel(nn.Module):
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states[-1]
-        return self.head(pool(hidden.float(), attention_mask, self.pooling)).squeeze(-1)
+        return pool(hidden.float(), attention_mask, self.pooling)
 
 
 def pool(

@@ -6,6 +6,7 @@ in time, a connection lost after the question was sent) is not: it counts as pai
 """
 
 import asyncio
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import openai
@@ -15,9 +16,10 @@ from pydantic import BaseModel, Field, ValidationError
 from rayrl.config import HttpOracleConfig
 from rayrl.errors import ConfigError
 from rayrl.models.judge import Rubric, expert_prompt, parse_judgement
+from rayrl.models.pairwise import pairwise_prompt, parse_comparison
 from rayrl.oracles.keys import read_key
 from rayrl.oracles.limits import RateLimit
-from rayrl.oracles.protocol import Verdict
+from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
 from rayrl.oracles.retries import may_retry, wait_s, was_sent
 
 _CHECK_TIMEOUT_S = 20.0
@@ -27,6 +29,9 @@ _MAX_REASON = 300
 """Characters kept of an answer or error that became the reason of an abstention."""
 _CHAT_OVERHEAD_TOKENS = 64
 """Allowance for the chat template around one message."""
+
+_Answer = tuple[float, str] | None
+"""Score and rationale, if the answer is clear."""
 
 
 class _Message(BaseModel):
@@ -50,7 +55,7 @@ class _Completion(BaseModel):
 
 
 class HttpOracle:
-    """Asks a chat model to judge. Limits hold for this object: one per run makes them global."""
+    """Asks a chat model to judge and to compare. Limits hold for this object: one per run makes them global."""
 
     def __init__(self, config: HttpOracleConfig, rubric: Rubric) -> None:
         _require_plain_url(config.base_url)
@@ -61,7 +66,7 @@ class HttpOracle:
         self._requests = RateLimit(config.requests_per_minute)
         self._tokens = RateLimit(config.tokens_per_minute)
         self._client = openai.AsyncOpenAI(**self._connection(config.timeout_s))
-        self.name = f"http:{config.model}"
+        self.name = self.comparer = f"http:{config.model}"
 
     def __repr__(self) -> str:
         return f"HttpOracle(model={self._config.model!r}, base_url={self._config.base_url!r})"
@@ -89,14 +94,19 @@ class HttpOracle:
                     "try again when it is, or correct the address"
                 ) from None
 
-    def estimate_usd(self, prompt: str, response: str) -> float:
-        """Upper bound: a token is at least one byte of text, and an answer has at most `max_tokens`."""
-        num_bytes = len(expert_prompt(self._rubric, prompt, response).encode())
-        return self._cost_usd(num_bytes + _CHAT_OVERHEAD_TOKENS, self._config.max_tokens)
+    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
+        if second is not None:
+            return self._bound_usd(pairwise_prompt(prompt, response, second))
+        return self._bound_usd(expert_prompt(self._rubric, prompt, response))
 
     async def judge(self, prompt: str, response: str) -> Verdict:
-        question = expert_prompt(self._rubric, prompt, response)
-        unknown_usd = self.estimate_usd(prompt, response)
+        return await self._ask(expert_prompt(self._rubric, prompt, response), self._read_score)
+
+    async def compare(self, prompt: str, first: str, second: str) -> Verdict:
+        return await self._ask(pairwise_prompt(prompt, first, second), _read_preference)
+
+    async def _ask(self, question: str, read: Callable[[str], _Answer]) -> Verdict:
+        unknown_usd = self._bound_usd(question)
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._config.max_retries + 1),
             retry=tenacity.retry_if_exception(may_retry),
@@ -112,7 +122,7 @@ class HttpOracle:
         except openai.APIConnectionError as error:
             reason = self._reason(f"connection failed: {error.__cause__}")
             return _failed(reason, unknown_usd, billed=was_sent(error))
-        return self._verdict(body, unknown_usd)
+        return self._verdict(body, read, unknown_usd)
 
     async def _call(self, question: str) -> str:
         """One request under the limits; the body of the answer as it came."""
@@ -137,7 +147,7 @@ class HttpOracle:
             self._tokens.correct(usage.prompt_tokens + usage.completion_tokens - expected_tokens)
         return body
 
-    def _verdict(self, body: str, unknown_usd: float) -> Verdict:
+    def _verdict(self, body: str, read: Callable[[str], _Answer], unknown_usd: float) -> Verdict:
         usage = _usage(body)
         num_input, num_output = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         paid = {
@@ -149,11 +159,19 @@ class HttpOracle:
             answer = _Completion.model_validate_json(body).choices[0].message.content or ""
         except ValidationError:
             return Verdict(score=None, rationale=self._reason(f"not a chat completion: {body}"), **paid)
-        parsed = parse_judgement(answer, self._rubric)
+        parsed = read(answer)
         if parsed is None:
-            return Verdict(score=None, rationale=self._reason(f"no clear score: {answer}"), **paid)
+            return Verdict(score=None, rationale=self._reason(f"no clear verdict: {answer}"), **paid)
         score, rationale = parsed
-        return Verdict(score=float(score), rationale=self._without_key(rationale), **paid)
+        return Verdict(score=score, rationale=self._without_key(rationale), **paid)
+
+    def _read_score(self, answer: str) -> _Answer:
+        parsed = parse_judgement(answer, self._rubric)
+        return parsed and (float(parsed[0]), parsed[1])
+
+    def _bound_usd(self, question: str) -> float:
+        """Upper bound: a token is at least one byte of text, and an answer has at most `max_tokens`."""
+        return self._cost_usd(len(question.encode()) + _CHAT_OVERHEAD_TOKENS, self._config.max_tokens)
 
     def _cost_usd(self, num_input: int, num_output: int) -> float:
         input_price, output_price = (
@@ -176,6 +194,11 @@ class HttpOracle:
     def _without_key(self, text: str) -> str:
         """Servers quote requests in their errors, the key included."""
         return text.replace(self._key, "[api key]") if self._key else text
+
+
+def _read_preference(answer: str) -> _Answer:
+    parsed = parse_comparison(answer)
+    return parsed and (PREFERENCE_SHARES[parsed[0]], parsed[1])
 
 
 def _failed(reason: str, unknown_usd: float, *, billed: bool) -> Verdict:

@@ -2,8 +2,8 @@
 
 An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded`
 (it cost nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count
-against the budget. A judgement is keyed by what was asked of whom, not by purpose: paid once, it is free
-ever after.
+against the budget. A judgement or comparison is keyed by what was asked of whom, not by purpose: paid once, it is
+free ever after.
 
 One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth:
 this process works on a copy, and `sync` uploads it, which must be awaited between a reservation and its
@@ -19,74 +19,28 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from rayrl.errors import BudgetExhausted, RunDirectoryError
+from rayrl.oracles import ledger_schema as sql
 from rayrl.oracles.ledger_file import is_remote, own, upload, working_copy
 from rayrl.oracles.protocol import Verdict
-from rayrl.records import Judgement, content_id
+from rayrl.oracles.queries import Outcome, PairQuery, Query, Question, comparison, judgement
+from rayrl.records import Comparison, Judgement
+
+__all__ = ["Ledger", "PairQuery", "Query", "Reserved"]
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS attempts (
-    attempt INTEGER PRIMARY KEY AUTOINCREMENT,
-    key TEXT NOT NULL,
-    purpose TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('reserved', 'scored', 'abstained', 'refunded', 'lost')),
-    prompt_id TEXT NOT NULL,
-    response_id TEXT NOT NULL,
-    prompt TEXT NOT NULL,
-    response TEXT NOT NULL,
-    oracle TEXT NOT NULL,
-    score REAL,
-    rationale TEXT NOT NULL DEFAULT '',
-    cost_usd REAL NOT NULL,
-    input_tokens INTEGER NOT NULL DEFAULT 0,
-    output_tokens INTEGER NOT NULL DEFAULT 0,
-    reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
-    CHECK ((score IS NOT NULL) = (state = 'scored'))
-);
-CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON attempts (key)
-    WHERE state IN ('reserved', 'scored', 'abstained');
-"""
-_KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
-_RESERVE = """
-INSERT INTO attempts (key, purpose, state, prompt_id, response_id, prompt, response, oracle, cost_usd)
-VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?, ?)
-"""
-_SETTLE = """
-UPDATE attempts SET state = ?, score = ?, rationale = ?, cost_usd = ?, input_tokens = ?, output_tokens = ?
-WHERE attempt = ? AND state = 'reserved'
-"""
-_SPENT = "SELECT purpose, count(*), sum(cost_usd) FROM attempts WHERE state != 'refunded' GROUP BY purpose"
-_SUMMARY = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
+A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Query:
-    """One question to the expert."""
-
-    prompt_id: str
-    response_id: str
-    prompt: str
-    response: str
-    oracle: str
-    """`Oracle.name`."""
-    rubric: str
-    """`Rubric.version`."""
-
-    @property
-    def key(self) -> str:
-        """What is paid for once."""
-        return content_id(self.prompt, self.response, self.oracle, self.rubric)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved:
-    """The right to make one call. Ends in `commit` or `release`."""
+class Reserved(Generic[A]):
+    """The right to make one call. Ends in `commit`, `release` or `lose`."""
 
     attempt: int
-    query: Query
+    query: Question[A]
     purpose: str
     estimated_usd: float
 
@@ -123,40 +77,36 @@ class Ledger:
         self._uploading = asyncio.Lock()
         self._num_writes = self._num_uploaded = 0
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = sql.connect(path)
             lost = self._db.execute("UPDATE attempts SET state = 'lost' WHERE state = 'reserved'").rowcount
-            spent = self._db.execute(_SPENT).fetchall()
+            spent = self._db.execute(sql.SPENT).fetchall()
         except sqlite3.DatabaseError as error:
             raise RunDirectoryError(f"{location} is not a usable ledger: {error}") from None
         self._num_spent = {purpose: count for purpose, count, _ in spent}
         self._spent_usd = sum(usd for _, _, usd in spent)
         if lost:
-            logger.warning("%d judgements were under way when the last process died: counted as spent", lost)
+            logger.warning("%d calls were under way when the last process died: counted as spent", lost)
 
-    def reserve(self, query: Query, purpose: str, estimated_usd: float = 0.0) -> Reserved | Judgement:
-        """The right to ask, or the judgement if it was paid for already, under whatever purpose.
+    def reserve(self, query: Question[A], purpose: str, estimated_usd: float = 0.0) -> Reserved[A] | A:
+        """The right to ask, or the answer if it was paid for already, under whatever purpose.
 
         Raises:
             BudgetExhausted: one more call could exceed the purpose's budget, or the budget in USD.
         """
         with self._transaction() as db:
-            row = db.execute(_KNOWN, (query.key,)).fetchone()
+            row = db.execute(sql.KNOWN, (query.key,)).fetchone()
             if row is not None and row["state"] != "reserved":
-                return _judgement(row, query, purpose)
-            assert row is None, f"judgement {query.key} is already under way"
+                return query.answered(_outcome(row, query, purpose))
+            assert row is None, f"query {query.key} is already under way"
             self._refuse_overspending(purpose, estimated_usd)
-            values = (query.key, purpose, query.prompt_id, query.response_id, query.prompt, query.response)
-            attempt = db.execute(_RESERVE, (*values, query.oracle, estimated_usd)).lastrowid
+            values = {"key": query.key, "purpose": purpose, "cost_usd": estimated_usd}
+            attempt = db.execute(sql.RESERVE, query.columns() | values).lastrowid
             assert attempt is not None
             self._num_spent[purpose] = self._num_spent.get(purpose, 0) + 1
             self._spent_usd += estimated_usd
         return Reserved(attempt=attempt, query=query, purpose=purpose, estimated_usd=estimated_usd)
 
-    def commit(self, reserved: Reserved, verdict: Verdict) -> Judgement:
+    def commit(self, reserved: Reserved[A], verdict: Verdict) -> A:
         """Keep what the call brought. An abstention that cost nothing gives its reservation back."""
         unscored = "abstained" if verdict.billed else "refunded"
         state = unscored if verdict.score is None else "scored"
@@ -170,15 +120,15 @@ class Ledger:
             verdict.output_tokens,
         )
         with self._transaction() as db:
-            changed = db.execute(_SETTLE, (*answer, reserved.attempt)).rowcount
+            changed = db.execute(sql.SETTLE, (*answer, reserved.attempt)).rowcount
             assert changed == 1, f"attempt {reserved.attempt} is not reserved"
             row = db.execute("SELECT * FROM attempts WHERE attempt = ?", (reserved.attempt,)).fetchone()
         with self._lock:
             self._spent_usd += cost_usd - reserved.estimated_usd
             self._num_spent[reserved.purpose] -= state == "refunded"
-        return _judgement(row, reserved.query, reserved.purpose)
+        return reserved.query.answered(_outcome(row, reserved.query, reserved.purpose))
 
-    def release(self, reserved: Reserved, reason: str) -> Judgement:
+    def release(self, reserved: Reserved[A], reason: str) -> A:
         """Give a reservation back: the call was not made, or cost nothing. The same may be asked again."""
         return self.commit(reserved, Verdict(score=None, rationale=reason, billed=False))
 
@@ -188,10 +138,14 @@ class Ledger:
             db.execute("UPDATE attempts SET state = 'lost' WHERE attempt = ?", (reserved.attempt,))
 
     def judgements(self, purpose: str) -> list[Judgement]:
-        """Everything paid for under a purpose, in the order it was asked; abstentions included."""
-        sql = "SELECT * FROM attempts WHERE purpose = ? AND state IN ('scored', 'abstained') ORDER BY attempt"
+        """Every judgement paid for under a purpose, in the order it was asked; abstentions included."""
         with self._lock:
-            return [_judgement(row) for row in self._db.execute(sql, (purpose,))]
+            return [judgement(row, _outcome(row)) for row in self._db.execute(sql.JUDGED, (purpose,))]
+
+    def comparisons(self, purpose: str) -> list[Comparison]:
+        """Every comparison paid for under a purpose, in the order it was asked; abstentions included."""
+        with self._lock:
+            return [comparison(row, _outcome(row)) for row in self._db.execute(sql.COMPARED, (purpose,))]
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Per purpose: budget, spent, scored, abstained, refunded, lost, in_flight (calls) and cost_usd.
@@ -199,7 +153,7 @@ class Ledger:
         spent = scored + abstained + lost; what is in flight is held back from the budget too.
         """
         with self._lock:
-            rows = self._db.execute(_SUMMARY).fetchall()
+            rows = self._db.execute(sql.SUMMARY).fetchall()
         purposes = [*self._budgets, *sorted({row["purpose"] for row in rows} - set(self._budgets))]
         summary: dict[str, dict[str, float]] = {}
         for purpose in purposes:
@@ -253,21 +207,16 @@ class Ledger:
             )
 
 
-def _judgement(row: sqlite3.Row, query: Query | None = None, purpose: str | None = None) -> Judgement:
-    """A settled row, addressed to whoever asks. The cost stays with the response it was paid for."""
-    asked_by = (query.prompt_id, query.response_id) if query else (row["prompt_id"], row["response_id"])
-    asked_for = purpose or row["purpose"]
-    paid_by = (row["prompt_id"], row["response_id"], row["purpose"])
-    return Judgement(
+def _outcome(row: sqlite3.Row, query: Question | None = None, purpose: str | None = None) -> Outcome:
+    """A settled row, for whoever asks. The cost stays with the question it was paid for."""
+    paid_here = query is None or (
+        row["purpose"] == purpose and all(row[name] == value for name, value in query.columns().items())
+    )
+    return Outcome(
         key=row["key"],
-        prompt_id=asked_by[0],
-        response_id=asked_by[1],
-        prompt=row["prompt"],
-        response=row["response"],
-        oracle=row["oracle"],
         status="scored" if row["state"] == "scored" else "abstained",
         score=row["score"],
         rationale=row["rationale"],
-        purpose=asked_for,
-        cost_usd=row["cost_usd"] if paid_by == (*asked_by, asked_for) else 0.0,
+        purpose=purpose or row["purpose"],
+        cost_usd=row["cost_usd"] if paid_here else 0.0,
     )

@@ -14,67 +14,89 @@ from rayrl.config import ScriptedOracleConfig
 from rayrl.errors import ConfigError
 from rayrl.models.judge import Rubric
 from rayrl.oracles.limits import RateLimit
-from rayrl.oracles.protocol import Verdict
+from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
 
 _MAX_REASON = 300
 """Characters kept of an error's text."""
 
 
 class ScriptedOracle:
-    """Calls `function(prompt, response)`, plain or async, which returns a score or (score, rationale).
+    """Calls `function(prompt, response)`, plain or async, which returns a score or (score, rationale), and
+    `compare_function(prompt, first, second)`, which returns "first", "second" or "tie", or that and a rationale.
 
-    Every call that returns counts as paid, whatever it returned; a None score abstains. A call that raises
+    Every call that returns counts as paid, whatever it returned; None abstains. A call that raises
     is refunded, so that a bug in the function does not eat the budget; one that runs out of time is not,
-    since it may have paid somebody.
+    since it may have paid somebody. Without a `compare_function` no two responses are compared: scoring both with
+    `function` would be two calls under one reservation, and a budget must cover every call.
     """
 
     def __init__(self, config: ScriptedOracleConfig, rubric: Rubric) -> None:
-        self._function = _load(config.function)
+        self._function = _load(config.function, "oracle.function")
+        compare = config.compare_function
+        self._compare_function = None if compare is None else _load(compare, "oracle.compare_function")
         self._rubric = rubric
         self._timeout_s = config.timeout_s
         self._requests = RateLimit(config.requests_per_minute)
         # Threads of its own: a function that hangs must not block the process's default executor.
         self._threads = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="oracle")
         self.name = f"scripted:{config.function}"
+        self.comparer = f"scripted:{compare}"
 
     def check(self) -> None:
-        """Nothing left to check: the function was imported."""
+        """Nothing left to check: the functions were imported."""
 
-    def estimate_usd(self, prompt: str, response: str) -> float:
+    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
         return 0.0
 
     async def judge(self, prompt: str, response: str) -> Verdict:
+        return await self._ask(self._function, (prompt, response), self._read_score)
+
+    async def compare(self, prompt: str, first: str, second: str) -> Verdict:
+        if self._compare_function is None:
+            return Verdict(score=None, rationale="oracle.compare_function is not set", billed=False)
+        return await self._ask(self._compare_function, (prompt, first, second), _read_preference)
+
+    async def _ask(self, function: Callable[..., Any], texts: tuple[str, ...], read: Callable[[Any], float]) -> Verdict:
         await self._requests.acquire()
         deadline = asyncio.timeout(self._timeout_s)
         try:
             async with deadline:
-                returned = await self._call(prompt, response)
+                returned = await self._call(function, texts)
         except Exception as error:  # the user's code: whatever it raises is a failed call
             if deadline.expired():
                 return Verdict(score=None, rationale=f"no answer within {self._timeout_s:g} s")
             reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
             return Verdict(score=None, rationale=reason, billed=False)
-        return self._verdict(returned)
-
-    async def _call(self, prompt: str, response: str) -> Any:
-        if inspect.iscoroutinefunction(self._function):
-            return await self._function(prompt, response)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._function, prompt, response)
-
-    def _verdict(self, returned: Any) -> Verdict:
-        score: Any
-        score, rationale = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
-        if score is None:
+        answer, rationale = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
+        if answer is None:
             return Verdict(score=None, rationale=str(rationale) or "the function abstained")
-        is_number = isinstance(score, numbers.Real) and not isinstance(score, bool)
-        if not is_number or not self._rubric.accepts(float(score)):
+        try:
+            return Verdict(score=read(answer), rationale=str(rationale))
+        except ValueError as error:
+            return Verdict(score=None, rationale=str(error)[:_MAX_REASON])
+
+    async def _call(self, function: Callable[..., Any], texts: tuple[str, ...]) -> Any:
+        if inspect.iscoroutinefunction(function):
+            return await function(*texts)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, function, *texts)
+
+    def _read_score(self, answer: Any) -> float:
+        is_number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
+        if not is_number or not self._rubric.accepts(float(answer)):
             scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
-            return Verdict(score=None, rationale=f"not a score from {scale}: {score!r}"[:_MAX_REASON])
-        return Verdict(score=float(score), rationale=str(rationale))
+            raise ValueError(f"not a score from {scale}: {answer!r}")
+        return float(answer)
 
 
-def _load(path: str) -> Callable[[str, str], Any]:
+def _read_preference(answer: Any) -> float:
+    for preference, share in PREFERENCE_SHARES.items():
+        if isinstance(answer, str) and answer == preference:
+            return share
+    raise ValueError(f'not "first", "second" or "tie": {answer!r}')
+
+
+def _load(path: str, setting: str) -> Callable[..., Any]:
     module_name, _, function_name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -82,9 +104,9 @@ def _load(path: str) -> Callable[[str, str], Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f'oracle.function must be "module:function", importable from {os.getcwd()}, got "{path}": {error}'
+            f'{setting} must be "module:function", importable from {os.getcwd()}, got "{path}": {error}'
         ) from None
     function = vars(module).get(function_name)
     if not callable(function):
-        raise ConfigError(f'oracle.function: module {module_name} has no function {function_name}, got "{path}"')
+        raise ConfigError(f'{setting}: module {module_name} has no function {function_name}, got "{path}"')
     return function

@@ -10,6 +10,7 @@ from rayrl.config import DataConfig, HttpOracleConfig, ReplayOracleConfig, RunCo
 from rayrl.data import tokenizing
 from rayrl.data.reading import (
     PromptCounts,
+    Render,
     columns_of,
     read_prompts,
     read_seed_rows,
@@ -46,7 +47,7 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     counts = PromptCounts()
     longest: list[tuple[int, str]] = []
     num_characters = 0
-    for prompt in read_prompts(config.pool, _renderer(config, model), counts):
+    for prompt in read_prompts(config.pool, renderer(config, model), counts):
         num_characters += len(prompt.rendered)
         item = (len(prompt.rendered), prompt.rendered)
         if len(longest) < _MEASURED_PROMPTS:
@@ -93,7 +94,9 @@ def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], 
     return sum(n + config.generate.max_tokens > model.max_model_len for n in num_tokens)
 
 
-def _renderer(config: RunConfig, model: ModelFacts):
+def renderer(config: RunConfig, model: ModelFacts) -> Render:
+    """What the policy reads of a prompt; an approximation where its tokenizer is unknown."""
+
     def render(source: str | tokenizing.Messages) -> str:
         if model.tokenizer is not None:
             return tokenizing.render(model.tokenizer, config.policy.prompt_format, source)
@@ -111,7 +114,7 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
     if config.seed_data is None:
         return None
     counts = PromptCounts()
-    for _ in read_seed_rows(config.seed_data, _renderer(config, model), counts):
+    for _ in read_seed_rows(config.seed_data, renderer(config, model), counts):
         if config.generate.source != "seed":
             break
     if counts.num_kept == 0:
@@ -142,19 +145,20 @@ def inspect_others(config: RunConfig) -> None:
         case HttpOracleConfig():
             read_key(config.oracle.api_key_env)
         case ScriptedOracleConfig():
-            _check_module(config.oracle.function)
-        case ReplayOracleConfig() as replay:
+            check_module(config.oracle.function, "oracle.function")
+        case ReplayOracleConfig() as replay if replay.path is not None:
             needed = [replay.prompt_column, replay.response_column, replay.score_column]
             if replay.rationale_column is not None:
                 needed.append(replay.rationale_column)
             require_columns(replay.path, needed)
 
 
-def _check_module(function: str) -> None:
-    """Only the top-level name is looked for: importing the user's code may take long."""
+def check_module(function: str, setting: str) -> None:
+    """Refuse a "module:function" whose module is not here.
+
+    Only the top-level name is looked for: importing the user's code may take long.
+    """
     top = function.partition(":")[0].partition(".")[0]
     here = Path.cwd() / top
     if not (here.is_dir() or here.with_suffix(".py").is_file() or importlib.util.find_spec(top)):
-        raise ConfigError(
-            f"oracle.function must be importable from {Path.cwd()}, got {function}: there is no module {top}"
-        )
+        raise ConfigError(f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}")

@@ -21,6 +21,7 @@ from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.query import Judgements
 from rayrl.stages.score import Scored, judge_prompt_tokens, make_scorer
 from rayrl.training.evaluator import ScalarJob, train_scalar
+from rayrl.training.reward_model import RewardModelJob, train_reward_model
 from rayrl.training.sft import SftJob, train_sft
 
 MIN_JUDGEMENTS = 4
@@ -101,6 +102,9 @@ def _fit(
     }
     if generative:
         job, loop = SftJob(training=config.evaluator, **common), train_sft
+    elif config.evaluator.loss == "bradley_terry":
+        job = RewardModelJob(training=config.evaluator, pooling=config.select.pooling, **common)
+        loop = train_reward_model
     else:
         mean_score = float(np.mean([j.score for j in judgements if j.score is not None]))
         job = ScalarJob(evaluator=config.evaluator, pooling=config.select.pooling, mean_score=mean_score, **common)
@@ -108,7 +112,7 @@ def _fit(
     return fit_stage(run, services, "fit_evaluator", loop, job, config.evaluator, stream_of(table, config.seed))
 
 
-def _generative_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, list[int]]]:
+def _generative_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, Any]]:
     config, rubric = run.config, load_rubric(run.config.rubric)
     tokenizer = load_tokenizer(config.policy)
     limit = context_length(run.config.policy)
@@ -122,7 +126,8 @@ def _generative_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, li
         target = encode_response(tokenizer, evaluator_target(rubric, j.score, j.rationale, scoring))
         if len(prompt) + 8 > limit:
             continue
-        rows.append({"prompt_token_ids": prompt, "response_token_ids": target[: limit - len(prompt)]})
+        target = target[: limit - len(prompt)]
+        rows.append({"response_id": j.response_id, "prompt_token_ids": prompt, "response_token_ids": target})
     if not rows:
         raise DataError(
             f"no judge prompt fits the context of {limit} tokens: shorten rubric.template or raise policy.max_model_len"
@@ -144,7 +149,9 @@ def _scalar_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, Any]]:
     config = run.config
     tokens = response_tokens(run, judgements)
     if config.evaluator.loss == "regression":
-        return [{"token_ids": tokens[j.response_id], "score": j.score} for j in judgements]
+        return [
+            {"response_id": j.response_id, "token_ids": tokens[j.response_id], "score": j.score} for j in judgements
+        ]
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_prompt.setdefault(judgement.prompt_id, []).append(judgement)
@@ -159,7 +166,13 @@ def _scalar_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, Any]]:
             "evaluator.loss = bradley_terry found no two paid responses of one prompt with different scores"
         )
     return [
-        {"chosen_token_ids": tokens[c.response_id], "rejected_token_ids": tokens[r.response_id]} for c, r in ordered
+        {
+            "chosen_id": chosen.response_id,
+            "rejected_id": rejected.response_id,
+            "chosen_token_ids": tokens[chosen.response_id],
+            "rejected_token_ids": tokens[rejected.response_id],
+        }
+        for chosen, rejected in ordered
     ]
 
 

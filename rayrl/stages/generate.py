@@ -1,7 +1,8 @@
 """Stage generate: k on-policy responses for every prompt, y ~ pi(. | x)."""
 
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -28,21 +29,38 @@ class Responses:
     """Responses per block."""
 
 
-def generate(run: Run, services: Services, m1: Checkpoint, pool: Pool) -> Responses:
-    """Y: k samples of M1 for every prompt of the pool."""
-    config = run.config.generate
-    key = run.key("generate", config.model_copy(update={"source": "policy"}), pool.key, m1.version)
-    table = BlockTable(run.folder("generate", "table"), pool.train.num_blocks)
-    done = run.finished("generate", key)
+def generate(
+    run: Run,
+    services: Services,
+    policy: Checkpoint,
+    pool: Pool,
+    *,
+    stage: str = "generate",
+    config: GenerateConfig | None = None,
+) -> Responses:
+    """Y: k samples of the policy for every prompt of the pool.
+
+    Args:
+        run: the run.
+        services: fleets.
+        policy: who answers: M1, or in a later stage, with a name of its own, the policy it has become.
+        pool: the prompts.
+        stage: name of the stage.
+        config: how it answers; None is the run's `generate`.
+    """
+    config = config or run.config.generate
+    key = run.key(stage, config.model_copy(update={"source": "policy"}), pool.key, policy.version)
+    table = BlockTable(run.folder(stage, "table"), pool.train.num_blocks)
+    done = run.finished(stage, key)
     if done is None:
         started = time.monotonic()
-        fleet = services.ready(services.generators(m1))
-        compute = partial(sample_block, pool.train, fleet, m1, config, run.config.seed)
+        fleet = services.ready(services.generators(policy))
+        compute = partial(sample_block, pool.train, fleet, policy, config, run.config.seed)
         counts = map_blocks(table, compute, concurrency=fleet.concurrency, describe=_count, progress="generate")
         total = {name: sum(block[name] for block in counts) for name in counts[0]}
         seconds = time.monotonic() - started
         done = run.finish(
-            "generate",
+            stage,
             key,
             since=started,
             num_rows=total["num_prompts"],
@@ -105,12 +123,15 @@ def sample_block(
 
 
 def distinct(responses: list[Response]) -> list[Response]:
-    """The responses without empty ones and without repeats of an earlier one: a label on those teaches nothing."""
+    """The responses without empty ones and without repeats of an earlier one, which counts them: a label on those
+    teaches nothing.
+    """
     first: dict[str, Response] = {}
     for response in responses:
         if response.text.strip():
             first.setdefault(response.text, response)
-    return list(first.values())
+    repeats = Counter(response.text for response in responses)
+    return [replace(response, num_samples=repeats[text]) for text, response in first.items()]
 
 
 def _response(prompt_id: str, index: int, seed: int, version: str, sampled: Continuation) -> Response:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
 from rich.progress import track
 
+from rayrl.actors.oracle_pool import PairItem
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import StageTimeout
-from rayrl.records import Judgement, from_table, to_table
+from rayrl.records import Comparison, Judgement, from_table, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.select import QuerySet
 
@@ -65,13 +67,25 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
 
 
 def ask(oracle: ActorHandle, items: list[dict[str, Any]], purpose: str, *, describe: str) -> list[Judgement]:
-    """Put items to the oracle pool, chunk by chunk, with a progress bar.
+    """Have the oracle pool judge items, chunk by chunk, with a progress bar.
 
     Raises:
         StageTimeout: a chunk took hours.
     """
-    answers: list[Judgement] = []
-    pending = [oracle.judge.remote(items[start : start + CHUNK], purpose) for start in range(0, len(items), CHUNK)]
+    return _collect([oracle.judge.remote(chunk, purpose) for chunk in _chunks(items)], describe)
+
+
+def compare(oracle: ActorHandle, items: list[PairItem], purpose: str, *, describe: str) -> list[Comparison]:
+    """Have the oracle pool compare items, as `ask` has it judge them."""
+    return _collect([oracle.compare.remote(chunk, purpose) for chunk in _chunks(items)], describe)
+
+
+def _chunks(items: list[Any]) -> Iterator[list[Any]]:
+    return (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
+
+
+def _collect(pending: list[Any], describe: str) -> list[Any]:
+    answers: list[Any] = []
     for chunk in track(pending, description=describe, transient=True):
         try:
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)

@@ -18,21 +18,11 @@ from rayrl.algorithms.scoring import expected_score, mean_of_samples
 from rayrl.config import EvaluatorConfig, PolicyConfig
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render, resolve_format
 from rayrl.models.judge import Rubric, evaluator_prompt, load_rubric, score_texts, upto_score
-from rayrl.records import Checkpoint, content_id
+from rayrl.records import Checkpoint, Scored, content_id
 from rayrl.runs.run import Run
 
 MIN_MASS = 0.1
 """An evaluator that gives all scores together less probability than this has not understood: it abstains."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """What is to be scored."""
-
-    prompt: str
-    response: str
-    token_ids: list[int]
-    """Prompt and response, as the policy read and wrote them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from rayrl.training.sft import SftJob, train_sft
 TOKENS = pa.list_(pa.field("item", pa.int64(), nullable=False))
 SFT_SCHEMA = pa.schema(
     [
+        pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_token_ids", TOKENS, nullable=False),
         pa.field("response_token_ids", TOKENS, nullable=False),
     ]
@@ -95,7 +96,7 @@ def _tokenise(run: Run) -> tuple[BlockTable, int, dict[str, Any]]:
     return BlockTable(table.url, block), num_rows, metrics
 
 
-def _rows(run: Run, counts: PromptCounts) -> Iterator[tuple[dict[str, list[int]], bool]]:
+def _rows(run: Run, counts: PromptCounts) -> Iterator[tuple[dict[str, Any], bool]]:
     """Tokenised examples, and whether the response had to be cut to the context."""
     config = run.config
     assert config.seed_data is not None
@@ -107,6 +108,6 @@ def _rows(run: Run, counts: PromptCounts) -> Iterator[tuple[dict[str, list[int]]
         response_ids = encode_response(tokenizer, response)
         room = limit - len(prompt_ids)
         yield (
-            {"prompt_token_ids": prompt_ids, "response_token_ids": response_ids[:room]},
+            {"prompt_id": prompt.id, "prompt_token_ids": prompt_ids, "response_token_ids": response_ids[:room]},
             len(response_ids) > room,
         )

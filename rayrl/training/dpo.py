@@ -18,7 +18,7 @@ from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs import storage
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
-from rayrl.training.steps import num_steps, rank_zero_log, steps
+from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def train_dpo(job: DpoJob, data: launch.Rows) -> None:
             rows = [row | references.get(name_of(row), {}) for row in rows]
             batches = [batch.to(engine.device) for batch in collated(rows, job.dpo.micro_batch_tokens)]
             rewards.clear()
-            loss = zero.train_step(engine, batches, loss_of, len(rows), idle)
+            loss = zero.train_step(engine, batches, loss_of, len(rows), idle, names_of(rows))
             if rewards:
                 margins = torch.cat(rewards)
                 padded = sum(batch.tokens.attention_mask.numel() for batch in batches)

@@ -103,6 +103,15 @@ def largest(value: float, engine: Any) -> float:
     return _reduce(value, engine, dist.ReduceOp.MAX)
 
 
+def summed(tensor: Tensor, engine: Any) -> Tensor:
+    """Elementwise sum of a tensor over the ranks."""
+    if not dist.is_initialized():
+        return tensor
+    everywhere = tensor.to(engine.device)
+    dist.all_reduce(everywhere, dist.ReduceOp.SUM)
+    return everywhere.to(tensor.device)
+
+
 def _reduce(value: float, engine: Any, operation: Any) -> float:
     tensor = torch.tensor(float(value), dtype=torch.float64, device=engine.device)
     if dist.is_initialized():
@@ -111,7 +120,12 @@ def _reduce(value: float, engine: Any, operation: Any) -> float:
 
 
 def train_step(
-    engine: Any, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor], weight: float, idle: Any
+    engine: Any,
+    micro_batches: Sequence[Any],
+    loss_of: Callable[[Any], Tensor],
+    weight: float,
+    idle: Any,
+    names: Sequence[str] = (),
 ) -> float:
     """One optimizer step on the mean loss over all ranks.
 
@@ -121,6 +135,7 @@ def train_step(
         loss_of: sum of the losses of a micro-batch's samples.
         weight: this rank's share of the mean's denominator (samples, or tokens).
         idle: a micro-batch to run at zero weight while other ranks still work.
+        names: what this rank's rows are called, for the message when they break the loss.
 
     Returns:
         The mean loss.
@@ -139,7 +154,10 @@ def train_step(
         engine.backward(scaled)
     mean = total(summed, engine) / denominator
     if not math.isfinite(mean):
-        raise FloatingPointError(f"loss is {mean} at step {engine.global_steps + 1}; the last checkpoint is intact")
+        rows = f" on rows {', '.join(names)}" if names else ""
+        where = "; this worker's rows are fine" if math.isfinite(summed) else rows
+        step = engine.global_steps + 1
+        raise FloatingPointError(f"loss is {mean} at step {step}{where}; the last checkpoint is intact")
     engine.step()
     return mean
 
@@ -158,12 +176,12 @@ def gathered_state(engine: Any, module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save(engine: Any, folder: str, position: dict[str, int]) -> None:
+def save(engine: Any, folder: str, position: dict[str, float]) -> None:
     """Write this rank's part of a checkpoint, and where the data stood."""
     engine.save_checkpoint(folder, tag="state", client_state={"position": position}, exclude_frozen_parameters=True)
 
 
-def load(engine: Any, folder: str) -> dict[str, int]:
+def load(engine: Any, folder: str) -> dict[str, float]:
     """Restore weights, optimizer, schedule and random state; returns where the data stood.
 
     Raises:

@@ -20,12 +20,16 @@ PROBE_CANDIDATES = 8
 
 
 def export_policy(engine: Any, policy: Any, tokenizer: Any, url: str) -> None:
-    """Write the policy (adapters merged) and its probe to `url`; every rank takes part, rank 0 writes."""
+    """Write the policy (adapters merged) and its probe to `url`; every rank takes part, rank 0 writes.
+
+    Without a tokenizer the folder is for replicas that run already.
+    """
     prompt = probe_prompt(policy.config)
     engine.eval()
     with torch.no_grad():
         tokens = torch.tensor([prompt], device=engine.device)
         logprobs = policy(input_ids=tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
+    engine.train()
     top = logprobs.topk(PROBE_CANDIDATES)
     probe = {"prompt_token_ids": prompt, "token_ids": top.indices.tolist(), "logprobs": top.values.tolist()}
     _write(engine, policy, tokenizer, url, probe, head=None)
@@ -39,7 +43,7 @@ def export_reward_model(engine: Any, reward_model: RewardModel, tokenizer: Any, 
         tokens = torch.tensor([prompt], device=engine.device)
         positions = torch.arange(len(prompt), device=engine.device)[None]
         value = engine(tokens, torch.ones_like(tokens), positions).item()
-    head = zero.gathered_state(engine, reward_model.head)
+    head = {name: weight.float() for name, weight in zero.gathered_state(engine, reward_model.head).items()}
     _write(engine, reward_model.backbone, tokenizer, url, {"prompt_token_ids": prompt, "value": value}, head=head)
 
 
@@ -59,7 +63,8 @@ def _write(
         return
     with tempfile.TemporaryDirectory() as folder:
         _save_pretrained(model, state, folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         (Path(folder) / "probe.json").write_text(json.dumps(probe))
         if head is not None:
             (Path(folder) / "head").mkdir()

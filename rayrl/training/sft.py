@@ -18,12 +18,12 @@ from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs.storage import local_folder
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
-from rayrl.training.steps import num_steps, rank_zero_log, steps
+from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftJob:
-    """Rows have `prompt_token_ids` and `response_token_ids`."""
+    """Rows have `prompt_token_ids` and `response_token_ids`, and an id for messages."""
 
     stage: str
     run_url: str
@@ -57,7 +57,7 @@ def train_sft(job: SftJob, data: launch.Rows) -> None:
             started = time.monotonic()
             batches = [batch.to(engine.device) for batch in collated(rows, job.training.micro_batch_tokens)]
             num_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
-            loss = zero.train_step(engine, batches, loss_of, num_tokens, idle)
+            loss = zero.train_step(engine, batches, loss_of, num_tokens, idle, names_of(rows))
             log(
                 step,
                 loss=loss,

@@ -26,8 +26,7 @@ def steps(
 
     The caller takes one optimizer step per item. After `checkpoint_every` of them the state is saved on every rank.
     """
-    with launch.restored() as folder:
-        step = zero.load(engine, folder)["step"] if folder else 0
+    step = int(restore(engine).get("step", 0))
     share = -(-training.batch_size // launch.world_size())
     stream = optimizer_batches(rows, epochs=training.epochs, batch_size=share, seed=seed, skip=step)
     while True:
@@ -43,9 +42,26 @@ def steps(
     checkpoint(engine, step)
 
 
-def checkpoint(engine: Any, step: int) -> None:
-    """Register a checkpoint of this step with Ray Train."""
-    launch.report({"step": step}, lambda folder: zero.save(engine, folder, {"step": step}))
+def restore(engine: Any) -> dict[str, float]:
+    """Load the fit's last checkpoint, if there is one; what was noted with it."""
+    with launch.restored() as folder:
+        return zero.load(engine, folder) if folder else {}
+
+
+def names_of(rows: list[Row]) -> list[str]:
+    """What rows are called in messages: by their pair's, their response's or their prompt's id."""
+    return [
+        f"{row['chosen_id']}/{row['rejected_id']}"
+        if "chosen_id" in row
+        else str(row.get("response_id") or row.get("prompt_id") or row.get("id"))
+        for row in rows
+    ]
+
+
+def checkpoint(engine: Any, step: int, **noted: float) -> None:
+    """Register a checkpoint of this step with Ray Train; `noted` goes with it and into the fit's metrics."""
+    position = {"step": step, **noted}
+    launch.report(position, lambda folder: zero.save(engine, folder, position))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from rayrl.algorithms.statistics import (
     accuracy_within,
     calibration_table,
     distinct_n,
+    expected_calibration_error,
     kl_estimate,
     length_controlled_win_rate,
     paired_difference,
@@ -140,3 +141,16 @@ def test_self_bleu_samples_deterministically():
     texts = [" ".join(rng.choice(list("abcdefgh"), 12)) for _ in range(60)]
     assert self_bleu(texts, num_sampled=20) == self_bleu(texts, num_sampled=20)
     assert self_bleu(texts, num_sampled=20) != self_bleu(texts, num_sampled=20, seed=1)
+
+
+def test_expected_calibration_error_by_hand():
+    confidences = np.array([0.55, 0.58, 0.9, 0.95, 0.99, 1.0])
+    correct = np.array([1, 0, 1, 1, 0, 1])
+    low = abs(0.55 + 0.58 - 1)  # bin [0.5, 0.6)
+    high = abs(0.9 + 0.95 + 0.99 + 1.0 - 3)  # bin [0.9, 1]
+    assert expected_calibration_error(confidences, correct) == pytest.approx((low + high) / 6)
+    assert expected_calibration_error(confidences, correct, num_bins=1) == pytest.approx(abs(4.97 - 4) / 6)
+    assert expected_calibration_error(np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0
+    assert expected_calibration_error(np.array([1.0, 1.0]), np.array([0.5, 0.5])) == 0.5
+    with pytest.raises(ValueError, match="got none"):
+        expected_calibration_error(np.array([]), np.array([]))

@@ -1,0 +1,17 @@
+"""Run reward learning on policy: `python jobs/rlp.py CONFIG.toml [section.key=value ...] [--plan]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rayrl.pipelines.job import main as run_job
+
+
+def main(arguments: list[str]) -> int:
+    """Run, or with --plan only say what would run; 0, or 2 for what the user can mend."""
+    return run_job("rlp", arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""From an expert's comparisons to preferences: what a pair costs, and what its answers say together."""
+
+from typing import Literal
+
+from rayrl.records import Preference
+
+Order = Literal["both", "random"]
+
+TURNED: dict[Preference, Preference] = {"first": "second", "second": "first", "tie": "tie"}
+"""A preference, said of the same two responses in the other order."""
+
+
+def queries_per_pair(order: Order) -> int:
+    """Paid comparisons that one pair of responses takes."""
+    return 2 if order == "both" else 1
+
+
+def num_pairs_asked(budget: int, order: Order, num_prompts: int) -> int:
+    """Pairs that a budget of comparisons pays for, at most one per prompt."""
+    return min(budget // queries_per_pair(order), num_prompts)
+
+
+def agreed(asked: Preference | None, turned: Preference | None) -> Preference | None:
+    """What two answers about the same pair say together, in the order of the first of them (arXiv 2306.05685, 3.4).
+
+    Args:
+        asked: the answer about (a, b).
+        turned: the answer about (b, a).
+
+    Returns:
+        What both say; "tie" where they disagree, since the position decided; None if either abstained.
+    """
+    if asked is None or turned is None:
+        return None
+    return asked if asked == TURNED[turned] else "tie"

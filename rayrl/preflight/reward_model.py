@@ -1,0 +1,99 @@
+"""A ready-made reward model: can the run's replicas serve it, and does it read what the policy writes?
+
+The replicas take its weights in place of the policy's, and its inputs are the policy's token ids. So it must have the
+policy's shape and its tokenizer, and a head with one output.
+"""
+
+from typing import Any
+
+import fsspec
+from tokenizers import Tokenizer
+
+from rayrl.config import RunConfig
+from rayrl.errors import ConfigError
+from rayrl.preflight.model import model_folder
+from rayrl.runs import storage
+
+_SETTING = "reward_model.path"
+_HEAD = "head/head.safetensors"
+_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+)
+"""What two models must share for one to take the other's weights."""
+_REMEDY = "give the checkpoint of a fit_reward_model stage that started from this policy, or leave it out to fit one"
+
+
+def inspect_reward_model(config: RunConfig, *, online: bool = False) -> None:
+    """Refuse a ready-made reward model that cannot be served beside the policy; nothing to do without one.
+
+    Of a policy on the hub that is not here yet nothing is known unless `online`.
+
+    Raises:
+        ConfigError: no such folder, no head, several outputs, another architecture, or another tokenizer.
+    """
+    path = config.reward_model.path
+    if path is None:
+        return
+    folder = model_folder(path, None, online=False, setting=_SETTING)
+    if folder is None:
+        raise ConfigError(
+            f"{_SETTING} must be a folder written by rayrl, got {path}: there is no such folder; {_REMEDY}"
+        )
+    own = _config(folder)
+    _check_head(folder, own)
+    policy = model_folder(config.policy.path, config.policy.revision, online=online, setting="policy.path")
+    if policy is None:
+        return
+    theirs = _config(policy)
+    for name in _SHAPE:
+        if name in own and name in theirs and own[name] != theirs[name]:
+            raise ConfigError(
+                f"{_SETTING} must be a model of the policy's shape, and has {name} {own[name]} where "
+                f"{config.policy.path} has {theirs[name]}, got {path}; {_REMEDY}"
+            )
+    own_ids, their_ids = _vocabulary(folder), _vocabulary(policy)
+    if own_ids is not None and their_ids is not None and own_ids != their_ids:
+        raise ConfigError(
+            f"{_SETTING} must have the policy's tokenizer (it is given token ids), and its tokenizer.json gives tokens "
+            f"other ids than that of {config.policy.path}, got {path}; {_REMEDY}"
+        )
+
+
+def _config(folder: str) -> dict[str, Any]:
+    config = storage.read_json(storage.join(folder, "config.json"))
+    return config | (config.get("text_config") or {})
+
+
+def _check_head(folder: str, config: dict[str, Any]) -> None:
+    from safetensors.numpy import load
+
+    path = storage.join(folder, _HEAD)
+    if not storage.exists(path):
+        labels = config.get("id2label")
+        what = f"a classifier of {len(labels)} outputs" if labels else "a model without one"
+        raise ConfigError(f"{_SETTING} must hold a head with one output in {_HEAD}, got {folder}, {what}; {_REMEDY}")
+    with fsspec.open(path, "rb") as file:
+        weight = load(file.read())["weight"]  # type: ignore[union-attr]
+    if weight.shape[0] != 1:
+        raise ConfigError(f"{_SETTING} must have a head with one output, got {weight.shape[0]} in {folder}; {_REMEDY}")
+    if weight.shape[1] != config["hidden_size"]:
+        raise ConfigError(
+            f"{_SETTING} must have a head as wide as its model ({config['hidden_size']}), got {weight.shape[1]} in "
+            f"{folder}; {_REMEDY}"
+        )
+
+
+def _vocabulary(folder: str) -> dict[str, int] | None:
+    """Ids by token; None where there is no tokenizer.json."""
+    path = storage.join(folder, "tokenizer.json")
+    if not storage.exists(path):
+        return None
+    with fsspec.open(path, "rb") as file:
+        return Tokenizer.from_buffer(file.read()).get_vocab(with_added_tokens=True)  # type: ignore[union-attr]

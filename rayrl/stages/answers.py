@@ -1,0 +1,106 @@
+"""Answers of a policy to the held-out prompts, and what the expert says of them, under a budget of their own."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from ray.actor import ActorHandle
+
+from rayrl.actors.services import Services
+from rayrl.config import GenerateConfig
+from rayrl.data.blocks import BlockTable, map_blocks
+from rayrl.data.reading import read_reference_answers
+from rayrl.data.tokenizing import load_tokenizer, render
+from rayrl.records import Checkpoint, Sampled, from_row
+from rayrl.runs.run import Run
+from rayrl.stages.generate import sample_block
+from rayrl.stages.pool import Pool
+from rayrl.stages.query import ask
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One policy's answer to a held-out prompt."""
+
+    prompt_id: str
+    prompt: str
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    logprob: float
+    """Under the policy that wrote it."""
+    score: float | None = None
+
+
+def answers_of(run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str) -> list[Answer]:
+    """One answer per held-out prompt; all policies draw from the same seeds."""
+    config = run.config
+    sampling = GenerateConfig(
+        **(config.generate.model_dump() | {"k": 1, "source": "policy", "temperature": config.evaluate.temperature})
+    )
+    table = BlockTable(run.folder("evaluate", f"{name}-{policy.version}"), pool.held_out.num_blocks)
+    fleet = services.generators(m1)
+    compute = partial(sample_block, pool.held_out, fleet, policy, sampling, config.seed)
+    map_blocks(
+        table,
+        compute,
+        concurrency=fleet.concurrency,
+        describe=lambda block: {"num": block.num_rows},
+        progress=f"answer {name}",
+    )
+    rows = [from_row(row, Sampled) for block in table.blocks() for row in block.to_pylist()]
+    return [_answer(row) for row in rows]
+
+
+def _answer(row: Sampled) -> Answer:
+    said = row.responses[0] if row.responses else None  # nothing said is an answer too
+    return Answer(
+        prompt_id=row.prompt_id,
+        prompt=row.prompt,
+        prompt_token_ids=row.prompt_token_ids,
+        text=said.text if said else "",
+        token_ids=said.token_ids if said else [],
+        logprob=said.logprob if said else 0.0,
+    )
+
+
+def judge(oracle: ActorHandle, answers: list[Answer]) -> None:
+    """Write the expert's scores into the answers; None where it abstains."""
+    items = [
+        {
+            "prompt_id": a.prompt_id,
+            "response_id": f"{a.prompt_id}-evaluate-{i}",
+            "prompt": a.prompt,
+            "response": a.text,
+        }
+        for i, a in enumerate(answers)
+    ]
+    for answer, judgement in zip(answers, ask(oracle, items, "evaluate", describe="evaluating"), strict=True):
+        answer.score = judgement.score
+
+
+def reference_answers(run: Run) -> dict[str, str]:
+    """The fixed table's answer to each prompt it has, by prompt id."""
+    config = run.config
+    if config.evaluate.reference_answers is None:
+        return {}
+    tokenizer = load_tokenizer(config.policy)
+    renderer = partial(render, tokenizer, config.policy.prompt_format)
+    return {p.id: answer for p, answer in read_reference_answers(config.evaluate.reference_answers, renderer)}
+
+
+def reference_scores(oracle: ActorHandle, references: dict[str, str], answered: list[Answer]) -> dict[str, float]:
+    """The expert's scores of the fixed table's answers to the prompts that were answered, by prompt id."""
+    fixed = [
+        Answer(
+            prompt_id=a.prompt_id,
+            prompt=a.prompt,
+            prompt_token_ids=[],
+            text=references[a.prompt_id],
+            token_ids=[],
+            logprob=0.0,
+        )
+        for a in answered
+        if a.prompt_id in references
+    ]
+    judge(oracle, fixed)
+    return {a.prompt_id: a.score for a in fixed if a.score is not None}

@@ -1,0 +1,154 @@
+"""The expert compares M1's responses: one pair per prompt, asked in one order or in both, and what that makes."""
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from rayrl.actors.oracle_pool import PairItem
+from rayrl.actors.services import Services
+from rayrl.algorithms.comparisons import TURNED, Order, agreed, num_pairs_asked, queries_per_pair
+from rayrl.data.blocks import BlockTable, write_blocks
+from rayrl.errors import DataError
+from rayrl.records import Checkpoint, Comparison, Preference, PreferencePair, Sampled, content_id, from_row, to_table
+from rayrl.runs.run import Manifest, Run
+from rayrl.stages.generate import Responses
+from rayrl.stages.query import compare
+from rayrl.stages.select import select
+
+
+def compare_responses(
+    run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint, responses: Responses, key: str
+) -> Manifest:
+    """Draw pairs, ask about them, keep every comparison (table `comparisons`) and the pairs they decide (`table`).
+
+    Raises:
+        DataError: the expert decided nothing.
+    """
+    started = time.monotonic()
+    preferences = run.config.preferences
+    assert preferences is not None, "the config is refused without preferences"
+    order = preferences.order
+    drawn = [draw_pair(sampled, run.config.seed) for sampled in _chosen(run, services, m1, responses)]
+    pairs = [pair for pair in drawn if pair is not None]
+    items = [item for pair in pairs for item in questions(pair, order)]
+    answers = compare(oracle, items, "label", describe="asking the expert")
+    BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
+    size = queries_per_pair(order)
+    verdicts = [verdict(answers[start : start + size]) for start in range(0, len(answers), size)]
+    decided = zip(pairs, verdicts, strict=True)
+    made = (preferred(pair, winner) for pair, winner in decided if winner in ("first", "second"))
+    table, num_pairs = write_blocks(
+        run.folder("preferences", "table"), made, PreferencePair, run.config.generate.block_size
+    )
+    counts = tally(answers, verdicts, order)
+    if num_pairs == 0:
+        raise DataError(
+            f"preferences: of {len(pairs)} pairs of responses the expert preferred none: {counts['num_ties']} ties, "
+            f"{counts['num_abstained']} abstentions {counts['abstentions']}; see stages/preferences/comparisons"
+        )
+    summary: Any = ray.get(oracle.summary.remote())
+    metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
+    metrics |= {"num_asked": len(pairs), "num_without_two_responses": len(drawn) - len(pairs)} | counts | summary
+    return run.finish(
+        "preferences",
+        key,
+        since=started,
+        num_rows=num_pairs,
+        metrics=metrics,
+        summary=f"{num_pairs} pairs from {len(answers)} comparisons of {len(pairs)} pairs of responses; "
+        f"{counts['num_ties']} ties, {counts['num_abstained']} abstentions, {summary['label']['cost_usd']:.2f} USD",
+    )
+
+
+def _chosen(run: Run, services: Services, m1: Checkpoint, responses: Responses) -> Iterator[Sampled]:
+    """The prompts that are asked about: all, or those `select` picks whole, if the budget is for fewer.
+
+    The selection works on prompts here whatever `select.unit` says: a pair needs two responses to one prompt.
+    """
+    config = run.config
+    assert config.preferences is not None
+    num = num_pairs_asked(config.select.budget, config.preferences.order, responses.num_prompts)
+    wanted: set[str] | None = None
+    if num < responses.num_prompts:
+        whole = config.select.model_copy(update={"unit": "prompt", "budget": num * config.generate.k})
+        by_prompt = dataclasses.replace(run, config=config.model_copy(update={"select": whole}))
+        query_set = select(by_prompt, services, m1, responses)
+        wanted = set(query_set.table.read(0)["prompt_id"].to_pylist())
+    for block in responses.table.blocks():
+        for row in block.to_pylist():
+            if wanted is None or row["prompt_id"] in wanted:
+                yield from_row(row, Sampled)
+
+
+def draw_pair(sampled: Sampled, seed: int) -> Sampled | None:
+    """Two of a prompt's (distinct) responses in a random order, a function of the seed; None where there are no two."""
+    drawn = sorted(sampled.responses, key=lambda response: content_id("pair", str(seed), response.id))[:2]
+    return dataclasses.replace(sampled, responses=drawn) if len(drawn) == 2 else None
+
+
+def questions(pair: Sampled, order: Order) -> list[PairItem]:
+    """What is asked about a pair: its drawn order, and with "both" the other one after it."""
+    first, second = pair.responses
+    orders = [(first, second), (second, first)] if order == "both" else [(first, second)]
+    return [
+        PairItem(
+            prompt_id=pair.prompt_id,
+            first_id=a.id,
+            second_id=b.id,
+            prompt=pair.prompt,
+            first=a.text,
+            second=b.text,
+        )
+        for a, b in orders
+    ]
+
+
+def verdict(answers: list[Comparison]) -> Preference | None:
+    """What the answers to `questions` say of the pair; None if they decide nothing because one abstained."""
+    asked, *turned = answers
+    return agreed(asked.preference, turned[0].preference) if turned else asked.preference
+
+
+def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
+    """The pair with its winner chosen. There are no scores; M1 wrote both, so that its log-probabilities are known."""
+    first, second = pair.responses
+    chosen, rejected = (first, second) if winner == "first" else (second, first)
+    return PreferencePair(
+        prompt_id=pair.prompt_id,
+        prompt=pair.prompt,
+        prompt_token_ids=pair.prompt_token_ids,
+        chosen_id=chosen.id,
+        rejected_id=rejected.id,
+        chosen=chosen.text,
+        rejected=rejected.text,
+        chosen_token_ids=chosen.token_ids,
+        rejected_token_ids=rejected.token_ids,
+        chosen_score=math.nan,
+        rejected_score=math.nan,
+        chosen_reference_logprob=chosen.logprob,
+        rejected_reference_logprob=rejected.logprob,
+        source="oracle",
+    )
+
+
+def tally(answers: list[Comparison], verdicts: list[Preference | None], order: Order) -> dict[str, Any]:
+    """What became of the questions, with the reasons of abstentions and the share of wins of the first position."""
+    said = Counter(answer.preference for answer in answers)
+    reasons = Counter(answer.rationale[:80] for answer in answers if answer.preference is None)
+    decided = said["first"] + said["second"]
+    both = zip(answers[::2], answers[1::2], strict=True) if order == "both" else ()
+    return {
+        "num_ties": verdicts.count("tie"),
+        "num_abstained": verdicts.count(None),
+        "num_disagreements": sum(
+            b.preference is not None and a.preference not in (None, TURNED[b.preference]) for a, b in both
+        ),
+        "first_position_share": said["first"] / decided if decided else None,
+        "abstentions": dict(reasons.most_common(5)),
+    }

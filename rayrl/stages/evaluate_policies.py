@@ -1,0 +1,107 @@
+"""Stage evaluate_policies: every policy of a run against M1 in one table, judged on the same held-out prompts."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from ray.actor import ActorHandle
+
+from rayrl.actors.services import Services
+from rayrl.algorithms.statistics import paired_difference
+from rayrl.data.blocks import BlockTable
+from rayrl.models.rewards import Rewards
+from rayrl.records import Checkpoint, Scored
+from rayrl.runs.run import Manifest, Run
+from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores
+from rayrl.stages.measure import against, against_references, spoken
+from rayrl.stages.pool import Pool
+
+M1 = "m1"
+
+
+def evaluate_policies(
+    run: Run,
+    services: Services,
+    oracle: ActorHandle,
+    pool: Pool,
+    policies: Mapping[str, Checkpoint],
+    rewards: Mapping[str, Rewards],
+) -> Manifest:
+    """One row per policy: gain over M1, win rates, KL, perplexity, diversity, and how well each reward model ranks there.
+
+    Args:
+        run: the run.
+        services: fleets.
+        oracle: judges, under the evaluation budget shared by all policies.
+        pool: its held-out prompts are answered.
+        policies: by name; "m1" is the one compared with.
+        rewards: by name; each is asked whether it prefers what the expert prefers.
+    """
+    config = run.config
+    key = run.key("evaluate", config.evaluate, pool.key, *(p.version for p in policies.values()))
+    if done := run.finished("evaluate", key):
+        return done
+    started = time.monotonic()
+    m1 = policies[M1]
+    services.ready(services.generators(m1))
+    answers = {name: answers_of(run, services, m1, policy, pool, name) for name, policy in policies.items()}
+    references = reference_answers(run)
+    num_judged = min(len(answers[M1]), config.evaluate.budget // (len(answers) + bool(references)))
+    judge(oracle, [answer for of_policy in answers.values() for answer in of_policy[:num_judged]])
+    fixed = reference_scores(oracle, references, answers[M1][:num_judged]) if references else {}
+    rows: dict[str, Any] = {}
+    for name, of_policy in answers.items():
+        rows[name] = spoken(services, m1, of_policy) | against(answers[M1], of_policy)
+        if fixed:
+            rows[name]["win_rate_reference"] = against_references(fixed, of_policy[:num_judged])
+    agreement = {name: _agreement(reward, answers) for name, reward in rewards.items()}
+    _write(run, answers)
+    return run.finish(
+        "evaluate",
+        key,
+        since=started,
+        num_rows=num_judged * len(answers),
+        metrics={"policies": rows, "reward_accuracy": agreement, "num_judged": num_judged},
+        summary="; ".join(f"{name} {_gain(row)}" for name, row in rows.items() if name != M1),
+    )
+
+
+def _agreement(rewards: Rewards, answers: Mapping[str, list[Answer]]) -> dict[str, Any]:
+    """By policy: how often a reward orders its answer and M1's to a prompt as the expert does; ties are left out."""
+    valued = {name: rewards.score([_scored(a) for a in of_policy]) for name, of_policy in answers.items()}
+    shares: dict[str, Any] = {}
+    for name, of_policy in answers.items():
+        if name == M1:
+            continue
+        right = []
+        for a, b, of_a, of_b in zip(answers[M1], of_policy, valued[M1], valued[name], strict=True):
+            if a.score is None or b.score is None or of_a is None or of_b is None or a.score == b.score:
+                continue
+            right.append(float((a.score < b.score) == (of_a < of_b)))
+        if len(right) > 1:
+            shares[name] = asdict(paired_difference(np.array(right), np.zeros(len(right))))
+    return shares
+
+
+def _scored(answer: Answer) -> Scored:
+    return Scored(prompt=answer.prompt, response=answer.text, token_ids=answer.prompt_token_ids + answer.token_ids)
+
+
+def _gain(row: dict[str, Any]) -> str:
+    gain = row["difference"]
+    kl = f"KL {row['kl']['mean']:.2f} nats"
+    return f"{gain['mean']:+.3f} +- {gain['standard_error']:.3f}, {kl}" if gain else f"not judged, {kl}"
+
+
+def _write(run: Run, answers: Mapping[str, list[Answer]]) -> None:
+    columns: dict[str, Any] = {
+        "prompt_id": [a.prompt_id for a in answers[M1]],
+        "prompt": [a.prompt for a in answers[M1]],
+    }
+    for name, of_policy in answers.items():
+        columns[f"{name}_response"] = [a.text for a in of_policy]
+        columns[f"{name}_score"] = pa.array([a.score for a in of_policy], pa.float64())
+    BlockTable(run.folder("evaluate", "table"), 1).write(0, pa.table(columns))

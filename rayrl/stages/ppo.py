@@ -1,0 +1,160 @@
+"""Stage ppo: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
+
+import importlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrl.actors.generator import Sampling
+from rayrl.actors.services import Services
+from rayrl.config import PpoConfig
+from rayrl.errors import ConfigError, TrainingStopped
+from rayrl.models.rewards import Rewards
+from rayrl.records import Checkpoint, Scored, content_id
+from rayrl.runs import storage
+from rayrl.runs.run import Run
+from rayrl.stages.fitting import fit_stage, stream_of
+from rayrl.stages.pool import Pool
+from rayrl.telemetry.metrics import read_metrics
+from rayrl.training.ppo import PpoJob, train_ppo
+
+MAX_HELD_OUT = 256
+"""Held-out prompts on which the reward is measured along the way."""
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A Python function of (prompt, response); None abstains."""
+
+    path: str
+
+    def score(self, items: list[Scored]) -> list[float | None]:
+        """The function's value of each response."""
+        function = load_function(self.path)
+        values = [function(item.prompt, item.response) for item in items]
+        return [None if value is None else float(value) for value in values]
+
+
+def load_function(path: str) -> Any:
+    """The function a config names as "module:function".
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f'ppo.function must be "module:function", importable from {os.getcwd()}, got "{path}": {error}'
+        ) from None
+
+
+def ppo(
+    run: Run, services: Services, m1: Checkpoint, rewards: Rewards, reward_key: str, pool: Pool, stage: str = "ppo"
+) -> Checkpoint:
+    """pi: PPO from M1 against `rewards`; the last policy, or the best on the held-out prompts (`ppo.keep`).
+
+    Args:
+        run: the run.
+        services: fleets; the generators answer the rollouts while the training goes on.
+        m1: start and reference.
+        rewards: who says what a response is worth.
+        reward_key: names the rewards' work, so that another reward is another stage.
+        pool: prompts to answer, and those on which the reward is measured.
+        stage: name of the stage; a second PPO has its own.
+
+    Raises:
+        TrainingStopped: the policy ran away from M1.
+    """
+    config = run.config.ppo
+    key = run.key(stage, config, run.config.generate.max_tokens, reward_key, pool.key, m1.version)
+    kept = "best" if config.keep == "best" else "checkpoint"
+    checkpoint = Checkpoint(path=run.folder(stage, kept), version=f"{stage}-{key}-{kept}")
+    if run.finished(stage, key):
+        return checkpoint
+    started = time.monotonic()
+    job = _job(run, services, m1, rewards, pool, stage, key)
+    by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
+    curve = fit_stage(run, services, stage, train_ppo, job, by_rollout, stream_of(pool.train, run.config.seed))
+    steps = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
+    if not steps[-1]["kl"] <= config.max_kl:
+        raise TrainingStopped(
+            f"{stage}: the policy is {steps[-1]['kl']:.1f} nats per response away from M1 after rollout "
+            f"{steps[-1]['step']}, and ppo.max_kl is {config.max_kl:g}; raise ppo.kl_coef, lower ppo.learning_rate, or "
+            "set ppo.target_kl"
+        )
+    metrics = curve | summarise(steps, config)
+    run.finish(
+        stage,
+        key,
+        since=started,
+        num_rows=int(sum(row["num_responses"] for row in steps)),
+        metrics=metrics,
+        summary=f"{len(steps)} rollouts, reward {metrics['first_reward']:.3f} -> {metrics['final_reward']:.3f}, "
+        f"KL {metrics['final_kl']:.2f} nats, {metrics['samples_per_s']:.1f} samples/s",
+    )
+    return checkpoint
+
+
+def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: Pool, stage: str, key: str) -> PpoJob:
+    config = run.config
+    held_out = [row for block in pool.held_out.blocks() for row in block.to_pylist()]
+    return PpoJob(
+        stage=stage,
+        run_url=run.url,
+        checkpoint_url=run.folder(stage, "checkpoint"),
+        best_url=run.folder(stage, "best"),
+        sync_url=sync_folder(run, stage, key, on_gpu=services.on_gpu),
+        m1=m1,
+        policy=config.policy,
+        value_path=getattr(rewards, "value_path", None) or m1.path,
+        ppo=config.ppo,
+        sampling=Sampling(
+            temperature=config.ppo.temperature, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop)
+        ),
+        fleet=services.ready(services.generators(m1)),
+        rewards=rewards,
+        held_out=held_out[:MAX_HELD_OUT],
+        dtype=services.dtype,
+        seed=config.seed,
+        num_rows=pool.num_prompts,
+    )
+
+
+def sync_folder(run: Run, stage: str, key: str, *, on_gpu: bool) -> str:
+    """Where weights go on their way to the replicas: shared memory if all is on one machine, else the run folder."""
+    import ray
+
+    memory = Path("/dev/shm")
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) == 1 and memory.is_dir() and not on_gpu:
+        return str(memory / f"rayrl-{content_id(run.url, stage, key)}")
+    return run.folder(stage, "weights")
+
+
+def summarise(steps: list[dict[str, Any]], config: PpoConfig) -> dict[str, Any]:
+    """What a training's curve comes to: where the reward and the KL went, and where the time did."""
+    last = steps[-max(1, len(steps) // 10) :]
+    held_out = [row["held_out_reward"] for row in steps if row.get("held_out_reward") is not None]
+    times = {
+        name: float(np.sum([row[name] for row in steps])) for name in ("generate_s", "reward_s", "train_s", "sync_s")
+    }
+    seconds = float(np.sum([row["seconds"] for row in steps]))
+    return times | {
+        "first_reward": steps[0]["reward"],
+        "final_reward": float(np.mean([row["reward"] for row in last])),
+        "best_held_out_reward": max(held_out, default=None),
+        "final_kl": float(np.mean([row["kl"] for row in last])),
+        "num_responses": int(sum(row["num_responses"] for row in steps)),
+        "samples_per_s": sum(row["num_responses"] for row in steps) / max(1e-9, seconds),
+        "sync_share": times["sync_s"] / max(1e-9, seconds),
+        "overlap": config.overlap,
+    }

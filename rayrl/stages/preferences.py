@@ -1,0 +1,116 @@
+"""Stage preferences: D, the pairs a reward model learns from. Judged by somebody before, or by the expert now."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from ray.actor import ActorHandle
+
+from rayrl.actors.services import Services
+from rayrl.config import PreferenceDataConfig
+from rayrl.data.blocks import BlockTable, write_blocks
+from rayrl.data.pairs import PairCounts, read_pairs
+from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render
+from rayrl.errors import DataError
+from rayrl.models.pairwise import PAIRWISE_VERSION
+from rayrl.records import Checkpoint, PreferencePair
+from rayrl.runs.run import Manifest, Run
+from rayrl.stages.compare import compare_responses
+from rayrl.stages.generate import generate
+from rayrl.stages.pool import Pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """D: a table of `PreferencePair`s."""
+
+    key: str
+    table: BlockTable
+    num_pairs: int
+
+
+def gather_preferences(run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint, pool: Pool) -> Preferences:
+    """D: from the file `preferences.data`, or the expert's comparisons of M1's responses to the pool (costs budget).
+
+    Raises:
+        DataError: no usable pair; says what became of the rows, or of the questions.
+    """
+    config = run.config.preferences
+    assert config is not None, "the config is refused without preferences"
+    if config.source == "oracle":
+        responses = generate(run, services, m1, pool)
+        key = run.key("preferences", config, run.config.select, run.config.oracle, PAIRWISE_VERSION, responses.key)
+        done = run.finished("preferences", key) or compare_responses(run, services, oracle, m1, responses, key)
+    else:
+        assert config.data is not None, "the config is refused without a file"
+        key = run.key("preferences", config, run.config.policy, run.config.generate.block_size)
+        done = run.finished("preferences", key) or _read(run, config.data, key)
+    table = BlockTable(run.folder("preferences", "table"), done.metrics["num_blocks"])
+    return Preferences(key=key, table=table, num_pairs=done.num_rows)
+
+
+def _read(run: Run, data: PreferenceDataConfig, key: str) -> Manifest:
+    started = time.monotonic()
+    counts, cut = PairCounts(), Counter(num_truncated=0, num_too_long=0, num_same_when_cut=0)
+    pairs = _tokenised(run, data, counts, cut)
+    table, num_pairs = write_blocks(
+        run.folder("preferences", "table"), pairs, PreferencePair, run.config.generate.block_size
+    )
+    dropped = (
+        f"{counts.num_unusable} rows without a prompt or two answers, {counts.num_tied} tied, "
+        f"{counts.num_other_prompt} with two prompts; {cut['num_too_long']} pairs too long for the context, "
+        f"{cut['num_same_when_cut']} the same up to it"
+    )
+    if num_pairs == 0:
+        raise DataError(f"preferences.data.path {data.path} leaves no pair: {counts.num_rows} rows read, {dropped}")
+    metrics = {
+        "source": "data",
+        "num_pairs": num_pairs,
+        "num_blocks": table.num_blocks,
+        "num_prompts": len(counts.prompt_ids),
+        "num_rows_read": counts.num_rows,
+        "num_unusable": counts.num_unusable,
+        "num_tied": counts.num_tied,
+        "num_other_prompt": counts.num_other_prompt,
+    }
+    summary = f"{num_pairs} pairs of {len(counts.prompt_ids)} prompts; dropped {dropped}"
+    return run.finish(
+        "preferences", key, since=started, num_rows=num_pairs, metrics=metrics | dict(cut), summary=summary
+    )
+
+
+def _tokenised(run: Run, data: PreferenceDataConfig, counts: PairCounts, cut: Counter[str]) -> Iterator[PreferencePair]:
+    """Pairs as the policy reads them, answers cut to the context; those that it then cannot tell apart are left out."""
+    policy = run.config.policy
+    tokenizer, limit = load_tokenizer(policy), context_length(policy)
+    for prompt, chosen, rejected in read_pairs(data, partial(render, tokenizer, policy.prompt_format), counts):
+        prompt_ids = encode_prompt(tokenizer, prompt.rendered, policy.prompt_format)
+        room = limit - len(prompt_ids)
+        if room < 1:
+            cut["num_too_long"] += 1
+            continue
+        whole = [encode_response(tokenizer, answer.text) for answer in (chosen, rejected)]
+        chosen_ids, rejected_ids = (token_ids[:room] for token_ids in whole)
+        if chosen_ids == rejected_ids:
+            cut["num_same_when_cut"] += 1
+            continue
+        cut["num_truncated"] += max(map(len, whole)) > room
+        yield PreferencePair(
+            prompt_id=prompt.id,
+            prompt=prompt.text,
+            prompt_token_ids=prompt_ids,
+            chosen_id=chosen.id,
+            rejected_id=rejected.id,
+            chosen=chosen.text,
+            rejected=rejected.text,
+            chosen_token_ids=chosen_ids,
+            rejected_token_ids=rejected_ids,
+            chosen_score=math.nan,
+            rejected_score=math.nan,
+            chosen_reference_logprob=math.nan,  # M1 did not write them
+            rejected_reference_logprob=math.nan,
+            source="data",
+        )

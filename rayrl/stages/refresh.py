@@ -1,0 +1,56 @@
+"""Stage refresh: r -> r^, the reward model made to fit what the policy says now, without a new label (RLP, Sec. 4)."""
+
+from rayrl.actors.services import Services
+from rayrl.models.rewards import Rewards
+from rayrl.records import Checkpoint
+from rayrl.runs.run import Run
+from rayrl.stages.fit_reward_model import fit_reward_model
+from rayrl.stages.generate import Responses, generate
+from rayrl.stages.importance import importance_weights
+from rayrl.stages.pool import Pool
+from rayrl.stages.preferences import Preferences
+from rayrl.stages.reward import RewardModels
+from rayrl.stages.synthesize import self_judge, synthesize_preferences
+
+STAGE = "refit_reward_model"
+
+
+def refresh(
+    run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, preferences: Preferences, learnt: "Learnt"
+) -> RewardModels:
+    """r^ by `refresh.method`; "none" is the old r, the control of a second PPO on it.
+
+    Args:
+        run: the run.
+        services: fleets.
+        m1: where every reward model starts.
+        policy: pi, trained with r; its samples are what r^ must fit.
+        preferences: D.
+        learnt: r, as models and as rewards, and the prompts U.
+    """
+    method = run.config.refresh.method
+    models, rewards, pool = learnt
+    if method == "none":
+        return models
+    if method == "ocrm":
+        weights = importance_weights(run, services, m1, policy, preferences)
+        return fit_reward_model(run, services, m1, [preferences], stage=STAGE, weights=weights)
+    samples = sample_policy(run, services, policy, pool)
+    if method == "uml":
+        return fit_reward_model(run, services, m1, [preferences], stage=STAGE, views=samples)
+    judge = self_judge(run, services, policy) if method == "self_judged" else rewards
+    synthetic = synthesize_preferences(run, services, m1, judge, samples)
+    return fit_reward_model(run, services, m1, [preferences, synthetic], stage=STAGE)
+
+
+def sample_policy(run: Run, services: Services, policy: Checkpoint, pool: Pool) -> Responses:
+    """Y: n samples of pi for every unlabelled prompt."""
+    config = run.config
+    sampling = config.generate.model_copy(
+        update={"k": config.refresh.n, "temperature": config.refresh.temperature, "top_p": 1.0}
+    )
+    return generate(run, services, policy, pool, stage="samples", config=sampling)
+
+
+Learnt = tuple[RewardModels, Rewards, Pool]
+"""r, r as it is asked, and the prompts U."""

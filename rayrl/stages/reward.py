@@ -1,0 +1,149 @@
+"""Rewards from reward models, served by the embedding fleet; and how often they prefer what somebody else preferred."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from scipy.special import expit
+
+from rayrl.actors.fleet import Fleet
+from rayrl.actors.services import Services
+from rayrl.algorithms.rewards import ensemble_reward
+from rayrl.algorithms.statistics import expected_calibration_error, paired_difference, spearman
+from rayrl.config import RewardModelConfig
+from rayrl.data.tokenizing import context_length
+from rayrl.records import Checkpoint, PreferencePair, Scored
+from rayrl.runs.run import Run
+
+CHUNK = 256
+"""Sequences of one call to a replica."""
+
+
+class Rewards(Protocol):
+    """Whoever says what a response is worth."""
+
+    def score(self, items: list[Scored]) -> list[float | None]:
+        """One reward per response; None abstains."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModels:
+    """r: one reward model, or the members of an ensemble."""
+
+    key: str
+    checkpoints: tuple[Checkpoint, ...]
+    means: tuple[float, ...] = ()
+    """Each member's mean reward of the responses it learnt from: only differences within a member mean anything."""
+    stds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScorer:
+    """Reward models and the fleet that serves them; travels to tasks and training workers."""
+
+    models: RewardModels
+    fleet: Fleet
+    config: RewardModelConfig
+    max_tokens: int
+    """Longer sequences lose their ends, as they did in training."""
+
+    @property
+    def value_path(self) -> str:
+        """The model whose backbone a value function starts from."""
+        return self.models.checkpoints[0].path
+
+    def score(self, items: list[Scored]) -> list[float | None]:
+        """One reward per item: the model's own value, or the ensemble's, in standard deviations of its members."""
+        return [float(reward) for reward in self.combine(self.values(items))]
+
+    def values(self, items: Sequence[Scored]) -> np.ndarray:
+        """Every member's own value of every item, (members, items) float64.
+
+        All items with one member before the next: a replica holds the weights of one.
+        """
+        inputs = [item.token_ids[: self.max_tokens] for item in items]
+        return np.stack([member_values(self.fleet, member, inputs) for member in self.models.checkpoints])
+
+    def combine(self, values: np.ndarray) -> np.ndarray:
+        """(members, items) -> (items,); a single member's values stay as they are."""
+        if len(values) == 1:
+            return values[0]
+        spread = np.array([std or 1.0 for std in self.models.stds])
+        standard = (values - np.array(self.models.means)[:, None]) / spread[:, None]
+        combined = ensemble_reward(
+            torch.from_numpy(standard), self.config.objective, variance_coef=self.config.variance_coef
+        )
+        return combined.numpy()
+
+
+def make_reward_scorer(run: Run, services: Services, m1: Checkpoint, models: RewardModels) -> RewardScorer:
+    """The reward models on the embedding fleet; its engines start from M1 if they are not up."""
+    return RewardScorer(
+        models=models,
+        fleet=services.ready(services.embedders(m1, "last")),
+        config=run.config.reward_model,
+        max_tokens=context_length(run.config.policy),
+    )
+
+
+def member_values(fleet: Fleet, member: Checkpoint, inputs: list[list[int]]) -> np.ndarray:
+    """One reward model's values, in calls of `CHUNK` sequences that keep every replica busy."""
+    chunks = [inputs[start : start + CHUNK] for start in range(0, len(inputs), CHUNK)]
+    if not chunks:
+        return np.zeros(0)
+    with ThreadPoolExecutor(fleet.concurrency) as calls:
+        return np.concatenate(list(calls.map(lambda chunk: fleet.call("values", member, chunk), chunks)))
+
+
+def pair_items(pairs: Sequence[PreferencePair]) -> list[Scored]:
+    """Both responses of every pair, as they are to be scored: all chosen ones, then all rejected ones."""
+    chosen = [
+        Scored(prompt=p.prompt, response=p.chosen, token_ids=p.prompt_token_ids + p.chosen_token_ids) for p in pairs
+    ]
+    return chosen + [
+        Scored(prompt=p.prompt, response=p.rejected, token_ids=p.prompt_token_ids + p.rejected_token_ids) for p in pairs
+    ]
+
+
+def pair_accuracy(scorer: Rewards, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+    """How well rewards tell the chosen from the rejected responses of pairs that somebody else ordered."""
+    return pair_metrics(pairs, scorer.score(pair_items(pairs)))
+
+
+def pair_metrics(pairs: Sequence[PreferencePair], rewards: Sequence[float | None]) -> dict[str, Any]:
+    """Accuracy, calibration, margin, and correlation with length, from the rewards of `pair_items(pairs)`.
+
+    `accuracy` is the share of pairs in the right order, a tie half of one; every prompt counts once, whatever the
+    number of its pairs, and the standard error is over prompts. `calibration_error` compares the confidence that
+    Bradley-Terry reads off a margin, sigma(|r_1 - r_2|), with accuracy; it says nothing of standardised rewards.
+    Pairs with a side that has no reward are left out, and counted.
+    """
+    sides = list(zip(pairs, rewards[: len(pairs)], rewards[len(pairs) :], strict=True))
+    known = [
+        (pair, chosen, rejected) for pair, chosen, rejected in sides if chosen is not None and rejected is not None
+    ]
+    counts = {"num": len(known), "num_abstained": len(pairs) - len(known)}
+    if not known:
+        return counts | dict.fromkeys(("accuracy", "calibration_error", "mean_margin", "length_correlation"))
+    chosen, rejected = (np.array([item[side] for item in known], np.float64) for side in (1, 2))
+    margins = chosen - rejected
+    right = (np.sign(margins) + 1) / 2
+    lengths = [len(p.chosen_token_ids) for p, *_ in known] + [len(p.rejected_token_ids) for p, *_ in known]
+    correlation = spearman(np.concatenate([chosen, rejected]), np.array(lengths))
+    of_prompts = per_prompt([p.prompt_id for p, *_ in known], right)
+    return counts | {
+        "accuracy": asdict(paired_difference(of_prompts, np.zeros(len(of_prompts)))),
+        "calibration_error": expected_calibration_error(expit(np.abs(margins)), right, num_bins=20),
+        "mean_margin": float(margins.mean()),
+        "length_correlation": asdict(correlation) if correlation else None,
+    }
+
+
+def per_prompt(prompt_ids: Sequence[str], values: np.ndarray) -> np.ndarray:
+    """The mean value of each prompt's pairs."""
+    _, which = np.unique(prompt_ids, return_inverse=True)
+    return np.bincount(which, values) / np.bincount(which)

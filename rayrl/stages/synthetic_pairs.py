@@ -1,0 +1,99 @@
+"""How a block of the policy's samples becomes a block of preference pairs: scored, turned into outcomes, paired."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from rayrl.data.blocks import BlockTable
+from rayrl.records import PreferencePair, Scored, to_table
+from rayrl.stages.outcomes import Outcome, best_worst_outcome, synthesize_outcome
+
+if TYPE_CHECKING:
+    from rayrl.training.rollout import Rewards
+
+SCORED = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("scores", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticPairs:
+    """How blocks of samples become blocks of pairs; travels to the tasks that do it."""
+
+    method: str
+    gamma: float
+    seed: int
+    m1_version: str
+    rewards: "Rewards"
+    samples: BlockTable
+    scored: BlockTable
+    clusters: BlockTable | None
+    """None: the controls cluster nothing."""
+    outcomes: BlockTable
+    table: BlockTable
+    """The pairs."""
+
+    def score_block(self, block: int) -> pa.Table:
+        """The reward of every response."""
+        rows = self.samples.read(block).to_pylist()
+        items = [
+            Scored(prompt=row["prompt"], response=r["text"], token_ids=row["prompt_token_ids"] + r["token_ids"])
+            for row in rows
+            for r in row["responses"]
+        ]
+        rewards = iter(self.rewards.score(items))
+        scored = [{"prompt_id": row["prompt_id"], "scores": [next(rewards) for _ in row["responses"]]} for row in rows]
+        return pa.Table.from_pylist(scored, schema=SCORED)
+
+    def outcome_block(self, block: int) -> pa.Table:
+        """What becomes of every prompt."""
+        rows = self.samples.read(block).to_pylist()
+        scores = self.scored.read(block)["scores"].to_pylist()
+        if self.clusters is None:
+            made = [best_worst_outcome(row, of_row) for row, of_row in zip(rows, scores, strict=True)]
+        else:
+            clusters = self.clusters.read(block)["clusters"].to_pylist()
+            made = [
+                synthesize_outcome(row, ids, of_row, gamma=self.gamma, seed=self.seed)
+                for row, ids, of_row in zip(rows, clusters, scores, strict=True)
+            ]
+        return to_table(made, Outcome)
+
+    def pair_block(self, block: int) -> pa.Table:
+        """The pairs of the prompts that are accepted."""
+        columns = (self.samples.read(block), self.outcomes.read(block), self.scored.read(block)["scores"])
+        pairs = [
+            self._pair(row, outcome, scores)
+            for row, outcome, scores in zip(*(column.to_pylist() for column in columns), strict=True)
+            if outcome["reason"] == "accepted"
+        ]
+        return to_table(pairs, PreferencePair)
+
+    def _pair(self, row: dict[str, Any], outcome: dict[str, Any], scores: list[float | None]) -> PreferencePair:
+        chosen, rejected = outcome["chosen"], outcome["rejected"]
+        better, worse = row["responses"][chosen], row["responses"][rejected]
+        return PreferencePair(
+            prompt_id=row["prompt_id"],
+            prompt=row["prompt"],
+            prompt_token_ids=row["prompt_token_ids"],
+            chosen_id=better["id"],
+            rejected_id=worse["id"],
+            chosen=better["text"],
+            rejected=worse["text"],
+            chosen_token_ids=better["token_ids"],
+            rejected_token_ids=worse["token_ids"],
+            chosen_score=float(scores[chosen]),
+            rejected_score=float(scores[rejected]),
+            chosen_reference_logprob=self._reference(better),
+            rejected_reference_logprob=self._reference(worse),
+            source=self.method,
+        )
+
+    def _reference(self, response: dict[str, Any]) -> float:
+        """Log p under M1, known where M1 wrote it."""
+        return response["logprob"] if response["policy_version"] == self.m1_version else math.nan

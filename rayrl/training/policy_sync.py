@@ -1,0 +1,73 @@
+"""The policy as the replicas serve it: its weights go out after every update, its answers and rewards come back."""
+
+import shutil
+import time
+from typing import Any
+
+from rayrl.data.batches import Row
+from rayrl.data.tokenizing import load_tokenizer
+from rayrl.records import Checkpoint
+from rayrl.training import engine as zero
+from rayrl.training import export, launch
+from rayrl.training.rollout import Answers, sample
+
+
+class ServedPolicy:
+    """What the replicas hold, and the best of what they held."""
+
+    def __init__(self, job: Any, engine: Any, *, best_reward: float):
+        self.job = job
+        self.engine = engine
+        self.best_reward = best_reward
+        self._step = 0
+        self._served: Checkpoint = job.m1
+        self._measured_at = -1
+
+    def answers(self, prompts: list[Row], step: int) -> Answers:
+        """This rank's answers to the prompts of a step, by the weights that are served when it is called."""
+        job = self.job
+        return sample(
+            job.fleet, self._served, prompts, job.sampling, job.rewards, (self._step, f"{job.seed} step {step}")
+        )
+
+    def publish(self, step: int) -> float:
+        """Bring the trainer's weights to every replica, proved by the probe; seconds it took. All ranks take part."""
+        started = time.monotonic()
+        checkpoint = Checkpoint(
+            path=f"{self.job.sync_url}/{step}", version=f"{self.job.m1.version}-{self.job.stage}-{step}"
+        )
+        export.export_policy(self.engine, self.engine.module.policy, None, checkpoint.path)
+        if launch.rank() == 0:
+            self.job.fleet.adopt(checkpoint)
+            if self._step:
+                shutil.rmtree(f"{self.job.sync_url}/{self._step}", ignore_errors=True)
+        zero.largest(0.0, self.engine)  # nobody asks for these weights before they are there
+        self._served, self._step = checkpoint, step
+        return time.monotonic() - started
+
+    def measure(self, step: int, *, always: bool = False) -> dict[str, float]:
+        """Mean reward of the held-out prompts when its turn has come; the best policy so far is kept."""
+        if step == self._measured_at or not (always or step % self.job.ppo.evaluate_every == 0):
+            return {}
+        self._measured_at = step
+        job = self.job
+        mine = job.held_out[launch.rank() :: launch.world_size()]
+        said = sample(job.fleet, self._served, mine, job.sampling, job.rewards, (self._step, f"{job.seed} held out"))
+        rewards = [reward for reward in said.rewards if reward is not None]
+        num = zero.total(len(rewards), self.engine)
+        mean = zero.total(sum(rewards), self.engine) / num if num else float("nan")
+        if mean > self.best_reward:
+            self.best_reward = mean
+            self._export(job.best_url)
+        return {"held_out_reward": mean}
+
+    def finish(self, step: int) -> None:
+        """Write the last policy, and the best one if none was measured before."""
+        self.measure(step, always=True)
+        self._export(self.job.checkpoint_url)
+        if launch.rank() == 0:
+            shutil.rmtree(self.job.sync_url, ignore_errors=True)
+
+    def _export(self, url: str) -> None:
+        tokenizer = load_tokenizer(self.job.policy)
+        export.export_policy(self.engine, self.engine.module.policy, tokenizer, url)

@@ -1,0 +1,136 @@
+"""PPO on real parts: Ray Train and DeepSpeed around the loop, a vLLM replica answering, weights synced each update."""
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from rayrl.actors.generator import Sampling
+from rayrl.config import LoraConfig, PolicyConfig, PpoConfig
+from rayrl.data.blocks import BlockTable
+from rayrl.data.collate import collate
+from rayrl.models.actor_critic import ActorCritic, policy_logprobs
+from rayrl.models.policy import load_policy, response_logprobs
+from rayrl.records import Checkpoint
+from rayrl.stages.fitting import stream_of
+from rayrl.telemetry.metrics import read_metrics
+from rayrl.training.launch import fit
+from rayrl.training.ppo import PpoJob, num_rollouts, train_ppo
+from tests.training.test_fit import kill_a_worker_after
+
+NUM_PROMPTS = 48
+UNREWARDED = 17
+
+
+class Wanted:
+    """The share of low token ids in a response; abstains on one prompt."""
+
+    def score(self, items):
+        texts = [(item.prompt, item.token_ids[3:]) for item in items]
+        return [
+            None if p == f"prompt {UNREWARDED}" else 4.0 * sum(t < 300 for t in said) / len(said) for p, said in texts
+        ]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    table = BlockTable(str(tmp_path_factory.mktemp("prompts")), 3)
+    for block in range(3):
+        numbers = range(block * 16, block * 16 + 16)
+        rows = [{"id": f"p{n}", "text": f"prompt {n}", "token_ids": [1, 20 + n, 30 + n]} for n in numbers]
+        table.write(block, pa.Table.from_pylist(rows))
+    return table
+
+
+def train(folder, prompts, policy, fleet, **settings):
+    config = PpoConfig(
+        **{"rollout_size": 16, "batch_size": 8, "learning_rate": 3e-4, "epochs": 2, "kl_coef": 0.01, "value_coef": 0.5}
+        | {"evaluate_every": 3, "checkpoint_every": 2, "max_kl": 1000.0}
+        | settings
+    )
+    job = PpoJob(
+        stage="ppo",
+        run_url=str(folder),
+        checkpoint_url=f"{folder}/checkpoint",
+        best_url=f"{folder}/best",
+        sync_url=f"{folder}/weights",
+        m1=policy.checkpoint,
+        policy=PolicyConfig(path=policy.path),
+        value_path=policy.path,
+        ppo=config,
+        sampling=Sampling(temperature=1.0, max_tokens=12),
+        fleet=fleet,
+        rewards=Wanted(),
+        held_out=prompts.read(0).to_pylist(),
+        dtype="float32",
+        seed=0,
+        num_rows=NUM_PROMPTS,
+    )
+    by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
+    fit(train_ppo, job, by_rollout, stream_of(prompts, 0), storage=f"{folder}/fit", on_gpu=False)
+    return read_metrics(f"{folder}/metrics/ppo.jsonl")
+
+
+def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generators, prompts, tiny_policy, tmp_path):
+    curve = train(tmp_path, prompts, tiny_policy, generators, epochs=6)
+    assert (
+        [row["step"] for row in curve]
+        == list(range(1, 19))
+        == list(range(1, num_rollouts(48, PpoConfig(rollout_size=16, batch_size=8, epochs=6)) + 1))
+    )
+    first, last = (sum(row["reward"] for row in rows) / 3 for rows in (curve[:3], curve[-3:]))
+    assert last > first + 0.5
+    assert curve[0]["kl"] == pytest.approx(0, abs=1e-2)
+    assert curve[-1]["kl"] > 0.1
+    assert sum(row["num_responses"] for row in curve) == 6 * (NUM_PROMPTS - 1)  # one prompt is never rewarded
+    assert curve[-1]["held_out_reward"] > curve[2]["held_out_reward"]
+    assert all(row["updates_behind"] == 0 for row in curve)
+    # the last weights the replica took are the ones that were exported
+    version = ray.get(generators.replicas[0].status.remote())["version"]
+    assert version == "tiny-ppo-18"
+    prompt, said = [1, 25, 35], [100, 200, 300, 2]
+    served = generators.call("logprobs", Checkpoint(path="gone", version=version), [prompt], [said])[0]
+    with torch.no_grad():
+        exported = response_logprobs(
+            load_policy(f"{tmp_path}/checkpoint", torch.float32).eval(), collate([prompt], [said])
+        )
+    assert served == pytest.approx(exported.item(), abs=1e-3)
+
+
+def test_overlap_is_one_update_behind_and_a_killed_trainer_resumes(generators, prompts, tiny_policy, tmp_path):
+    settings = {"overlap": True, "lora": LoraConfig(rank=4, alpha=8), "target_kl": 0.5, "learning_rate": 1e-3}
+    whole = train(tmp_path / "a", prompts, tiny_policy, generators, **settings)
+    killer = kill_a_worker_after(f"{tmp_path}/b/metrics/ppo.jsonl", 3)
+    resumed = train(tmp_path / "b", prompts, tiny_policy, generators, **settings)
+    killer.join(timeout=10)
+    assert killer.killed
+    assert [row["updates_behind"] for row in whole] == [0, 1, 1, 1, 1, 1]
+    assert [row["step"] for row in resumed] == [row["step"] for row in whole] == list(range(1, 7))
+    assert [row["kl_coef"] for row in whole] != [whole[0]["kl_coef"]] * 6
+    # up to the checkpoint the curves are one; after it the first rollout is no longer an update behind
+    assert [row["reward"] for row in resumed[:2]] == pytest.approx([row["reward"] for row in whole[:2]], abs=1e-5)
+    assert resumed[-1]["reward"] == pytest.approx(whole[-1]["reward"], abs=0.5)
+
+
+def test_a_policy_that_runs_away_is_stopped(generators, prompts, tiny_policy, tmp_path):
+    curve = train(tmp_path, prompts, tiny_policy, generators, kl_coef=0.0, learning_rate=3e-3, max_kl=0.5, epochs=4)
+    assert curve[-1]["kl"] > 0.5
+    assert len(curve) < 12
+
+
+def test_values_and_logprobs_are_those_of_the_state_before_each_token(tiny_policy):
+    policy, value = tiny_policy.load(), tiny_policy.load()
+    actor_critic = ActorCritic(policy, value)
+    torch.nn.init.normal_(actor_critic.value_head.weight)
+    prompts, responses = [[1, 5, 9], [1, 7]], [[40, 41], [50, 51, 52, 53]]
+    with torch.no_grad():
+        read = actor_critic(batch := collate(prompts, responses))
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            for t in range(len(response)):
+                so_far = torch.tensor([prompt + response[:t]])
+                out = value(so_far, output_hidden_states=True)
+                expected = actor_critic.value_head(out.hidden_states[-1][0, -1])
+                assert read.values[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
+                logprob = policy(so_far).logits[0, -1].log_softmax(-1)[response[t]]
+                assert read.logprobs[row, t].item() == pytest.approx(logprob.item(), abs=1e-4)
+        assert policy_logprobs(policy, batch).shape == (2, 4)

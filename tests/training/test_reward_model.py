@@ -1,0 +1,271 @@
+"""Real fits of reward models on the quickstart's model, and the parts they are made of."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rayrl.config import LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
+from rayrl.data.blocks import BlockTable
+from rayrl.models.multiview import MultiViewRewardModel
+from rayrl.models.policy import load_policy
+from rayrl.models.reward import RewardModel
+from rayrl.records import Checkpoint
+from rayrl.stages.fitting import stream_of
+from rayrl.telemetry.metrics import read_metrics
+from rayrl.training.launch import fit
+from rayrl.training.reward_model import RewardModelJob, _Losses, pair_batch, sequence_batch, train_reward_model
+from rayrl.training.views import Views, prompts_with_views, two_views, view_batches
+from tests.training.test_fit import kill_a_worker_after
+
+GOOD, BAD = 40, 41
+NUM_PAIRS = 72  # in blocks of 24
+TRAINING = {"epochs": 3, "batch_size": 12, "learning_rate": 1e-3, "micro_batch_tokens": 256}
+UML = UmlConfig(batch_size=4, z_dim=8, hidden_dim=32)
+
+
+def sequence(rng, marker):
+    """A prompt of random tokens and a response that holds the marker somewhere."""
+    tokens = rng.integers(50, 700, size=int(rng.integers(6, 16))).tolist()
+    return [1, *tokens[:4], *tokens[4:5], marker, *tokens[5:], 2]
+
+
+def pair_rows(num, seed, **columns):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "chosen_id": f"{n}-0",
+            "rejected_id": f"{n}-1",
+            "chosen_token_ids": sequence(rng, GOOD),
+            "rejected_token_ids": sequence(rng, BAD),
+            **columns,
+        }
+        for n in range(num)
+    ]
+
+
+def write_blocks(folder, rows, size):
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    table = BlockTable(str(folder), len(blocks))
+    for number, block in enumerate(blocks):
+        table.write(number, pa.Table.from_pylist(block))
+    return table
+
+
+def sampled_row(n, num_responses=4):
+    rng = np.random.default_rng([7, n])
+    responses = [
+        {"text": f"{n} says {i}", "token_ids": rng.integers(50, 700, 5 + i).tolist()} for i in range(num_responses)
+    ]
+    return {"prompt_id": f"p{n}", "prompt_token_ids": [1, 60 + n], "responses": responses}
+
+
+def view_table(folder, num=7):
+    rows = [sampled_row(n) for n in range(num)]
+    rows.insert(2, sampled_row(100, num_responses=1))  # no two views: never drawn
+    return write_blocks(folder, rows, 3)
+
+
+def fit_model(folder, policy, training, views=None, dtype="float32"):
+    table = write_blocks(folder / "pairs", pair_rows(NUM_PAIRS, seed=0), 24)
+    job = RewardModelJob(
+        stage="reward_model",
+        run_url=str(folder),
+        checkpoint_url=f"{folder}/checkpoint",
+        policy=PolicyConfig(path=policy.path),
+        training=training,
+        pooling="last",
+        dtype=dtype,
+        seed=3,
+        num_rows=NUM_PAIRS,
+        views=views,
+    )
+    fit(train_reward_model, job, training, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=False)
+    return read_metrics(f"{folder}/metrics/reward_model.jsonl")
+
+
+def exported(folder, dtype=torch.float32):
+    """The model as it was written, read back by transformers."""
+    model = RewardModel(load_policy(f"{folder}/checkpoint", dtype), "last").eval()
+    model.head.load_state_dict(load_file(f"{folder}/checkpoint/head/head.safetensors"))
+    return model
+
+
+def rewards(model, sequences):
+    batch = sequence_batch(sequences)
+    with torch.no_grad():
+        return model(batch.input_ids, batch.attention_mask, batch.position_ids).tolist()
+
+
+def accuracy(model, seed):
+    rows = pair_rows(64, seed)
+    chosen, rejected = (rewards(model, [row[f"{side}_token_ids"] for row in rows]) for side in ("chosen", "rejected"))
+    return np.mean(np.array(chosen) > np.array(rejected))
+
+
+@pytest.fixture(scope="module")
+def with_uml(ray_cluster, tiny_policy, tmp_path_factory):
+    """A fit with multi-view learning: its folder, its curve, its views."""
+    folder = tmp_path_factory.mktemp("uml")
+    views = Views(table=view_table(folder / "views"), uml=UML, max_tokens=512)
+    training = RewardModelConfig(**TRAINING, checkpoint_every=4)
+    return folder, fit_model(folder, tiny_policy, training, views), views
+
+
+def test_a_reward_model_learns_the_rule_and_ranks_unseen_pairs(with_uml, tiny_policy):
+    folder, curve, _ = with_uml
+    assert [row["step"] for row in curve] == list(range(1, 19))
+    assert curve[0]["pair_loss"] == pytest.approx(math.log(2), abs=1e-6)  # the head starts at zero
+    assert curve[0]["accuracy"] == 0.5
+    assert np.mean([row["pair_loss"] for row in curve[-4:]]) < 0.5
+    assert accuracy(RewardModel(tiny_policy.load(), "last"), seed=1) == 0
+    assert accuracy(exported(folder), seed=1) > 0.5 + 4 * 0.5 / 8  # 64 pairs: four standard errors above chance
+
+
+def test_the_branch_is_trained_and_not_exported(with_uml, tiny_policy):
+    folder, curve, _ = with_uml
+    assert all(math.isfinite(row["mi"]) and row["skl"] >= 0 for row in curve)
+    assert all(row["loss"] != pytest.approx(row["pair_loss"], abs=1e-3) for row in curve)
+    names = load_file(folder / "checkpoint" / "model.safetensors").keys()
+    assert set(names) == set(tiny_policy.load().state_dict())
+    assert load_file(folder / "checkpoint/head/head.safetensors").keys() == {"weight", "bias"}
+
+
+def test_served_values_are_the_trainers(with_uml, last_embedders):
+    folder, _, _ = with_uml
+    checkpoint = Checkpoint(path=f"{folder}/checkpoint", version="uml")
+    sequences = [row["chosen_token_ids"] for row in pair_rows(20, seed=2)]
+    served = last_embedders.call("values", checkpoint, sequences)
+    np.testing.assert_allclose(served, rewards(exported(folder), sequences), atol=1e-4)
+
+
+def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_policy, tmp_path):
+    folder, undisturbed, views = with_uml
+    killer = kill_a_worker_after(f"{tmp_path}/metrics/reward_model.jsonl", 10)
+    disturbed = fit_model(tmp_path, tiny_policy, RewardModelConfig(**TRAINING, checkpoint_every=4), views)
+    assert len(killer.killed) == 1
+    lines = (tmp_path / "metrics/reward_model.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines].count(1) == 1, "the restarted worker began again at step 1"
+    for name in ("loss", "pair_loss", "skl"):
+        assert [row[name] for row in disturbed] == pytest.approx([row[name] for row in undisturbed], abs=1e-3)
+    ours, theirs = (load_file(f / "checkpoint" / "model.safetensors") for f in (tmp_path, folder))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "objective"),
+    [
+        ("float32", {"num_workers": 2, "zero_stage": 3}, "uml"),
+        ("bfloat16", {"zero_stage": 2, "lora": LoraConfig(rank=4)}, "infomax"),
+    ],
+    ids=["zero3-two-workers", "bfloat16-zero2-lora"],
+)
+def test_every_way_of_training_learns(ray_cluster, tiny_policy, tmp_path, dtype, changes, objective):
+    uml = UML.model_copy(update={"objective": objective})
+    views = Views(table=view_table(tmp_path / "views"), uml=uml, max_tokens=512)
+    curve = fit_model(tmp_path, tiny_policy, RewardModelConfig(**TRAINING, **changes), views, dtype)
+    assert np.mean([row["pair_loss"] for row in curve[-4:]]) < curve[0]["pair_loss"] - 0.05
+    assert np.mean([row["accuracy"] for row in curve[-4:]]) > 0.7
+    probe = json.loads((Path(tmp_path) / "checkpoint" / "probe.json").read_text())
+    value = rewards(exported(tmp_path, getattr(torch, dtype)), [probe["prompt_token_ids"]])[0]
+    assert value == pytest.approx(probe["value"], abs=1e-4 if dtype == "float32" else 0.05)
+    assert value != 0
+
+
+def gradients(policy, rows):
+    """Loss and gradients of one micro-batch; a head that is not zero, so that the backbone has some."""
+    torch.manual_seed(0)
+    model = MultiViewRewardModel(RewardModel(policy.load(), "last"), None)
+    torch.nn.init.normal_(model.reward_model.head.weight)
+    losses = _Losses(model, pair_batch(rows))
+    loss = losses.of(pair_batch(rows))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_pair_without_weight_has_no_gradient(tiny_policy):
+    rows = pair_rows(4, seed=4)
+    weighed = [row | {"weight": w} for row, w in zip(rows, (1.0, 0.0, 1.0, 0.0), strict=True)]
+    loss, found = gradients(tiny_policy, weighed)
+    expected_loss, expected = gradients(tiny_policy, rows[::2])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+    _, none = gradients(tiny_policy, [row | {"weight": 0.0} for row in rows])
+    assert all(not gradient.any() for gradient in none.values())
+
+
+def test_what_is_watched_leaves_idle_batches_out(tiny_policy):
+    model = RewardModel(tiny_policy.load(), "last")
+    idle = pair_batch(pair_rows(1, seed=5))
+    losses = _Losses(model, idle)
+    losses.of(idle)
+    assert losses.watched() == {}
+    torch.nn.init.normal_(model.head.weight)
+    rows = pair_rows(3, seed=6)
+    losses.of(pair_batch(rows))
+    losses.of(idle)
+    chosen, rejected = (rewards(model, [r[f"{side}_token_ids"] for r in rows]) for side in ("chosen", "rejected"))
+    margins = torch.tensor(chosen) - torch.tensor(rejected)
+    watched = losses.watched()
+    assert watched["accuracy"].item() == pytest.approx((margins > 0).float().mean().item())
+    assert watched["margin"].item() == pytest.approx(margins.mean().item(), abs=1e-4)
+
+
+def drawn(views, skip, num, rank=0, num_ranks=1):
+    endless = view_batches(views, 5, rank, num_ranks, skip=skip)
+    return [next(endless) for _ in range(num)]
+
+
+def first_tokens(batch):
+    """Which prompt every row of a batch belongs to."""
+    rows = zip(batch.tokens.input_ids.tolist(), batch.tokens.attention_mask.tolist(), strict=True)
+    return [next(t for t, m in zip(tokens[1:], mask[1:], strict=True) if m and t != 1) for tokens, mask in rows]
+
+
+def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path):
+    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    assert [row["prompt_id"] for row in prompts_with_views(views.table)] == [f"p{n}" for n in range(7)]
+    for batch in drawn(views, 0, 10):
+        prompts = first_tokens(batch)
+        half = len(prompts) // 2
+        assert prompts[:half] == prompts[half:]
+        assert len(set(prompts)) == half > 1
+        rows = batch.tokens.input_ids.tolist()
+        assert all(one != other for one, other in zip(rows[:half], rows[half:], strict=True))
+    epoch = [prompt for batch in drawn(views, 0, 2) for prompt in first_tokens(batch)[: len(first_tokens(batch)) // 2]]
+    assert sorted(epoch) == [60 + n for n in range(7)]  # 4 and 3 of 7 prompts
+
+
+def test_views_go_on_where_they_were(tmp_path):
+    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    whole, rest = drawn(views, 0, 9), drawn(views, 4, 5)
+    for one, other in zip(whole[4:], rest, strict=True):
+        assert one.seed == other.seed
+        assert one.tokens.input_ids.tolist() == other.tokens.input_ids.tolist()
+    assert len({batch.seed for batch in whole}) == 9
+
+
+def test_ranks_share_the_prompts_and_no_batch_is_of_one_prompt(tmp_path):
+    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    by_rank = [{p for batch in drawn(views, 0, 6, rank, 2) for p in first_tokens(batch)} for rank in range(2)]
+    assert by_rank[0] == {60, 62, 64, 66}
+    assert by_rank[1] <= {61, 63, 65}  # two of three a time: which, the shuffle says
+    assert all(len(batch.tokens.input_ids) >= 4 for rank in range(2) for batch in drawn(views, 0, 6, rank, 2))
+
+
+def test_epochs_draw_other_views_and_long_ones_are_cut():
+    row = sampled_row(0, num_responses=10)
+    drawn_views = [two_views(row, 512, 0, epoch) for epoch in range(20)]
+    assert drawn_views == [two_views(row, 512, 0, epoch) for epoch in range(20)]
+    assert len({str(views) for views in drawn_views}) > 10
+    assert all(first != second for first, second in drawn_views)
+    assert all(len(view) == 5 for views in [two_views(row, 5, 0, 0)] for view in views)
+    copies = {**row, "responses": [*row["responses"][:2], *[row["responses"][0]] * 8]}
+    assert all(first != second for first, second in (two_views(copies, 512, 0, epoch) for epoch in range(20)))
