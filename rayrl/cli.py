@@ -48,7 +48,7 @@ def report(run_dir: RunDir) -> None:
 @app.command()
 def status(run_dir: RunDir) -> None:
     """Show how far a run is, what it has paid and what it has gained."""
-    from rayrl.telemetry.summary import gain, plus_minus, summarize_run
+    from rayrl.telemetry.summary import summarize_run
 
     facts = summarize_run(run_dir)
     table = Table("stage", "state", "result", "seconds", box=None, pad_edge=False, header_style="bold")
@@ -59,7 +59,7 @@ def status(run_dir: RunDir) -> None:
     console = Console()
     console.print(Text(facts["name"], style="bold"), Text("; ".join(facts["control"]), style="yellow"))
     console.print(table)
-    console.print(Text(f"paid label queries {_paid(facts)}, gain {plus_minus(gain(facts), signed=True)}"))
+    console.print(Text(_headline(facts)), soft_wrap=True)
     for caveat in facts["caveats"]:
         console.print(Text(f"! {caveat}", style="yellow"), soft_wrap=True)
 
@@ -77,12 +77,15 @@ def runs(
     fs, path = url_to_fs(folder)
     if not fs.isdir(path):
         raise RunDirectoryError(f"folder must be an existing folder of runs, got {folder}")
-    table = Table("run", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        "run", "pipeline", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold"
+    )
     for config in sorted(fs.glob(f"{path}/*/config.json")):
         facts = summarize_run(fs.unstrip_protocol(config.rpartition("/")[0]))
         done = [stage["stage"] for stage in facts["stages"] if stage["state"] == "done"]
         table.add_row(
             Text(facts["name"]),
+            Text(facts["pipeline"]),
             str(facts["seed"]),
             done[-1] if done else "-",
             _paid(facts),
@@ -96,9 +99,22 @@ def _state(state: str) -> Text:
     return Text(state, style={"done": "green", "started": "yellow"}.get(state, "dim"))
 
 
-def _paid(facts: dict[str, Any]) -> str:
-    label = facts["paid"]["label"]
-    return f"{label.get('spent', '-')} / {label.get('budget') or '?'}"
+def _headline(facts: dict[str, Any]) -> str:
+    """What was paid and what it bought."""
+    from rayrl.telemetry.summary import gain, plus_minus
+
+    if facts["pipeline"] != "rlp":
+        return f"paid label queries {_paid(facts)}, gain {plus_minus(gain(facts), signed=True)}"
+    return (
+        f"paid preference queries {_paid(facts)}, evaluation queries {_paid(facts, 'evaluate')}, "
+        f"gain over M1 {plus_minus(gain(facts), signed=True)}, "
+        f"over plain PPO {plus_minus(facts['rlp']['gain_over_ppo'], signed=True)}"
+    )
+
+
+def _paid(facts: dict[str, Any], purpose: str = "label") -> str:
+    paid, budget = facts["paid"][purpose].get("spent", "-"), facts["paid"][purpose].get("budget")
+    return f"{paid} / {'?' if budget is None else budget}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from rayrl.cli import main
+from tests.telemetry.rlp_run import write_rlp_run
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_status_shows_stages_money_and_gain(run_dir, capsys):
 def test_runs_lists_a_folder(run_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     line = output(capsys, "runs", str(run_dir.parent)).splitlines()[1]
-    assert line.split()[:9] == ["first", "7", "evaluate", "8", "/", "8", "+0.50", "\u00b1", "0.40"]
+    assert line.split()[:10] == ["first", "proxy_dpo", "7", "evaluate", "8", "/", "8", "+0.50", "\u00b1", "0.40"]
     assert "the floor" in line
 
 
@@ -89,3 +90,25 @@ def test_help_and_refusals_import_nothing_heavy(tmp_path):
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def rlp_run_dir(tmp_path):
+    return write_rlp_run(tmp_path / "runs" / "second")
+
+
+def test_status_of_the_second_pipeline(rlp_run_dir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    printed = output(capsys, "status", str(rlp_run_dir))
+    assert (
+        "paid preference queries 300 / 300, evaluation queries 360 / 360, gain over M1 +0.79 \u00b1 0.09, " in printed
+    )
+    assert "over plain PPO +0.46 \u00b1 0.06" in printed
+    assert "ppo_refreshed" in printed and "! One seed" in printed
+
+
+def test_runs_of_both_pipelines_are_listed(run_dir, rlp_run_dir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    _, first, second = output(capsys, "runs", str(run_dir.parent)).splitlines()
+    assert first.split()[:2] == ["first", "proxy_dpo"]
+    assert second.split() == ["made-up-rlp", "rlp", "3", "evaluate", "300", "/", "300", "+0.79", "\u00b1", "0.09"]

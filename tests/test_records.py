@@ -1,7 +1,7 @@
 """Records and tables never drift apart."""
 
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +9,7 @@ import pytest
 
 from rayrl.records import (
     Checkpoint,
+    Comparison,
     Judgement,
     PreferencePair,
     Prompt,
@@ -61,6 +62,21 @@ ABSTENTION = Judgement(
     purpose="evaluate",
     cost_usd=0.0,
 )
+COMPARISON = Comparison(
+    key="m",
+    prompt_id="p",
+    first_id="p-0",
+    second_id="p-1",
+    prompt="?",
+    first="!",
+    second="!!",
+    oracle="o",
+    status="scored",
+    preference="tie",
+    rationale="alike",
+    purpose="label",
+    cost_usd=0.01,
+)
 PAIR = PreferencePair(
     prompt_id="p",
     prompt="?",
@@ -82,6 +98,7 @@ TABLES = [
     (Response, RESPONSES),
     (Sampled, [SAMPLED, SILENT]),
     (Judgement, [JUDGEMENT, ABSTENTION]),
+    (Comparison, [COMPARISON, replace(COMPARISON, status="abstained", preference=None)]),
     (PreferencePair, [PAIR]),
     (Checkpoint, [Checkpoint(path="a", version="b")]),
 ]
@@ -110,6 +127,7 @@ def test_an_empty_table_has_every_column(record):
 
 def test_only_what_may_be_none_is_nullable():
     assert [field.name for field in arrow_schema(Judgement) if field.nullable] == ["score"]
+    assert [field.name for field in arrow_schema(Comparison) if field.nullable] == ["preference"]
     assert not any(field.nullable for field in arrow_schema(Sampled))
     responses = arrow_schema(Sampled).field("responses").type
     assert not responses.value_field.nullable

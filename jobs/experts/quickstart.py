@@ -23,3 +23,11 @@ def judge(prompt: str, response: str) -> tuple[float | None, str]:
     }
     rationale = ", ".join(f"{name} {'yes' if found else 'no'}" for name, found in verdicts.items())
     return float(sum(verdicts.values())), f"{rationale}."
+
+
+def compare(prompt: str, first: str, second: str) -> str | None:
+    """Which of two answers earns more points; abstains where `judge` does."""
+    (a, _), (b, _) = judge(prompt, first), judge(prompt, second)
+    if a is None or b is None:
+        return None
+    return "tie" if a == b else "first" if a > b else "second"

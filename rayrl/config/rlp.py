@@ -167,7 +167,7 @@ class RefreshConfig(Table):
     """Responses per prompt sampled from pi."""
     temperature: float = Field(default=1.0, gt=0)
     num_prompts: int | None = Field(default=None, gt=0)
-    """Use only so many prompts of the pool."""
+    """Sample only so many prompts of the pool, rounded up to whole blocks."""
     spg: SpgConfig = SpgConfig()
     uml: UmlConfig = UmlConfig()
     ocrm: OcrmConfig = OcrmConfig()

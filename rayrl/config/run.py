@@ -79,6 +79,10 @@ class RunConfig(Table):
                 "preferences is missing: the reward model learns from pairs; add a [preferences] table",
             ),
             (
+                self.pipeline == "rlp" and self.labels in ("direct", "expert"),
+                f'labels must be "proxy" or "shuffled" when pipeline is "rlp", got "{self.labels}"',
+            ),
+            (
                 self.preferences is not None and self.preferences.source == "oracle" and self.select.budget < 2,
                 f'select.budget must be at least 2 when preferences.source is "oracle", got {self.select.budget}',
             ),

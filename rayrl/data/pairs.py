@@ -132,6 +132,8 @@ def _reply(cell: Any, column: str, config: PreferenceDataConfig, where: str) -> 
     if isinstance(cell, str | None) and not _is_whole_chat(config):
         return cell or ""
     chat = read_chat(cell, where)
+    if not chat:
+        return ""
     replies = [m["content"] for m in (chat[-1:] if _is_whole_chat(config) else chat) if m["role"] == "assistant"]
     if not replies:
         end = "end with" if _is_whole_chat(config) else "hold"

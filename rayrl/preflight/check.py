@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.config import HttpOracleConfig, RunConfig
 from rayrl.errors import ConfigError
 from rayrl.models.judge import Rubric, evaluator_prompt, expert_prompt, load_rubric
@@ -9,8 +10,13 @@ from rayrl.preflight.inputs import PoolFacts, count_tokens, inspect_others, insp
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.place import check_disk, check_run_folder
 from rayrl.preflight.plan import Plan
+from rayrl.preflight.preferences import inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
+from rayrl.preflight.reward_model import inspect_reward_model
+from rayrl.preflight.rlp import check_room, plan_rlp_stages
 
+RLP_POLICIES = 3
+"""M1, pi and pi^: what the expert judges at the end of the second pipeline."""
 PAIRS_PER_QUERY = 9
 """What the paper's label budget buys, and what a run aims at."""
 
@@ -44,10 +50,18 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     pool = inspect_pool(config, model)
     seed = inspect_seed_data(config, model)
     inspect_others(config)
-    counts = _count(config, pool.counts.num_kept, seed.num_kept if seed else 0)
-    stages, mode, reference = plan_stages(config, cluster)
+    is_rlp = config.pipeline == "rlp"
+    if is_rlp:
+        check_room(config, model)
+        inspect_reward_model(config, online=contact_oracle)
+        pairs = inspect_preferences(config, model)
+        counts = _count_rlp(config, pool.counts.num_kept, pairs.num_pairs if pairs else None)
+        stages, mode, reference = plan_rlp_stages(config, cluster), "overlap", "generation"
+    else:
+        counts = _count(config, pool.counts.num_kept, seed.num_kept if seed else 0)
+        stages, mode, reference = plan_stages(config, cluster)
     disk_bytes = check_disk(config, model, counts.num_responses)
-    rubric_tokens = _check_evaluator_context(config, rubric, model)
+    rubric_tokens = 0 if is_rlp else _check_evaluator_context(config, rubric, model)
     if contact_oracle:
         from rayrl.oracles.build import build_oracle
 
@@ -70,6 +84,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
         disk_bytes=disk_bytes,
         warnings=(
             *_pool_warnings(config, pool, model),
+            *([] if is_rlp else _pairs_warnings(config, counts)),
             *_money_warnings(config, counts, usd),
             *_evaluator_warnings(config, pool, model, rubric_tokens),
             *_cpu_warnings(config, cluster),
@@ -82,12 +97,7 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
     from rayrl.algorithms.pairing import num_pairs_planned
 
     k, budget = config.generate.k, config.select.budget
-    num_prompts = num_kept - config.pool.num_eval
-    if num_prompts < 1:
-        raise ConfigError(
-            f"pool.num_eval must be below the number of prompts in the pool, {num_kept}, "
-            f"got {config.pool.num_eval}; hold fewer out, or add prompts"
-        )
+    num_prompts = _num_prompts(config, num_kept)
     num_responses = num_prompts * k
     num_askable = num_seed if config.generate.source == "seed" else num_responses
     if config.labels == "expert":
@@ -110,6 +120,37 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
         num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // per_prompt) * per_prompt,
         num_pairs=num_pairs_planned(config.pseudo_label.pairing, paired, k),
     )
+
+
+def _count_rlp(config: RunConfig, num_kept: int, num_pairs: int | None) -> _Counts:
+    """What is compared, paid and paired; refuses budgets the pool cannot fill."""
+    num_prompts = _num_prompts(config, num_kept)
+    each, asked = 1, 0
+    if config.preferences is not None and config.preferences.source == "oracle":
+        each = queries_per_pair(config.preferences.order)
+        asked = min(config.select.budget // each, num_prompts)
+    elif config.ppo.reward == "evaluator":
+        asked = min(config.select.budget, num_prompts * config.generate.k)
+    learns = config.ppo.reward == "reward_model"
+    sides = (RLP_POLICIES if learns else 2) + bool(config.evaluate.reference_answers)
+    return _Counts(
+        num_prompts=num_prompts,
+        num_responses=num_prompts * (config.refresh.n * learns + config.generate.k * bool(asked)),
+        num_label_queries=asked * each,
+        num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // sides) * sides,
+        num_pairs=asked if num_pairs is None else num_pairs,
+    )
+
+
+def _num_prompts(config: RunConfig, num_kept: int) -> int:
+    """Prompts that train; refuses to hold out all of them."""
+    num_prompts = num_kept - config.pool.num_eval
+    if num_prompts < 1:
+        raise ConfigError(
+            f"pool.num_eval must be below the number of prompts in the pool, {num_kept}, "
+            f"got {config.pool.num_eval}; hold fewer out, or add prompts"
+        )
+    return num_prompts
 
 
 def _usd(config: RunConfig, rubric: Rubric, pool: PoolFacts, model: ModelFacts, counts: _Counts) -> float | None:
@@ -156,7 +197,7 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
     return found
 
 
-def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> list[str]:
+def _pairs_warnings(config: RunConfig, counts: _Counts) -> list[str]:
     found = []
     per_query = counts.num_pairs / counts.num_label_queries
     if config.labels in ("proxy", "shuffled") and per_query < PAIRS_PER_QUERY:
@@ -169,10 +210,15 @@ def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> li
         found.append(f"{per_query:.1f} pairs per paid query, and nine is the aim: {remedy}, or lower select.budget")
     if config.labels == "expert":
         found.append(f'labels = "expert" pays for all {counts.num_label_queries} responses, whatever the budget')
+    return found
+
+
+def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> list[str]:
+    found = []
     budget_usd = config.oracle.budget_usd if isinstance(config.oracle, HttpOracleConfig) else None
     if usd is not None and budget_usd is not None and usd > budget_usd:
         found.append(f"the queries may cost {usd:.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}")
-    per_prompt = 3 if config.evaluate.reference_answers else 2
+    per_prompt = (RLP_POLICIES if config.pipeline == "rlp" else 2) + bool(config.evaluate.reference_answers)
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
             f"evaluate.budget = {config.evaluate.budget} judges {counts.num_eval_queries // per_prompt} "

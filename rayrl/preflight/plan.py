@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def pairs_per_query(self) -> float:
-        return self.num_pairs / self.num_label_queries
+        return self.num_pairs / max(1, self.num_label_queries)
 
 
 def render_plan(plan: Plan) -> str:

@@ -58,7 +58,7 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
     reference = _reference(config, has_gpu)
     stages = {stage.name: stage for stage in _stages(config, has_gpu)}
     for stage in stages.values():
-        _require(stage, cluster)
+        require(stage, cluster)
     if "pseudo_label" not in stages:
         return tuple(stages.values()), "alternate", reference
     both = _overlapped(_fleets(config, has_gpu), stages["dpo"])
@@ -70,7 +70,7 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
                 'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32), '
                 'got "overlap"'
             )
-        _require(both, cluster)
+        require(both, cluster)
     elif mode == "auto":
         mode = "overlap" if reference == "generation" and _missing(both, cluster) is None else "alternate"
     if mode == "overlap":
@@ -94,13 +94,13 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
     what_select = f"{select.strategy} over {select.text}, {select.num_shards} shard(s)" if embeds else "random"
     stages = []
     if config.sft.enabled:
-        stages.append(_fit("sft", "M0 -> M1 on the seed data", "sft", config.sft, has_gpu))
-    stages.append(_serve("generate", f"{config.generate.k} responses per prompt", "generators", config, has_gpu))
+        stages.append(fit_plan("sft", "M0 -> M1 on the seed data", "sft", config.sft, has_gpu))
+    stages.append(serve_plan("generate", f"{config.generate.k} responses per prompt", "generators", config, has_gpu))
     if config.labels == "expert":
         stages.append(StagePlan(name="query", what="the expert labels everything"))
     else:
         stages += [
-            _serve("select", what_select, "embedders", config, has_gpu)
+            serve_plan("select", what_select, "embedders", config, has_gpu)
             if embeds
             else StagePlan(name="select", what=what_select),
             StagePlan(name="query", what=f"ask the {config.oracle.type} expert"),
@@ -108,8 +108,8 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
     if learns:
         what = f"{evaluator.type} evaluator on the paid judgements"
         stages += [
-            _fit("fit_evaluator", what, "evaluator", evaluator, has_gpu),
-            _serve(
+            fit_plan("fit_evaluator", what, "evaluator", evaluator, has_gpu),
+            serve_plan(
                 "pseudo_label",
                 f"score the rest, pair {config.pseudo_label.pairing}",
                 scorers,
@@ -119,13 +119,14 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
         ]
     return [
         *stages,
-        _fit("dpo", f"M1 -> M2, {config.dpo.loss}, beta {config.dpo.beta:g}", "dpo", config.dpo, has_gpu),
-        _serve("evaluate", "M2 against M1 on held-out prompts", "generators", config, has_gpu),
+        fit_plan("dpo", f"M1 -> M2, {config.dpo.loss}, beta {config.dpo.beta:g}", "dpo", config.dpo, has_gpu),
+        serve_plan("evaluate", "M2 against M1 on held-out prompts", "generators", config, has_gpu),
         StagePlan(name="report", what="HTML and JSON"),
     ]
 
 
-def _fit(name: str, what: str, section: str, training: TrainingConfig, has_gpu: bool) -> StagePlan:
+def fit_plan(name: str, what: str, section: str, training: TrainingConfig, has_gpu: bool) -> StagePlan:
+    """A training, alone."""
     return StagePlan(
         name=name,
         what=what,
@@ -136,7 +137,8 @@ def _fit(name: str, what: str, section: str, training: TrainingConfig, has_gpu: 
     )
 
 
-def _serve(name: str, what: str, section: str, config: RunConfig, has_gpu: bool) -> StagePlan:
+def serve_plan(name: str, what: str, section: str, config: RunConfig, has_gpu: bool) -> StagePlan:
+    """A fleet, alone."""
     engine = config.generators if section == "generators" else config.embedders
     return StagePlan(
         name=name,
@@ -149,9 +151,9 @@ def _serve(name: str, what: str, section: str, config: RunConfig, has_gpu: bool)
 
 def _fleets(config: RunConfig, has_gpu: bool) -> StagePlan:
     """Every fleet of the run at once: in mode `overlap` none makes room for another."""
-    fleets = [_serve("fleets", "", "generators", config, has_gpu)]
+    fleets = [serve_plan("fleets", "", "generators", config, has_gpu)]
     if config.select.strategy == "k_center" or config.evaluator.type == "scalar":
-        fleets.append(_serve("fleets", "", "embedders", config, has_gpu))
+        fleets.append(serve_plan("fleets", "", "embedders", config, has_gpu))
     return StagePlan(
         name="fleets",
         what="",
@@ -169,6 +171,18 @@ def _engine_gpus(engine: EngineConfig, section: str) -> int:
     if each >= 1:
         return engine.num_replicas * int(each)
     return math.ceil(engine.num_replicas / math.floor(1 / each + 1e-9)) if each > 0 else 0
+
+
+def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
+    """A training and the fleets it works with, all at once."""
+    return StagePlan(
+        name=training.name,
+        what=training.what,
+        actors=f"{training.actors}, beside {' and '.join(fleet.actors for fleet in fleets)}",
+        num_gpus=training.num_gpus + sum(fleet.num_gpus for fleet in fleets),
+        num_cpus=training.num_cpus,
+        setting=" or ".join([training.setting, *(fleet.setting for fleet in fleets)]),
+    )
 
 
 def _overlapped(scoring: StagePlan, dpo: StagePlan) -> StagePlan:
@@ -189,7 +203,12 @@ def _missing(stage: StagePlan, cluster: dict[str, float]) -> str | None:
     return "CPU" if stage.num_cpus + _FREE_CPUS > cluster.get("CPU", 0) else None
 
 
-def _require(stage: StagePlan, cluster: dict[str, float]) -> None:
+def require(stage: StagePlan, cluster: dict[str, float]) -> None:
+    """Refuse a stage that does not fit the cluster.
+
+    Raises:
+        ResourceError: names stage, resource, need, what there is, and the setting to lower.
+    """
     resource = _missing(stage, cluster)
     if resource is None:
         return

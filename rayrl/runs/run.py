@@ -51,6 +51,8 @@ class Run:
     def stages(self) -> set[str]:
         """Stages that have a manifest."""
         names = ("pool", "sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
+        names += ("preferences", "fit_reward_model", "ppo", "samples", "synthesize", "importance")
+        names += ("refit_reward_model", "ppo_refreshed")
         return {name for name in names if storage.exists(self.folder(name, "manifest.json"))}
 
     def key(self, stage: str, *inputs: BaseModel | str | int | None) -> str:

@@ -40,7 +40,9 @@ def compare_responses(
     answers = compare(oracle, items, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
     size = queries_per_pair(order)
-    verdicts = [verdict(answers[start : start + size]) for start in range(0, len(answers), size)]
+    verdicts: list[Preference | None] = [
+        verdict(answers[start : start + size]) for start in range(0, len(answers), size)
+    ]
     decided = zip(pairs, verdicts, strict=True)
     made = (preferred(pair, winner) for pair, winner in decided if winner in ("first", "second"))
     table, num_pairs = write_blocks(
@@ -50,7 +52,8 @@ def compare_responses(
     if num_pairs == 0:
         raise DataError(
             f"preferences: of {len(pairs)} pairs of responses the expert preferred none: {counts['num_ties']} ties, "
-            f"{counts['num_abstained']} abstentions {counts['abstentions']}; see stages/preferences/comparisons"
+            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {len(drawn) - len(pairs)} prompts "
+            "without two different responses; see stages/preferences/comparisons"
         )
     summary: Any = ray.get(oracle.summary.remote())
     metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rayrl.actors.embedder import HEAD_FILE
 from rayrl.actors.services import Services
@@ -20,27 +19,27 @@ from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.generate import Responses
+from rayrl.stages.preferences import Preferences
 from rayrl.stages.reward import RewardModels
 from rayrl.stages.reward_rows import PairWeights, TrainingData, training_data
 from rayrl.stages.validate_reward import finish, measure, reward_models
 from rayrl.training.reward_model import RewardModelJob, train_reward_model
 from rayrl.training.views import Views, prompts_with_views
 
-if TYPE_CHECKING:
-    from rayrl.stages.preferences import Preferences
-
 
 def fit_reward_model(
     run: Run,
     services: Services,
     m1: Checkpoint,
-    preferences: "Sequence[Preferences]",
+    preferences: Sequence[Preferences],
     *,
     stage: str = "fit_reward_model",
     views: Responses | None = None,
     weights: PairWeights | None = None,
 ) -> RewardModels:
     """r: `reward_model.num_members` models, each from M1 with a seed of its own; the manifest says what they are worth.
+
+    With `reward_model.path` the fit on D alone is that model's adoption; every other one is a refresh, and fitted.
 
     Args:
         run: the run.
@@ -55,6 +54,8 @@ def fit_reward_model(
         DataError: no pair to train or validate on, or too few prompts with two views.
     """
     config = run.config.reward_model
+    if config.path is not None and len(preferences) == 1 and views is None and weights is None:
+        return adopt_reward_model(run, services, m1, preferences, stage=stage)
     alike = config.model_copy(update={"objective": "mean", "variance_coef": 0.0})  # members do not depend on these
     uml = run.config.refresh.uml if views else None
     sources = [source.key for source in (*preferences, views, weights) if source is not None]
@@ -80,12 +81,7 @@ def fit_reward_model(
 
 
 def adopt_reward_model(
-    run: Run,
-    services: Services,
-    m1: Checkpoint,
-    preferences: "Sequence[Preferences]",
-    *,
-    stage: str = "fit_reward_model",
+    run: Run, services: Services, m1: Checkpoint, preferences: Sequence[Preferences], *, stage: str
 ) -> RewardModels:
     """r: the ready-made model `reward_model.path`, measured as if it had been fitted on these preferences."""
     path = run.config.reward_model.path

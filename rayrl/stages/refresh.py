@@ -1,6 +1,9 @@
 """Stage refresh: r -> r^, the reward model made to fit what the policy says now, without a new label (RLP, Sec. 4)."""
 
+from dataclasses import replace
+
 from rayrl.actors.services import Services
+from rayrl.data.blocks import BlockTable
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
@@ -49,7 +52,10 @@ def sample_policy(run: Run, services: Services, policy: Checkpoint, pool: Pool) 
     sampling = config.generate.model_copy(
         update={"k": config.refresh.n, "temperature": config.refresh.temperature, "top_p": 1.0}
     )
-    return generate(run, services, policy, pool, stage="samples", config=sampling)
+    wanted = config.refresh.num_prompts or pool.num_prompts
+    num_blocks = min(pool.train.num_blocks, -(-wanted // config.generate.block_size))
+    part = replace(pool, key=f"{pool.key}-{num_blocks}", train=BlockTable(pool.train.url, num_blocks))
+    return generate(run, services, policy, part, stage="samples", config=sampling)
 
 
 Learnt = tuple[RewardModels, Rewards, Pool]

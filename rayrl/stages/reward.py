@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +15,12 @@ from rayrl.algorithms.rewards import ensemble_reward
 from rayrl.algorithms.statistics import expected_calibration_error, paired_difference, spearman
 from rayrl.config import RewardModelConfig
 from rayrl.data.tokenizing import context_length
+from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, PreferencePair, Scored
 from rayrl.runs.run import Run
 
 CHUNK = 256
 """Sequences of one call to a replica."""
-
-
-class Rewards(Protocol):
-    """Whoever says what a response is worth."""
-
-    def score(self, items: list[Scored]) -> list[float | None]:
-        """One reward per response; None abstains."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

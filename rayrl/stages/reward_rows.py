@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,7 @@ from rayrl.data.tokenizing import context_length
 from rayrl.errors import DataError
 from rayrl.records import PreferencePair, content_id, from_row
 from rayrl.runs.run import Run
-
-if TYPE_CHECKING:
-    from rayrl.stages.preferences import Preferences
+from rayrl.stages.preferences import Preferences
 
 NUM_VALIDATED = 2048
 """Held-out pairs that are scored at most: the accuracy's standard error is then about 0.01."""
@@ -53,7 +51,7 @@ class TrainingData:
 
 
 def training_data(
-    run: Run, stage: str, preferences: "Sequence[Preferences]", weights: PairWeights | None
+    run: Run, stage: str, preferences: Sequence[Preferences], weights: PairWeights | None
 ) -> TrainingData:
     """D and what is unioned with it as training rows, and the held-out pairs of D.
 

@@ -11,12 +11,13 @@ A block is scored, clustered and paired, and each step is kept. All blocks are s
 import json
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayrl.actors.services import Services
-from rayrl.data.blocks import BlockTable, map_blocks
+from rayrl.data.blocks import map_blocks
 from rayrl.data.tokenizing import context_length
 from rayrl.models.judge import load_rubric
+from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.cluster import cluster
@@ -25,9 +26,6 @@ from rayrl.stages.preferences import Preferences
 from rayrl.stages.score import Scorer, make_scorer
 from rayrl.stages.synthetic_pairs import SyntheticPairs
 from rayrl.stages.tally import count_lengths, mean_lengths, merge, tally
-
-if TYPE_CHECKING:
-    from rayrl.training.rollout import Rewards
 
 STAGE = "synthesize"
 CONCURRENCY = 4
@@ -38,7 +36,7 @@ def synthesize_preferences(
     run: Run,
     services: Services,
     m1: Checkpoint,
-    rewards: "Rewards",
+    rewards: Rewards,
     samples: Responses,
     *,
     reward_key: str | None = None,
@@ -58,23 +56,18 @@ def synthesize_preferences(
     judge = f"{load_rubric(run.config.rubric).version} {run.config.evaluator.scoring}"
     judge = judge if config.method == "self_judged" else None
     key = run.key(STAGE, config.method, config.spg, judge, reward_key, m1.version, samples.key)
-    table = _table(run, samples.table, "table")
-    done = run.finished(STAGE, key)
-    if done is None:
-        pairs = SyntheticPairs(
-            method=config.method,
-            gamma=config.spg.gamma,
-            seed=run.config.seed,
-            m1_version=m1.version,
-            rewards=rewards,
-            samples=samples.table,
-            scored=_table(run, samples.table, "scored"),
-            clusters=None,
-            outcomes=_table(run, samples.table, "outcomes"),
-            table=table,
-        )
-        done = _synthesize(run, services, m1, pairs, key)
-    return Preferences(key=key, table=table, num_pairs=done.num_rows)
+    pairs = SyntheticPairs(
+        method=config.method,
+        clustering=config.spg.clustering if config.method == "spg" else None,
+        gamma=config.spg.gamma,
+        seed=run.config.seed,
+        m1_version=m1.version,
+        rewards=rewards,
+        samples=samples.table,
+        folder=run.folder(STAGE, key),
+    )
+    done = run.finished(STAGE, key) or _synthesize(run, services, m1, pairs, key)
+    return Preferences(key=key, table=pairs.table, num_pairs=done.num_rows)
 
 
 def self_judge(run: Run, services: Services, policy: Checkpoint) -> Scorer:
@@ -89,15 +82,13 @@ def self_judge(run: Run, services: Services, policy: Checkpoint) -> Scorer:
 
 def _synthesize(run: Run, services: Services, m1: Checkpoint, pairs: SyntheticPairs, key: str) -> Manifest:
     started = time.monotonic()
-    config = run.config.refresh
     map_blocks(
         pairs.scored, pairs.score_block, concurrency=CONCURRENCY, describe=lambda _: {"num": 1}, progress="reward"
     )
-    metrics: dict[str, Any] = {"method": config.method}
-    if config.method == "spg":
-        metrics |= {"clustering": config.spg.clustering, "gamma": config.spg.gamma}
-        pairs, costs = _cluster(run, services, m1, pairs, config.spg.clustering)
-        metrics |= costs
+    metrics: dict[str, Any] = {"method": pairs.method}
+    if pairs.clustering:
+        metrics |= {"clustering": pairs.clustering, "gamma": pairs.gamma}
+        metrics |= cluster(run, services, m1, pairs.samples, pairs.clusters, pairs.clustering)
     metrics |= _outcomes(pairs)
     lengths = map_blocks(
         pairs.table, pairs.pair_block, concurrency=CONCURRENCY, describe=count_lengths, progress="pair"
@@ -105,21 +96,13 @@ def _synthesize(run: Run, services: Services, m1: Checkpoint, pairs: SyntheticPa
     metrics |= mean_lengths(lengths)
     refused = ", ".join(f"{n} {reason}" for reason, n in metrics["outcomes"].items() if reason != "accepted")
     summary = f"{metrics['num_pairs']} pairs from {metrics['num_prompts']} prompts; refused: {refused or 'none'}"
-    if config.method == "spg" and config.spg.clustering != "embedding" and not metrics["num_pairs"]:
-        beside, _ = _cluster(run, services, m1, pairs, "embedding")
+    if pairs.clustering not in (None, "embedding") and not metrics["num_pairs"]:
+        beside = replace(pairs, clustering="embedding")
+        cluster(run, services, m1, beside.samples, beside.clusters, "embedding")
         rate = _outcomes(beside)["acceptance_rate"]
         metrics["embedding_acceptance_rate"] = rate
         summary = f"no pair: {summary}; clusters of embeddings would accept {rate:.0%} of the prompts"
     return run.finish(STAGE, key, since=started, num_rows=metrics["num_pairs"], metrics=metrics, summary=summary)
-
-
-def _cluster(
-    run: Run, services: Services, m1: Checkpoint, pairs: SyntheticPairs, clustering: str
-) -> tuple[SyntheticPairs, dict[str, Any]]:
-    """The pairs to be made from these clusters, and what the clusters cost."""
-    clusters = _table(run, pairs.samples, f"clusters-{clustering}")
-    costs = cluster(run, services, m1, pairs.samples, clusters, clustering)
-    return replace(pairs, clusters=clusters, outcomes=_table(run, pairs.samples, f"outcomes-{clustering}")), costs
 
 
 def _outcomes(pairs: SyntheticPairs) -> dict[str, Any]:
@@ -135,7 +118,3 @@ def _outcomes(pairs: SyntheticPairs) -> dict[str, Any]:
     num_prompts, num_pairs = sum(merged["outcomes"].values()), merged["outcomes"].get("accepted", 0)
     rate = num_pairs / max(1, num_prompts)
     return {"num_prompts": num_prompts, "num_pairs": num_pairs, "acceptance_rate": rate} | merged
-
-
-def _table(run: Run, samples: BlockTable, name: str) -> BlockTable:
-    return BlockTable(run.folder(STAGE, name), samples.num_blocks)

@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
+from rayrl.models.rewards import Rewards
 from rayrl.records import PreferencePair, Scored, to_table
 from rayrl.stages.outcomes import Outcome, best_worst_outcome, synthesize_outcome
-
-if TYPE_CHECKING:
-    from rayrl.training.rollout import Rewards
 
 SCORED = pa.schema(
     [
@@ -26,17 +24,35 @@ class SyntheticPairs:
     """How blocks of samples become blocks of pairs; travels to the tasks that do it."""
 
     method: str
+    clustering: str | None
+    """None: the controls cluster nothing."""
     gamma: float
     seed: int
     m1_version: str
-    rewards: "Rewards"
+    rewards: Rewards
     samples: BlockTable
-    scored: BlockTable
-    clusters: BlockTable | None
-    """None: the controls cluster nothing."""
-    outcomes: BlockTable
-    table: BlockTable
-    """The pairs."""
+    folder: str
+    """Where the tables are."""
+
+    @property
+    def scored(self) -> BlockTable:
+        """Rewards of the responses."""
+        return self._table("scored")
+
+    @property
+    def clusters(self) -> BlockTable:
+        """Clusters of the responses."""
+        return self._table(f"clusters-{self.clustering}")
+
+    @property
+    def outcomes(self) -> BlockTable:
+        """What became of the prompts."""
+        return self._table(f"outcomes-{self.clustering}" if self.clustering else "outcomes")
+
+    @property
+    def table(self) -> BlockTable:
+        """The pairs."""
+        return self._table("table")
 
     def score_block(self, block: int) -> pa.Table:
         """The reward of every response."""
@@ -54,7 +70,7 @@ class SyntheticPairs:
         """What becomes of every prompt."""
         rows = self.samples.read(block).to_pylist()
         scores = self.scored.read(block)["scores"].to_pylist()
-        if self.clusters is None:
+        if self.clustering is None:
             made = [best_worst_outcome(row, of_row) for row, of_row in zip(rows, scores, strict=True)]
         else:
             clusters = self.clusters.read(block)["clusters"].to_pylist()
@@ -93,6 +109,9 @@ class SyntheticPairs:
             rejected_reference_logprob=self._reference(worse),
             source=self.method,
         )
+
+    def _table(self, name: str) -> BlockTable:
+        return BlockTable(f"{self.folder}/{name}", self.samples.num_blocks)
 
     def _reference(self, response: dict[str, Any]) -> float:
         """Log p under M1, known where M1 wrote it."""

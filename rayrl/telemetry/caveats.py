@@ -14,6 +14,8 @@ MAX_PERPLEXITY_RATIO = 2.0
 MAX_EMPTY_SHARE = 0.1
 """Of questions without an answer, and of responses without text."""
 MAX_TRUNCATED_SHARE = 0.5
+SPOKEN = ("length", "perplexity", "distinct2", "self_bleu")
+"""What `evaluate` measures of a policy's text."""
 MIN_PAIRS_PER_QUERY = 9
 """The paper's ratio of pseudo-labelled pairs to paid queries (arXiv 2407.02119)."""
 
@@ -21,12 +23,14 @@ MIN_PAIRS_PER_QUERY = 9
 def caveats(facts: dict[str, Any]) -> list[str]:
     """All caveats of a run, the most serious first. `facts` as made by `summarize_run`."""
     evaluated = facts["metrics"]["evaluate"]
+    m1, m2 = ({name: evaluated.get(f"{name}_{policy}") for name in SPOKEN} for policy in ("m1", "m2"))
     return [
-        *_of_gain(evaluated),
-        *_of_policy(evaluated),
+        *of_gain(evaluated),
+        *of_policy(m1, m2 | {"kl": evaluated.get("kl")}, "M2", "a larger dpo.beta or a smaller dpo.learning_rate"),
         *_of_evaluator(facts["metrics"]),
-        *_of_money(facts),
-        *_of_responses(facts["metrics"]["generate"]),
+        *of_money(facts, "label queries"),
+        *_of_leverage(facts),
+        *of_responses(facts["metrics"]["generate"]),
     ]
 
 
@@ -37,42 +41,45 @@ def significant(estimate: dict[str, Any] | None, *, above: float = 0.0) -> bool:
     return estimate["mean"] - above > 2 * estimate["standard_error"]
 
 
-def _of_gain(evaluated: dict[str, Any]) -> Iterator[str]:
+def of_gain(evaluated: dict[str, Any], of: str = "") -> Iterator[str]:
+    """About a gain and its win rates: is it more than noise, and more than length? `of` names it: " of RLP"."""
     difference = evaluated.get("difference")
     if not difference or difference.get("mean") is None:
         return
     if difference.get("standard_error") is None:
-        yield "The gain has no standard error and is therefore not shown: raise evaluate.budget."
+        yield f"The gain{of} has no standard error and is therefore not shown: raise evaluate.budget."
     elif not significant(difference):
         yield (
-            f"The gain ({difference['mean']:+.3f} \u00b1 {difference['standard_error']:.3f}) is not above "
+            f"The gain{of} ({difference['mean']:+.3f} \u00b1 {difference['standard_error']:.3f}) is not above "
             "two standard errors: it may be noise. More evaluation prompts or more seeds can tell."
         )
     if significant(evaluated.get("win_rate"), above=0.5) and not significant(
         evaluated.get("length_controlled_win_rate"), above=0.5
     ):
-        yield "The win rate is not significant once response length is controlled for: length may explain it."
+        yield f"The win rate{of} is not significant once response length is controlled for: length may explain it."
 
 
-def _of_policy(evaluated: dict[str, Any]) -> Iterator[str]:
-    kl, length = (evaluated.get("kl") or {}).get("mean"), evaluated.get("length_m2")
+def of_policy(m1: dict[str, Any], policy: dict[str, Any], name: str, remedy: str) -> Iterator[str]:
+    """About what a policy says compared with M1; `SPOKEN` and "kl" of it. `remedy` keeps it closer to M1."""
+    kl, length = (policy.get("kl") or {}).get("mean"), policy.get("length")
     if kl is not None and length and kl / length > MAX_KL_PER_TOKEN:
+        of = "" if name == "M2" else f" of {name}"
         yield (
-            f"KL to M1 is large: {kl:.1f} nats per response, {kl / length:.2f} per token. Read the samples; "
-            "a larger dpo.beta or a smaller dpo.learning_rate keeps the policy closer."
+            f"KL{of} to M1 is large: {kl:.1f} nats per response, {kl / length:.2f} per token. Read the samples; "
+            f"{remedy} keeps the policy closer."
         )
-    for name, title, sign in (
+    for measure, title, sign in (
         ("distinct2", "Diversity dropped: distinct-2", -1),
         ("self_bleu", "Diversity dropped: self-BLEU (higher is more alike)", 1),
         ("length", "Responses got longer: mean tokens", 1),
         ("length", "Responses got shorter: mean tokens", -1),
     ):
-        before, after = evaluated.get(f"{name}_m1"), evaluated.get(f"{name}_m2")
+        before, after = m1.get(measure), policy.get(measure)
         if before and after is not None and sign * (after - before) / before > MAX_RELATIVE_CHANGE:
-            yield f"{title} went from {before:.3g} under M1 to {after:.3g} under M2."
-    before, after = evaluated.get("perplexity_m1"), evaluated.get("perplexity_m2")
+            yield f"{title} went from {before:.3g} under M1 to {after:.3g} under {name}."
+    before, after = m1.get("perplexity"), policy.get("perplexity")
     if before and after and after / before > MAX_PERPLEXITY_RATIO:
-        yield f"M1 finds M2's text unlikely: perplexity went from {before:.3g} to {after:.3g}."
+        yield f"M1 finds {name}'s text unlikely: perplexity went from {before:.3g} to {after:.3g}."
 
 
 def _of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
@@ -85,8 +92,9 @@ def _of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _of_money(facts: dict[str, Any]) -> Iterator[str]:
-    for purpose, title in (("label", "label queries"), ("evaluate", "evaluation queries")):
+def of_money(facts: dict[str, Any], label_queries: str) -> Iterator[str]:
+    """About paid queries that got no answer."""
+    for purpose, title in (("label", label_queries), ("evaluate", "evaluation queries")):
         count = facts["paid"][purpose]
         spent, abstained, lost, refunded = (count.get(name) or 0 for name in ("spent", "abstained", "lost", "refunded"))
         asked, unanswered = spent + refunded, abstained + refunded
@@ -94,6 +102,9 @@ def _of_money(facts: dict[str, Any]) -> Iterator[str]:
             yield f"The expert gave no label to {unanswered} of {asked} {title}; {abstained} were paid."
         if lost:
             yield f"{lost} of {spent} {title} were under way when a process died: lost, and perhaps paid."
+
+
+def _of_leverage(facts: dict[str, Any]) -> Iterator[str]:
     ratio = facts["paid"]["pairs_per_query"]
     if ratio is not None and ratio < MIN_PAIRS_PER_QUERY and facts["config"].get("labels", "proxy") == "proxy":
         yield (
@@ -102,7 +113,8 @@ def _of_money(facts: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _of_responses(generated: dict[str, Any]) -> Iterator[str]:
+def of_responses(generated: dict[str, Any]) -> Iterator[str]:
+    """About responses that say nothing, or do not end."""
     num, empty = generated.get("num_responses"), generated.get("num_empty") or 0
     if num and empty / num > MAX_EMPTY_SHARE:
         yield f"{empty} of {num} responses are empty."

@@ -14,7 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-M1, M2, MUTED, INK, GRID = "#8a94a6", "#2563eb", "#c3cad5", "#1f2937", "#e5e9f0"
+M1, M2, PPO, MUTED, INK, GRID = "#8a94a6", "#2563eb", "#d97706", "#c3cad5", "#1f2937", "#e5e9f0"
+COLORS = {2: (M1, M2), 3: (M1, PPO, M2)}
+"""Of policies, M1 first and the run's result last."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, the reader's own font
     "svg.hashsalt": "rayrl",  # the same figure is the same bytes
@@ -51,23 +53,24 @@ UNPLOTTED = (
 
 
 @mpl.rc_context(STYLE)
-def plot_scores(m1_scores: Sequence[float], m2_scores: Sequence[float]) -> Figure:
-    """Share of evaluation responses at each expert score, before and after."""
-    values = np.unique(np.concatenate([m1_scores, m2_scores]))
+def plot_scores(policies: Mapping[str, Sequence[float]]) -> Figure:
+    """Share of evaluation responses at each expert score, by policy."""
+    values = np.unique(np.concatenate(list(policies.values())))
     discrete = bool(np.all(values == np.round(values)))
     low, high = values[0], values[-1]
     edges = np.arange(low - 0.5, high + 1) if discrete else np.linspace(low, max(high, low + 1e-6), 12)
-    centers, width = (edges[:-1] + edges[1:]) / 2, 0.4 * (edges[1] - edges[0])
-    figure, axes = _figure(5.2, 3.0)
-    for name, scores, color, side in (("M1", m1_scores, M1, -0.5), ("M2", m2_scores, M2, 0.5)):
+    centers, width = (edges[:-1] + edges[1:]) / 2, 0.8 / len(policies) * (edges[1] - edges[0])
+    figure, axes = new_figure(5.2, 3.0)
+    for i, ((name, scores), color) in enumerate(zip(policies.items(), COLORS[len(policies)], strict=True)):
         share = np.histogram(scores, edges)[0] / len(scores)
         label = f"{name}, mean {np.mean(scores):.2f} (n = {len(scores)})"
-        axes.bar(centers + side * width, 100 * share, width, color=color, label=label)
+        axes.bar(centers + (i - (len(policies) - 1) / 2) * width, 100 * share, width, color=color, label=label)
     if discrete:
         axes.set_xticks(centers)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="expert score", ylabel="% of responses", title="Expert scores before and after")
-    _add_legend(figure, axes)
+    title = "Expert scores before and after" if len(policies) == 2 else "Expert scores by policy"
+    axes.set(xlabel="expert score", ylabel="% of responses", title=title)
+    add_legend(figure, axes)
     return figure
 
 
@@ -75,7 +78,7 @@ def plot_scores(m1_scores: Sequence[float], m2_scores: Sequence[float]) -> Figur
 def plot_paid_scores(histogram: Mapping[str, int]) -> Figure:
     """Number of paid judgements at each score."""
     scores = sorted(histogram, key=float)
-    figure, axes = _figure(5.2, 3.0)
+    figure, axes = new_figure(5.2, 3.0)
     axes.bar(scores, [histogram[score] for score in scores], 0.6, color=MUTED)
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="expert score", ylabel="paid judgements", title="What the expert said about M1's responses")
@@ -87,7 +90,7 @@ def plot_calibration(bins: Sequence[Mapping[str, Any]]) -> Figure:
     """Expert against predicted score on held-out judgements; `bins` as in `validation.calibration`."""
     bins = [b for b in bins if b["num"]]
     predicted, expert = [b["mean_predicted"] for b in bins], [b["mean_expert"] for b in bins]
-    figure, axes = _figure(5.2, 3.0)
+    figure, axes = new_figure(5.2, 3.0)
     ends = [min(predicted + expert), max(predicted + expert)]
     axes.plot(ends, ends, color=MUTED, linestyle="--", linewidth=1, label="perfect")
     axes.plot(predicted, expert, color=M2, linewidth=1, alpha=0.5)
@@ -96,7 +99,7 @@ def plot_calibration(bins: Sequence[Mapping[str, Any]]) -> Figure:
         axes.annotate(f"{b['num']}", (b["mean_predicted"], b["mean_expert"]), (0, -13), textcoords="offset points")
     axes.margins(0.12, 0.2)
     axes.set(xlabel="evaluator's score", ylabel="expert's score", title="Evaluator calibration")
-    _add_legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -104,19 +107,19 @@ def plot_calibration(bins: Sequence[Mapping[str, Any]]) -> Figure:
 def plot_coverage(x: Sequence[float], y: Sequence[float], selected: Sequence[bool]) -> Figure:
     """The pool on its first two principal components, with the points the expert was asked about."""
     points, chosen = np.column_stack([x, y]), np.asarray(selected, dtype=bool)
-    figure, axes = _figure(5.2, 3.6)
+    figure, axes = new_figure(5.2, 3.6)
     pool = {"s": 5, "color": MUTED, "linewidths": 0, "rasterized": True}
     axes.scatter(*points[~chosen].T, label=f"pool ({int((~chosen).sum())} shown)", **pool)
     axes.scatter(*points[chosen].T, s=11, color=M2, linewidths=0, label=f"selected ({int(chosen.sum())} shown)")
     axes.set(xlabel="first component", ylabel="second component", title="Coverage of the selected points")
-    _add_legend(figure, axes, marker_scale=2)
+    add_legend(figure, axes, marker_scale=2)
     return figure
 
 
 @mpl.rc_context(STYLE)
 def plot_radius(radius: Sequence[float]) -> Figure:
     """Covering radius (largest distance of a response to its nearest selected one) as the selection grew."""
-    figure, axes = _figure(5.2, 3.6)
+    figure, axes = new_figure(5.2, 3.6)
     axes.plot(np.linspace(0, 100, len(radius)), radius, color=M2, linewidth=1.5)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="% of the picks", ylabel="covering radius", title="Covering radius during selection")
@@ -156,11 +159,14 @@ def to_svg(figure: Figure) -> str:
     return re.sub(r"\A.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one panel, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _add_legend(figure: Figure, axes: Axes, *, marker_scale: float = 1) -> None:
+def add_legend(figure: Figure, axes: Axes, *, marker_scale: float = 1, num_columns: int = 2) -> None:
+    """The legend below the panel, out of the data's way."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=2, handletextpad=0.4, markerscale=marker_scale)
+    place: dict[str, Any] = {"loc": "outside lower left", "ncols": num_columns, "handletextpad": 0.4}
+    figure.legend(handles, labels, markerscale=marker_scale, **place)

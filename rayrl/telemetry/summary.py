@@ -16,11 +16,14 @@ from fsspec.core import url_to_fs
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.runs import storage
 from rayrl.telemetry.caveats import caveats
+from rayrl.telemetry.rlp_caveats import rlp_caveats
+from rayrl.telemetry.rlp_summary import rlp_controls, rlp_facts
+from rayrl.telemetry.stages import NESTED, STAGES, has_ready_pairs, left_out, pipeline_of
+from rayrl.telemetry.tables import read_parquet
 
 logger = logging.getLogger(__name__)
 
 COUNTS = ("spent", "scored", "abstained", "lost", "refunded")
-STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
 
 
 def summarize_run(run_dir: str) -> dict[str, Any]:
@@ -37,26 +40,37 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
             "`rayrl runs FOLDER` lists the runs in a folder"
         )
     config = _read(run_dir, "config.json") or {}
-    manifests = {stage: _read(run_dir, "stages", stage, "manifest.json") for stage in STAGES}
+    if not config and storage.exists(storage.join(run_dir, "stages", "preferences")):
+        config = {"pipeline": "rlp"}  # the file is gone, the stages still tell
+    pipeline = pipeline_of(config)
+    manifests = {stage: _read(run_dir, "stages", stage, "manifest.json") for stage in STAGES[pipeline]}
     metrics = {stage: (manifest or {}).get("metrics", {}) for stage, manifest in manifests.items()}
+    absent = left_out(config)
+    stages = [_stage(run_dir, stage, m) for stage, m in manifests.items() if m is not None or stage not in absent]
+    outermost = [stage["seconds"] or 0.0 for stage in stages if pipeline != "rlp" or stage["stage"] not in NESTED]
     facts = {
         "name": config.get("name", run_dir.rpartition("/")[2]),
         "run_dir": run_dir,
+        "pipeline": pipeline,
         "seed": config.get("seed"),
-        "control": _controls(config),
+        "control": rlp_controls(config) if pipeline == "rlp" else _controls(config),
         "config": config,
-        "stages": [_stage(run_dir, stage, manifest) for stage, manifest in manifests.items()],
+        "seconds": sum(outermost),
+        "stages": stages,
         "startup": _add_up(_read(run_dir, "timings.json") or []),
         "metrics": metrics,
         "paid": _paid(config, metrics, _ledger(run_dir)),
     }
-    facts["caveats"] = caveats(facts)
-    return _valid_json(facts)
+    if pipeline == "rlp":
+        evaluated = read_parquet(storage.join(run_dir, "stages", "evaluate", "table"))
+        facts["rlp"] = rlp_facts(metrics, stages, evaluated)
+    facts = _valid_json(facts)
+    return facts | {"caveats": rlp_caveats(facts) if pipeline == "rlp" else caveats(facts)}
 
 
 def gain(facts: dict[str, Any]) -> dict[str, Any] | None:
-    """M2 minus M1 in mean expert score; None unless it was measured with its standard error."""
-    return facts["metrics"]["evaluate"].get("difference")
+    """The aligned policy minus M1 in mean expert score; None unless it was measured with its standard error."""
+    return facts["rlp"]["gain"] if facts["pipeline"] == "rlp" else facts["metrics"]["evaluate"].get("difference")
 
 
 def plus_minus(estimate: dict[str, Any] | None, *, signed: bool = False, percent: bool = False) -> str:
@@ -103,7 +117,8 @@ def _stage(run_dir: str, stage: str, manifest: dict[str, Any] | None) -> dict[st
         return {"stage": stage, "state": "done"} | kept
     fs, path = url_to_fs(storage.join(run_dir, "stages", stage, "table"))
     num_parts = len(fs.glob(f"{path}/part-*.parquet")) if fs.exists(path) else 0
-    state = "started" if storage.exists(storage.join(run_dir, "stages", stage)) else "not run"
+    folders = (stage, f"{stage}-0")  # the second is the first member of an ensemble
+    state = "started" if any(storage.exists(storage.join(run_dir, "stages", name)) for name in folders) else "not run"
     summary = f"{num_parts} blocks written" if num_parts else None
     return {"stage": stage, "state": state, "seconds": None, "num_rows": None, "summary": summary}
 
@@ -141,12 +156,17 @@ def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
 
 def _paid(config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The query budgets, what was spent of them and what that bought; the latest count wins."""
-    counts = (metrics["query"], metrics["evaluate"].get("ledger", {}), ledger)
+    asked = metrics["preferences" if pipeline_of(config) == "rlp" else "query"]
+    counts = (asked, metrics["evaluate"].get("ledger", {}), ledger)
     paid: dict[str, Any] = {}
     for purpose, section in (("label", "select"), ("evaluate", "evaluate")):
         paid[purpose] = {"budget": config.get(section, {}).get("budget")}
         for count in counts:
             paid[purpose] |= count.get(purpose, {})
+    if pipeline_of(config) == "rlp":
+        if has_ready_pairs(config):
+            paid["label"] |= {"budget": 0, "spent": 0}
+        return paid | {"num_pairs": asked.get("num_pairs")}
     spent = paid["label"].get("spent")
     num_scored, num_pairs = (metrics["pseudo_label"].get(name) for name in ("num_scored", "num_pairs"))
     ratio = num_pairs / spent if num_pairs is not None and spent else None

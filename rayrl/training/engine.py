@@ -49,6 +49,7 @@ def prepare_zero3(training: TrainingConfig, dtype: torch.dtype) -> Any:
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+    _without_compiler()
     return HfDeepSpeedConfig(zero_config(training, dtype))
 
 
@@ -56,9 +57,7 @@ def start(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, num_st
     """Wrap a model for training over all workers of the fit."""
     import deepspeed
 
-    # On CPU DeepSpeed would compile a shared-memory all-reduce: minutes, a C++ compiler, and a lock file that a killed
-    # process leaves for ever. gloo reduces as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _without_compiler()
     if training.gradient_checkpointing:
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing_enable"):
@@ -78,6 +77,16 @@ def start(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, num_st
         dist_init_required=False,
     )
     return engine
+
+
+def _without_compiler() -> None:
+    """On CPU DeepSpeed would compile a shared-memory all-reduce when it first meets the process group.
+
+    That takes minutes, a C++ compiler, and a lock file that a killed process leaves for ever. gloo reduces as well.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def schedule(step: int, num_steps: int, training: TrainingConfig) -> float:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from rayrl.data.blocks import BlockTable, map_blocks, stream_blocks
+from rayrl.data.blocks import BlockTable, map_blocks, stream_blocks, write_blocks
+from rayrl.records import Checkpoint, from_table
 
 KILLED_WHILE_WRITING = """
 import resource, signal, sys
@@ -109,3 +110,18 @@ def test_tables_live_on_any_filesystem(tmp_path, scheme):
     table.write(0, pa.table({"n": [1, 2]}))
     assert table.has(0)
     assert table.read(0)["n"].to_pylist() == [1, 2]
+
+
+def test_records_become_blocks_of_a_size_one_at_a_time(tmp_path):
+    written = []
+
+    def records():
+        for i in range(5):
+            written.append(len(list(tmp_path.glob("part-*"))))
+            yield Checkpoint(path=str(i), version="v")
+
+    table, num_rows = write_blocks(str(tmp_path), records(), Checkpoint, 2)
+    assert (table, num_rows) == (BlockTable(str(tmp_path), 3), 5)
+    assert [record.path for block in table.blocks() for record in from_table(block, Checkpoint)] == list("01234")
+    assert written == [0, 0, 1, 1, 2]
+    assert write_blocks(str(tmp_path), [], Checkpoint, 2) == (BlockTable(str(tmp_path), 0), 0)

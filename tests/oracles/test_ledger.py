@@ -12,9 +12,9 @@ import fsspec
 import pytest
 
 from rayrl.errors import BudgetExhausted, RunDirectoryError
-from rayrl.oracles.ledger import Ledger, Query, Reserved
+from rayrl.oracles.ledger import Ledger, PairQuery, Query, Reserved
 from rayrl.oracles.protocol import Verdict
-from rayrl.records import Judgement
+from rayrl.records import Comparison, Judgement
 
 SCORED = Verdict(score=3.0, rationale="good", cost_usd=0.01, input_tokens=7, output_tokens=2)
 ABSTAINED = Verdict(score=None, rationale="unclear", cost_usd=0.02)
@@ -203,6 +203,116 @@ def test_64_threads_never_overspend(location, budget_usd):
     assert num_paid == counts(ledger)["scored"] == expected
     with sqlite3.connect(location) as db:
         assert db.execute("SELECT count(*) FROM attempts").fetchone() == (expected,)
+
+
+PREFERRED = Verdict(score=0.0, rationale="the second", cost_usd=0.01)
+
+
+def pair(index, first="a", second="b"):
+    return PairQuery(
+        prompt_id=f"p{index}",
+        first_id=f"p{index}-{first}",
+        second_id=f"p{index}-{second}",
+        prompt=f"prompt {index}",
+        first=first,
+        second=second,
+        oracle="test",
+        rubric="pairs",
+    )
+
+
+def test_a_comparison_says_who_preferred_what_and_for_how_much(location):
+    ledger = opened(location)
+    comparison = ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
+    assert comparison == Comparison(
+        key=pair(1).key,
+        prompt_id="p1",
+        first_id="p1-a",
+        second_id="p1-b",
+        prompt="prompt 1",
+        first="a",
+        second="b",
+        oracle="test",
+        status="scored",
+        preference="second",
+        rationale="the second",
+        purpose="label",
+        cost_usd=0.01,
+    )
+    assert ledger.reserve(pair(1), "label") == comparison
+    with sqlite3.connect(location) as db:
+        assert db.execute("SELECT response, second FROM attempts").fetchall() == [("a", "b")]
+
+
+def test_the_other_order_is_another_payment(location):
+    ledger = opened(location, label=2)
+    ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
+    turned = ledger.reserve(pair(1, "b", "a"), "label")
+    assert isinstance(turned, Reserved)
+    assert ledger.commit(turned, Verdict(score=1.0, rationale="the second again")).preference == "first"
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(pair(2), "label")
+
+
+@pytest.mark.parametrize("field", ["prompt", "first", "second", "oracle", "rubric"])
+def test_another_comparison_is_another_payment(location, field):
+    from dataclasses import replace
+
+    ledger = opened(location)
+    ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
+    assert isinstance(ledger.reserve(replace(pair(1), **{field: "other"}), "label"), Reserved)
+
+
+def test_judgements_and_comparisons_share_a_budget_and_never_mix(location):
+    ledger = opened(location, label=3)
+    judged = pay(ledger, 1)
+    compared = ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
+    abstained = ledger.commit(ledger.reserve(pair(2), "label"), ABSTAINED)
+    assert (abstained.status, abstained.preference) == ("abstained", None)
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(pair(3), "label")
+    ledger.close()
+    ledger = opened(location, label=3)
+    assert ledger.judgements("label") == [judged]
+    assert ledger.comparisons("label") == [compared, abstained]
+    assert counts(ledger) == {"spent": 3, "scored": 2, "abstained": 1, "cost_usd": pytest.approx(0.04)}
+
+
+def test_a_shared_comparison_costs_once(location):
+    from dataclasses import replace
+
+    ledger = opened(location, label=1)
+    ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
+    other = ledger.reserve(replace(pair(1), second_id="q-7"), "evaluate")
+    assert isinstance(other, Comparison)
+    assert (other.second_id, other.preference, other.purpose, other.cost_usd) == ("q-7", "second", "evaluate", 0.0)
+
+
+OLD_SCHEMA = """
+CREATE TABLE attempts (
+    attempt INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, purpose TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'scored', 'abstained', 'refunded', 'lost')),
+    prompt_id TEXT NOT NULL, response_id TEXT NOT NULL, prompt TEXT NOT NULL, response TEXT NOT NULL,
+    oracle TEXT NOT NULL, score REAL, rationale TEXT NOT NULL DEFAULT '', cost_usd REAL NOT NULL,
+    input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
+    reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, CHECK ((score IS NOT NULL) = (state = 'scored'))
+);
+"""
+
+
+def test_a_ledger_of_before_comparisons_is_taken_up(location, tmp_path):
+    (tmp_path / "run").mkdir()
+    with sqlite3.connect(location) as db:
+        db.executescript(OLD_SCHEMA)
+        columns = "key, purpose, state, prompt_id, response_id, prompt, response, oracle, score, cost_usd"
+        row = (query(1).key, "label", "scored", "p1", "p1-0", "prompt 1", "answer", "test", 3.0, 0.01)
+        db.execute(f"INSERT INTO attempts ({columns}) VALUES ({', '.join('?' * len(row))})", row)
+    ledger = opened(location, label=2)
+    paid = ledger.reserve(query(1), "label")
+    assert isinstance(paid, Judgement) and (paid.score, paid.cost_usd) == (3.0, 0.01)
+    assert ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED).preference == "second"
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(pair(2), "label")
 
 
 KILLED = """

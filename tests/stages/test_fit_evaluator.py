@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pyarrow as pa
 import pytest
 
 from rayrl.config import RunConfig
@@ -10,7 +11,7 @@ from rayrl.errors import DataError
 from rayrl.models.judge import ADDITIVE_RUBRIC, Rubric
 from rayrl.records import Judgement, to_table
 from rayrl.runs.run import Run
-from rayrl.stages.fit_evaluator import balance, labels, split
+from rayrl.stages.fit_evaluator import _scalar_rows, balance, labels, split
 from rayrl.stages.query import Judgements
 
 RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
@@ -63,7 +64,7 @@ def test_balance_repeats_the_rare_and_drops_nobody():
     assert sorted(counts[f"p{n}0"] for n in (7, 8, 9)) == [2, 2, 3]
 
 
-def run_with(tmp_path, control, judgements):
+def open_run(tmp_path, control, **tables):
     config = RunConfig.model_validate(
         {
             "name": "test",
@@ -72,13 +73,18 @@ def run_with(tmp_path, control, judgements):
             "policy": {"path": "model"},
             "pool": {"path": "prompts.jsonl"},
             "sft": {"enabled": False},
-            "select": {"budget": 8},
+            "select": {"budget": 8, "unit": "prompt"},
             "oracle": {"type": "scripted", "function": "a:b"},
         }
+        | tables
     )
+    return Run(config=config, url=str(tmp_path))
+
+
+def run_with(tmp_path, control, judgements):
     table = BlockTable(str(tmp_path / "judgements"), 1)
     table.write(0, to_table(judgements, Judgement))
-    return labels(Run(config=config, url=str(tmp_path)), Judgements(key="k", table=table))
+    return labels(open_run(tmp_path, control), Judgements(key="k", table=table))
 
 
 def test_abstentions_are_no_labels(tmp_path):
@@ -92,6 +98,19 @@ def test_the_shuffled_control_permutes_scores_with_their_reasons(tmp_path):
     assert [j.score for j in shuffled] != [j.score for j in JUDGEMENTS]
     assert all(j.rationale == f"because {j.score}" for j in shuffled)
     assert shuffled == run_with(tmp_path, "shuffled", JUDGEMENTS)
+
+
+def test_bradley_terry_pairs_every_two_unequal_scores_of_a_prompt(tmp_path):
+    judged = [judgement("p", 0, 2.0), judgement("p", 1, 5.0), judgement("p", 2, 2.0), judgement("q", 0, 1.0)]
+    run = open_run(tmp_path, "proxy", evaluator={"type": "scalar", "loss": "bradley_terry"})
+    rows = [{"response_id": j.response_id, "token_ids": [1, n]} for n, j in enumerate(judged)]
+    BlockTable(run.folder("select", "table"), 1).write(0, pa.Table.from_pylist(rows))
+    assert _scalar_rows(run, judged) == [
+        {"chosen_id": "p-1", "rejected_id": rejected, "chosen_token_ids": [1, 1], "rejected_token_ids": [1, n]}
+        for rejected, n in (("p-0", 0), ("p-2", 2))
+    ]
+    with pytest.raises(DataError, match="found no two paid responses"):
+        _scalar_rows(run, judged[::2])
 
 
 def test_too_few_labels_are_refused(tmp_path):

@@ -16,9 +16,9 @@ def response(index, text):
     )
 
 
-def test_empty_and_repeated_responses_are_dropped():
+def test_empty_and_repeated_responses_are_dropped_and_repeats_counted():
     sampled = [response(i, text) for i, text in enumerate(["a", " \n", "b", "a", "", "a "])]
-    assert [r.id for r in distinct(sampled)] == ["p-0", "p-2", "p-5"]
+    assert [(r.id, r.num_samples) for r in distinct(sampled)] == [("p-0", 2), ("p-2", 1), ("p-5", 1)]
     assert distinct([]) == []
 
 

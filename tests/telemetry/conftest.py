@@ -11,6 +11,8 @@ import pytest
 
 from rayrl.records import Judgement, content_id, to_table
 from rayrl.telemetry.metrics import MetricLog
+from tests.telemetry.manifests import estimate, write_manifest
+from tests.telemetry.rlp_run import write_rlp_run
 
 CONFIG = {
     "name": "made-up-run",
@@ -28,10 +30,6 @@ CONFIG = {
     "evaluate": {"budget": 128},
 }
 ATTACK = "<script>alert('x')</script> & <img src=http://evil.example/a onerror=alert(1)> {{ 7*7 }} \u202etxt.exe"
-
-
-def estimate(mean: float, standard_error: float | None, num: int = 64) -> dict[str, Any]:
-    return {"mean": mean, "standard_error": standard_error, "num": num}
 
 
 def made_up_metrics() -> dict[str, dict[str, Any]]:
@@ -107,14 +105,6 @@ def made_up_metrics() -> dict[str, dict[str, Any]]:
     }
 
 
-def write_manifest(run_dir: Path, stage: str, metrics: dict[str, Any], *, seconds: float = 1.0) -> None:
-    folder = run_dir / "stages" / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = {"stage": stage, "key": "k", "seconds": seconds, "num_rows": 10, "metrics": metrics}
-    summary = {"summary": f"{stage} made {len(metrics)} numbers", "finished_at": "2025-01-01T00:00:00+00:00"}
-    (folder / "manifest.json").write_text(json.dumps(manifest | summary))
-
-
 def _write_tables(run_dir: Path) -> None:
     random = np.random.default_rng(0)
     before = random.binomial(5, 0.42, 64)
@@ -184,3 +174,9 @@ def run_dir(tmp_path: Path) -> Path:
                 extra = {"accuracy": 0.5 + 0.02 * step, "margin": 0.05 * step} if stage == "dpo" else {}
                 log.log(step, loss=loss, learning_rate=1e-5, **extra)
     return folder
+
+
+@pytest.fixture
+def rlp_run_dir(tmp_path: Path) -> Path:
+    """A finished run directory of the second pipeline."""
+    return write_rlp_run(tmp_path / "made-up-rlp")

@@ -14,14 +14,14 @@ BINS = [
 
 
 def test_scores_are_shares_of_each_policy():
-    figure = plots.plot_scores([0, 0, 1, 1], [1, 1])
+    figure = plots.plot_scores({"M1": [0, 0, 1, 1], "M2": [1, 1]})
     heights = [[bar.get_height() for bar in group] for group in figure.axes[0].containers]
     assert heights == [[50, 50], [0, 100]]
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0], [0.25, 0.75, 0.3], [0.5, 0.5]])
 def test_scores_of_any_kind_lose_no_response(scores):
-    figure = plots.plot_scores(scores, scores)
+    figure = plots.plot_scores({"M1": scores, "plain PPO": scores, "RLP": scores})
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == pytest.approx(100)
 
 

@@ -2,32 +2,14 @@
 
 import json
 import shutil
-from html.parser import HTMLParser
 
 import fsspec
 import pytest
 
 from rayrl.errors import RunDirectoryError
 from rayrl.telemetry.report import write_report
-from rayrl.telemetry.summary import STAGES
-
-
-class Page(HTMLParser):
-    """Text, tags and images of a page."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.addresses, self.words, self.figures = set(), [], [], []
-        self.feed(html)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
-        self.figures += [value for name, value in attrs if (tag, name) == ("img", "alt")]
-
-    def handle_data(self, data):
-        self.words.append(data)
+from rayrl.telemetry.stages import STAGES
+from tests.telemetry.page import Page
 
 
 def report(run_dir):
@@ -91,7 +73,7 @@ def test_a_gain_without_standard_error_is_not_shown(run_dir):
 
 @pytest.mark.parametrize(
     "missing",
-    ["config.json", "timings.json", "metrics", "stages"] + [f"stages/{stage}" for stage in STAGES],
+    ["config.json", "timings.json", "metrics", "stages"] + [f"stages/{stage}" for stage in STAGES["proxy_dpo"]],
 )
 def test_whatever_is_missing_the_rest_is_shown(run_dir, missing):
     path = run_dir / missing

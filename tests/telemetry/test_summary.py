@@ -9,25 +9,16 @@ import pytest
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.oracles.ledger import Ledger, Query
 from rayrl.oracles.protocol import Verdict
-from rayrl.telemetry.summary import STAGES, gain, plus_minus, summarize_run
-
-
-def edit_metrics(run_dir, stage, **changes):
-    path = run_dir / "stages" / stage / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["metrics"] |= changes
-    path.write_text(json.dumps(manifest))
-
-
-def estimate(mean, standard_error):
-    return {"mean": mean, "standard_error": standard_error, "num": 64}
+from rayrl.telemetry.stages import STAGES
+from rayrl.telemetry.summary import gain, plus_minus, summarize_run
+from tests.telemetry.manifests import edit_metrics, estimate
 
 
 def test_a_good_run_has_no_caveats(run_dir):
     facts = summarize_run(str(run_dir))
     assert facts["caveats"] == []
     assert facts["paid"]["pairs_per_query"] == pytest.approx(1163 / 128)
-    assert [stage["state"] for stage in facts["stages"]] == ["done"] * len(STAGES)
+    assert [stage["state"] for stage in facts["stages"]] == ["done"] * len(STAGES["proxy_dpo"])
     assert {"what": "engine:generate", "num": 2, "seconds": pytest.approx(34.2)} in facts["startup"]
 
 

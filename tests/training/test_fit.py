@@ -22,6 +22,7 @@ from rayrl.training.dpo import DpoJob, train_dpo
 from rayrl.training.engine import train_step
 from rayrl.training.launch import fit
 from rayrl.training.sft import SftJob, train_sft
+from rayrl.training.steps import names_of
 
 NUM_ROWS = 13  # in blocks of 5, 5 and 3: two ranks get 8 and 5 rows
 
@@ -213,6 +214,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(bad):
     with pytest.raises(FloatingPointError, match="at step 7; the last checkpoint is intact"):
         train_step(engine, [1.0, bad], torch.tensor, 2, 0.0)
     assert not engine.stepped
+
+
+def test_a_loss_that_is_not_finite_names_its_rows():
+    names = names_of([{"chosen_id": "a", "rejected_id": "b"}, {"response_id": "c", "prompt_id": "d"}, {"id": "e"}])
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 7 on rows a/b, c, e; the last"):
+        train_step(Engine(), [float("nan")], torch.tensor, 3, 0.0, names)
 
 
 def test_a_step_is_the_mean_over_samples():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rayrl.config import LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
+from rayrl.config import EvaluatorConfig, LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import load_policy
@@ -71,7 +71,7 @@ def view_table(folder, num=7):
     return write_blocks(folder, rows, 3)
 
 
-def fit_model(folder, policy, training, views=None, dtype="float32"):
+def fit_model(folder, policy, training, views=None, pooling="last", dtype="float32"):
     table = write_blocks(folder / "pairs", pair_rows(NUM_PAIRS, seed=0), 24)
     job = RewardModelJob(
         stage="reward_model",
@@ -79,7 +79,7 @@ def fit_model(folder, policy, training, views=None, dtype="float32"):
         checkpoint_url=f"{folder}/checkpoint",
         policy=PolicyConfig(path=policy.path),
         training=training,
-        pooling="last",
+        pooling=pooling,
         dtype=dtype,
         seed=3,
         num_rows=NUM_PAIRS,
@@ -89,9 +89,9 @@ def fit_model(folder, policy, training, views=None, dtype="float32"):
     return read_metrics(f"{folder}/metrics/reward_model.jsonl")
 
 
-def exported(folder, dtype=torch.float32):
+def exported(folder, pooling="last", dtype=torch.float32):
     """The model as it was written, read back by transformers."""
-    model = RewardModel(load_policy(f"{folder}/checkpoint", dtype), "last").eval()
+    model = RewardModel(load_policy(f"{folder}/checkpoint", dtype), pooling).eval()
     model.head.load_state_dict(load_file(f"{folder}/checkpoint/head/head.safetensors"))
     return model
 
@@ -158,23 +158,32 @@ def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_po
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "changes", "objective"),
-    [
-        ("float32", {"num_workers": 2, "zero_stage": 3}, "uml"),
-        ("bfloat16", {"zero_stage": 2, "lora": LoraConfig(rank=4)}, "infomax"),
-    ],
-    ids=["zero3-two-workers", "bfloat16-zero2-lora"],
-)
-def test_every_way_of_training_learns(ray_cluster, tiny_policy, tmp_path, dtype, changes, objective):
-    uml = UML.model_copy(update={"objective": objective})
-    views = Views(table=view_table(tmp_path / "views"), uml=uml, max_tokens=512)
-    curve = fit_model(tmp_path, tiny_policy, RewardModelConfig(**TRAINING, **changes), views, dtype)
+def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
+    views = Views(table=view_table(tmp_path / "views"), uml=UML, max_tokens=512)
+    training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3)
+    check_learnt(tmp_path, fit_model(tmp_path, tiny_policy, training, views), "last", torch.float32, 1e-4)
+
+
+def test_a_scalar_evaluator_in_bfloat16_with_adapters_learns(ray_cluster, tiny_policy, tmp_path):
+    """Bradley-Terry as the evaluator's loss, with its pooling; and the branch of another objective."""
+    views = Views(
+        table=view_table(tmp_path / "views"), uml=UML.model_copy(update={"objective": "infomax"}), max_tokens=512
+    )
+    training = EvaluatorConfig(
+        type="scalar", loss="bradley_terry", zero_stage=2, lora=LoraConfig(rank=8, alpha=32), **TRAINING
+    )
+    curve = fit_model(tmp_path, tiny_policy, training, views, pooling="mean", dtype="bfloat16")
+    check_learnt(tmp_path, curve, "mean", torch.bfloat16, 0.05)
+
+
+def check_learnt(folder, curve, pooling, dtype, tolerance):
+    assert len(curve) == TRAINING["epochs"] * NUM_PAIRS // TRAINING["batch_size"]
     assert np.mean([row["pair_loss"] for row in curve[-4:]]) < curve[0]["pair_loss"] - 0.05
     assert np.mean([row["accuracy"] for row in curve[-4:]]) > 0.7
-    probe = json.loads((Path(tmp_path) / "checkpoint" / "probe.json").read_text())
-    value = rewards(exported(tmp_path, getattr(torch, dtype)), [probe["prompt_token_ids"]])[0]
-    assert value == pytest.approx(probe["value"], abs=1e-4 if dtype == "float32" else 0.05)
+    assert all(math.isfinite(row["mi"]) for row in curve)
+    probe = json.loads((Path(folder) / "checkpoint" / "probe.json").read_text())
+    (value,) = rewards(exported(folder, pooling, dtype), [probe["prompt_token_ids"]])
+    assert value == pytest.approx(probe["value"], abs=tolerance)
     assert value != 0
 
 

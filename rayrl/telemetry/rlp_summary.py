@@ -1,0 +1,96 @@
+"""What a run of the second pipeline says beyond its manifests: gains between policies, reward models, compute."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayrl.algorithms.statistics import paired_difference
+from rayrl.telemetry.stages import NESTED, STAGES
+
+POLICIES = {"m1": "M1", "ppo": "plain PPO", "rlp": "RLP"}
+REWARD_MODELS = {"r": "fit_reward_model", "refreshed": "refit_reward_model"}
+PPOS = {"ppo": "plain PPO", "ppo_refreshed": "PPO on the refreshed reward"}
+PLAIN_RLHF = ("pool", "sft", "generate", "preferences", "fit_reward_model", "ppo")
+CONTROLS = {
+    "reward_pairs": "pairs ranked by the old reward model",
+    "self_judged": "pairs judged by the policy itself (RLAIF)",
+    "ocrm": "importance-weighted preferences, no synthetic pairs",
+    "none": "a second PPO on the old reward model",
+}
+
+
+def rlp_facts(
+    metrics: Mapping[str, dict[str, Any]], stages: Sequence[dict[str, Any]], evaluated: pa.Table | None
+) -> dict[str, Any]:
+    """The facts of one run as plain values; what it has not reached is None.
+
+    Args:
+        metrics: of every stage's manifest.
+        stages: the stages with state and seconds.
+        evaluated: the table of `evaluate`, if there is one.
+    """
+    return {
+        "gain": policy_row(metrics, "rlp").get("difference"),
+        "gain_of_ppo": policy_row(metrics, "ppo").get("difference"),
+        "gain_over_ppo": _gain_over(evaluated, "rlp", "ppo"),
+        "reward_models": {name: _reward_model(metrics[stage]) for name, stage in REWARD_MODELS.items()},
+        "compute": _compute(stages),
+    }
+
+
+def policy_row(metrics: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What `evaluate` measured of a policy; empty if it did not."""
+    return metrics["evaluate"].get("policies", {}).get(name, {})
+
+
+def rlp_controls(config: Mapping[str, Any]) -> list[str]:
+    """Which controls the config turns on; empty is the method itself."""
+    refresh = config.get("refresh", {})
+    method = refresh.get("method", "spg")
+    found = [CONTROLS[method]] if method in CONTROLS else []
+    if method == "spg" and refresh.get("spg", {}).get("gamma") == 0:
+        found.append("Select-All: gamma 0 accepts every prompt with two clusters")
+    if method == "uml" and (objective := refresh.get("uml", {}).get("objective", "uml")) != "uml":
+        found.append(f"multi-view objective {objective}")
+    return found
+
+
+def _gain_over(evaluated: pa.Table | None, ours: str, base: str) -> dict[str, Any] | None:
+    """Paired difference in expert score of two policies, over the prompts where both were scored."""
+    names = [f"{name}_score" for name in (ours, base)]
+    if evaluated is None or not set(names) <= set(evaluated.column_names):
+        return None
+    mine, theirs = (np.array(evaluated[name].to_pylist(), np.float64) for name in names)
+    both = ~(np.isnan(mine) | np.isnan(theirs))
+    return asdict(paired_difference(mine[both], theirs[both])) if both.sum() > 1 else None
+
+
+def _reward_model(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A reward model on the held-out pairs. The calibration error of an ensemble, whose rewards are standardised, would
+    say nothing: it is the mean of its members'.
+    """
+    if not metrics:
+        return {}
+    members, validation = metrics.get("members", []), metrics.get("validation", {})
+    errors = [m["calibration_error"] for m in members if m.get("calibration_error") is not None]
+    found = {"num_members": len(members), "num_pairs": metrics.get("num_pairs")} | validation
+    return found | {"calibration_error": float(np.mean(errors))} if len(members) > 1 and errors else found
+
+
+def _compute(stages: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Seconds of plain RLHF (to the end of the first PPO), of RLP, and of judging both; None until they are over."""
+    seconds = {s["stage"]: s["seconds"] for s in stages if s["seconds"] is not None and s["stage"] not in NESTED}
+    plain = sum(seconds.get(name, 0.0) for name in PLAIN_RLHF) if "ppo" in seconds else None
+    added = [name for name in STAGES["rlp"] if name not in (*PLAIN_RLHF, "evaluate")]
+    extra = sum(seconds.get(name, 0.0) for name in added) if "ppo_refreshed" in seconds else None
+    total = plain + extra if plain is not None and extra is not None else None
+    return {
+        "plain_rlhf_s": plain,
+        "refresh_s": extra,
+        "rlp_s": total,
+        "ratio": total / plain if total and plain else None,
+        "evaluate_s": seconds.get("evaluate"),
+    }

@@ -1,0 +1,34 @@
+"""Two orders of one pair: only what both say is a preference."""
+
+import pytest
+
+from rayrl.algorithms.comparisons import TURNED, agreed, num_pairs_asked, queries_per_pair
+
+
+@pytest.mark.parametrize(
+    ("asked", "turned", "together"),
+    [
+        ("first", "second", "first"),
+        ("second", "first", "second"),
+        ("tie", "tie", "tie"),
+        ("first", "first", "tie"),  # whatever stands first wins: the position decided
+        ("second", "second", "tie"),
+        ("first", "tie", "tie"),
+        ("tie", "second", "tie"),
+        (None, "second", None),
+        ("first", None, None),
+        ("tie", None, None),
+        (None, None, None),
+    ],
+)
+def test_what_both_orders_say(asked, turned, together):
+    assert agreed(asked, turned) == together
+    assert agreed(turned, asked) == (together and TURNED[together])  # the same, said of the pair turned around
+
+
+@pytest.mark.parametrize(("order", "each"), [("both", 2), ("random", 1)])
+def test_what_a_budget_pays_for(order, each):
+    assert queries_per_pair(order) == each
+    assert num_pairs_asked(9, order, 100) == 9 // each
+    assert num_pairs_asked(1000, order, 100) == 100
+    assert num_pairs_asked(0, order, 100) == 0

@@ -1,0 +1,42 @@
+"""Figures of the second pipeline draw what they are given."""
+
+import pytest
+
+from rayrl.telemetry import plots_rlp
+from rayrl.telemetry.plots import to_svg
+
+
+def test_both_ppos_are_in_every_panel_and_gaps_are_skipped():
+    rows = [{"step": s, "reward": s / 2, "kl": 0.1 * s, "kl_coef": 0.02, "clip_fraction": None} for s in (1, 2, 3)]
+    rows[2]["held_out_reward"] = 1.25
+    figure = plots_rlp.plot_ppo({"plain PPO": rows, "PPO on the refreshed reward": rows[:2]})
+    reward, kl, *_, clip, beside = figure.axes
+    assert [line.get_xydata().tolist() for line in reward.lines] == [
+        [[1, 0.5], [2, 1], [3, 1.5]],
+        [[3, 1.25]],
+        [[1, 0.5], [2, 1]],
+    ]
+    assert (len(kl.lines), len(beside.lines), len(clip.lines)) == (2, 2, 0)
+
+
+def test_a_run_in_its_first_ppo_has_a_figure():
+    assert to_svg(plots_rlp.plot_ppo({"plain PPO": [{"step": 1, "reward": 0.5}], "PPO on the refreshed reward": []}))
+
+
+def test_the_times_are_stacked():
+    times = {"generate_s": 3.0, "reward_s": 1.0, "train_s": 4.0, "sync_s": 0.5}
+    axes = plots_rlp.plot_times({"plain PPO": times}).axes[0]
+    ends = [bar.get_x() + bar.get_width() for bars in axes.containers for bar in bars]
+    assert ends == pytest.approx([3, 4, 8, 8.5])
+
+
+def test_confidences_are_drawn_in_their_bins():
+    axes = plots_rlp.plot_confidences({"1.0": 2, "0.5": 7}, 0.5).axes[0]
+    bars = [(round(bar.get_x() + bar.get_width() / 2, 2), bar.get_height()) for bar in axes.containers[0]]
+    assert bars == [(0.45, 7), (0.95, 2)]
+    assert axes.lines[0].get_xdata()[0] == 0.5
+
+
+def test_pairs_at_each_gamma():
+    axes = plots_rlp.plot_gamma({"0.5": 3, "0.0": 9}, None).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 9], [0.5, 3]]

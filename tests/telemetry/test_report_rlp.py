@@ -1,0 +1,132 @@
+"""The report of the second pipeline: every number is there, and whatever is missing, the rest is."""
+
+import json
+import shutil
+
+import pytest
+
+from rayrl.telemetry.report import write_report
+from tests.telemetry.manifests import edit_metrics
+from tests.telemetry.page import Page
+from tests.telemetry.rlp_run import rlp_metrics
+
+
+def report(run_dir):
+    facts = write_report(str(run_dir))
+    assert json.loads((run_dir / "report.json").read_text()) == facts
+    return Page((run_dir / "report.html").read_text())
+
+
+def edit_config(run_dir, **changes):
+    path = run_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_finished_run_shows_everything(rlp_run_dir):
+    page = report(rlp_run_dir)
+    over_ppo = json.loads((rlp_run_dir / "report.json").read_text())["rlp"]["gain_over_ppo"]
+    for expected in (
+        "made-up-rlp seed 3 \u00b7 7 min 05 s in finished stages",  # the selection is part of the preferences
+        "the method itself, no control",
+        "+0.79 \u00b1 0.09 gain in mean expert score, RLP minus M1, n = 120",
+        f"{over_ppo['mean']:+.2f} \u00b1 {over_ppo['standard_error']:.2f} gain of RLP over plain PPO, n = 119",
+        "69.8% \u00b1 4.0 win rate of RLP against M1",
+        "300 / 300 paid preference queries",
+        "360 / 360 paid evaluation queries",
+        "M1 2.10 \u00b1 0.11 - - - 31.0% \u00b1 4.2",
+        "plain PPO 2.47 \u00b1 0.11 +0.37 \u00b1 0.09 59.2% \u00b1 4.0",
+        "57.4% \u00b1 4.3 34.7% \u00b1 4.2 6.30 \u00b1 0.20",
+        "5.60 0.391 0.247 50.2",
+        "RLP 2.89 \u00b1 0.11 +0.79 \u00b1 0.09 69.8% \u00b1 4.0 65.8% \u00b1 4.3 38.9% \u00b1 4.2",
+        "5.90 \u00b1 0.20 5.40 0.402 0.239 49.1",
+        "120 prompts judged per policy",
+        "accuracy 0.71 \u00b1 0.06 0.74 \u00b1 0.06",
+        "calibration error 0.093 0.081",
+        "rank correlation with length +0.21 \u00b1 0.13 +0.18 \u00b1 0.13",
+        "pairs learnt from 246 347",
+        "answers of plain PPO 0.66 \u00b1 0.05 0.69 \u00b1 0.05 answers of RLP 0.63 \u00b1 0.06 0.720 \u00b1 0.049",
+        "wins of the first position 51.8%",
+        "reward, last tenth 1.317 1.522",
+        "KL, nats per response 6.21 5.87",
+        "samples per second 24.3 24.3 generation, s 41.2 41.2 reward, s 12.6 12.6 training, s 63.9 63.9",
+        "weight sync, share of the time 6.4% 6.4%",
+        "pairs 101 acceptance rate 50.5% refused: one cluster 16 refused: low confidence 83",
+        "length of the chosen, tokens 31.4 length of the rejected, tokens 29.2 gap, tokens +2.2",
+        "pairs read by the entailment model 6,021",
+        "plain RLHF: everything up to the first PPO 3 min 20 s",
+        "RLP in all 6 min 40 s",
+        "RLP, times plain RLHF 2.00",
+        "Tell a story about fox number 119.",
+        "rlp says: the fox <b>ran</b> home.",
+        "gamma 0.5",
+    ):
+        assert expected in page.text
+    assert "not run" not in page.text
+    assert "not measured" not in page.text
+    assert len(page.figures) == 6
+
+
+def test_the_file_stands_alone_and_is_small(rlp_run_dir):
+    page = report(rlp_run_dir)
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert (rlp_run_dir / "report.html").stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["config.json", "timings.json", "ledger.sqlite", "metrics", "stages"]
+    + [f"stages/{stage}" for stage in rlp_metrics() if stage != "select"],
+)
+def test_whatever_is_missing_the_rest_is_shown(rlp_run_dir, missing):
+    path = rlp_run_dir / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = report(rlp_run_dir)
+    if missing not in ("config.json", "timings.json"):
+        assert "not run" in page.text
+
+
+def test_every_moment_of_a_run_has_a_report(rlp_run_dir):
+    """Stages in reverse: what a run looks like after each of them."""
+    for stage in reversed(rlp_metrics()):
+        shutil.rmtree(rlp_run_dir / "stages" / stage)
+        page = report(rlp_run_dir)
+    assert "RLP in all not run" in page.text
+    assert "Sample answers: not run" in page.text
+
+
+def test_a_run_that_accepted_no_pair_says_so(rlp_run_dir):
+    none = {"outcomes": {"one_cluster": 200}, "pairs_by_gamma": dict.fromkeys(["0.0", "0.5"], 0)}
+    edit_metrics(rlp_run_dir, "synthesize", num_pairs=0, acceptance_rate=0.0, embedding_acceptance_rate=0.31, **none)
+    page = report(rlp_run_dir)
+    assert "No pair was accepted , of 200 prompts" in page.text
+    assert "would accept 31.0% of the prompts" in page.text
+    assert "No synthetic pair was accepted" in page.text
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("none", "Nothing was sampled, paired or refitted"),
+        ("ocrm", "Mean weight: 0.950"),
+        ("uml", "Multi-view learning on 1,580 samples"),
+        ("reward_pairs", "nothing was clustered"),
+        ("self_judged", "nothing was clustered"),
+    ],
+)
+def test_every_refresh_has_its_words(rlp_run_dir, method, expected):
+    edit_config(rlp_run_dir, refresh={"method": method})
+    (rlp_run_dir / "stages" / "importance").mkdir()
+    manifest = {"seconds": 1.0, "metrics": {"mean_weight": 0.95}, "summary": ""}
+    (rlp_run_dir / "stages" / "importance" / "manifest.json").write_text(json.dumps(manifest))
+    edit_metrics(rlp_run_dir, "synthesize", confidences={}, pairs_by_gamma={})
+    assert expected in report(rlp_run_dir).text
+
+
+def test_pairs_of_a_file_cost_nothing(rlp_run_dir):
+    edit_config(rlp_run_dir, preferences={"source": "data", "data": {"path": "pairs.jsonl"}})
+    (rlp_run_dir / "ledger.sqlite").unlink()
+    source = {"source": "data", "num_prompts": 250, "num_rows_read": 280, "label": {}}
+    edit_metrics(rlp_run_dir, "preferences", **source)
+    page = report(rlp_run_dir)
+    assert "0 / 0 paid preference queries" in page.text
+    assert "preferences (of a file) pairs 274 prompts 250 rows read 280" in page.text

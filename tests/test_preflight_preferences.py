@@ -1,0 +1,132 @@
+"""Preferences that cannot be had are refused before work starts: field, rule, value and remedy in one message."""
+
+import json
+import re
+
+import pytest
+
+from rayrl.config import RunConfig
+from rayrl.errors import ConfigError, DataError
+from rayrl.preflight.model import ModelFacts
+from rayrl.preflight.preferences import inspect_preferences
+
+PAIRS = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in ("p", "q", "q")]
+COMPARED = [{"prompt": "p", "first": "a", "second": "b", "preference": "tie"}]
+ORACLE = {"source": "oracle"}
+
+
+def save(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config_of(preferences, *, budget=4, k=4, oracle=None):
+    return RunConfig.model_validate(
+        {
+            "name": "t",
+            "run_dir": "/nowhere",
+            "pipeline": "rlp",
+            "policy": {"path": "model"},
+            "pool": {"path": "pool.jsonl"},
+            "sft": {"enabled": False},
+            "generate": {"k": k},
+            "select": {"budget": budget},
+            "oracle": oracle or {"type": "scripted", "function": "json:dumps", "compare_function": "json:loads"},
+            "preferences": preferences,
+        }
+    )
+
+
+def inspect(preferences, **settings):
+    return inspect_preferences(config_of(preferences, **settings), ModelFacts())
+
+
+def refusal(error, preferences, **settings):
+    with pytest.raises(error) as caught:
+        inspect(preferences, **settings)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+def test_a_file_of_pairs_is_counted(tmp_path):
+    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", PAIRS)}})
+    assert (counts.num_rows, counts.num_pairs, len(counts.prompt_ids)) == (3, 3, 2)
+
+
+def test_a_policy_that_is_not_here_does_not_keep_chats_from_being_read(tmp_path):
+    chats = [{"chat": [{"role": "user", "content": p}], "chosen": "a", "rejected": "b"} for p in "pq"]
+    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", chats), "messages_column": "chat"}})
+    assert counts.num_pairs == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (None, "a.jsonl does not exist"),
+        ([], "is empty: at least one row is needed"),
+        ([{"prompt": "p", "chosen": "a", "reject": "b"}], "no column rejected; .* did you mean reject"),
+        ([*PAIRS, PAIRS[0] | {"rejected": "good"}], r"must differ, and 1 pairs do not \(row 4\); remove those rows"),
+        ([PAIRS[0] | {"chosen": ""}], "pairs of at least 2 prompts, and has 0 pairs of 0: of 1 rows 1 lack a prompt"),
+        (PAIRS[1:], "pairs of at least 2 prompts, and has 2 pairs of 1"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path, rows, text):
+    if rows is not None:
+        save(tmp_path / "a.jsonl", rows)
+    message = refusal(DataError, {"data": {"path": str(tmp_path / "a.jsonl")}})
+    assert re.search(text, message), message
+
+
+def test_no_preferences_and_a_good_expert_pass(tmp_path):
+    assert inspect(ORACLE) is None
+    assert inspect(ORACLE | {"order": "random"}, budget=2) is None
+    endpoint = {"type": "http", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None}
+    assert inspect(ORACLE, oracle=endpoint) is None
+    table = save(tmp_path / "pairs.jsonl", COMPARED)
+    assert inspect(ORACLE, oracle={"type": "replay", "comparisons_path": table}) is None
+    dpo = config_of(ORACLE).model_copy(update={"preferences": None})
+    assert inspect_preferences(dpo, ModelFacts()) is None
+
+
+@pytest.mark.parametrize(("order", "least"), [("both", 4), ("random", 2)])
+def test_a_budget_too_small_for_the_order_is_refused(order, least):
+    if least > 2:  # below two the config itself refuses
+        message = refusal(ConfigError, ORACLE | {"order": order}, budget=least - 1)
+        assert f'select.budget must be at least {least} when preferences.order is "{order}"' in message
+        assert f"got {least - 1}" in message
+    assert inspect(ORACLE | {"order": order}, budget=least) is None
+
+
+def test_one_response_cannot_be_compared():
+    assert "generate.k must be at least 2" in refusal(ConfigError, ORACLE, k=1)
+
+
+@pytest.mark.parametrize(
+    ("oracle", "error", "text"),
+    [
+        ({"type": "scripted", "function": "json:dumps"}, ConfigError, "oracle.compare_function is missing"),
+        (
+            {"type": "scripted", "function": "json:dumps", "compare_function": "nowhere_at_all:f"},
+            ConfigError,
+            "oracle.compare_function must be importable",
+        ),
+        ({"type": "replay", "path": "judgements.jsonl"}, ConfigError, "oracle.comparisons_path is missing"),
+        ({"type": "replay", "comparisons_path": "gone.jsonl"}, DataError, "gone.jsonl does not exist"),
+    ],
+)
+def test_an_expert_that_cannot_compare_is_refused(oracle, error, text):
+    assert text in refusal(error, ORACLE, oracle=oracle)
+
+
+def test_a_table_of_comparisons_needs_its_columns(tmp_path):
+    table = save(tmp_path / "pairs.jsonl", COMPARED)
+    message = refusal(
+        DataError, ORACLE, oracle={"type": "replay", "comparisons_path": table, "preference_column": "winner"}
+    )
+    assert "has no column winner; the columns there are prompt, first, second, preference" in message
+
+
+def test_what_only_files_need_is_not_asked_of_experts_and_the_other_way_round(tmp_path):
+    cannot_compare = {"type": "scripted", "function": "json:dumps"}
+    data = {"path": save(tmp_path / "a.jsonl", PAIRS)}
+    assert inspect({"data": data}, oracle=cannot_compare, budget=0, k=1).num_pairs == 3
