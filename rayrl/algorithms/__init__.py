@@ -9,6 +9,22 @@
 | (h_w - h_l - 1 / (2 beta))^2                        | 2310.12036, Eq. 17  | `preference.dpo_loss` ipo     |
 | -log sigma(r_w - r_l)                               | 2203.02155, Eq. 1   | `preference.bradley_terry_loss` |
 | log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.sequence_logprobs` |
+| k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `ppo.kl_penalty`              |
+| c (1 + e n / horizon), e = clip(KL / KL* - 1)       | 1909.08593, 2.2     | `ppo.adapted_kl_coef`         |
+| r_t = -c KL_t, + the score at the last t            | 1909.08593, Eq. 2   | `ppo.shaped_rewards`          |
+| A_t = sum_l (gamma lambda)^l delta_{t+l}            | 1506.02438, Eq. 16  | `ppo.gae`                     |
+| max(-A rho, -A clip(rho, 1 - eps, 1 + eps))         | 1707.06347, Eq. 7   | `ppo.policy_loss`             |
+| min(pi_old / pi_sampler, cap)                       | 1802.01561, 4.1     | `ppo.truncated_importance`    |
+| max((V - R)^2, (clip V - R)^2) / 2                  | arXiv 2005.12729    | `ppo.value_loss`              |
+| mean_i r_i, min_i r_i, mean_i r_i - c var_i r_i     | arXiv 2310.02743    | `rewards.ensemble_reward`     |
+| (r_a(y_w) r_a(y_l))^m, r_a = p / (a p + (1 - a) q)  | arXiv 2507.15507    | `rewards.ocrm_weights`        |
+| -I(z1; z2) + SKL(N(mu1, sigma1), N(mu2, sigma2))    | 2403.19279, 4.2     | `information.uml_loss`        |
+| E_joint[-softplus(-T)] - E_product[softplus(T)]     | 1808.06670, Eq. 4   | `information.jensen_shannon_mi` |
+| E_joint[T] - E_product[exp T] + 1                   | 1905.06922, 2       | `information.mi_nats`         |
+| (KL(p, q) + KL(q, p)) / 2 of diagonal Gaussians     | definition          | `information.symmetric_kl`    |
+| -log exp(cos_ii / tau) / sum_j exp(cos_ij / tau)    | 1807.03748, Eq. 4   | `information.info_nce`        |
+| bidirectional entailment, three definitions         | arXiv 2302.09664    | `clustering.entailment_clusters` |
+| largest cluster's best against another cluster's    | 2403.19279, 4.2     | `synthesis.synthetic_pair`    |
 | E[s] = sum_s s p(s) / sum_s p(s)                    | arXiv 2303.16634    | `scoring.expected_score`      |
 | sigma(c), logit p = c + w tanh(dlen / std dlen)     | arXiv 2404.04475    | `statistics.length_controlled_win_rate` |
 | mean of log pi - log pi_ref over y ~ pi             | definition          | `statistics.kl_estimate`      |

@@ -51,17 +51,23 @@ def bradley_terry_loss(
     return -logsigmoid(chosen_rewards - rejected_rewards)
 
 
-def sequence_logprobs(
-    logits: Float[Tensor, "batch seq vocab"],
-    token_ids: Int[Tensor, "batch seq"],
-    response_mask: Shaped[Tensor, "batch seq"],
-) -> Float[Tensor, "batch"]:
-    """Summed log-probability of the tokens under the mask, nats, in float32.
+def token_logprobs(
+    logits: Float[Tensor, "batch seq vocab"], token_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
+    """Log-probability of each token, nats, in float32.
 
     `logits[:, t]` predicts `token_ids[:, t]`: the caller has shifted them. The chosen logit minus logsumexp keeps
     nothing of the logits' size for the backward pass, where log_softmax keeps a second copy of them; half-precision
     logits are widened, which costs one.
     """
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
-    logprobs = chosen - logits.float().logsumexp(-1)
-    return torch.where(response_mask.bool(), logprobs, 0.0).sum(-1)
+    return chosen - logits.float().logsumexp(-1)
+
+
+def sequence_logprobs(
+    logits: Float[Tensor, "batch seq vocab"],
+    token_ids: Int[Tensor, "batch seq"],
+    response_mask: Shaped[Tensor, "batch seq"],
+) -> Float[Tensor, "batch"]:
+    """Summed log-probability of the tokens under the mask; see `token_logprobs`."""
+    return torch.where(response_mask.bool(), token_logprobs(logits, token_ids), 0.0).sum(-1)
