@@ -30,7 +30,7 @@ def evaluate_policies(
     policies: Mapping[str, Checkpoint],
     rewards: Mapping[str, Rewards],
 ) -> Manifest:
-    """One row per policy: gain over M1, win rates, KL, perplexity, diversity, and how well each reward model ranks there.
+    """One row per policy: gain over M1, win rates, KL, perplexity, variety; and how well each reward model ranks.
 
     Args:
         run: the run.

@@ -52,7 +52,7 @@ def importance_weights(
 
 
 def _logprobs(run: Run, pairs: BlockTable, fleet: Fleet, policy: Checkpoint) -> BlockTable:
-    """Read log p(y | x) of both sides of every pair under one policy: all of D before the next policy's weights come."""
+    """Log p(y | x) of both sides of every pair: all of D under one policy before the next one's weights come."""
     table = BlockTable(run.folder(STAGE, f"logprobs-{policy.version}"), pairs.num_blocks)
     map_blocks(
         table,

@@ -76,7 +76,9 @@ def scorer(fleet, policy, rubric):
 
 
 def review(token_ids, candidates):
-    return Continuation(text="", token_ids=token_ids, logprob=0.0, token_logprobs=[], finish_reason="stop", candidates=candidates)
+    return Continuation(
+        text="", token_ids=token_ids, logprob=0.0, token_logprobs=[], finish_reason="stop", candidates=candidates
+    )
 
 
 ITEM = Scored(prompt="How do I boil rice?", response="First add water.", token_ids=[])
