@@ -99,6 +99,18 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutAnswer:
+    """What a policy in training said to a held-out prompt, and what its reward made of it."""
+
+    prompt_id: str
+    prompt: str
+    prompt_token_ids: list[int]
+    response: str
+    token_ids: list[int]
+    reward: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
     """One pointwise verdict of the expert. An abstention has no score: it is never trained on."""
 

@@ -40,6 +40,18 @@ def win_rate(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"]) -> Estima
     return _mean((np.sign(np.subtract(a, b, dtype=np.float64)) + 1) / 2)
 
 
+def order_agreement(expert: Float[np.ndarray, "n 2"], predicted: Float[np.ndarray, "n 2"]) -> Estimate | None:
+    """Share of pairs that a prediction orders as the expert does, a tie of the prediction half of one.
+
+    Pairs the expert ties, and pairs with a NaN, say nothing and are left out. None if none is left.
+    """
+    theirs, ours = (
+        np.sign(np.subtract(scores[:, 0], scores[:, 1], dtype=np.float64)) for scores in (expert, predicted)
+    )
+    kept = (theirs != 0) & ~np.isnan(theirs) & ~np.isnan(ours)
+    return _mean((theirs * ours)[kept] / 2 + 0.5) if kept.any() else None
+
+
 def length_controlled_win_rate(
     a_wins: Shaped[np.ndarray, " n"], a_lengths: Shaped[np.ndarray, " n"], b_lengths: Shaped[np.ndarray, " n"]
 ) -> Estimate:
@@ -131,6 +143,11 @@ def kl_estimate(logprobs_policy: Float[np.ndarray, " n"], logprobs_reference: Fl
     The unbiased estimator k1, mean of log pi - log pi_ref: it may come out negative when the KL is small.
     """
     return paired_difference(logprobs_policy, logprobs_reference)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best of n, policy) per sequence, nats: log n - (n - 1) / n, an upper bound (arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def perplexity(logprobs: Float[np.ndarray, " n"], num_tokens: Shaped[np.ndarray, " n"]) -> float:

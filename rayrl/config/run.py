@@ -26,6 +26,12 @@ class EvaluateConfig(Table):
 
     budget: int = Field(default=128, ge=0)
     """Paid evaluation queries; two per prompt (three with reference answers). 0 skips the expert."""
+    diagnosis_budget: int = Field(default=0, ge=0)
+    """rlp: paid queries beyond `budget` for what the paper leaves open: half for the reward models' accuracy on the
+    policies' own samples along PPO, half for the quality of the synthetic pairs at each gamma."""
+    best_of_n: int = Field(default=0, ge=0)
+    """rlp: another policy in the table, the control that trains nothing: M1's best of n answers by the reward model.
+    0 leaves it out."""
     temperature: float = Field(default=0.7, ge=0)
     reference_answers: ReferenceAnswersConfig | None = None
     lm_eval: LmEvalConfig = LmEvalConfig()

@@ -29,7 +29,7 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
     run = open_run(config)
     run.record_time("ray", ray_start_s)
     services = Services(run, mode=plan.mode, reference=plan.reference)
-    budgets = {"label": plan.num_label_queries, "evaluate": config.evaluate.budget}
+    budgets = {"label": plan.num_label_queries, "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget}
     oracle = start_oracle_pool(
         config.name,
         config.oracle,

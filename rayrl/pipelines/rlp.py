@@ -7,6 +7,7 @@ from rayrl.data.tokenizing import context_length
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
+from rayrl.stages.audit_pairs import audit_pairs
 from rayrl.stages.candidates import candidates
 from rayrl.stages.evaluate_policies import evaluate_policies
 from rayrl.stages.fit_evaluator import fit_evaluator
@@ -21,6 +22,7 @@ from rayrl.stages.reward import make_reward_scorer
 from rayrl.stages.score import make_scorer
 from rayrl.stages.select import select
 from rayrl.stages.sft import sft
+from rayrl.stages.track_rewards import track_rewards
 
 
 def rlp(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
@@ -38,6 +40,8 @@ def rlp(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
     aligned = ppo(run, services, m1, new_reward, refreshed.key, pool, "ppo_refreshed")  # pi^ = PPO(pi_SFT, r^)
     policies = {"m1": m1, "ppo": pi, "rlp": aligned}
     rewards: dict[str, Rewards] = {"r": reward, "refreshed": new_reward}
+    track_rewards(run, oracle, {"ppo": pi, "ppo_refreshed": aligned}, rewards)  # does r degrade? does r^ repair it?
+    audit_pairs(run, oracle)  # gamma against the quality of the synthetic pairs
     return evaluate_policies(run, services, oracle, pool, policies, rewards)
 
 

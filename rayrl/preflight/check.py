@@ -15,8 +15,6 @@ from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
 from rayrl.preflight.rlp import check_room, plan_rlp_stages
 
-RLP_POLICIES = 3
-"""M1, pi and pi^: what the expert judges at the end of the second pipeline."""
 PAIRS_PER_QUERY = 9
 """What the paper's label budget buys, and what a run aims at."""
 
@@ -112,7 +110,7 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
     is_whole = config.select.unit == "prompt" and config.generate.source != "seed"
     num_label_queries = budget // k * k if is_whole else budget
     paired = num_label_queries // k if config.labels == "direct" else num_prompts
-    per_prompt = 3 if config.evaluate.reference_answers else 2
+    per_prompt = _num_judged_policies(config) + bool(config.evaluate.reference_answers)
     return _Counts(
         num_prompts=num_prompts,
         num_responses=num_responses,
@@ -132,14 +130,22 @@ def _count_rlp(config: RunConfig, num_kept: int, num_pairs: int | None) -> _Coun
     elif config.ppo.reward == "evaluator":
         asked = min(config.select.budget, num_prompts * config.generate.k)
     learns = config.ppo.reward == "reward_model"
-    sides = (RLP_POLICIES if learns else 2) + bool(config.evaluate.reference_answers)
+    sides = _num_judged_policies(config) + bool(config.evaluate.reference_answers)
     return _Counts(
         num_prompts=num_prompts,
         num_responses=num_prompts * (config.refresh.n * learns + config.generate.k * bool(asked)),
         num_label_queries=asked * each,
-        num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // sides) * sides,
+        num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // sides) * sides
+        + config.evaluate.diagnosis_budget * learns,
         num_pairs=asked if num_pairs is None else num_pairs,
     )
+
+
+def _num_judged_policies(config: RunConfig) -> int:
+    """M1 and M2; in the second pipeline M1, pi, pi^, and M1's best of n."""
+    if config.pipeline == "proxy_dpo":
+        return 2
+    return 2 + (config.ppo.reward == "reward_model") + bool(config.evaluate.best_of_n)
 
 
 def _num_prompts(config: RunConfig, num_kept: int) -> int:
@@ -218,7 +224,7 @@ def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> li
     budget_usd = config.oracle.budget_usd if isinstance(config.oracle, HttpOracleConfig) else None
     if usd is not None and budget_usd is not None and usd > budget_usd:
         found.append(f"the queries may cost {usd:.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}")
-    per_prompt = (RLP_POLICIES if config.pipeline == "rlp" else 2) + bool(config.evaluate.reference_answers)
+    per_prompt = _num_judged_policies(config) + bool(config.evaluate.reference_answers)
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
             f"evaluate.budget = {config.evaluate.budget} judges {counts.num_eval_queries // per_prompt} "

@@ -52,7 +52,7 @@ class Run:
         """Stages that have a manifest."""
         names = ("pool", "sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
         names += ("preferences", "fit_reward_model", "ppo", "samples", "synthesize", "importance")
-        names += ("refit_reward_model", "ppo_refreshed")
+        names += ("refit_reward_model", "ppo_refreshed", "track_rewards", "audit_pairs")
         return {name for name in names if storage.exists(self.folder(name, "manifest.json"))}
 
     def key(self, stage: str, *inputs: BaseModel | str | int | None) -> str:
@@ -73,6 +73,11 @@ class Run:
             logger.info("%s: taken over from %s (%s)", stage, other, found.summary)
             return found
         return None
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The stage's manifest in this run, whatever its key."""
+        path = self.folder(stage, "manifest.json")
+        return Manifest(**storage.read_json(path)) if storage.exists(path) else None
 
     @staticmethod
     def _manifest(url: str, stage: str, key: str) -> Manifest | None:

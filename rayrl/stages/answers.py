@@ -10,7 +10,8 @@ from rayrl.config import GenerateConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_reference_answers
 from rayrl.data.tokenizing import load_tokenizer, render
-from rayrl.records import Checkpoint, Sampled, from_row
+from rayrl.models.rewards import Rewards
+from rayrl.records import Checkpoint, Response, Sampled, Scored, from_row
 from rayrl.runs.run import Run
 from rayrl.stages.generate import sample_block
 from rayrl.stages.pool import Pool
@@ -33,9 +34,33 @@ class Answer:
 
 def answers_of(run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str) -> list[Answer]:
     """One answer per held-out prompt; all policies draw from the same seeds."""
+    return [_answer(row, row.responses[:1]) for row in _sampled(run, services, m1, policy, pool, name, 1)]
+
+
+def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, rewards: Rewards) -> list[Answer]:
+    """Of n answers of M1 to each held-out prompt the one of the highest reward; the first one is M1's answer."""
+    n = run.config.evaluate.best_of_n
+    rows = _sampled(run, services, m1, m1, pool, f"best_of_{n}", n)
+    items = [
+        Scored(prompt=row.prompt, response=said.text, token_ids=row.prompt_token_ids + said.token_ids)
+        for row in rows
+        for said in row.responses
+    ]
+    scores = iter(rewards.score(items))
+    best = []
+    for row in rows:
+        scored = [(score, said) for said in row.responses if (score := next(scores)) is not None]
+        best.append(_answer(row, [max(scored, key=lambda pair: pair[0])[1]] if scored else row.responses[:1]))
+    return best
+
+
+def _sampled(
+    run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str, k: int
+) -> list[Sampled]:
+    """Answers to the held-out prompts, k each, without repeats."""
     config = run.config
     sampling = GenerateConfig(
-        **(config.generate.model_dump() | {"k": 1, "source": "policy", "temperature": config.evaluate.temperature})
+        **(config.generate.model_dump() | {"k": k, "source": "policy", "temperature": config.evaluate.temperature})
     )
     table = BlockTable(run.folder("evaluate", f"{name}-{policy.version}"), pool.held_out.num_blocks)
     fleet = services.generators(m1)
@@ -47,12 +72,11 @@ def answers_of(run: Run, services: Services, m1: Checkpoint, policy: Checkpoint,
         describe=lambda block: {"num": block.num_rows},
         progress=f"answer {name}",
     )
-    rows = [from_row(row, Sampled) for block in table.blocks() for row in block.to_pylist()]
-    return [_answer(row) for row in rows]
+    return [from_row(row, Sampled) for block in table.blocks() for row in block.to_pylist()]
 
 
-def _answer(row: Sampled) -> Answer:
-    said = row.responses[0] if row.responses else None  # nothing said is an answer too
+def _answer(row: Sampled, responses: list[Response]) -> Answer:
+    said = responses[0] if responses else None  # nothing said is an answer too
     return Answer(
         prompt_id=row.prompt_id,
         prompt=row.prompt,

@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 from ray.actor import ActorHandle
 
 from rayrl.actors.services import Services
-from rayrl.algorithms.statistics import paired_difference
+from rayrl.algorithms.statistics import Estimate, best_of_n_kl, order_agreement
 from rayrl.data.blocks import BlockTable
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, Scored
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores
+from rayrl.stages.answers import Answer, answers_of, best_of_n, judge, reference_answers, reference_scores
 from rayrl.stages.measure import against, against_references, spoken
 from rayrl.stages.pool import Pool
 
-M1 = "m1"
+M1, BEST_OF_N = "m1", "best_of_n"
 
 
 def evaluate_policies(
@@ -38,7 +39,7 @@ def evaluate_policies(
         oracle: judges, under the evaluation budget shared by all policies.
         pool: its held-out prompts are answered.
         policies: by name; "m1" is the one compared with.
-        rewards: by name; each is asked whether it prefers what the expert prefers.
+        rewards: by name; each is asked whether it prefers what the expert prefers, and the first picks the best of n.
     """
     config = run.config
     key = run.key("evaluate", config.evaluate, pool.key, *(p.version for p in policies.values()))
@@ -48,6 +49,8 @@ def evaluate_policies(
     m1 = policies[M1]
     services.ready(services.generators(m1))
     answers = {name: answers_of(run, services, m1, policy, pool, name) for name, policy in policies.items()}
+    if config.evaluate.best_of_n:
+        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(rewards.values())))
     references = reference_answers(run)
     num_judged = min(len(answers[M1]), config.evaluate.budget // (len(answers) + bool(references)))
     judge(oracle, [answer for of_policy in answers.values() for answer in of_policy[:num_judged]])
@@ -55,34 +58,41 @@ def evaluate_policies(
     rows: dict[str, Any] = {}
     for name, of_policy in answers.items():
         rows[name] = spoken(services, m1, of_policy) | against(answers[M1], of_policy)
+        if name == BEST_OF_N:  # M1's own log-probabilities say nothing of it
+            bound = Estimate(best_of_n_kl(config.evaluate.best_of_n), 0.0, len(of_policy))
+            rows[name] |= {"kl": asdict(bound), "kl_is_bound": True}
         if fixed:
             rows[name]["win_rate_reference"] = against_references(fixed, of_policy[:num_judged])
-    agreement = {name: _agreement(reward, answers) for name, reward in rewards.items()}
     _write(run, answers)
+    ledger: Any = ray.get(oracle.summary.remote())
     return run.finish(
         "evaluate",
         key,
         since=started,
         num_rows=num_judged * len(answers),
-        metrics={"policies": rows, "reward_accuracy": agreement, "num_judged": num_judged},
+        metrics={
+            "policies": rows,
+            "reward_accuracy": {name: _agreement(reward, answers) for name, reward in rewards.items()},
+            "num_judged": num_judged,
+            "ledger": ledger,
+        },
         summary="; ".join(f"{name} {_gain(row)}" for name, row in rows.items() if name != M1),
     )
 
 
 def _agreement(rewards: Rewards, answers: Mapping[str, list[Answer]]) -> dict[str, Any]:
     """By policy: how often a reward orders its answer and M1's to a prompt as the expert does; ties are left out."""
-    valued = {name: rewards.score([_scored(a) for a in of_policy]) for name, of_policy in answers.items()}
+    values = {
+        name: np.array(rewards.score([_scored(a) for a in of_policy]), float) for name, of_policy in answers.items()
+    }
+    experts = {name: np.array([a.score for a in of_policy], float) for name, of_policy in answers.items()}
     shares: dict[str, Any] = {}
-    for name, of_policy in answers.items():
+    for name in answers:
         if name == M1:
             continue
-        right = []
-        for a, b, of_a, of_b in zip(answers[M1], of_policy, valued[M1], valued[name], strict=True):
-            if a.score is None or b.score is None or of_a is None or of_b is None or a.score == b.score:
-                continue
-            right.append(float((a.score < b.score) == (of_a < of_b)))
-        if len(right) > 1:
-            shares[name] = asdict(paired_difference(np.array(right), np.zeros(len(right))))
+        share = order_agreement(np.stack([experts[M1], experts[name]], 1), np.stack([values[M1], values[name]], 1))
+        if share is not None:
+            shares[name] = asdict(share)
     return shares
 
 
@@ -104,4 +114,5 @@ def _write(run: Run, answers: Mapping[str, list[Answer]]) -> None:
     for name, of_policy in answers.items():
         columns[f"{name}_response"] = [a.text for a in of_policy]
         columns[f"{name}_score"] = pa.array([a.score for a in of_policy], pa.float64())
+        columns[f"{name}_num_tokens"] = [len(a.token_ids) for a in of_policy]
     BlockTable(run.folder("evaluate", "table"), 1).write(0, pa.table(columns))

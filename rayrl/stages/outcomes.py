@@ -26,14 +26,13 @@ class Outcome:
     """"accepted", or why there is no pair: "one_cluster", "low_confidence", "abstained" (no response with a reward for
     one of the two sides) or "tied" (controls only)."""
     chosen: int | None
-    """Index among the prompt's responses."""
+    """Index among the prompt's responses; None where no gamma makes a pair. One that is refused is kept: the expert may
+    be asked what another gamma would have made of it."""
     rejected: int | None
     confidence: float | None
     """Share of all samples that the largest cluster holds; None if nothing was clustered."""
     cluster_sizes: list[int]
     """Samples in each cluster, repeated and empty ones included."""
-    makes_pair: bool
-    """There is a pair at some gamma: at every one up to the confidence."""
 
 
 def synthesize_outcome(
@@ -55,26 +54,23 @@ def synthesize_outcome(
     if not ids:
         return _without_clusters(row, "abstained", None)
 
-    def made(at: float) -> Any:
-        return synthetic_pair(ids, rewards, at, np.random.default_rng(_stream(seed, row["prompt_id"])))
-
-    synthesis, makes_pair = made(gamma), made(0.0).chosen is not None
-    accepted = synthesis.chosen is not None
-    reason = "abstained"
-    if accepted:
-        reason = "accepted"
-    elif synthesis.num_clusters == 1:
+    possible = synthetic_pair(ids, rewards, 0.0, np.random.default_rng(_stream(seed, row["prompt_id"])))
+    pair = None
+    if possible.chosen is not None and possible.rejected is not None:
+        pair = index[possible.chosen], index[possible.rejected]
+    if possible.num_clusters == 1:
         reason = "one_cluster"
-    elif synthesis.confidence < gamma:
+    elif possible.confidence < gamma:
         reason = "low_confidence"
+    else:
+        reason = "accepted" if pair else "abstained"
     return Outcome(
         prompt_id=row["prompt_id"],
         reason=reason,
-        chosen=index[synthesis.chosen] if accepted else None,
-        rejected=index[synthesis.rejected] if accepted else None,
-        confidence=synthesis.confidence,
+        chosen=pair[0] if pair else None,
+        rejected=pair[1] if pair else None,
+        confidence=possible.confidence,
         cluster_sizes=sorted(Counter(ids).values(), reverse=True),
-        makes_pair=makes_pair,
     )
 
 
@@ -97,7 +93,6 @@ def _without_clusters(row: dict[str, Any], reason: str, pair: tuple[int, int] | 
         rejected=rejected,
         confidence=None,
         cluster_sizes=[],
-        makes_pair=pair is not None,
     )
 
 

@@ -23,6 +23,7 @@ from rayrl.stages.pool import Pool
 from rayrl.telemetry.metrics import read_metrics
 from rayrl.training.ppo import PpoJob, train_ppo
 
+HELD_OUT = "held_out"
 MAX_HELD_OUT = 256
 """Held-out prompts on which the reward is measured along the way."""
 
@@ -112,6 +113,7 @@ def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: P
         run_url=run.url,
         checkpoint_url=run.folder(stage, "checkpoint"),
         best_url=run.folder(stage, "best"),
+        held_out_url=run.folder(stage, HELD_OUT),
         sync_url=sync_folder(run, stage, key, on_gpu=services.on_gpu),
         m1=m1,
         policy=config.policy,

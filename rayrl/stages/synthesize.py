@@ -85,7 +85,7 @@ def _synthesize(run: Run, services: Services, m1: Checkpoint, pairs: SyntheticPa
     map_blocks(
         pairs.scored, pairs.score_block, concurrency=CONCURRENCY, describe=lambda _: {"num": 1}, progress="reward"
     )
-    metrics: dict[str, Any] = {"method": pairs.method}
+    metrics: dict[str, Any] = {"method": pairs.method, "num_blocks": pairs.samples.num_blocks}
     if pairs.clustering:
         metrics |= {"clustering": pairs.clustering, "gamma": pairs.gamma}
         metrics |= cluster(run, services, m1, pairs.samples, pairs.clusters, pairs.clustering)

@@ -14,7 +14,7 @@ def tally(block: pa.Table) -> dict[str, dict[str, int]]:
     """What the driver learns of a block of outcomes: how many of each kind, in JSON's terms."""
     rows = block.to_pylist()
     clustered = [row for row in rows if row["confidence"] is not None]
-    possible = [row["confidence"] for row in clustered if row["makes_pair"]]
+    possible = [row["confidence"] for row in clustered if row["chosen"] is not None]
     return {
         "outcomes": Counter(row["reason"] for row in rows),
         "confidences": Counter(f"{tenths(row['confidence']) / 10:.1f}" for row in clustered),

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rayrl.runs import storage
 from rayrl.telemetry import plots, plots_rlp
 from rayrl.telemetry.metrics import read_metrics
-from rayrl.telemetry.rlp_summary import POLICIES, PPOS, REWARD_MODELS
+from rayrl.telemetry.rlp_summary import PPOS, REWARD_MODELS
 from rayrl.telemetry.tables import read_parquet
 
 
@@ -17,7 +17,7 @@ def draw_figures(run_dir: str, facts: dict[str, Any], evaluated: pa.Table | None
     is_rlp = facts["pipeline"] == "rlp"
     figures: dict[str, Figure] = {}
     if evaluated is not None:
-        titles = POLICIES if is_rlp else {"m1": "M1", "m2": "M2"}
+        titles = facts["rlp"]["titles"] if is_rlp else {"m1": "M1", "m2": "M2"}
         columns = {title: evaluated[f"{name}_score"].drop_null().to_numpy() for name, title in titles.items()}
         if all(len(scores) for scores in columns.values()):
             figures["scores"] = plots.plot_scores(columns)
@@ -56,7 +56,10 @@ def _of_rlp(run_dir: str, facts: dict[str, Any]) -> dict[str, Figure]:
     if any(synthesized.get("confidences", {}).values()):
         figures["confidences"] = plots_rlp.plot_confidences(synthesized["confidences"], synthesized.get("gamma"))
     if synthesized.get("clustering") and any(synthesized.get("pairs_by_gamma", {}).values()):
-        figures["gamma"] = plots_rlp.plot_gamma(synthesized["pairs_by_gamma"], synthesized.get("gamma"))
+        quality = metrics["audit_pairs"].get("accuracy_by_gamma", {})
+        figures["gamma"] = plots_rlp.plot_gamma(synthesized["pairs_by_gamma"], synthesized.get("gamma"), quality)
+    if points := metrics["track_rewards"].get("points"):
+        figures["tracked"] = plots_rlp.plot_tracked(points)
     return figures
 
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 M1, M2, PPO, MUTED, INK, GRID = "#8a94a6", "#2563eb", "#d97706", "#c3cad5", "#1f2937", "#e5e9f0"
-COLORS = {2: (M1, M2), 3: (M1, PPO, M2)}
+COLORS = {2: (M1, M2), 3: (M1, PPO, M2), 4: (M1, PPO, M2, MUTED)}
 """Of policies, M1 first and the run's result last."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, the reader's own font

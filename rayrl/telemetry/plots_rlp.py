@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rayrl.telemetry.plots import COLORS, M1, M2, MUTED, PPO, STYLE, add_legend, new_figure
+from rayrl.telemetry.rlp_summary import PPOS
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 PANELS = {
@@ -84,16 +85,57 @@ def plot_confidences(confidences: Mapping[str, int], gamma: float | None) -> Fig
 
 
 @mpl.rc_context(STYLE)
-def plot_gamma(pairs_by_gamma: Mapping[str, int], gamma: float | None) -> Figure:
-    """Pairs there would be at each gamma."""
+def plot_gamma(
+    pairs_by_gamma: Mapping[str, int], gamma: float | None, quality: Mapping[str, Mapping[str, Any] | None]
+) -> Figure:
+    """Pairs there would be at each gamma, and with how many of them the expert agrees, where it was asked."""
     gammas = sorted(pairs_by_gamma, key=float)
     figure, axes = new_figure(5.2, 3.0)
-    axes.plot([float(g) for g in gammas], [pairs_by_gamma[g] for g in gammas], color=M2, marker="o", markersize=4)
+    pairs = [pairs_by_gamma[g] for g in gammas]
+    axes.plot([float(g) for g in gammas], pairs, color=M2, marker="o", markersize=4, label="pairs")
     _mark_gamma(axes, gamma)
     axes.set_ylim(bottom=0)
     axes.set(xlim=(0, 1), xlabel="gamma", ylabel="pairs", title="Pairs accepted at each gamma")
+    known = {float(g): estimate for g, estimate in quality.items() if estimate}
+    if known:
+        beside = axes.twinx()
+        beside.grid(visible=False)
+        _errorbar(beside, known, color=PPO, label="the expert agrees (right)")
+        beside.axhline(0.5, color=MUTED, linewidth=0.8)
+        beside.set(ylim=(0, 1), ylabel="share")
+        axes.plot([], [], color=PPO, marker="o", markersize=4, label="the expert agrees (right)")
     add_legend(figure, axes)
     return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_tracked(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Along each PPO, by its KL to M1: the expert's mean score, and how well each reward model orders two answers."""
+    figure = Figure(figsize=(10.6, 3.2), layout="constrained")
+    scores, accuracy = figure.subplots(1, 2)
+    ppos = list(dict.fromkeys(point["ppo"] for point in points))
+    for ppo, color in zip(ppos, COLORS[3][1:], strict=False):
+        along = [point for point in points if point["ppo"] == ppo or not point["step"]]  # all start from M1
+        title = PPOS.get(ppo, ppo)
+        of = {point["kl"]: point["expert_score"] for point in along if point["expert_score"]}
+        _errorbar(scores, of, color=color, label=title)
+        for (reward, name), line in zip({"r": "r", "refreshed": "the refreshed r"}.items(), ("-", "--"), strict=True):
+            of = {p["kl"]: p["rewards"][reward]["accuracy"] for p in along if p["rewards"][reward]["accuracy"]}
+            _errorbar(accuracy, of, color=color, linestyle=line, label=f"{name} on {title}")
+    accuracy.axhline(0.5, color=MUTED, linewidth=0.8)
+    scores.set(xlabel="KL to M1, nats", title="The expert's mean score")
+    accuracy.set(xlabel="KL to M1, nats", ylim=(0, 1), title="Share of answers ordered as the expert does")
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    return figure
+
+
+def _errorbar(axes: Axes, estimates: Mapping[float, Mapping[str, Any]], **style: Any) -> None:
+    """Means with their standard errors; one observation has none."""
+    x = sorted(estimates)
+    errors = [min(estimates[at]["standard_error"] or 0.0, 1.0) for at in x]
+    axes.errorbar(
+        x, [estimates[at]["mean"] for at in x], errors, marker="o", markersize=4, capsize=2, linewidth=1.4, **style
+    )
 
 
 def _mark_gamma(axes: Axes, gamma: float | None) -> None:

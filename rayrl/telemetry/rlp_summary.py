@@ -11,9 +11,12 @@ from rayrl.algorithms.statistics import paired_difference
 from rayrl.telemetry.stages import NESTED, STAGES
 
 POLICIES = {"m1": "M1", "ppo": "plain PPO", "rlp": "RLP"}
+BEST_OF_N = "best_of_n"
 REWARD_MODELS = {"r": "fit_reward_model", "refreshed": "refit_reward_model"}
 PPOS = {"ppo": "plain PPO", "ppo_refreshed": "PPO on the refreshed reward"}
 PLAIN_RLHF = ("pool", "sft", "generate", "preferences", "fit_reward_model", "ppo")
+NOT_TRAINING = ("track_rewards", "audit_pairs", "evaluate")
+"""Stages that only look."""
 CONTROLS = {
     "reward_pairs": "pairs ranked by the old reward model",
     "self_judged": "pairs judged by the policy itself (RLAIF)",
@@ -23,11 +26,15 @@ CONTROLS = {
 
 
 def rlp_facts(
-    metrics: Mapping[str, dict[str, Any]], stages: Sequence[dict[str, Any]], evaluated: pa.Table | None
+    config: Mapping[str, Any],
+    metrics: Mapping[str, dict[str, Any]],
+    stages: Sequence[dict[str, Any]],
+    evaluated: pa.Table | None,
 ) -> dict[str, Any]:
     """The facts of one run as plain values; what it has not reached is None.
 
     Args:
+        config: the run's, resolved.
         metrics: of every stage's manifest.
         stages: the stages with state and seconds.
         evaluated: the table of `evaluate`, if there is one.
@@ -36,6 +43,7 @@ def rlp_facts(
         "gain": policy_row(metrics, "rlp").get("difference"),
         "gain_of_ppo": policy_row(metrics, "ppo").get("difference"),
         "gain_over_ppo": _gain_over(evaluated, "rlp", "ppo"),
+        "titles": policy_titles(metrics, config),
         "reward_models": {name: _reward_model(metrics[stage]) for name, stage in REWARD_MODELS.items()},
         "compute": _compute(stages),
     }
@@ -44,6 +52,13 @@ def rlp_facts(
 def policy_row(metrics: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
     """What `evaluate` measured of a policy; empty if it did not."""
     return metrics["evaluate"].get("policies", {}).get(name, {})
+
+
+def policy_titles(metrics: Mapping[str, dict[str, Any]], config: Mapping[str, Any]) -> dict[str, str]:
+    """What the policies of a run are called: those it evaluated, or before that all it may have."""
+    titles = POLICIES | {BEST_OF_N: f"M1, best of {config.get('evaluate', {}).get('best_of_n', 0)}"}
+    found = metrics["evaluate"].get("policies", POLICIES)
+    return {name: title for name, title in titles.items() if name in found}
 
 
 def rlp_controls(config: Mapping[str, Any]) -> list[str]:
@@ -81,10 +96,10 @@ def _reward_model(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compute(stages: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Seconds of plain RLHF (to the end of the first PPO), of RLP, and of judging both; None until they are over."""
+    """Seconds of plain RLHF (to the end of the first PPO), of RLP, and of judging all; None until they are over."""
     seconds = {s["stage"]: s["seconds"] for s in stages if s["seconds"] is not None and s["stage"] not in NESTED}
     plain = sum(seconds.get(name, 0.0) for name in PLAIN_RLHF) if "ppo" in seconds else None
-    added = [name for name in STAGES["rlp"] if name not in (*PLAIN_RLHF, "evaluate")]
+    added = [name for name in STAGES["rlp"] if name not in (*PLAIN_RLHF, *NOT_TRAINING)]
     extra = sum(seconds.get(name, 0.0) for name in added) if "ppo_refreshed" in seconds else None
     total = plain + extra if plain is not None and extra is not None else None
     return {
@@ -92,5 +107,5 @@ def _compute(stages: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "refresh_s": extra,
         "rlp_s": total,
         "ratio": total / plain if total and plain else None,
-        "evaluate_s": seconds.get("evaluate"),
+        "evaluate_s": sum(seconds.get(name, 0.0) for name in NOT_TRAINING) if "evaluate" in seconds else None,
     }

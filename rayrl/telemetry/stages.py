@@ -18,6 +18,8 @@ STAGES = {
         "importance",
         "refit_reward_model",
         "ppo_refreshed",
+        "track_rewards",
+        "audit_pairs",
         "evaluate",
     ),
 }
@@ -46,6 +48,10 @@ def left_out(config: Mapping[str, Any]) -> set[str]:
     names = {"select"} | _LEFT_OUT.get(config.get("refresh", {}).get("method", "spg"), set())
     if has_ready_pairs(config):
         names.add("generate")
+    if not config.get("evaluate", {}).get("diagnosis_budget"):
+        names |= {"track_rewards", "audit_pairs"}
+    elif "synthesize" in names:
+        names.add("audit_pairs")
     if config.get("sft", {}).get("enabled") is False:
         names.add("sft")
     return names

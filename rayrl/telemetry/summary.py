@@ -63,7 +63,7 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
     }
     if pipeline == "rlp":
         evaluated = read_parquet(storage.join(run_dir, "stages", "evaluate", "table"))
-        facts["rlp"] = rlp_facts(metrics, stages, evaluated)
+        facts["rlp"] = rlp_facts(facts["config"], metrics, stages, evaluated)
     facts = _valid_json(facts)
     return facts | {"caveats": rlp_caveats(facts) if pipeline == "rlp" else caveats(facts)}
 
@@ -160,7 +160,8 @@ def _paid(config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dic
     counts = (asked, metrics["evaluate"].get("ledger", {}), ledger)
     paid: dict[str, Any] = {}
     for purpose, section in (("label", "select"), ("evaluate", "evaluate")):
-        paid[purpose] = {"budget": config.get(section, {}).get("budget")}
+        table = config.get(section, {})
+        paid[purpose] = {"budget": table["budget"] + table.get("diagnosis_budget", 0) if "budget" in table else None}
         for count in counts:
             paid[purpose] |= count.get(purpose, {})
     if pipeline_of(config) == "rlp":

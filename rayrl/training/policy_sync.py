@@ -5,11 +5,15 @@ import time
 from typing import Any
 
 from rayrl.data.batches import Row
+from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import load_tokenizer
-from rayrl.records import Checkpoint
+from rayrl.records import Checkpoint, HeldOutAnswer, to_table
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
-from rayrl.training.rollout import Answers, sample
+from rayrl.training.rollout import Answers, held_out_answers, sample
+
+NUM_HELD_OUT_ANSWERS = 2
+"""To each held-out prompt: two, so that they can be compared."""
 
 
 class ServedPolicy:
@@ -46,14 +50,19 @@ class ServedPolicy:
         return time.monotonic() - started
 
     def measure(self, step: int, *, always: bool = False) -> dict[str, float]:
-        """Mean reward of the held-out prompts when its turn has come; the best policy so far is kept."""
+        """Mean reward of answers to the held-out prompts when its turn has come; they and the best policy are kept."""
         if step == self._measured_at or not (always or step % self.job.ppo.evaluate_every == 0):
             return {}
         self._measured_at = step
         job = self.job
         mine = job.held_out[launch.rank() :: launch.world_size()]
-        said = sample(job.fleet, self._served, mine, job.sampling, job.rewards, (self._step, f"{job.seed} held out"))
-        rewards = [reward for reward in said.rewards if reward is not None]
+        said = [
+            sample(job.fleet, self._served, mine, job.sampling, job.rewards, (self._step, f"{job.seed} held out {i}"))
+            for i in range(NUM_HELD_OUT_ANSWERS)
+        ]
+        kept = to_table([row for answers in said for row in held_out_answers(answers)], HeldOutAnswer)
+        BlockTable(f"{job.held_out_url}/{step}", launch.world_size()).write(launch.rank(), kept)
+        rewards = [reward for answers in said for reward in answers.rewards if reward is not None]
         num = zero.total(len(rewards), self.engine)
         mean = zero.total(sum(rewards), self.engine) / num if num else float("nan")
         if mean > self.best_reward:

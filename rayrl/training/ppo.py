@@ -42,6 +42,8 @@ class PpoJob:
     checkpoint_url: str
     best_url: str
     """Where the policy of the highest held-out reward is kept."""
+    held_out_url: str
+    """Where the answers to the held-out prompts are kept, by step."""
     sync_url: str
     """Folder through which weights reach the replicas: shared memory on one machine."""
     m1: Checkpoint
@@ -75,6 +77,8 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
     served = ServedPolicy(job, engine, best_reward=noted["best_reward"])
     if step:
         served.publish(step)
+    else:
+        served.measure(0)
     share = -(-config.rollout_size // launch.world_size())
     batches = optimizer_batches(data, epochs=config.epochs, batch_size=share, seed=job.seed, skip=step)
     _, prompts = next(batches, (0, []))
@@ -92,6 +96,7 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
             learnt = learn(engine, rollout, job, step)
             train_s = time.monotonic() - started - waited_s
             sync_s = served.publish(step)
+            seconds = time.monotonic() - started
             if not config.overlap:
                 asked = ahead.submit(served.answers, prompts, step + 1)
             log(
@@ -107,7 +112,7 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
                 train_s=train_s,
                 sync_s=sync_s,
                 waited_s=waited_s,
-                seconds=time.monotonic() - started,
+                seconds=seconds,
             )
             if config.target_kl:
                 kl_coef = ppo.adapted_kl_coef(

@@ -22,7 +22,7 @@ from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.models.actor_critic import ActorCritic, policy_logprobs
 from rayrl.models.rewards import Rewards
-from rayrl.records import Checkpoint, Scored, content_id
+from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id
 from rayrl.training import engine as zero
 
 
@@ -68,6 +68,19 @@ def sample(
         generate_s=sampled_at - started,
         reward_s=time.monotonic() - sampled_at,
     )
+
+
+def held_out_answers(answers: Answers) -> Iterator[HeldOutAnswer]:
+    """The answers as rows of a table."""
+    for prompt, said, reward in zip(answers.prompts, answers.continuations, answers.rewards, strict=True):
+        yield HeldOutAnswer(
+            prompt_id=prompt["id"],
+            prompt=prompt["text"],
+            prompt_token_ids=prompt["token_ids"],
+            response=said.text,
+            token_ids=said.token_ids,
+            reward=reward,
+        )
 
 
 TENSORS = ("logprobs", "values", "advantages", "returns", "importance")

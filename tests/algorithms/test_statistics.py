@@ -7,11 +7,13 @@ from scipy.stats import spearmanr
 
 from rayrl.algorithms.statistics import (
     accuracy_within,
+    best_of_n_kl,
     calibration_table,
     distinct_n,
     expected_calibration_error,
     kl_estimate,
     length_controlled_win_rate,
+    order_agreement,
     paired_difference,
     perplexity,
     self_bleu,
@@ -154,3 +156,16 @@ def test_expected_calibration_error_by_hand():
     assert expected_calibration_error(np.array([1.0, 1.0]), np.array([0.5, 0.5])) == 0.5
     with pytest.raises(ValueError, match="got none"):
         expected_calibration_error(np.array([]), np.array([]))
+
+
+def test_the_order_of_pairs_ties_and_abstentions():
+    expert = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [np.nan, 1.0], [0.0, 5.0]])
+    predicted = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
+    found = order_agreement(expert, predicted)
+    assert (found.mean, found.num) == (0.5, 3)  # right, wrong, a tie of the prediction
+    assert order_agreement(expert[2:4], predicted[2:4]) is None
+
+
+def test_the_best_of_one_is_the_policy_itself():
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(4) == pytest.approx(np.log(4) - 0.75)

@@ -33,17 +33,18 @@ def outcome(prompt, gamma, seed=0):
 def test_an_outcome_is_what_synthetic_pair_says_of_all_samples(prompt, gamma):
     made = [outcome(prompt, gamma, seed) for seed in range(100)]
     possible, one = expected(prompt, CLUSTERS[prompt], gamma)
-    assert {(m.chosen, m.rejected) for m in made if m.chosen is not None} == possible
+    assert {(m.chosen, m.rejected) for m in made if m.reason == "accepted"} == possible
     assert {(m.confidence, len(m.cluster_sizes), sum(m.cluster_sizes)) for m in made} == {
         (one.confidence, one.num_clusters, 10)
     }
-    assert {m.makes_pair for m in made} == {bool(expected(prompt, CLUSTERS[prompt], 0.0)[0])}
+    at_any_gamma, _ = expected(prompt, CLUSTERS[prompt], 0.0)
+    assert {(m.chosen, m.rejected) for m in made if m.chosen is not None} == at_any_gamma
     assert outcome(prompt, gamma, 3) == outcome(prompt, gamma, 3)
 
 
 def test_repeats_and_empty_samples_count():
     assert outcome("p0", 0.5).confidence == 0.5  # 2 of 5 different texts are red, but 5 of 10 samples
-    assert (outcome("p0", 0.5).chosen, outcome("p0", 0.6).reason) == (1, "low_confidence")
+    assert (outcome("p0", 0.5).reason, outcome("p0", 0.6).reason) == ("accepted", "low_confidence")
     assert (outcome("p1", 0.4).confidence, outcome("p1", 0.4).reason) == (0.4, "abstained")  # most say nothing
 
 

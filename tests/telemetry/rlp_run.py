@@ -27,11 +27,11 @@ CONFIG = {
     "reward_model": {"num_members": 1, "objective": "mean"},
     "ppo": {"kl_coef": 0.02, "clip_range": 0.2, "learning_rate": 2e-4},
     "refresh": {"method": "spg", "n": 8, "spg": {"gamma": 0.5, "clustering": "strict"}, "uml": {"objective": "uml"}},
-    "evaluate": {"budget": 360},
+    "evaluate": {"budget": 480, "diagnosis_budget": 200, "best_of_n": 4},
 }
 SECONDS = {"pool": 1.0, "sft": 20.0, "generate": 10.0, "select": 4.0, "preferences": 9.0, "fit_reward_model": 30.0}
 SECONDS |= {"ppo": 130.0, "samples": 12.0, "synthesize": 18.0, "refit_reward_model": 34.0, "ppo_refreshed": 136.0}
-SECONDS |= {"evaluate": 25.0}
+SECONDS |= {"track_rewards": 4.0, "audit_pairs": 2.0, "evaluate": 25.0}
 NUM_JUDGED = 120
 
 
@@ -76,6 +76,14 @@ def ppo_metrics(final_reward: float, final_kl: float) -> dict[str, Any]:
         "sync_share": 0.064,
         "overlap": False,
     }
+
+
+def tracked(ppo: str, step: int, kl: float, score: float, accuracy: tuple[float, float]) -> dict[str, Any]:
+    rewards = {
+        name: {"mean": 0.3 * step, "accuracy": estimate(of, 0.08, 12), "spearman": estimate(of - 0.4, 0.1, 26)}
+        for name, of in zip(("r", "refreshed"), accuracy, strict=True)
+    }
+    return {"ppo": ppo, "step": step, "kl": kl, "expert_score": estimate(score, 0.2, 26), "rewards": rewards}
 
 
 def rlp_metrics() -> dict[str, dict[str, Any]]:
@@ -125,11 +133,27 @@ def rlp_metrics() -> dict[str, dict[str, Any]]:
         },
         "refit_reward_model": reward_metrics(0.74, 0.081, 0.18, 347),
         "ppo_refreshed": ppo_metrics(1.522, 5.87),
+        "track_rewards": {
+            "points": [
+                tracked("ppo", 0, 0.0, 2.1, (0.7, 0.71)),
+                tracked("ppo", 24, 6.3, 2.4, (0.6, 0.69)),
+                tracked("ppo_refreshed", 24, 5.9, 2.8, (0.58, 0.7)),
+            ],
+            "num_answers": 78,
+            "num_scored": 76,
+        },
+        "audit_pairs": {
+            "num_audited": 50,
+            "accuracy": estimate(0.72, 0.064, 50),
+            "accuracy_by_gamma": {"0.0": estimate(0.72, 0.064, 50), "0.5": estimate(0.8, 0.08, 25), "1.0": None},
+        },
         "evaluate": {
             "policies": {
                 "m1": policy_row(2.1, 0.0, 0.0, perplexity=4.9, length=46.8, distinct2=0.412, self_bleu=0.231),
                 "ppo": policy_row(2.47, 0.37, 6.3, perplexity=5.6, length=50.2, distinct2=0.391, self_bleu=0.247),
                 "rlp": policy_row(2.89, 0.79, 5.9, perplexity=5.4, length=49.1, distinct2=0.402, self_bleu=0.239),
+                "best_of_n": policy_row(2.6, 0.5, 0.64, perplexity=4.8, length=47.0, distinct2=0.4, self_bleu=0.23)
+                | {"kl_is_bound": True},
             },
             "reward_accuracy": {
                 "r": {"ppo": estimate(0.66, 0.05, 94), "rlp": estimate(0.63, 0.055, 97)},
@@ -145,6 +169,7 @@ def _write_table(run_dir: Path) -> None:
     scores = {"m1": random.binomial(5, 0.42, NUM_JUDGED)}
     scores["ppo"] = np.clip(scores["m1"] + random.choice([-1, 0, 1], NUM_JUDGED, p=[0.15, 0.4, 0.45]), 0, 5)
     scores["rlp"] = np.clip(scores["ppo"] + random.choice([-1, 0, 1], NUM_JUDGED, p=[0.1, 0.4, 0.5]), 0, 5)
+    scores["best_of_n"] = np.clip(scores["m1"] + random.choice([0, 1], NUM_JUDGED), 0, 5)
     columns: dict[str, Any] = {"prompt": [f"Tell a story about fox number {i}." for i in range(NUM_JUDGED)]}
     for name, of_policy in scores.items():
         columns[f"{name}_response"] = [
@@ -159,7 +184,7 @@ def _write_table(run_dir: Path) -> None:
 
 def _write_ledger(run_dir: Path) -> None:
     """What `evaluate` paid is nowhere else."""
-    answers = [("label", "scored")] * 296 + [("label", "abstained")] * 4 + [("evaluate", "scored")] * 360
+    answers = [("label", "scored")] * 296 + [("label", "abstained")] * 4 + [("evaluate", "scored")] * 660
     rows = [
         (str(i), purpose, state, "p", "r", "Tell.", "Once.", "o", 1.0 if state == "scored" else None, 0.003)
         for i, (purpose, state) in enumerate(answers)

@@ -38,5 +38,33 @@ def test_confidences_are_drawn_in_their_bins():
 
 
 def test_pairs_at_each_gamma():
-    axes = plots_rlp.plot_gamma({"0.5": 3, "0.0": 9}, None).axes[0]
+    axes = plots_rlp.plot_gamma({"0.5": 3, "0.0": 9}, None, {}).axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[0, 9], [0.5, 3]]
+
+
+def test_the_quality_of_pairs_stands_beside_their_number():
+    quality = {"0.5": {"mean": 0.8, "standard_error": 0.1}, "0.0": {"mean": 0.6, "standard_error": 0.05}, "1.0": None}
+    _, beside = plots_rlp.plot_gamma({"0.5": 3, "0.0": 9}, None, quality).axes
+    assert beside.lines[0].get_xydata().tolist() == [[0, 0.6], [0.5, 0.8]]
+
+
+def test_both_ppos_are_tracked_from_m1_on():
+    def point(ppo, step, kl, r, refreshed):
+        rewards = {
+            name: {"accuracy": a and {"mean": a, "standard_error": 0.1}}
+            for name, a in (("r", r), ("refreshed", refreshed))
+        }
+        return {
+            "ppo": ppo,
+            "step": step,
+            "kl": kl,
+            "expert_score": {"mean": kl, "standard_error": None},
+            "rewards": rewards,
+        }
+
+    points = [point("ppo", 0, 0.0, 0.7, 0.6), point("ppo", 8, 3.0, 0.5, None), point("ppo_refreshed", 8, 2.0, 0.6, 0.8)]
+    scores, accuracy = plots_rlp.plot_tracked(points).axes
+    drawn = [container.lines[0].get_xydata().tolist() for container in scores.containers]
+    assert drawn == [[[0, 0], [3, 3]], [[0, 0], [2, 2]]]
+    drawn = [container.lines[0].get_xydata().tolist() for container in accuracy.containers]
+    assert drawn == [[[0, 0.7], [3, 0.5]], [[0, 0.6]], [[0, 0.7], [2, 0.6]], [[0, 0.6], [2, 0.8]]]

@@ -26,13 +26,13 @@ def test_a_finished_run_shows_everything(rlp_run_dir):
     page = report(rlp_run_dir)
     over_ppo = json.loads((rlp_run_dir / "report.json").read_text())["rlp"]["gain_over_ppo"]
     for expected in (
-        "made-up-rlp seed 3 \u00b7 7 min 05 s in finished stages",  # the selection is part of the preferences
+        "made-up-rlp seed 3 \u00b7 7 min 11 s in finished stages",  # the selection is part of the preferences
         "the method itself, no control",
         "+0.79 \u00b1 0.09 gain in mean expert score, RLP minus M1, n = 120",
         f"{over_ppo['mean']:+.2f} \u00b1 {over_ppo['standard_error']:.2f} gain of RLP over plain PPO, n = 119",
         "69.8% \u00b1 4.0 win rate of RLP against M1",
         "300 / 300 paid preference queries",
-        "360 / 360 paid evaluation queries",
+        "660 / 680 paid evaluation queries",
         "M1 2.10 \u00b1 0.11 - - - 31.0% \u00b1 4.2",
         "plain PPO 2.47 \u00b1 0.11 +0.37 \u00b1 0.09 59.2% \u00b1 4.0",
         "57.4% \u00b1 4.3 34.7% \u00b1 4.2 6.30 \u00b1 0.20",
@@ -40,6 +40,10 @@ def test_a_finished_run_shows_everything(rlp_run_dir):
         "RLP 2.89 \u00b1 0.11 +0.79 \u00b1 0.09 69.8% \u00b1 4.0 65.8% \u00b1 4.3 38.9% \u00b1 4.2",
         "5.90 \u00b1 0.20 5.40 0.402 0.239 49.1",
         "120 prompts judged per policy",
+        "M1, best of 4 2.60 \u00b1 0.11 +0.50 \u00b1 0.09",
+        "at most 0.64",
+        "held-out prompts (76 in all)",
+        "of 50 possible pairs the expert agrees with 72.0% \u00b1 6.4",
         "accuracy 0.71 \u00b1 0.06 0.74 \u00b1 0.06",
         "calibration error 0.093 0.081",
         "rank correlation with length +0.21 \u00b1 0.13 +0.18 \u00b1 0.13",
@@ -63,7 +67,7 @@ def test_a_finished_run_shows_everything(rlp_run_dir):
         assert expected in page.text
     assert "not run" not in page.text
     assert "not measured" not in page.text
-    assert len(page.figures) == 6
+    assert len(page.figures) == 7
 
 
 def test_the_file_stands_alone_and_is_small(rlp_run_dir):

@@ -41,7 +41,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
     assert facts["caveats"] == [ONE_SEED]
     assert gain(facts) == facts["rlp"]["gain"] == policy_row(2.89, 0.79, 5.9)["difference"]
     assert [s["stage"] for s in facts["stages"]] == [name for name in STAGES["rlp"] if name != "importance"]
-    assert facts["seconds"] == 425.0  # without the selection, which the preferences contain
+    assert facts["seconds"] == 431.0  # without the selection, which the preferences contain
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_ensembles_calibration_is_its_members():
     metrics = {stage: {} for stage in STAGES["rlp"]}
     members = [{"calibration_error": 0.1}, {"calibration_error": 0.2}, {"calibration_error": None}]
     metrics["fit_reward_model"] = {"members": members, "validation": {"calibration_error": 0.9}}
-    models = rlp_facts(metrics, [], None)["reward_models"]
+    models = rlp_facts({}, metrics, [], None)["reward_models"]
     assert models["r"]["calibration_error"] == pytest.approx(0.15)
     assert models["refreshed"] == {}
 
@@ -120,6 +120,9 @@ def test_stages_follow_the_config(tmp_path):
     assert "generate" not in stages(preferences={"source": "data"})
     assert stages(refresh={"method": "none"})[-3:] == ["ppo", "ppo_refreshed", "evaluate"]
     assert "importance" in stages(refresh={"method": "ocrm"})
+    diagnosed = stages(evaluate={"diagnosis_budget": 100})
+    assert {"track_rewards", "audit_pairs"} <= set(diagnosed) and "track_rewards" not in full
+    assert "audit_pairs" not in stages(evaluate={"diagnosis_budget": 100}, refresh={"method": "uml"})
     (tmp_path / "stages" / "fit_reward_model-0").mkdir(parents=True)
     states = {s["stage"]: s["state"] for s in summarize_run(str(tmp_path))["stages"]}
     assert (states["fit_reward_model"], states["ppo"]) == ("started", "not run")
