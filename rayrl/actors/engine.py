@@ -160,7 +160,7 @@ class ServedEngine:
             if checkpoint.version != self.version:
                 async with self._idle:
                     await self._idle.wait_for(lambda: self._running == 0)
-                await self.swap(checkpoint)
+                await self._swap_or_die(checkpoint)
             self._running += 1
         try:
             yield
@@ -171,6 +171,16 @@ class ServedEngine:
             self._running -= 1
             async with self._idle:
                 self._idle.notify_all()
+
+    async def _swap_or_die(self, checkpoint: Checkpoint) -> None:
+        """A replica that cannot load is of no use to anybody, and may hold half of the weights: Ray starts another."""
+        try:
+            await self.swap(checkpoint)
+        except WeightSyncError:
+            raise  # `swap` ends this replica, once the error has left
+        except Exception:
+            logger.exception("loading %s failed; this replica ends, and Ray starts another", checkpoint.version)
+            os._exit(1)
 
     async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
         """Load a checkpoint in place and prove it. A replica that fails dies: half-loaded weights must not speak.

@@ -5,6 +5,8 @@ call that outlives its timeout has met a hung replica: it is killed, and Ray doe
 """
 
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
+MAX_PART = 256
+"""Items of one call to a replica: one that dies loses no more work than that."""
 MAX_RETRIES = 5
 """Replicas one call may lose; a call that kills every replica it meets must end."""
 MAX_HUNG = 2
@@ -69,6 +73,13 @@ class Fleet:
             finally:
                 self.router.release.remote(index)
         raise StageTimeout(f"{self.name}: {MAX_HUNG} replicas gave no answer to {method} within {timeout_s:.0f} s")
+
+    def map(self, num: int, call: Callable[[slice], list[Any]]) -> list[Any]:
+        """The joined answers of calls on parts of `num` items, so many at once that every replica is busy."""
+        size = min(MAX_PART, -(-num // self.concurrency))
+        parts = [slice(start, start + size) for start in range(0, num, size)] if num else []
+        with ThreadPoolExecutor(self.concurrency) as calls:
+            return [answer for answers in calls.map(call, parts) for answer in answers]
 
     def adopt(self, checkpoint: Checkpoint, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Bring every replica to a checkpoint's weights, each proved against the trainer's probe.

@@ -64,7 +64,10 @@ class RewardModelConfig(TrainingConfig):
 
 
 class PpoConfig(TrainingConfig):
-    """M1 -> pi by PPO (arXiv 1707.06347). `batch_size` is in responses; `epochs` are passes over the prompts."""
+    """M1 -> pi by PPO (arXiv 1707.06347), sampled at temperature 1: the ratio is of what the policy is.
+
+    `batch_size` is in responses; `epochs` are passes over the prompts.
+    """
 
     reward: Literal["reward_model", "evaluator", "function"] = "reward_model"
     function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
@@ -77,7 +80,6 @@ class PpoConfig(TrainingConfig):
     """Passes over one rollout."""
     batch_size: int = Field(default=256, gt=0)
     learning_rate: float = Field(default=1e-5, gt=0)
-    temperature: float = Field(default=1.0, gt=0)
     kl_coef: float = Field(default=0.02, ge=0)
     """Reward per nat and token taken for leaving M1."""
     kl_estimator: Literal["k1", "k2", "k3", "clamped"] = "k1"
@@ -85,6 +87,7 @@ class PpoConfig(TrainingConfig):
     target_kl: float | None = Field(default=None, gt=0)
     """Nats per response; adapts kl_coef (arXiv 1909.08593). None keeps it fixed."""
     kl_horizon: int = Field(default=10_000, gt=0)
+    """Responses over which kl_coef follows the KL."""
     max_kl: float = Field(default=100.0, gt=0)
     """Nats per response, mean of a rollout, at which the run stops: the policy has run away."""
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -110,6 +113,13 @@ class PpoConfig(TrainingConfig):
     def _consistent(self) -> "PpoConfig":
         if (self.reward == "function") != (self.function is not None):
             raise ValueError('ppo.function and ppo.reward = "function" go together: set both or neither')
+        if self.target_kl is not None and self.kl_coef == 0:
+            raise ValueError("ppo.kl_coef must be above 0 with ppo.target_kl, which multiplies it; got 0")
+        if self.target_kl is not None and self.kl_horizon < self.rollout_size:
+            raise ValueError(
+                f"ppo.kl_horizon must be at least ppo.rollout_size ({self.rollout_size}), got {self.kl_horizon}: "
+                "the coefficient would change its sign"
+            )
         if self.batch_size > self.rollout_size:
             raise ValueError(
                 f"ppo.batch_size must be at most ppo.rollout_size ({self.rollout_size}), got {self.batch_size}"

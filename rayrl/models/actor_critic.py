@@ -2,11 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rayrl.algorithms.preference import token_logprobs
+from rayrl.models.reward import Float32Linear
 
 
 class TokenValues(NamedTuple):
@@ -26,9 +26,14 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.value_backbone = value_backbone
         hidden_size = value_backbone.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.value_head = Float32Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """As a transformers model has it, for both networks."""
+        for network in (self.policy, self.value_backbone):
+            network.gradient_checkpointing_enable(**options)
 
     def forward(self, batch: Any) -> TokenValues:
         """Read a `TokenBatch`."""
@@ -42,7 +47,7 @@ class ActorCritic(nn.Module):
             use_cache=False,
         ).hidden_states[-1]
         before = hidden[:, -num_response - 1 : -1]  # the state in which token t is chosen ends at token t - 1
-        return TokenValues(policy_logprobs(self.policy, batch), self.value_head(before.float()).squeeze(-1))
+        return TokenValues(policy_logprobs(self.policy, batch), self.value_head(before).squeeze(-1))
 
 
 def policy_logprobs(policy: Any, batch: Any) -> Float[Tensor, "batch seq"]:

@@ -50,7 +50,8 @@ def ppo_alone(run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint,
     function = run.config.ppo.function
     rewards: Rewards
     if function is not None:
-        rewards, key = FunctionReward(function), function
+        rewards = FunctionReward(function)
+        key = rewards.key
     else:
         responses = generate(run, services, m1, pool)  # Y ~ M1
         query_set = select(run, services, m1, candidates(run, responses))  # Q

@@ -69,6 +69,9 @@ class Run:
             return None
         other = storage.absolute(self.config.reuse)
         if found := self._manifest(other, stage, key):
+            curve = storage.join("metrics", f"{stage}.jsonl")
+            if storage.exists(storage.join(other, curve)):
+                storage.write_bytes(storage.join(self.url, curve), storage.read_bytes(storage.join(other, curve)))
             storage.copy_folder(storage.join(other, "stages", stage), self.folder(stage), last="manifest.json")
             logger.info("%s: taken over from %s (%s)", stage, other, found.summary)
             return found

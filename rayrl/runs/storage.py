@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,12 @@ def write_bytes(url: str, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def read_bytes(url: str) -> bytes:
+    """Read a whole file."""
+    with fsspec.open(url, "rb") as file:
+        return file.read()  # type: ignore[union-attr]
 
 
 def write_json(url: str, content: Any) -> None:
@@ -107,16 +115,27 @@ def local_folder(url: str) -> str:
     return str(cache)
 
 
-def publish_folder(local: str, url: str) -> None:
-    """Move a finished local folder to its place in the run."""
+@contextmanager
+def new_folder(url: str) -> Iterator[str]:
+    """A local folder to fill, which then takes its place in the run: whole, or, if filling it fails, not at all."""
     fs, path = url_to_fs(url)
     if is_local(url):
-        shutil.rmtree(path, ignore_errors=True)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        unfinished = f"{path}.{uuid.uuid4().hex}.tmp"
-        shutil.copytree(local, unfinished)
-        os.replace(unfinished, path)
+        with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f"{Path(path).name}.") as unfinished:
+            yield unfinished
+            os.chmod(unfinished, 0o755)  # a temporary folder is its owner's alone
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(unfinished, path)
+            os.mkdir(unfinished)  # for the one that removes it
         return
+    with tempfile.TemporaryDirectory() as unfinished:
+        yield unfinished
+        remove_folder(url)
+        fs.put(unfinished + "/", path + "/", recursive=True)
+
+
+def remove_folder(url: str) -> None:
+    """Remove a folder, if it is there."""
+    fs, path = url_to_fs(url)
     if fs.exists(path):
         fs.rm(path, recursive=True)
-    fs.put(local.rstrip("/") + "/", path + "/", recursive=True)

@@ -59,7 +59,7 @@ def fit_reward_model(
     alike = config.model_copy(update={"objective": "mean", "variance_coef": 0.0})  # members do not depend on these
     uml = run.config.refresh.uml if views else None
     sources = [source.key for source in (*preferences, views, weights) if source is not None]
-    inputs = [alike, uml or "no views", run.config.policy.max_model_len, m1.version, *sources]
+    inputs = [alike, uml or "no views", run.config.policy.max_model_len, services.dtype, m1.version, *sources]
     member_key, key = run.key(f"{stage}-member", *inputs), run.key(stage, config, *inputs)
     names = [f"{stage}-{i}" for i in range(config.num_members)]
     members = [Checkpoint(path=run.folder(name, "checkpoint"), version=f"{name}-{member_key}") for name in names]

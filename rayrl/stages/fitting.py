@@ -68,7 +68,7 @@ def fit_stage(
         fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu)
     seconds = time.monotonic() - started
     run.record_time(f"fit:{stage}", seconds)
-    curve = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
+    curve = [row for row in read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl")) if row["step"]]
     return {
         "num_steps": len(curve),
         "first_loss": curve[0]["loss"],

@@ -1,7 +1,9 @@
 """Stage ppo: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
 
 import importlib
+import inspect
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from rayrl.telemetry.metrics import read_metrics
 from rayrl.training.ppo import PpoJob, train_ppo
 
 HELD_OUT = "held_out"
+NUM_VERSIONS = 4
+"""Of the weights that may lie in shared memory at once: the last two, the next one being written, and room."""
 MAX_HELD_OUT = 256
 """Held-out prompts on which the reward is measured along the way."""
 
@@ -33,6 +37,11 @@ class FunctionReward:
     """A Python function of (prompt, response); None abstains."""
 
     path: str
+
+    @property
+    def key(self) -> str:
+        """Another text of the function's module is another reward."""
+        return content_id(self.path, inspect.getsource(sys.modules[load_function(self.path).__module__]))
 
     def score(self, items: list[Scored]) -> list[float | None]:
         """The function's value of each response."""
@@ -76,7 +85,9 @@ def ppo(
         TrainingStopped: the policy ran away from M1.
     """
     config = run.config.ppo
-    key = run.key(stage, config, run.config.generate.max_tokens, reward_key, pool.key, m1.version)
+    same = config.model_copy(update={"keep": "last"})  # both policies are there, whichever goes on
+    sampling = [run.config.generate.max_tokens, *run.config.generate.stop]
+    key = run.key(stage, same, reward_key, pool.key, m1.version, services.dtype, *sampling)
     kept = "best" if config.keep == "best" else "checkpoint"
     checkpoint = Checkpoint(path=run.folder(stage, kept), version=f"{stage}-{key}-{kept}")
     if run.finished(stage, key):
@@ -84,15 +95,19 @@ def ppo(
     started = time.monotonic()
     job = _job(run, services, m1, rewards, pool, stage, key)
     by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
-    curve = fit_stage(run, services, stage, train_ppo, job, by_rollout, stream_of(pool.train, run.config.seed))
-    steps = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
+    try:
+        curve = fit_stage(run, services, stage, train_ppo, job, by_rollout, stream_of(pool.train, job.seed))
+    finally:
+        storage.remove_folder(job.sync_url)
+    measured = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
+    steps = [row for row in measured if row["step"]]  # at 0 M1 was measured
     if not steps[-1]["kl"] <= config.max_kl:
         raise TrainingStopped(
             f"{stage}: the policy is {steps[-1]['kl']:.1f} nats per response away from M1 after rollout "
             f"{steps[-1]['step']}, and ppo.max_kl is {config.max_kl:g}; raise ppo.kl_coef, lower ppo.learning_rate, or "
             "set ppo.target_kl"
         )
-    metrics = curve | summarise(steps, config)
+    metrics = curve | summarise(measured, config)
     run.finish(
         stage,
         key,
@@ -114,38 +129,39 @@ def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: P
         checkpoint_url=run.folder(stage, "checkpoint"),
         best_url=run.folder(stage, "best"),
         held_out_url=run.folder(stage, HELD_OUT),
-        sync_url=sync_folder(run, stage, key, on_gpu=services.on_gpu),
+        sync_url=sync_folder(run, stage, key, m1, on_gpu=services.on_gpu),
         m1=m1,
         policy=config.policy,
         value_path=getattr(rewards, "value_path", None) or m1.path,
         ppo=config.ppo,
-        sampling=Sampling(
-            temperature=config.ppo.temperature, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop)
-        ),
+        sampling=Sampling(temperature=1.0, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop)),
         fleet=services.ready(services.generators(m1)),
         rewards=rewards,
         held_out=held_out[:MAX_HELD_OUT],
         dtype=services.dtype,
-        seed=config.seed,
+        seed=int(content_id(stage, str(config.seed)), 16) >> 1,  # a second PPO on the same reward is another run
         num_rows=pool.num_prompts,
     )
 
 
-def sync_folder(run: Run, stage: str, key: str, *, on_gpu: bool) -> str:
-    """Where weights go on their way to the replicas: shared memory if all is on one machine, else the run folder."""
+def sync_folder(run: Run, stage: str, key: str, m1: Checkpoint, *, on_gpu: bool) -> str:
+    """Where weights go on their way to the replicas: shared memory if all is on one machine and fits, else the run."""
     import ray
 
-    memory = Path("/dev/shm")
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    if len(alive) == 1 and memory.is_dir() and not on_gpu:
-        return str(memory / f"rayrl-{content_id(run.url, stage, key)}")
-    return run.folder(stage, "weights")
+    memory, m1_folder = Path("/dev/shm"), Path(storage.local_folder(m1.path))
+    is_one_machine = len([node for node in ray.nodes() if node["Alive"]]) == 1 and not on_gpu
+    if not (is_one_machine and memory.is_dir() and m1_folder.is_dir()):
+        return run.folder(stage, "weights")
+    num_bytes = sum(file.stat().st_size for file in m1_folder.glob("*.safetensors"))
+    fits = shutil.disk_usage(memory).free > NUM_VERSIONS * num_bytes
+    return str(memory / f"rayrl-{content_id(run.url, stage, key)}") if fits else run.folder(stage, "weights")
 
 
 def summarise(steps: list[dict[str, Any]], config: PpoConfig) -> dict[str, Any]:
     """What a training's curve comes to: where the reward and the KL went, and where the time did."""
-    last = steps[-max(1, len(steps) // 10) :]
     held_out = [row["held_out_reward"] for row in steps if row.get("held_out_reward") is not None]
+    steps = [row for row in steps if row["step"]]
+    last = steps[-max(1, len(steps) // 10) :]
     times = {
         name: float(np.sum([row[name] for row in steps])) for name in ("generate_s", "reward_s", "train_s", "sync_s")
     }

@@ -1,7 +1,6 @@
 """Rewards from reward models, served by the embedding fleet; and how often they prefer what somebody else preferred."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +17,6 @@ from rayrl.data.tokenizing import context_length
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, PreferencePair, Scored
 from rayrl.runs.run import Run
-
-CHUNK = 256
-"""Sequences of one call to a replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +80,8 @@ def make_reward_scorer(run: Run, services: Services, m1: Checkpoint, models: Rew
 
 
 def member_values(fleet: Fleet, member: Checkpoint, inputs: list[list[int]]) -> np.ndarray:
-    """One reward model's values, in calls of `CHUNK` sequences that keep every replica busy."""
-    chunks = [inputs[start : start + CHUNK] for start in range(0, len(inputs), CHUNK)]
-    if not chunks:
-        return np.zeros(0)
-    with ThreadPoolExecutor(fleet.concurrency) as calls:
-        return np.concatenate(list(calls.map(lambda chunk: fleet.call("values", member, chunk), chunks)))
+    """One reward model's values."""
+    return np.array(fleet.map(len(inputs), lambda part: fleet.call("values", member, inputs[part])), float)
 
 
 def pair_items(pairs: Sequence[PreferencePair]) -> list[Scored]:

@@ -1,7 +1,6 @@
 """From training state to a model folder that vLLM serves, with a probe of what it must answer."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rayrl.models.reward import RewardModel
-from rayrl.runs.storage import publish_folder
+from rayrl.runs.storage import new_folder
 from rayrl.training import engine as zero
 from rayrl.training import launch
 
@@ -61,7 +60,7 @@ def _write(
     state = zero.gathered_state(engine, model)
     if launch.rank() != 0:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with new_folder(url) as folder:
         _save_pretrained(model, state, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -69,7 +68,6 @@ def _write(
         if head is not None:
             (Path(folder) / "head").mkdir()
             save_file(head, Path(folder) / "head" / "head.safetensors")
-        publish_folder(folder, url)
 
 
 def _save_pretrained(model: Any, state: dict[str, torch.Tensor], folder: str) -> None:

@@ -1,6 +1,6 @@
 """The policy as the replicas serve it: its weights go out after every update, its answers and rewards come back."""
 
-import shutil
+import math
 import time
 from typing import Any
 
@@ -8,6 +8,7 @@ from rayrl.data.batches import Row
 from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.records import Checkpoint, HeldOutAnswer, to_table
+from rayrl.runs import storage
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
 from rayrl.training.rollout import Answers, held_out_answers, sample
@@ -24,6 +25,7 @@ class ServedPolicy:
         self.engine = engine
         self.best_reward = best_reward
         self._step = 0
+        self._before = 0  # a retried request may still name these weights
         self._served: Checkpoint = job.m1
         self._measured_at = -1
 
@@ -43,10 +45,9 @@ class ServedPolicy:
         export.export_policy(self.engine, self.engine.module.policy, None, checkpoint.path)
         if launch.rank() == 0:
             self.job.fleet.adopt(checkpoint)
-            if self._step:
-                shutil.rmtree(f"{self.job.sync_url}/{self._step}", ignore_errors=True)
+            storage.remove_folder(f"{self.job.sync_url}/{self._before}")
         zero.largest(0.0, self.engine)  # nobody asks for these weights before they are there
-        self._served, self._step = checkpoint, step
+        self._before, self._served, self._step = self._step, checkpoint, step
         return time.monotonic() - started
 
     def measure(self, step: int, *, always: bool = False) -> dict[str, float]:
@@ -70,12 +71,11 @@ class ServedPolicy:
             self._export(job.best_url)
         return {"held_out_reward": mean}
 
-    def finish(self, step: int) -> None:
-        """Write the last policy, and the best one if none was measured before."""
-        self.measure(step, always=True)
+    def finish(self) -> None:
+        """Write the last policy, which is the best one if no answer was ever rewarded."""
         self._export(self.job.checkpoint_url)
-        if launch.rank() == 0:
-            shutil.rmtree(self.job.sync_url, ignore_errors=True)
+        if self.best_reward == -math.inf:
+            self._export(self.job.best_url)
 
     def _export(self, url: str) -> None:
         tokenizer = load_tokenizer(self.job.policy)

@@ -5,8 +5,10 @@ trainer learns from them for a few passes, and the replicas take the new weights
 """
 
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -75,59 +77,81 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
     noted = {"step": 0, "kl_coef": config.kl_coef, "best_reward": -np.inf} | restore(engine)
     step, kl_coef = int(noted["step"]), noted["kl_coef"]
     served = ServedPolicy(job, engine, best_reward=noted["best_reward"])
-    if step:
-        served.publish(step)
-    else:
-        served.measure(0)
-    share = -(-config.rollout_size // launch.world_size())
-    batches = optimizer_batches(data, epochs=config.epochs, batch_size=share, seed=job.seed, skip=step)
-    _, prompts = next(batches, (0, []))
+    rollouts = prompts_of_rollouts(job, data, skip=step)
+    prompts = next(rollouts, [])
     with rank_zero_log(job.run_url, job.stage) as log, ThreadPoolExecutor(1) as ahead:
+        if step:
+            served.publish(step)
+        else:
+            log(0, **served.measure(0))
+        goes_on = zero.largest(len(prompts), engine) > 0
         asked = ahead.submit(served.answers, prompts, step + 1)
-        while step < (config.max_rollouts or np.inf) and zero.largest(len(prompts), engine) > 0:
+        while goes_on:
             step, started = step + 1, time.monotonic()
             answers = asked.result()
             waited_s = time.monotonic() - started
-            _, prompts = next(batches, (0, []))
+            prompts = next(rollouts, [])
+            goes_on = zero.largest(len(prompts), engine) > 0
             if config.overlap:  # the next rollout is sampled by the weights before this update
                 asked = ahead.submit(served.answers, prompts, step + 1)
             rollout = experience(engine, reference, answers, config, kl_coef)
             seen = means(rollout.sums, "num_responses", engine)
             learnt = learn(engine, rollout, job, step)
             train_s = time.monotonic() - started - waited_s
+            if config.overlap:  # replicas take no weights before they have answered
+                waited_s += seconds_until(asked)
             sync_s = served.publish(step)
-            seconds = time.monotonic() - started
+            ran_away = not seen["kl"] <= config.max_kl
             if not config.overlap:
-                asked = ahead.submit(served.answers, prompts, step + 1)
+                asked = ahead.submit(served.answers, [] if ran_away else prompts, step + 1)
+            times = {"generate_s": answers.generate_s, "reward_s": answers.reward_s, "train_s": train_s}
+            times |= {"sync_s": sync_s, "waited_s": waited_s, "seconds": time.monotonic() - started}
             log(
                 step,
                 **seen,
                 **learnt,
-                **served.measure(step),
+                **times,
+                **served.measure(step, always=not goes_on),
                 kl_coef=kl_coef,
                 learning_rate=engine.get_lr()[0],
                 updates_behind=step - 1 - answers.step,
-                generate_s=answers.generate_s,
-                reward_s=answers.reward_s,
-                train_s=train_s,
-                sync_s=sync_s,
-                waited_s=waited_s,
-                seconds=seconds,
             )
-            if config.target_kl:
-                kl_coef = ppo.adapted_kl_coef(
-                    kl_coef,
-                    seen["kl"],
-                    target_kl=config.target_kl,
-                    num_samples=int(seen["num_responses"]),
-                    horizon=config.kl_horizon,
-                )
-            if not seen["kl"] <= config.max_kl:
+            if ran_away:
                 return  # the stage tells the user
-            if step % config.checkpoint_every == 0:
+            kl_coef = next_kl_coef(kl_coef, seen, config)
+            if goes_on and step % config.checkpoint_every == 0:
                 checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
-    served.finish(step)
+    served.finish()
     checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
+
+
+def prompts_of_rollouts(job: PpoJob, data: launch.Rows, *, skip: int) -> Iterator[list[Row]]:
+    """This rank's share of the prompts of every rollout after the first `skip`."""
+    config = job.ppo
+    share = -(-config.rollout_size // launch.world_size())
+    batches = optimizer_batches(data, epochs=config.epochs, batch_size=share, seed=job.seed, skip=skip)
+    left = None if config.max_rollouts is None else max(0, config.max_rollouts - skip)
+    return (rows for _, rows in islice(batches, left))
+
+
+def seconds_until(asked: Future[Any]) -> float:
+    """Wait until a call is over, whatever came of it; seconds that took."""
+    started = time.monotonic()
+    wait([asked])
+    return time.monotonic() - started
+
+
+def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> float:
+    """The coefficient after a rollout; it stays as it is without a target."""
+    if config.target_kl is None:
+        return kl_coef
+    return ppo.adapted_kl_coef(
+        kl_coef,
+        seen["kl"],
+        target_kl=config.target_kl,
+        num_samples=int(seen["num_responses"]),
+        horizon=config.kl_horizon,
+    )
 
 
 def start(job: PpoJob) -> tuple[Any, Any]:
@@ -153,7 +177,9 @@ def learn(engine: Any, rollout: Experience, job: PpoJob, step: int) -> dict[str,
     config = job.ppo
     share = -(-config.batch_size // launch.world_size())
     num_batches = int(zero.largest(-(-len(rollout) // share), engine))
-    idle: MicroBatch = (collate([[0]], [[0]]).to(engine.device), {n: torch.zeros(1, 1) for n in TENSORS})
+    nothing = collate([[0]], [[0]])
+    nothing = replace(nothing, response_mask=torch.zeros_like(nothing.response_mask)).to(engine.device)
+    idle: MicroBatch = nothing, {n: torch.zeros(1, 1) for n in TENSORS}
     names = ("num_tokens", "policy_loss", "value_loss", "clip_fraction", "approximate_kl")
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
 
@@ -167,18 +193,19 @@ def learn(engine: Any, rollout: Experience, job: PpoJob, step: int) -> dict[str,
     for epoch in range(config.inner_epochs):
         order = np.random.default_rng([job.seed, step, epoch, launch.rank()]).permutation(len(rollout)).tolist()
         for n in range(num_batches):
-            micro = list(rollout.micro_batches(order[n * share : (n + 1) * share], config.micro_batch_tokens))
+            rows = order[n * share : (n + 1) * share]
+            micro = [(t.to(engine.device), of) for t, of in rollout.micro_batches(rows, config.micro_batch_tokens)]
             num_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in micro)
-            zero.train_step(engine, [(t.to(engine.device), rows) for t, rows in micro], loss_of, num_tokens, idle)
+            zero.train_step(engine, micro, loss_of, num_tokens, idle, [rollout.ids[i] for i in rows])
     learnt = means(sums, "num_tokens", engine)
     del learnt["num_tokens"]  # of all inner epochs
     return learnt | {"loss": learnt["policy_loss"] + config.value_coef * learnt["value_loss"]}
 
 
 def means(sums: dict[str, float], per: str, engine: Any) -> dict[str, float]:
-    """Sums over all ranks, divided by one of them, which stays as it is."""
+    """Sums over all ranks, divided by one of them; numbers (num_*) stay as they are."""
     totals = {name: zero.total(value, engine) for name, value in sums.items()}
-    return {name: value if name == per else value / max(1.0, totals[per]) for name, value in totals.items()}
+    return {n: value if n.startswith("num_") else value / max(1.0, totals[per]) for n, value in totals.items()}
 
 
 def token_losses(engine: Any, micro: MicroBatch, config: PpoConfig) -> tuple[Tensor, dict[str, float]]:

@@ -4,6 +4,7 @@ Sampling and rewards are the fleets' work; log-probabilities and values are read
 it starts the update from, so that the ratio begins at one.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,13 +48,19 @@ def sample(
     rewards: Rewards,
     step_and_seed: tuple[int, str],
 ) -> Answers:
-    """One response to each prompt, and its reward. A response's random stream follows from the seed and its prompt."""
+    """One response to each prompt, and its reward. A response's random stream follows from the seed and its prompt.
+
+    A reward that is no finite number abstains: it would spread over the whole rollout.
+    """
     step, seed = step_and_seed
     if not prompts:
         return Answers(step=step, prompts=[], continuations=[], rewards=[], generate_s=0.0, reward_s=0.0)
     started = time.monotonic()
     seeds = [[int(content_id("rollout", seed, row["id"]), 16) >> 1] for row in prompts]
-    sampled = fleet.call("generate", policy, [row["token_ids"] for row in prompts], seeds, sampling)
+    token_ids = [row["token_ids"] for row in prompts]
+    sampled = fleet.map(
+        len(prompts), lambda part: fleet.call("generate", policy, token_ids[part], seeds[part], sampling)
+    )
     continuations = [continuation for (continuation,) in sampled]
     sampled_at = time.monotonic()
     items = [
@@ -64,7 +71,7 @@ def sample(
         step=step,
         prompts=prompts,
         continuations=continuations,
-        rewards=rewards.score(items),
+        rewards=[r if r is not None and math.isfinite(r) else None for r in rewards.score(items)],
         generate_s=sampled_at - started,
         reward_s=time.monotonic() - sampled_at,
     )
@@ -91,6 +98,8 @@ TENSORS = ("logprobs", "values", "advantages", "returns", "importance")
 class Experience:
     """N responses with what PPO needs of each token; (N, R) tensors padded on the right, on the CPU."""
 
+    ids: list[str]
+    """Of the prompts, for messages."""
     prompts: list[list[int]]
     responses: list[list[int]]
     mask: Tensor
@@ -141,6 +150,7 @@ def experience(engine: Any, reference: Any, answers: Answers, config: PpoConfig,
     advantages, returns = ppo.gae(shaped, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
     advantages = ppo.whiten(advantages, mask, zero.summed(ppo.masked_moments(advantages, mask), engine))
     return Experience(
+        ids=[answers.prompts[i]["id"] for i in kept],
         prompts=prompts,
         responses=[c.token_ids for c in said],
         mask=mask,
@@ -155,7 +165,7 @@ def experience(engine: Any, reference: Any, answers: Answers, config: PpoConfig,
             "kl": torch.where(mask, old - under_reference, 0.0).sum().item(),
             "length": mask.sum().item(),
             "truncated": float((~finished).sum()),
-            "abstained": len(answers.rewards) - len(kept),
+            "num_abstained": len(answers.rewards) - len(kept),
         },
     )
 

@@ -61,8 +61,18 @@ def test_publish_replaces_the_folder_whole(base, tmp_path):
     url = storage.join(base, "stages", "checkpoint")
     storage.write_bytes(storage.join(url, "stale.bin"), b"old")
     fill(f"{tmp_path}/finished")
-    storage.publish_folder(f"{tmp_path}/finished", url)
+    with storage.new_folder(url) as folder:
+        fill(folder)
+        assert storage.exists(storage.join(url, "stale.bin")), "the old one stays until the new one is whole"
     assert content(url) == content(f"{tmp_path}/finished")
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one(base):
+    url = storage.join(base, "stages", "checkpoint")
+    storage.write_bytes(storage.join(url, "old.bin"), b"old")
+    with pytest.raises(OSError, match="disk full"), storage.new_folder(url):
+        raise OSError("disk full")
+    assert content(url) == {"old.bin": b"old"}
 
 
 def test_local_folder_reads_what_is_there_now(base):

@@ -53,6 +53,7 @@ def train(folder, prompts, policy, fleet, **settings):
         run_url=str(folder),
         checkpoint_url=f"{folder}/checkpoint",
         best_url=f"{folder}/best",
+        held_out_url=f"{folder}/held_out",
         sync_url=f"{folder}/weights",
         m1=policy.checkpoint,
         policy=PolicyConfig(path=policy.path),
@@ -68,7 +69,9 @@ def train(folder, prompts, policy, fleet, **settings):
     )
     by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
     fit(train_ppo, job, by_rollout, stream_of(prompts, 0), storage=f"{folder}/fit", on_gpu=False)
-    return read_metrics(f"{folder}/metrics/ppo.jsonl")
+    m1, *curve = read_metrics(f"{folder}/metrics/ppo.jsonl")
+    assert set(m1) == {"step", "held_out_reward"} and m1["step"] == 0
+    return curve
 
 
 def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generators, prompts, tiny_policy, tmp_path):
@@ -85,6 +88,14 @@ def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generator
     assert sum(row["num_responses"] for row in curve) == 6 * (NUM_PROMPTS - 1)  # one prompt is never rewarded
     assert curve[-1]["held_out_reward"] > curve[2]["held_out_reward"]
     assert all(row["updates_behind"] == 0 for row in curve)
+    # two answers to each held-out prompt are kept: M1's, and those of every third update
+    kept = {int(path.name): BlockTable(str(path), 1).read(0).to_pylist() for path in (tmp_path / "held_out").iterdir()}
+    assert set(kept) == set(range(0, 19, 3))
+    for step, answers in kept.items():
+        assert sorted(a["prompt_id"] for a in answers) == sorted([f"p{n}" for n in range(16)] * 2)
+        assert len({a["response"] for a in answers}) > 24, "another random stream for the second answer"
+        logged = [row["held_out_reward"] for row in curve if row["step"] == step]
+        assert logged in ([], [pytest.approx(sum(a["reward"] for a in answers) / len(answers))])
     # the last weights the replica took are the ones that were exported
     version = ray.get(generators.replicas[0].status.remote())["version"]
     assert version == "tiny-ppo-18"
