@@ -128,6 +128,19 @@ def test_a_killed_replica_answers_the_same_call(generators, tiny_policy):
     assert [[c.token_ids for c in row] for row in again] == [[c.token_ids for c in row] for row in undisturbed]
 
 
+def test_a_replica_that_cannot_load_dies_and_the_next_one_answers(generators, tiny_policy, tmp_path):
+    before = ray.get(generators.replicas[0].status.remote())["pid"]
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_policy.path, broken)
+    (broken / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(
+            generators.replicas[0].adopt.options(max_task_retries=0).remote(Checkpoint(path=str(broken), version="b"))
+        )
+    assert generators.call("logprobs", tiny_policy.checkpoint, [PROMPT], [[7, 8]])[0] < 0
+    assert ray.get(generators.replicas[0].status.remote())["pid"] != before
+
+
 def test_embeddings_are_the_pooled_hidden_states(embedders, tiny_policy):
     inputs = [PROMPT[:n] for n in (3, 9, 20)]
     vectors = embedders.call("embed", tiny_policy.checkpoint, inputs)

@@ -1,5 +1,10 @@
 """PPO on real parts: Ray Train and DeepSpeed around the loop, a vLLM replica answering, weights synced each update."""
 
+import os
+import signal
+import threading
+import time
+
 import pyarrow as pa
 import pytest
 import ray
@@ -108,10 +113,11 @@ def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generator
     assert served == pytest.approx(exported.item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_overlap_is_one_update_behind_and_a_killed_trainer_resumes(generators, prompts, tiny_policy, tmp_path):
     settings = {"overlap": True, "lora": LoraConfig(rank=4, alpha=8), "target_kl": 0.5, "learning_rate": 1e-3}
     whole = train(tmp_path / "a", prompts, tiny_policy, generators, **settings)
-    killer = kill_a_worker_after(f"{tmp_path}/b/metrics/ppo.jsonl", 3)
+    killer = kill_a_worker_after(f"{tmp_path}/b/metrics/ppo.jsonl", 4)
     resumed = train(tmp_path / "b", prompts, tiny_policy, generators, **settings)
     killer.join(timeout=10)
     assert killer.killed
@@ -121,6 +127,44 @@ def test_overlap_is_one_update_behind_and_a_killed_trainer_resumes(generators, p
     # up to the checkpoint the curves are one; after it the first rollout is no longer an update behind
     assert [row["reward"] for row in resumed[:2]] == pytest.approx([row["reward"] for row in whole[:2]], abs=1e-5)
     assert resumed[-1]["reward"] == pytest.approx(whole[-1]["reward"], abs=0.5)
+
+
+@pytest.mark.slow
+def test_two_sharded_workers_survive_the_loss_of_the_replica(generators, prompts, tiny_policy, tmp_path):
+    settings = {"num_workers": 2, "zero_stage": 3, "max_rollouts": 5}
+    whole = train(tmp_path / "a", prompts, tiny_policy, generators, **settings)
+    killed = kill_the_replica_after(f"{tmp_path}/b/metrics/ppo.jsonl", 3, generators)
+    disturbed = train(tmp_path / "b", prompts, tiny_policy, generators, **settings)
+    assert killed.pids and killed.pids[0] != ray.get(generators.replicas[0].status.remote())["pid"]
+    assert [row["step"] for row in disturbed] == [row["step"] for row in whole] == list(range(1, 6))
+    for name in ("reward", "kl", "policy_loss", "value_loss"):  # every request was answered by the weights it named
+        assert [row[name] for row in disturbed] == pytest.approx([row[name] for row in whole], abs=1e-3)
+
+
+def kill_the_replica_after(url, num_rows, fleet):
+    """SIGKILL the fleet's only replica once the curve has so many rows."""
+
+    def watch():
+        while len(read_metrics(url)) < num_rows:
+            time.sleep(0.02)
+        killer.pids.append(ray.get(fleet.replicas[0].status.remote())["pid"])
+        os.kill(killer.pids[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=watch, daemon=True)
+    killer.pids = []
+    killer.start()
+    return killer
+
+
+def test_both_networks_take_gradient_checkpoints_and_bfloat16(tiny_policy):
+    actor_critic = ActorCritic(tiny_policy.load(), tiny_policy.load()).to(torch.bfloat16)
+    actor_critic.gradient_checkpointing_enable()
+    assert actor_critic.policy.is_gradient_checkpointing and actor_critic.value_backbone.is_gradient_checkpointing
+    read = actor_critic.train()(collate([[1, 5, 9]], [[40, 41]]))
+    assert (read.values.dtype, read.values.abs().max().item()) == (torch.float32, 0.0), (
+        "the value's head starts at zero"
+    )
+    read.values.sum().backward()
 
 
 def test_a_policy_that_runs_away_is_stopped(generators, prompts, tiny_policy, tmp_path):
