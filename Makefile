@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart test check test-slow bench lock
+.PHONY: install quickstart rlp-quickstart test check test-slow bench lock
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,9 @@ $(VENV)/.installed: cluster/cpu.lock pyproject.toml
 quickstart: install
 	$(BIN)/python jobs/proxy_dpo.py jobs/configs/quickstart.toml
 
+rlp-quickstart: install
+	$(BIN)/python jobs/rlp.py jobs/configs/rlp_quickstart.toml
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +37,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow -q
 
 bench: install
-	for bench in k_center generation dpo startup swap memory; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
+	for bench in k_center generation dpo startup swap memory ppo; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \

@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hardware import hardware
 
 from rayrl.actors.engine import CPU_BATCHED_TOKENS, EngineSpec, environment
 from rayrl.actors.fleet import Fleet, start_fleet
-from rayrl.actors.generator import Generator
+from rayrl.actors.generator import Generator, Sampling
 from rayrl.config import EngineConfig, GenerateConfig, PolicyConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_rows
@@ -77,22 +78,41 @@ def start_raw(policy: str, config: EngineConfig) -> Any:
     )
 
 
-def raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
-    """Token ids by response id, after the seconds of the one call."""
+def raw(
+    llm: Any, prompts: list[list[int]], seeds: Iterable[int], config: GenerateConfig | Sampling
+) -> tuple[float, list[list[int]]]:
+    """Token ids of one response per prompt and seed, after the seconds of the one call; drawing the seeds counts."""
     from vllm import SamplingParams
 
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
-    rows = [row for block in prompts.blocks() for row in block.to_pylist()]
-    places = [(row, i) for row in rows for i in range(config.k)]
     started = time.perf_counter()
     outputs = llm.generate(
-        [{"prompt_token_ids": row["token_ids"]} for row, _ in places],
-        [SamplingParams(**sampling, logprobs=0, seed=response_seed(SEED, row["id"], i)) for row, i in places],
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [SamplingParams(**sampling, stop=list(config.stop), logprobs=0, seed=seed) for seed in seeds],
         use_tqdm=False,
     )
-    seconds = time.perf_counter() - started
-    answers = {f"{row['id']}-{i}": list(o.outputs[0].token_ids) for (row, i), o in zip(places, outputs, strict=True)}
-    return seconds, answers
+    return time.perf_counter() - started, [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def through_raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
+    """Token ids by response id, after the seconds of the one call."""
+    places = [(row, i) for block in prompts.blocks() for row in block.to_pylist() for i in range(config.k)]
+    seeds = (response_seed(SEED, row["id"], i) for row, i in places)
+    seconds, answers = raw(llm, [row["token_ids"] for row, _ in places], seeds, config)
+    return seconds, {f"{row['id']}-{i}": answer for (row, i), answer in zip(places, answers, strict=True)}
+
+
+def comparison(fleet_s: list[float], raw_s: list[float], num_tokens: int, equal: str) -> tuple[str, float]:
+    """The table of both sides' rounds, which answered the same, and the median of the rounds' ratios."""
+    ratio = statistics.median(b / a for a, b in zip(fleet_s, raw_s, strict=True))
+    lines = [
+        f"| side | median of {len(raw_s)}, s | every time, s | tokens/s | ratio to raw | rows equal to raw |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, times, last in (("raw vLLM", raw_s, "1 | |"), ("fleet", fleet_s, f"{ratio:.3f} | {equal} |")):
+        every, median = " ".join(f"{t:.1f}" for t in times), statistics.median(times)
+        lines.append(f"| {name} | {median:.2f} | {every} | {num_tokens / median:.0f} | {last}")
+    return "\n".join(lines), ratio
 
 
 def main() -> None:
@@ -124,20 +144,13 @@ def main() -> None:
         for repeat in range(arguments.repeats + 1):
             seconds, ours = through_fleet(prompts, fleet, policy, config, f"{folder}/responses-{repeat}")
             fleet_s.append(seconds)
-            seconds, theirs = raw(prompts, llm, config)
+            seconds, theirs = through_raw(prompts, llm, config)
             raw_s.append(seconds)
     fleet.stop()
     tokens = sum(map(len, theirs.values()))
     equal = sum(theirs[name] == token_ids for name, token_ids in ours.items())
-    ratio = statistics.median(b / a for a, b in zip(fleet_s[1:], raw_s[1:], strict=True))
     print(f"\n{machine}; {len(theirs)} responses, {tokens} tokens, 1 replica, 1 thread, {arguments.policy}\n")
-    print(f"| side | median of {arguments.repeats}, s | every time, s | tokens/s | ratio to raw | rows equal to raw |")
-    print("|---|---|---|---|---|---|")
-    for name, times in (("raw vLLM", raw_s[1:]), ("fleet", fleet_s[1:])):
-        every = " ".join(f"{t:.1f}" for t in times)
-        median = statistics.median(times)
-        last = f"{ratio:.3f} | {equal} of {len(ours)}" if name == "fleet" else "1 | |"
-        print(f"| {name} | {median:.2f} | {every} | {tokens / median:.0f} | {last} |")
+    print(comparison(fleet_s[1:], raw_s[1:], tokens, f"{equal} of {len(ours)}")[0])
 
 
 if __name__ == "__main__":

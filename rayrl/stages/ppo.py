@@ -14,7 +14,7 @@ import numpy as np
 
 from rayrl.actors.generator import Sampling
 from rayrl.actors.services import Services
-from rayrl.config import PpoConfig
+from rayrl.config import PpoConfig, RunConfig
 from rayrl.errors import ConfigError, TrainingStopped
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, Scored, content_id
@@ -134,7 +134,7 @@ def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: P
         policy=config.policy,
         value_path=getattr(rewards, "value_path", None) or m1.path,
         ppo=config.ppo,
-        sampling=Sampling(temperature=1.0, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop)),
+        sampling=rollout_sampling(config),
         fleet=services.ready(services.generators(m1)),
         rewards=rewards,
         held_out=held_out[:MAX_HELD_OUT],
@@ -142,6 +142,11 @@ def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: P
         seed=int(content_id(stage, str(config.seed)), 16) >> 1,  # a second PPO on the same reward is another run
         num_rows=pool.num_prompts,
     )
+
+
+def rollout_sampling(config: RunConfig) -> Sampling:
+    """How a rollout's responses are sampled."""
+    return Sampling(temperature=1.0, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop))
 
 
 def sync_folder(run: Run, stage: str, key: str, m1: Checkpoint, *, on_gpu: bool) -> str:

@@ -56,7 +56,7 @@ def sample(
     if not prompts:
         return Answers(step=step, prompts=[], continuations=[], rewards=[], generate_s=0.0, reward_s=0.0)
     started = time.monotonic()
-    seeds = [[int(content_id("rollout", seed, row["id"]), 16) >> 1] for row in prompts]
+    seeds = [[response_seed(seed, row["id"])] for row in prompts]
     token_ids = [row["token_ids"] for row in prompts]
     sampled = fleet.map(
         len(prompts), lambda part: fleet.call("generate", policy, token_ids[part], seeds[part], sampling)
@@ -75,6 +75,11 @@ def sample(
         generate_s=sampled_at - started,
         reward_s=time.monotonic() - sampled_at,
     )
+
+
+def response_seed(seed: str, prompt_id: str) -> int:
+    """The random stream of a prompt's response in one rollout, a function of the rollout's seed and the prompt."""
+    return int(content_id("rollout", seed, prompt_id), 16) >> 1
 
 
 def held_out_answers(answers: Answers) -> Iterator[HeldOutAnswer]:

@@ -1,0 +1,36 @@
+"""Plain RLHF: the second pipeline's stages up to its first PPO, which two benchmarks share."""
+
+from dataclasses import dataclass
+
+from ray.actor import ActorHandle
+
+from rayrl.actors.services import Services
+from rayrl.records import Checkpoint
+from rayrl.runs.run import Run
+from rayrl.stages.fit_reward_model import fit_reward_model
+from rayrl.stages.pool import Pool, read_pool
+from rayrl.stages.ppo import ppo
+from rayrl.stages.preferences import gather_preferences
+from rayrl.stages.reward import RewardScorer, make_reward_scorer
+from rayrl.stages.sft import sft
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainRlhf:
+    """What it leaves behind."""
+
+    pool: Pool
+    m1: Checkpoint
+    reward: RewardScorer
+    policy: Checkpoint
+    """pi."""
+
+
+def plain_rlhf(run: Run, services: Services, oracle: ActorHandle) -> PlainRlhf:
+    """PPO of M1 with r, and what it was made from; the same stages, by the same keys, as those of `rlp`."""
+    pool = read_pool(run)
+    m1 = sft(run, services)
+    preferences = gather_preferences(run, services, oracle, m1, pool)
+    r = fit_reward_model(run, services, m1, [preferences])
+    reward = make_reward_scorer(run, services, m1, r)
+    return PlainRlhf(pool=pool, m1=m1, reward=reward, policy=ppo(run, services, m1, reward, r.key, pool))
