@@ -101,7 +101,7 @@ def test_status_of_the_second_pipeline(rlp_run_dir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     printed = output(capsys, "status", str(rlp_run_dir))
     assert (
-        "paid preference queries 300 / 300, evaluation queries 360 / 360, gain over M1 +0.79 \u00b1 0.09, " in printed
+        "paid preference queries 300 / 300, evaluation queries 660 / 680, gain over M1 +0.79 \u00b1 0.09, " in printed
     )
     assert "over plain PPO +0.46 \u00b1 0.06" in printed
     assert "ppo_refreshed" in printed and "! One seed" in printed

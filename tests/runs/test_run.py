@@ -9,6 +9,7 @@ from rayrl.config import GenerateConfig, RunConfig, SelectConfig
 from rayrl.errors import RunDirectoryError
 from rayrl.runs import storage
 from rayrl.runs.run import differences, open_run
+from rayrl.telemetry.metrics import read_metrics
 
 
 def config_of(run_dir, **settings):
@@ -104,6 +105,23 @@ def test_reuse_takes_over_a_finished_stage_and_its_files(run_dir, tmp_path, sour
     assert run.stages() == {"generate"}
     assert storage.exists(run.folder("generate", "table", "part-00000.parquet"))
     assert open_run(config_of(run_dir)).finished("generate", "k1") == written
+
+
+@pytest.mark.parametrize("source", ["", "memory://"])
+def test_reuse_takes_over_the_curve_of_a_training(tmp_path, source):
+    earlier = f"{source}{tmp_path}/earlier" if not source else f"memory://{uuid.uuid4().hex}/earlier"
+    first = open_run(config_of(earlier))
+    theirs = storage.join(first.url, "metrics", "ppo.jsonl")
+    storage.write_bytes(theirs, b'{"step": 1, "kl": 0.5}\n')
+    finish(first, "ppo", "k1")
+    run = open_run(config_of(tmp_path / "run", reuse=earlier))
+    mine = storage.join(run.url, "metrics", "ppo.jsonl")
+    assert run.finished("ppo", "k2") is None and not storage.exists(mine)
+    run.finished("ppo", "k1")
+    assert read_metrics(mine) == [{"step": 1, "kl": 0.5}]
+    with open(mine, "a") as curve:  # goes on without touching the other run's
+        curve.write('{"step": 2, "kl": 0.6}\n')
+    assert (len(read_metrics(mine)), len(read_metrics(theirs))) == (2, 1)
 
 
 def test_reuse_takes_nothing_from_a_stage_that_is_not_finished(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrl.oracles.ledger_schema import connect
+from rayrl.records import PreferencePair, to_table
 from rayrl.telemetry.metrics import MetricLog
 from tests.telemetry.manifests import estimate, write_manifest
 
@@ -117,6 +119,8 @@ def rlp_metrics() -> dict[str, dict[str, Any]]:
             "acceptance_rate": 0.505,
             "outcomes": {"accepted": 101, "one_cluster": 16, "low_confidence": 83},
             "confidences": confidences,
+            "cluster_sizes": {"1": 402, "2": 61, "3": 44, "4": 38, "6": 31, "8": 25},
+            "num_clusters": {"1": 16, "2": 31, "3": 84, "4": 69},
             "pairs_by_gamma": {
                 f"{g / 10:.1f}": n for g, n in enumerate([184, 184, 184, 153, 153, 101, 63, 30, 30, 3, 3])
             },
@@ -156,8 +160,16 @@ def rlp_metrics() -> dict[str, dict[str, Any]]:
                 | {"kl_is_bound": True},
             },
             "reward_accuracy": {
-                "r": {"ppo": estimate(0.66, 0.05, 94), "rlp": estimate(0.63, 0.055, 97)},
-                "refreshed": {"ppo": estimate(0.69, 0.051, 94), "rlp": estimate(0.72, 0.049, 97)},
+                "r": {
+                    "ppo": estimate(0.66, 0.05, 94),
+                    "rlp": estimate(0.63, 0.055, 97),
+                    "best_of_n": estimate(0.68, 0.05, 90),
+                },
+                "refreshed": {
+                    "ppo": estimate(0.69, 0.051, 94),
+                    "rlp": estimate(0.72, 0.049, 97),
+                    "best_of_n": estimate(0.67, 0.05, 90),
+                },
             },
             "num_judged": NUM_JUDGED,
         },
@@ -182,17 +194,44 @@ def _write_table(run_dir: Path) -> None:
     pq.write_table(pa.table(columns), path)
 
 
+def _write_preferences(run_dir: Path) -> None:
+    unknown = dict.fromkeys(("chosen_score", "rejected_score"), math.nan)
+    unknown |= dict.fromkeys(("chosen_reference_logprob", "rejected_reference_logprob"), -40.0)
+    pairs = [
+        PreferencePair(
+            prompt_id=f"p{i}",
+            prompt=f"Tell a story about hare number {i}.",
+            prompt_token_ids=[1, 2],
+            chosen_id=f"p{i}-0",
+            rejected_id=f"p{i}-1",
+            chosen="The hare came home.",
+            rejected="<i>Hare</i> hare hare.",
+            chosen_token_ids=[3, 4],
+            rejected_token_ids=[5],
+            source="oracle",
+            **unknown,
+        )
+        for i in range(6)
+    ]
+    path = run_dir / "stages" / "preferences" / "table" / "part-00000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(to_table(pairs, PreferencePair), path)
+
+
 def _write_ledger(run_dir: Path) -> None:
     """What `evaluate` paid is nowhere else."""
     answers = [("label", "scored")] * 296 + [("label", "abstained")] * 4 + [("evaluate", "scored")] * 660
     rows = [
         (str(i), purpose, state, "p", "r", "Tell.", "Once.", "o", 1.0 if state == "scored" else None, 0.003)
+        + (("r2", f"Twice, {i}.") if purpose == "label" else (None, None))
         for i, (purpose, state) in enumerate(answers)
     ]
-    columns = "key, purpose, state, prompt_id, response_id, prompt, response, oracle, score, cost_usd"
+    columns = (
+        "key, purpose, state, prompt_id, response_id, prompt, response, oracle, score, cost_usd, second_id, second"
+    )
     with contextlib.closing(connect(run_dir / "ledger.sqlite")) as db:
         db.execute("BEGIN")
-        db.executemany(f"INSERT INTO attempts ({columns}) VALUES ({', '.join('?' * 10)})", rows)
+        db.executemany(f"INSERT INTO attempts ({columns}) VALUES ({', '.join('?' * 12)})", rows)
         db.execute("COMMIT")
 
 
@@ -229,6 +268,7 @@ def write_rlp_run(folder: Path) -> Path:
     timings = [("ray", 3.1), ("engine:generate", 17.4), ("fit:ppo", 128.0), ("fit:ppo_refreshed", 134.0)]
     (folder / "timings.json").write_text(json.dumps([{"what": w, "seconds": s} for w, s in timings]))
     _write_table(folder)
+    _write_preferences(folder)
     _write_ledger(folder)
     _log_curves(folder)
     return folder

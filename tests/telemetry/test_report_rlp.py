@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from rayrl.telemetry.report import write_report
@@ -96,6 +97,20 @@ def test_every_moment_of_a_run_has_a_report(rlp_run_dir):
         page = report(rlp_run_dir)
     assert "RLP in all not run" in page.text
     assert "Sample answers: not run" in page.text
+
+
+def test_a_run_without_a_refresh_has_two_policies(rlp_run_dir):
+    """PPO on a function or an evaluator."""
+    for stage in ("samples", "synthesize", "refit_reward_model", "ppo_refreshed"):
+        shutil.rmtree(rlp_run_dir / "stages" / stage)
+    table = rlp_run_dir / "stages" / "evaluate" / "table" / "part-00000.parquet"
+    pq.write_table(pq.read_table(table).drop_columns(["rlp_response", "rlp_score"]), table)
+    evaluated = rlp_metrics()["evaluate"]
+    two = {name: evaluated["policies"][name] for name in ("m1", "ppo")}
+    edit_metrics(rlp_run_dir, "evaluate", policies=two, reward_accuracy={})
+    page = report(rlp_run_dir)
+    assert "plain PPO 2.47 \u00b1 0.11 +0.37 \u00b1 0.09" in page.text
+    assert "ppo says: the fox <b>ran</b> home." in page.text
 
 
 def test_a_run_that_accepted_no_pair_says_so(rlp_run_dir):
