@@ -17,3 +17,8 @@ def longer(prompt: str, first: str, second: str) -> str:
 def whatever_comes_first(prompt: str, first: str, second: str) -> str:
     """Prefer a position."""
     return "first"
+
+
+def reward(prompt: str, response: str) -> float | None:
+    """Length in characters; says nothing of nothing."""
+    return len(response) / 100 if response else None
