@@ -14,7 +14,7 @@ from rayrl.preflight.preferences import inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
 from rayrl.preflight.rlp import check_room, plan_rlp_stages
-from rayrl.preflight.rounds import compares, label_queries, num_policies, repeated
+from rayrl.preflight.rounds import compares, describe_rounds, label_queries, num_policies
 
 PAIRS_PER_QUERY = 9
 """What the paper's label budget buys, and what a run aims at."""
@@ -92,8 +92,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
             *_evaluator_warnings(config, pool, model, rubric_tokens),
             *_cpu_warnings(config, cluster),
         ),
-        num_rounds=config.rounds,
-        repeated=repeated(config, stages),
+        rounds=describe_rounds(config, stages, counts.label_queries),
     )
 
 

@@ -47,8 +47,8 @@ def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
         of_rounds = f" and rounds is {config.rounds}" if config.rounds > 1 else ""
         raise ConfigError(
             f"select.budget must be at least {(least - 1) * config.rounds + 1} when preferences.order is "
-            f'"{preferences.order}"{of_rounds} ({MIN_PROMPTS} pairs at once, one to learn from and one to check on), got '
-            f"{config.select.budget}"
+            f'"{preferences.order}"{of_rounds} ({MIN_PROMPTS} pairs, one to learn from and one to check on), '
+            f"got {config.select.budget}"
         )
     if config.generate.k < 2:
         raise ConfigError(

@@ -46,10 +46,12 @@ def num_policies(config: RunConfig) -> int:
     return num_bases + (2 * config.rounds if compares(config) else 1 + config.rounds)
 
 
-def repeated(config: RunConfig, stages: tuple[StagePlan, ...]) -> tuple[str, ...]:
-    """Names of the stages that every round has."""
+def describe_rounds(config: RunConfig, stages: tuple[StagePlan, ...], queries: tuple[int, ...]) -> str:
+    """How many rounds there are, what each asks, and the stages that each has; empty if there is one."""
     if config.rounds == 1:
-        return ()
+        return ""
     names = [stage.name for stage in stages if stage.name not in ONCE]
-    from_file = config.pipeline == "rlp" and config.ppo.reward == "reward_model" and not compares(config)
-    return tuple(name for name in names if name in REFRESHED or not from_file)
+    if config.pipeline == "rlp" and config.ppo.reward == "reward_model" and not compares(config):
+        names = [name for name in names if name in REFRESHED]  # a file has no more to give
+    asked = " + ".join(f"{num:,}" for num in queries) or "no"
+    return f"{config.rounds}, with {asked} label queries; each has {', '.join(names)}"
