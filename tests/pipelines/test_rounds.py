@@ -24,6 +24,8 @@ RLP = [
     "refresh.n=3",
     "refresh.num_prompts=32",
     "evaluate.budget=60",
+    "evaluate.diagnosis_budget=0",
+    "evaluate.best_of_n=0",
 ]
 
 

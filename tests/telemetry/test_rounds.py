@@ -114,7 +114,7 @@ def test_the_gain_of_rlp_is_the_last_rounds(two_rlp_rounds):
     assert facts["paid"]["num_pairs"] == 390
     assert facts["rlp"]["compute"]["plain_rlhf_s"] == 200.0
     assert facts["rlp"]["compute"]["refresh_s"] == 200.0 + 800.0  # nine stages of round 2, one within another
-    assert facts["seconds"] == 425.0 + 800.0
+    assert facts["seconds"] == 431.0 + 800.0
 
 
 def test_the_report_shows_the_policies_of_every_round(two_rlp_rounds):
