@@ -221,7 +221,7 @@ def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> li
     per_prompt = num_policies(config) + bool(config.evaluate.reference_answers)
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
-            f"evaluate.budget = {config.evaluate.budget} judges {counts.num_eval_queries // per_prompt} "
+            f"evaluate.budget = {config.evaluate.budget} judges {config.evaluate.budget // per_prompt} "
             f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found
