@@ -18,6 +18,8 @@ import pyarrow as pa
 R = TypeVar("R")
 Status = Literal["scored", "abstained"]
 Preference = Literal["first", "second", "tie"]
+Said = tuple[str, str]
+"""Prompt id and text of a response. Response ids repeat from round to round; who says the same has said the same."""
 
 
 def content_id(*parts: str) -> str:
@@ -56,7 +58,7 @@ class Response:
     """One sampled continuation of a prompt, with all that is needed to sample it again."""
 
     id: str
-    """`<prompt id>-<index>`; unique within a run."""
+    """`<prompt id>-<index>`; unique within a round."""
     text: str
     token_ids: list[int]
     """Exactly what the policy emitted, the end-of-sequence token included."""
@@ -130,6 +132,11 @@ class Judgement:
     """"label" (the query budget) or "evaluate" (the evaluation budget)."""
     cost_usd: float
 
+    @property
+    def said(self) -> Said:
+        """What was judged."""
+        return self.prompt_id, self.response
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -173,7 +180,8 @@ class PreferencePair:
     """NaN, like the rejected one's, where only the preference is known."""
     rejected_score: float
     chosen_reference_logprob: float
-    """Sum of log p under M1 of the chosen tokens; from generation. NaN where M1 did not write them."""
+    """Sum of log p of the chosen tokens under the policy that the round began with, M1 in the first; from generation.
+    NaN where it did not write them."""
     rejected_reference_logprob: float
     source: str
     """Who scored the two responses ("evaluator", "expert" or "mixed"), or who preferred one: "data" or "oracle"."""

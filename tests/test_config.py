@@ -104,6 +104,54 @@ def test_settings_that_exclude_each_other_are_refused(small, overrides, message)
     assert message in refusal(small, *overrides)
 
 
+RLP = ['pipeline="rlp"', 'preferences.source="oracle"', "rounds=2"]
+DATA = ['pipeline="rlp"', 'preferences={data={path="x"}}', "rounds=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rounds=0"], "rounds: input should be greater than 0, got 0"),
+        (["rounds=2", "labels=expert"], 'rounds must be 1 when labels is "expert", got 2'),
+        (["rounds=2", "labels=direct", 'select.unit="prompt"'], 'rounds must be 1 when labels is "direct", got 2'),
+        (["rounds=9"], "select.budget must be at least 9, so that each of 9 rounds can ask, got 8"),
+        (["rounds=3", 'select.unit="prompt"'], "select.budget must be at least 12, so that each of 3 rounds can ask"),
+        ([*RLP, "rounds=5"], "select.budget must be at least 10, so that each of 5 rounds can ask, got 8"),
+        ([*RLP, "refresh.method=ocrm"], 'rounds must be 1 when refresh.method is "ocrm" and preferences.source is "or'),
+        ([*RLP, "reward_model.path=x"], "rounds must be 1 with a ready-made reward_model.path"),
+        ([*DATA, "refresh.method=none"], 'rounds must be 1 when refresh.method is "none" and preferences.source is "d'),
+        ([*DATA, 'ppo={reward="function", function="a:b"}'], 'rounds must be 1 when ppo.reward is "function"'),
+        ([*DATA, "pseudo_label.synthetic=true"], 'pseudo_label.synthetic must be false when pipeline is "rlp"'),
+        (["pseudo_label.synthetic=true", "labels=expert"], 'synthetic must be false when labels is "expert"'),
+        (["pseudo_label.synthetic=true", "refresh.method=uml"], 'refresh.method must be "spg" when pseudo_label'),
+    ],
+)
+def test_what_rounds_and_synthetic_pairs_exclude_is_refused(small, overrides, message):
+    assert message in refusal(small, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rounds=8"],
+        ["rounds=2", "labels=shuffled", "pseudo_label.synthetic=true"],
+        [*RLP, "rounds=4"],
+        [*RLP, "refresh.method=none"],
+        [*DATA, "rounds=20", "select.budget=0"],
+        ['pipeline="rlp"', "ppo.reward=evaluator", "rounds=8"],
+    ],
+)
+def test_rounds_that_can_ask_are_accepted(small, overrides):
+    assert load_config(small, overrides).rounds > 1
+
+
+def test_a_setting_that_is_off_does_not_change_the_keys_of_earlier_stages(small):
+    assert "synthetic" not in load_config(small).pseudo_label.model_dump(mode="json")
+    config = load_config(small, ["pseudo_label.synthetic=true"])
+    assert config.pseudo_label.model_dump(mode="json")["synthetic"] is True
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
 def test_a_dollar_budget_needs_prices(small):
     http = 'oracle={type="http", base_url="http://x", model="m"%s}'
     assert "budget_usd needs usd_per_1m_input" in refusal(small, http % ", budget_usd=1.0")

@@ -92,6 +92,49 @@ def test_the_plan_counts_what_will_be_done_and_paid(tree):
     assert "warning: 1.0 pairs per paid query, and nine is the aim: add prompts (90 give nine)" in text
 
 
+def test_the_plan_shows_rounds_and_what_each_asks(tree):
+    plan = check(changed(tree, rounds=3), cluster=TWO_CPUS)
+    assert plan.label_queries == (4, 3, 3) and plan.num_label_queries == 10
+    assert (plan.num_responses, plan.num_pairs, plan.num_eval_queries) == (120, 30, 4)
+    text = render_plan(plan)
+    assert "rounds   3, with 4 + 3 + 3 label queries; each has generate, select, query, fit_evaluator, " in text
+    assert "\nrounds" not in render_plan(check(changed(tree), cluster=TWO_CPUS))
+    whole = check(changed(tree, rounds=2, select__unit="prompt", select__budget=21), cluster=TWO_CPUS)
+    assert whole.label_queries == (8, 12)
+
+
+def test_a_round_cannot_ask_about_more_than_it_samples(tree):
+    assert check(changed(tree, rounds=2, select__budget=80), cluster=TWO_CPUS).label_queries == (40, 40)
+    message = refusal(ConfigError, changed(tree, rounds=2, select__budget=81))
+    assert "at most the 80 responses (10 prompts x generate.k = 4 x rounds = 2), got 81" in message
+
+
+def test_synthetic_pairs_are_a_stage_of_the_plan(tree):
+    synthetic = changed(tree, pseudo_label__synthetic=True, refresh__spg={"clustering": "embedding", "gamma": 0.4})
+    plan = check(synthetic, cluster=TWO_CPUS)
+    names = [stage.name for stage in plan.stages]
+    assert names.index("fit_evaluator") < names.index("synthesize") < names.index("pseudo_label")
+    (stage,) = (stage for stage in plan.stages if stage.name == "synthesize")
+    assert "embedding" in stage.what and "gamma 0.4" in stage.what
+    assert plan.mode == "overlap"
+
+
+def test_rounds_of_the_second_pipeline_judge_every_policy(tree, tmp_path):
+    pairs = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in "pq"]
+    oracle = {"type": "scripted", "function": "json:dumps", "compare_function": "json:loads"}
+    rlp = tree | {"pipeline": "rlp", "rounds": 2, "oracle": oracle, "evaluate": {"budget": 100}}
+    rlp |= {"generate": {"k": 2, "max_tokens": 16}, "refresh": {"n": 3}}
+    asked = check(changed(rlp, preferences={"source": "oracle"}), cluster={"CPU": 4.0})
+    assert (asked.label_queries, asked.num_pairs) == ((4, 6), 5)
+    assert (asked.num_eval_queries, asked.num_responses) == (5 * 2, 10 * (3 + 2) * 2)
+    data = {"data": {"path": save_rows(tmp_path / "pairs.jsonl", pairs)}}
+    given = check(changed(rlp, preferences=data), cluster={"CPU": 4.0})
+    assert (given.label_queries, given.num_pairs, given.num_eval_queries) == ((), 2, 4 * 2)
+    assert "rounds   2, with no label queries; each has refresh, ppo_refreshed" in render_plan(given)
+    proxy = check(changed(rlp, ppo__reward="evaluator"), cluster={"CPU": 4.0})
+    assert (proxy.label_queries, proxy.num_eval_queries) == ((5, 5), 3 * 2)
+
+
 def test_nine_pairs_per_query_bring_no_warning(tree):
     plan = check(changed(tree, select__budget=6, pseudo_label__pairing="margin"), cluster=TWO_CPUS)
     assert (plan.num_pairs, plan.pairs_per_query, plan.warnings) == (60, 10.0, ())

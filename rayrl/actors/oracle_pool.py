@@ -88,6 +88,10 @@ class OraclePool:
         """`Ledger.summary`."""
         return self._ledger.summary()
 
+    def num_spent(self, keys: Sequence[str], purpose: str) -> int:
+        """`Ledger.num_spent`."""
+        return self._ledger.num_spent(keys, purpose)
+
     def judgements(self, purpose: str) -> list[Judgement]:
         """`Ledger.judgements`."""
         return self._ledger.judgements(purpose)

@@ -8,6 +8,7 @@ from rayrl.config.data import PolicyConfig, PoolConfig, ReferenceAnswersConfig, 
 from rayrl.config.engines import EngineConfig, GenerateConfig
 from rayrl.config.expert import OracleConfig, RubricConfig, SelectConfig
 from rayrl.config.rlp import PpoConfig, PreferencesConfig, RefreshConfig, RewardModelConfig
+from rayrl.config.rounds import refusals
 from rayrl.config.table import Table
 from rayrl.config.training import DpoConfig, EvaluatorConfig, PseudoLabelConfig, SftConfig
 
@@ -48,6 +49,9 @@ class RunConfig(Table):
     seed: int = Field(default=0, ge=0)
     reuse: str | None = None
     """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
+    rounds: int = Field(default=1, gt=0)
+    """How often the algorithm is repeated, each time on the policy that the last round made. All rounds share
+    select.budget: each spends an even share of what is left of it."""
     labels: Literal["proxy", "direct", "expert", "shuffled"] = "proxy"
     """proxy is the method. Controls: "direct" (DPO on the paid judgements alone), "expert" (the expert labels
     everything: the ceiling), "shuffled" (the paid scores are permuted: the floor)."""
@@ -116,6 +120,7 @@ class RunConfig(Table):
                 f'select.budget must be at least generate.k ({self.generate.k}) when select.unit is "prompt", '
                 f"got {self.select.budget}",
             ),
+            *refusals(self),
         ):
             if broken:
                 raise ValueError(message)

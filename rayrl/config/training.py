@@ -77,6 +77,9 @@ class PseudoLabelConfig(Table):
     """Pairs whose scores differ by this or less are ties and are dropped."""
     mode: Literal["auto", "overlap", "alternate"] = "auto"
     """Score while DPO's first epoch trains, or before it. "auto" takes overlap when both fit the cluster at once."""
+    synthetic: bool = Field(default=False, exclude_if=lambda synthetic: not synthetic)
+    """Add the pairs of synthetic preference generation (`refresh.spg`) on the same responses and scores. It needs every
+    score before the first step. Not dumped where it is off: stages of before it was there keep their keys."""
 
 
 class DpoConfig(TrainingConfig):

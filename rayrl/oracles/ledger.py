@@ -12,11 +12,12 @@ call.
 
 import asyncio
 import contextlib
+import json
 import logging
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -146,6 +147,11 @@ class Ledger:
         """Every comparison paid for under a purpose, in the order it was asked; abstentions included."""
         with self._lock:
             return [comparison(row, _outcome(row)) for row in self._db.execute(sql.COMPARED, (purpose,))]
+
+    def num_spent(self, keys: Iterable[str], purpose: str) -> int:
+        """How much of a purpose's budget these questions took, with the calls that were lost on the way."""
+        with self._lock:
+            return self._db.execute(sql.SPENT_ON, (purpose, json.dumps(sorted(set(keys))))).fetchone()[0]
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Per purpose: budget, spent, scored, abstained, refunded, lost, in_flight (calls) and cost_usd.

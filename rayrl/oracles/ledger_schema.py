@@ -44,6 +44,9 @@ SELECT * FROM attempts WHERE purpose = ? AND state IN ('scored', 'abstained') AN
 """
 COMPARED = JUDGED.replace("IS NULL", "IS NOT NULL")
 SPENT = "SELECT purpose, count(*), sum(cost_usd) FROM attempts WHERE state != 'refunded' GROUP BY purpose"
+SPENT_ON = """
+SELECT count(*) FROM attempts WHERE purpose = ? AND state != 'refunded' AND key IN (SELECT value FROM json_each(?))
+"""
 SUMMARY = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
 
 

@@ -11,20 +11,28 @@ from rayrl.stages.fit_evaluator import fit_evaluator
 from rayrl.stages.generate import generate
 from rayrl.stages.pool import read_pool
 from rayrl.stages.pseudo_label import pseudo_label
-from rayrl.stages.query import query
+from rayrl.stages.query import Judgements, query
 from rayrl.stages.select import select
 from rayrl.stages.sft import sft
 
 
 def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
-    """Align the policy with what `select.budget` expert queries can teach; returns the evaluation."""
+    """Align the policy with what `select.budget` expert queries can teach; returns the evaluation.
+
+    Further rounds (ours) are iterative DPO: each samples the policy that the last one made, asks about what is new,
+    fits the evaluator from M1 on all judgements so far, and starts DPO from that policy, with it as the reference.
+    """
     pool = read_pool(run)  # X
-    m1 = sft(run, services)  # M1 = SFT(M0, seed)
+    m1 = policy = sft(run, services)  # M1 = SFT(M0, seed)
     services.warm(m1)
-    responses = generate(run, services, m1, pool)  # Y ~ M1(. | X)
-    query_set = select(run, services, m1, candidates(run, responses))  # Q, the coreset of Y
-    judgements = query(run, oracle, query_set)  # E = expert(Q); costs budget
-    evaluator = fit_evaluator(run, services, m1, judgements)  # M_eval = fit(M1, E)
-    pairs = pseudo_label(run, services, m1, evaluator, responses, judgements)  # P = M_eval(Y), best against worst
-    m2 = dpo(run, services, m1, pairs)  # M2 = DPO(M1, P)
-    return evaluate(run, services, oracle, pool, m1=m1, m2=m2, evaluator=evaluator)
+    judgements: list[Judgements] = []
+    evaluator = None
+    for now in run.rounds():
+        responses = generate(now, services, policy, pool)  # Y ~ M1(. | X)
+        query_set = select(now, services, policy, candidates(now, responses, judgements))  # Q, the coreset of Y
+        judgements.append(query(now, oracle, query_set))  # E = expert(Q); costs budget
+        evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval = fit(M1, E)
+        # P = M_eval(Y), best against worst
+        pairs = pseudo_label(now, services, policy, evaluator, responses, judgements)
+        policy = dpo(now, services, policy, pairs)  # M2 = DPO(M1, P)
+    return evaluate(run, services, oracle, pool, m1=m1, m2=policy, evaluator=evaluator)

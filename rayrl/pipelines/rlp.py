@@ -6,7 +6,7 @@ from rayrl.actors.services import Services
 from rayrl.data.tokenizing import context_length
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
-from rayrl.runs.run import Manifest, Run
+from rayrl.runs.run import Manifest, Run, round_name
 from rayrl.stages.audit_pairs import audit_pairs
 from rayrl.stages.candidates import candidates
 from rayrl.stages.evaluate_policies import evaluate_policies
@@ -15,9 +15,9 @@ from rayrl.stages.fit_reward_model import fit_reward_model
 from rayrl.stages.generate import generate
 from rayrl.stages.pool import Pool, read_pool
 from rayrl.stages.ppo import FunctionReward, ppo
-from rayrl.stages.preferences import gather_preferences
-from rayrl.stages.query import query
-from rayrl.stages.refresh import refresh
+from rayrl.stages.preferences import Preferences, gather_preferences
+from rayrl.stages.query import Judgements, query
+from rayrl.stages.refresh import Learnt, refresh
 from rayrl.stages.reward import make_reward_scorer
 from rayrl.stages.score import make_scorer
 from rayrl.stages.select import select
@@ -26,38 +26,64 @@ from rayrl.stages.track_rewards import track_rewards
 
 
 def rlp(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
-    """Align the policy by PPO, refresh the reward model on the policy's own samples, and align again from M1."""
+    """Align the policy by PPO, refresh the reward model on the policy's own samples, and align again from M1.
+
+    Further rounds (ours): with preferences of the expert, D grows by comparisons of the last policy's responses, and
+    all is done again on it; with preferences of a file, the refresh and the PPO after it are. Every fit and every PPO
+    starts at M1, and r^ learns from the synthetic pairs of its own round only.
+    """
     pool = read_pool(run)  # U
-    m1 = sft(run, services)  # pi_SFT
+    m1 = policy = sft(run, services)  # pi_SFT
     if run.config.ppo.reward != "reward_model":
         return ppo_alone(run, services, oracle, m1, pool)
-    preferences = gather_preferences(run, services, oracle, m1, pool)  # D
-    r = fit_reward_model(run, services, m1, [preferences])  # r, Bradley-Terry on D
-    reward = make_reward_scorer(run, services, m1, r)
-    pi = ppo(run, services, m1, reward, r.key, pool)  # pi = PPO(pi_SFT, r)
-    refreshed = refresh(run, services, m1, pi, preferences, (r, reward, pool))  # r^ on D and pi's samples
-    new_reward = make_reward_scorer(run, services, m1, refreshed)
-    aligned = ppo(run, services, m1, new_reward, refreshed.key, pool, "ppo_refreshed")  # pi^ = PPO(pi_SFT, r^)
-    policies = {"m1": m1, "ppo": pi, "rlp": aligned}
-    rewards: dict[str, Rewards] = {"r": reward, "refreshed": new_reward}
-    track_rewards(run, oracle, {"ppo": pi, "ppo_refreshed": aligned}, rewards)  # does r degrade? does r^ repair it?
-    audit_pairs(run, oracle)  # gamma against the quality of the synthetic pairs
+    policies, rewards = {"m1": m1}, dict[str, Rewards]()
+    preferences: Preferences | None = None
+    learnt: Learnt | None = None
+    for number, now in enumerate(run.rounds(), start=1):
+        if preferences is None or learnt is None or asks_expert(run):
+            preferences = gather_preferences(now, services, oracle, policy, pool, preferences)  # D
+            r = fit_reward_model(now, services, m1, [preferences])  # r, Bradley-Terry on D
+            reward = make_reward_scorer(now, services, m1, r)
+            policy = ppo(now, services, m1, reward, r.key, pool)  # pi = PPO(pi_SFT, r)
+            learnt = r, reward, pool
+            policies[round_name("ppo", number)], rewards[round_name("r", number)] = policy, reward
+        refreshed = refresh(now, services, m1, policy, preferences, learnt)  # r^ on D and pi's samples
+        reward = make_reward_scorer(now, services, m1, refreshed)
+        policy = ppo(now, services, m1, reward, refreshed.key, pool, "ppo_refreshed")  # pi^ = PPO(pi_SFT, r^)
+        learnt = refreshed, reward, pool
+        policies[round_name("rlp", number)], rewards[round_name("refreshed", number)] = policy, reward
+        if number == 1:  # what the paper leaves open is asked of the paper's own round
+            ppos = {"ppo": policies["ppo"], "ppo_refreshed": policy}
+            track_rewards(now, oracle, ppos, rewards)  # does r degrade? does r^ repair it?
+            audit_pairs(now, oracle)  # gamma against the quality of the synthetic pairs
     return evaluate_policies(run, services, oracle, pool, policies, rewards)
 
 
+def asks_expert(run: Run) -> bool:
+    """Whether preferences are the expert's, so that a later round can have more of them."""
+    return run.config.preferences is not None and run.config.preferences.source == "oracle"
+
+
 def ppo_alone(run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint, pool: Pool) -> Manifest:
-    """PPO on a Python function, or on an evaluator that learnt from actively selected labels (arXiv 2407.02119)."""
+    """PPO on a Python function, or on an evaluator that learnt from actively selected labels (arXiv 2407.02119).
+
+    A further round asks about the last policy's responses, fits the evaluator on all judgements so far, and starts both
+    the fit and PPO at M1.
+    """
     function = run.config.ppo.function
-    rewards: Rewards
     if function is not None:
-        rewards = FunctionReward(function)
-        key = rewards.key
-    else:
-        responses = generate(run, services, m1, pool)  # Y ~ M1
-        query_set = select(run, services, m1, candidates(run, responses))  # Q
-        evaluator = fit_evaluator(run, services, m1, query(run, oracle, query_set))  # M_eval; costs budget
+        by_function = FunctionReward(function)
+        pi = ppo(run, services, m1, by_function, by_function.key, pool)
+        return evaluate_policies(run, services, oracle, pool, {"m1": m1, "ppo": pi}, {"reward": by_function})
+    policy, policies, rewards = m1, {"m1": m1}, dict[str, Rewards]()
+    judgements: list[Judgements] = []
+    for number, now in enumerate(run.rounds(), start=1):
+        responses = generate(now, services, policy, pool)  # Y ~ M1
+        query_set = select(now, services, policy, candidates(now, responses, judgements))  # Q
+        judgements.append(query(now, oracle, query_set))  # E; costs budget
+        evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval
         assert evaluator is not None, 'labels = "direct" and "expert" fit no evaluator, and are refused'
-        rewards = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
-        key = evaluator.version
-    pi = ppo(run, services, m1, rewards, key, pool)
-    return evaluate_policies(run, services, oracle, pool, {"m1": m1, "ppo": pi}, {"reward": rewards})
+        reward = make_scorer(now, services, m1, evaluator, context_length(run.config.policy))
+        policy = ppo(now, services, m1, reward, evaluator.version, pool)
+        policies[round_name("ppo", number)], rewards[round_name("reward", number)] = policy, reward
+    return evaluate_policies(run, services, oracle, pool, policies, rewards)

@@ -14,6 +14,7 @@ from rayrl.preflight.preferences import inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
 from rayrl.preflight.rlp import check_room, plan_rlp_stages
+from rayrl.preflight.rounds import compares, describe_rounds, label_queries, num_policies
 
 PAIRS_PER_QUERY = 9
 """What the paper's label budget buys, and what a run aims at."""
@@ -23,9 +24,14 @@ PAIRS_PER_QUERY = 9
 class _Counts:
     num_prompts: int
     num_responses: int
-    num_label_queries: int
+    label_queries: tuple[int, ...]
+    """Of each round."""
     num_eval_queries: int
     num_pairs: int
+
+    @property
+    def num_label_queries(self) -> int:
+        return sum(self.label_queries)
 
 
 def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact_oracle: bool = False) -> Plan:
@@ -48,8 +54,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     pool = inspect_pool(config, model)
     seed = inspect_seed_data(config, model)
     inspect_others(config)
-    is_rlp = config.pipeline == "rlp"
-    if is_rlp:
+    if is_rlp := config.pipeline == "rlp":
         check_room(config, model)
         inspect_reward_model(config, online=contact_oracle)
         pairs = inspect_preferences(config, model)
@@ -75,7 +80,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
         num_prompts=counts.num_prompts,
         num_eval_prompts=config.pool.num_eval,
         num_responses=counts.num_responses,
-        num_label_queries=counts.num_label_queries,
+        label_queries=counts.label_queries,
         num_eval_queries=counts.num_eval_queries,
         num_pairs=counts.num_pairs,
         usd=usd,
@@ -87,6 +92,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
             *_evaluator_warnings(config, pool, model, rubric_tokens),
             *_cpu_warnings(config, cluster),
         ),
+        rounds=describe_rounds(config, stages, counts.label_queries),
     )
 
 
@@ -96,56 +102,44 @@ def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
 
     k, budget = config.generate.k, config.select.budget
     num_prompts = _num_prompts(config, num_kept)
-    num_responses = num_prompts * k
+    num_responses = num_prompts * k * config.rounds
     num_askable = num_seed if config.generate.source == "seed" else num_responses
-    if config.labels == "expert":
-        budget = num_askable
-    if budget > num_askable:
+    if config.labels != "expert" and budget > num_askable:
+        times = f" x rounds = {config.rounds}" if config.rounds > 1 else ""
         of_what = (
             f"{num_seed} responses of the seed data"
             if config.generate.source == "seed"
-            else f"{num_responses} responses ({num_prompts} prompts x generate.k = {k})"
+            else f"{num_responses} responses ({num_prompts} prompts x generate.k = {k}{times})"
         )
         raise ConfigError(f"select.budget must be at most the {of_what}, got {budget}; lower it, or add prompts")
-    is_whole = config.select.unit == "prompt" and config.generate.source != "seed"
-    num_label_queries = budget // k * k if is_whole else budget
-    paired = num_label_queries // k if config.labels == "direct" else num_prompts
-    per_prompt = _num_judged_policies(config) + bool(config.evaluate.reference_answers)
+    queries = label_queries(config, num_prompts, num_seed if config.generate.source == "seed" else num_prompts * k)
+    paired = sum(queries) // k if config.labels == "direct" else num_prompts
+    per_prompt = num_policies(config) + bool(config.evaluate.reference_answers)
     return _Counts(
         num_prompts=num_prompts,
         num_responses=num_responses,
-        num_label_queries=num_label_queries,
+        label_queries=queries,
         num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // per_prompt) * per_prompt,
-        num_pairs=num_pairs_planned(config.pseudo_label.pairing, paired, k),
+        num_pairs=num_pairs_planned(config.pseudo_label.pairing, paired, k) * config.rounds,
     )
 
 
 def _count_rlp(config: RunConfig, num_kept: int, num_pairs: int | None) -> _Counts:
     """What is compared, paid and paired; refuses budgets the pool cannot fill."""
     num_prompts = _num_prompts(config, num_kept)
-    each, asked = 1, 0
-    if config.preferences is not None and config.preferences.source == "oracle":
-        each = queries_per_pair(config.preferences.order)
-        asked = min(config.select.budget // each, num_prompts)
-    elif config.ppo.reward == "evaluator":
-        asked = min(config.select.budget, num_prompts * config.generate.k)
+    queries = label_queries(config, num_prompts, num_prompts * config.generate.k)
+    each = queries_per_pair(config.preferences.order) if compares(config) and config.preferences else 1
     learns = config.ppo.reward == "reward_model"
-    sides = _num_judged_policies(config) + bool(config.evaluate.reference_answers)
+    sampled = config.refresh.n * learns + config.generate.k * bool(queries)
+    sides = num_policies(config) + bool(config.evaluate.reference_answers)
     return _Counts(
         num_prompts=num_prompts,
-        num_responses=num_prompts * (config.refresh.n * learns + config.generate.k * bool(asked)),
-        num_label_queries=asked * each,
+        num_responses=num_prompts * sampled * config.rounds,
+        label_queries=queries,
         num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // sides) * sides
         + config.evaluate.diagnosis_budget * learns,
-        num_pairs=asked if num_pairs is None else num_pairs,
+        num_pairs=sum(queries) // each if num_pairs is None else num_pairs,
     )
-
-
-def _num_judged_policies(config: RunConfig) -> int:
-    """M1 and M2; in the second pipeline M1, pi, pi^, and M1's best of n."""
-    if config.pipeline == "proxy_dpo":
-        return 2
-    return 2 + (config.ppo.reward == "reward_model") + bool(config.evaluate.best_of_n)
 
 
 def _num_prompts(config: RunConfig, num_kept: int) -> int:
@@ -224,10 +218,10 @@ def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> li
     budget_usd = config.oracle.budget_usd if isinstance(config.oracle, HttpOracleConfig) else None
     if usd is not None and budget_usd is not None and usd > budget_usd:
         found.append(f"the queries may cost {usd:.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}")
-    per_prompt = _num_judged_policies(config) + bool(config.evaluate.reference_answers)
+    per_prompt = num_policies(config) + bool(config.evaluate.reference_answers)
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
-            f"evaluate.budget = {config.evaluate.budget} judges {counts.num_eval_queries // per_prompt} "
+            f"evaluate.budget = {config.evaluate.budget} judges {config.evaluate.budget // per_prompt} "
             f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found

@@ -65,7 +65,7 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int 
     """
     if model.weights_bytes is None or model.num_parameters is None:
         return None
-    fits = [config.evaluator, config.dpo] + [config.sft] * config.sft.enabled
+    fits = [config.evaluator, config.dpo] * config.rounds + [config.sft] * config.sft.enabled
     trains_fully = any(fit.lora is None for fit in fits)
     needed = len(fits) * model.weights_bytes + trains_fully * _OPTIMIZER_BYTES * model.num_parameters
     needed += num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN

@@ -34,8 +34,8 @@ class Plan:
     """Unlabelled prompts that train; the held-out ones come on top."""
     num_eval_prompts: int
     num_responses: int
-    num_label_queries: int
-    """Paid, at most."""
+    label_queries: tuple[int, ...]
+    """Paid in each round, at most; empty if nothing is asked."""
     num_eval_queries: int
     num_pairs: int
     """Before ties are dropped."""
@@ -44,6 +44,12 @@ class Plan:
     disk_bytes: int | None
     """Estimate; None when the model's size is unknown."""
     warnings: tuple[str, ...] = ()
+    rounds: str = ""
+    """What they ask and repeat; empty if there is one."""
+
+    @property
+    def num_label_queries(self) -> int:
+        return sum(self.label_queries)
 
     @property
     def pairs_per_query(self) -> float:
@@ -67,6 +73,8 @@ def render_plan(plan: Plan) -> str:
         "disk": disk,
         "cluster": f"{plan.cluster.get('CPU', 0):g} CPU, {plan.cluster.get('GPU', 0):g} GPU",
     }
+    if plan.rounds:
+        facts["rounds"] = plan.rounds
     lines = [f"{name:<9}{fact}" for name, fact in facts.items()]
     what_width = max(len(stage.what) for stage in plan.stages)
     lines += ["", f"{'stage':<15}{'what':<{what_width + 2}}reserves"]

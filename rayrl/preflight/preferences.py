@@ -1,5 +1,6 @@
 """The preference pairs, or whoever is asked for them: is everything there that `gather_preferences` needs?"""
 
+from rayrl.algorithms.budget import round_share
 from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.config import PreferencesConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
 from rayrl.data.pairs import PairCounts, read_pairs
@@ -42,10 +43,12 @@ def inspect_preferences(config: RunConfig, model: ModelFacts) -> PairCounts | No
 
 def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
     least = MIN_PROMPTS * queries_per_pair(preferences.order)
-    if config.select.budget < least:
+    if round_share(config.select.budget, 0, config.rounds) < least:
+        of_rounds = f" and rounds is {config.rounds}" if config.rounds > 1 else ""
         raise ConfigError(
-            f'select.budget must be at least {least} when preferences.order is "{preferences.order}" ({MIN_PROMPTS} '
-            f"pairs, one to learn from and one to check on), got {config.select.budget}"
+            f"select.budget must be at least {(least - 1) * config.rounds + 1} when preferences.order is "
+            f'"{preferences.order}"{of_rounds} ({MIN_PROMPTS} pairs, one to learn from and one to check on), '
+            f"got {config.select.budget}"
         )
     if config.generate.k < 2:
         raise ConfigError(

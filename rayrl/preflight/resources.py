@@ -109,6 +109,7 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
         what = f"{evaluator.type} evaluator on the paid judgements"
         stages += [
             fit_plan("fit_evaluator", what, "evaluator", evaluator, has_gpu),
+            *([_synthesize_plan(config, has_gpu)] if config.pseudo_label.synthetic else []),
             serve_plan(
                 "pseudo_label",
                 f"score the rest, pair {config.pseudo_label.pairing}",
@@ -123,6 +124,13 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
         serve_plan("evaluate", "M2 against M1 on held-out prompts", "generators", config, has_gpu),
         StagePlan(name="report", what="HTML and JSON"),
     ]
+
+
+def _synthesize_plan(config: RunConfig, has_gpu: bool) -> StagePlan:
+    """Synthetic pairs beside the labelled ones; an entailment model takes an embedding replica's place."""
+    spg = config.refresh.spg
+    what = f"cluster the responses of a prompt by meaning ({spg.clustering}), pair (gamma {spg.gamma:g})"
+    return serve_plan("synthesize", what, "embedders", config, has_gpu)
 
 
 def fit_plan(name: str, what: str, section: str, training: TrainingConfig, has_gpu: bool) -> StagePlan:
@@ -152,7 +160,7 @@ def serve_plan(name: str, what: str, section: str, config: RunConfig, has_gpu: b
 def _fleets(config: RunConfig, has_gpu: bool) -> StagePlan:
     """Every fleet of the run at once: in mode `overlap` none makes room for another."""
     fleets = [serve_plan("fleets", "", "generators", config, has_gpu)]
-    if config.select.strategy == "k_center" or config.evaluator.type == "scalar":
+    if config.select.strategy == "k_center" or config.evaluator.type == "scalar" or config.pseudo_label.synthetic:
         fleets.append(serve_plan("fleets", "", "embedders", config, has_gpu))
     return StagePlan(
         name="fleets",

@@ -3,24 +3,31 @@
 A stage is finished if and only if its manifest is there and carries the key of its inputs. The key is a hash of the
 stage's own settings and the keys of what it read, so that another run's stage with the same key (`reuse`) is the same
 work.
+
+A later round is a view of the run (`Run.round`): its stages and curves lie in a folder of its own.
 """
 
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from rayrl.algorithms.budget import round_share
 from rayrl.config import RunConfig
 from rayrl.errors import RunDirectoryError
 from rayrl.records import content_id
 from rayrl.runs import storage
 
 logger = logging.getLogger(__name__)
+
+PAID_STAGES = ("query", "preferences")
+"""Their manifests say how many label queries a round has paid for (`num_spent`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +45,36 @@ class Manifest:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run directory and the config it belongs to."""
+    """A run directory and the config it belongs to; or a view of one of its rounds."""
 
     config: RunConfig
     url: str
     timings: list[dict[str, Any]] = field(default_factory=list)
+    home: str | None = None
+    """Folder of the whole run, where this is a view of a later round."""
+
+    def rounds(self) -> Iterator["Run"]:
+        """The rounds in order, each made when the one before it is over: it spends what that has left."""
+        return (self.round(number) for number in range(1, self.config.rounds + 1))
+
+    def round(self, number: int) -> "Run":
+        """The run as the stages of a round see it, with a share of `select.budget` for their own.
+
+        Round 1 is the run itself. A later one has a folder and a seed of its own, so that it draws anew. What the
+        rounds before have spent is read from their manifests, not from the ledger: an interrupted round gets the same
+        share again.
+        """
+        config = self.config
+        spent = sum(_num_spent(round_folder(self.url, earlier)) for earlier in range(1, number))
+        share = round_share(config.select.budget, spent, config.rounds - number + 1)
+        changed: dict[str, Any] = {"select": config.select.model_copy(update={"budget": share})}
+        if number == 1:
+            return replace(self, config=config.model_copy(update=changed))
+        changed["seed"] = int(content_id("round", str(config.seed), str(number)), 16) >> 1
+        if config.reuse is not None:
+            changed["reuse"] = round_folder(storage.absolute(config.reuse), number)
+        folder = round_folder(self.url, number)
+        return replace(self, config=config.model_copy(update=changed), url=folder, home=self.url)
 
     def folder(self, stage: str, *parts: str) -> str:
         """URL inside a stage's folder."""
@@ -111,7 +143,25 @@ class Run:
         """Keep a start-up or stage time for the report's table; `ended_at` (Unix time) if it is not now."""
         ended_at = time.time() if ended_at is None else ended_at
         self.timings.append({"what": what, "seconds": round(seconds, 3), "ended_at": round(ended_at, 3)})
-        storage.write_json(storage.join(self.url, "timings.json"), self.timings)
+        storage.write_json(storage.join(self.home or self.url, "timings.json"), self.timings)
+
+
+def round_folder(url: str, number: int) -> str:
+    """Where a round of the run at `url` is: the first in its own stages and metrics, a later one in rounds/<number>."""
+    return url if number == 1 else storage.join(url, "rounds", str(number))
+
+
+def round_name(name: str, number: int) -> str:
+    """What a policy or a reward of a round is called beside those of the others: ppo, ppo-2, ppo-3."""
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _num_spent(folder: str) -> int:
+    """Label queries that a finished round has paid for; 0 for one without paid stages."""
+    paths = (storage.join(folder, "stages", stage, "manifest.json") for stage in PAID_STAGES)
+    found = [storage.read_json(path)["metrics"] for path in paths if storage.exists(path)]
+    # manifests of before there were rounds: the ledger's count was the one round's
+    return sum(metrics.get("num_spent", metrics.get("label", {}).get("spent", 0)) for metrics in found)
 
 
 def open_run(config: RunConfig) -> Run:

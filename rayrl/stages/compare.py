@@ -1,13 +1,16 @@
-"""The expert compares M1's responses: one pair per prompt, asked in one order or in both, and what that makes."""
+"""The expert compares a policy's responses: one pair per prompt, asked in one order or in both, and what that makes.
+
+The policy is M1, and in a later round the last one; its pairs then join those of the rounds before.
+"""
 
 import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-import ray
 from ray.actor import ActorHandle
 
 from rayrl.actors.oracle_pool import PairItem
@@ -15,17 +18,38 @@ from rayrl.actors.services import Services
 from rayrl.algorithms.comparisons import TURNED, Order, agreed, num_pairs_asked, queries_per_pair
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
-from rayrl.records import Checkpoint, Comparison, Preference, PreferencePair, Sampled, content_id, from_row, to_table
+from rayrl.records import (
+    Checkpoint,
+    Comparison,
+    Preference,
+    PreferencePair,
+    Sampled,
+    content_id,
+    from_row,
+    from_table,
+    to_table,
+)
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.generate import Responses
-from rayrl.stages.query import compare
+from rayrl.stages.query import compare, spending
 from rayrl.stages.select import select
+
+if TYPE_CHECKING:
+    from rayrl.stages.preferences import Preferences
 
 
 def compare_responses(
-    run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint, responses: Responses, key: str
+    run: Run,
+    services: Services,
+    oracle: ActorHandle,
+    policy: Checkpoint,
+    responses: Responses,
+    key: str,
+    earlier: "Preferences | None",
 ) -> Manifest:
     """Draw pairs, ask about them, keep every comparison (table `comparisons`) and the pairs they decide (`table`).
+
+    Pairs of the rounds before are not asked about again, and go before the new ones in the table.
 
     Raises:
         DataError: the expert decided nothing.
@@ -34,8 +58,10 @@ def compare_responses(
     preferences = run.config.preferences
     assert preferences is not None, "the config is refused without preferences"
     order = preferences.order
-    drawn = [draw_pair(sampled, run.config.seed) for sampled in _chosen(run, services, m1, responses)]
-    pairs = [pair for pair in drawn if pair is not None]
+    drawn = [draw_pair(sampled, run.config.seed) for sampled in _chosen(run, services, policy, responses)]
+    two = [pair for pair in drawn if pair is not None]
+    known = asked_before(earlier.compared if earlier else ())
+    pairs = [pair for pair in two if texts_of(pair) not in known]
     items = [item for pair in pairs for item in questions(pair, order)]
     answers = compare(oracle, items, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
@@ -44,32 +70,48 @@ def compare_responses(
         verdict(answers[start : start + size]) for start in range(0, len(answers), size)
     ]
     decided = zip(pairs, verdicts, strict=True)
-    made = (preferred(pair, winner) for pair, winner in decided if winner in ("first", "second"))
+    made = [preferred(pair, winner) for pair, winner in decided if winner in ("first", "second")]
+    before = (pair for block in earlier.table.blocks() for pair in from_table(block, PreferencePair)) if earlier else ()
     table, num_pairs = write_blocks(
-        run.folder("preferences", "table"), made, PreferencePair, run.config.generate.block_size
+        run.folder("preferences", "table"), chain(before, made), PreferencePair, run.config.generate.block_size
     )
     counts = tally(answers, verdicts, order)
     if num_pairs == 0:
         raise DataError(
             f"preferences: of {len(pairs)} pairs of responses the expert preferred none: {counts['num_ties']} ties, "
-            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {len(drawn) - len(pairs)} prompts "
+            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {len(drawn) - len(two)} prompts "
             "without two different responses; see stages/preferences/comparisons"
         )
-    summary: Any = ray.get(oracle.summary.remote())
+    summary = spending(oracle, answers)
     metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
-    metrics |= {"num_asked": len(pairs), "num_without_two_responses": len(drawn) - len(pairs)} | counts | summary
+    metrics |= {"num_asked": len(pairs), "num_without_two_responses": len(drawn) - len(two)} | counts | summary
+    if earlier:
+        metrics |= {"num_new_pairs": len(made), "num_asked_before": len(two) - len(pairs)}
     return run.finish(
         "preferences",
         key,
         since=started,
         num_rows=num_pairs,
         metrics=metrics,
-        summary=f"{num_pairs} pairs from {len(answers)} comparisons of {len(pairs)} pairs of responses; "
-        f"{counts['num_ties']} ties, {counts['num_abstained']} abstentions, {summary['label']['cost_usd']:.2f} USD",
+        summary=f"{len(made)} pairs from {len(answers)} comparisons of {len(pairs)} pairs of responses; "
+        f"{counts['num_ties']} ties, {counts['num_abstained']} abstentions, {summary['label']['cost_usd']:.2f} USD"
+        + (f"; {num_pairs} with those of earlier rounds" if earlier else ""),
     )
 
 
-def _chosen(run: Run, services: Services, m1: Checkpoint, responses: Responses) -> Iterator[Sampled]:
+def texts_of(pair: Sampled) -> tuple[str, frozenset[str]]:
+    """What a pair is about, whatever its order."""
+    return pair.prompt_id, frozenset(response.text for response in pair.responses)
+
+
+def asked_before(compared: Iterable[BlockTable]) -> set[tuple[str, frozenset[str]]]:
+    """What the comparisons of earlier rounds were about, decided or not."""
+    columns = ["prompt_id", "first", "second"]
+    rows = (row for table in compared for block in table.blocks() for row in block.select(columns).to_pylist())
+    return {(row["prompt_id"], frozenset((row["first"], row["second"]))) for row in rows}
+
+
+def _chosen(run: Run, services: Services, policy: Checkpoint, responses: Responses) -> Iterator[Sampled]:
     """The prompts that are asked about: all, or those `select` picks whole, if the budget is for fewer.
 
     The selection works on prompts here whatever `select.unit` says: a pair needs two responses to one prompt.
@@ -81,7 +123,7 @@ def _chosen(run: Run, services: Services, m1: Checkpoint, responses: Responses) 
     if num < responses.num_prompts:
         whole = config.select.model_copy(update={"unit": "prompt", "budget": num * config.generate.k})
         by_prompt = dataclasses.replace(run, config=config.model_copy(update={"select": whole}))
-        query_set = select(by_prompt, services, m1, responses)
+        query_set = select(by_prompt, services, policy, responses)
         wanted = set(query_set.table.read(0)["prompt_id"].to_pylist())
     for block in responses.table.blocks():
         for row in block.to_pylist():
@@ -119,7 +161,7 @@ def verdict(answers: list[Comparison]) -> Preference | None:
 
 
 def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
-    """The pair with its winner chosen. There are no scores; M1 wrote both, so that its log-probabilities are known."""
+    """The pair with its winner chosen. There are no scores; the policy's log-probabilities are generation's."""
     first, second = pair.responses
     chosen, rejected = (first, second) if winner == "first" else (second, first)
     return PreferencePair(

@@ -1,4 +1,4 @@
-"""Stage dpo: M1 -> M2 on the preference pairs."""
+"""Stage dpo: M1 -> M2 on the preference pairs; in a later round M_t -> M_{t+1}, with M_t as the reference."""
 
 import time
 
@@ -16,7 +16,11 @@ from rayrl.training.dpo import DpoJob, train_dpo
 
 
 def dpo(run: Run, services: Services, m1: Checkpoint, pairs: Pairs) -> Checkpoint:
-    """M2: DPO from M1; pairs are scored and made while the first epoch reads them, unless they are there already."""
+    """M2: DPO from M1; pairs are scored and made while the first epoch reads them, unless they are there already.
+
+    `m1` is where the training starts and what it is kept close to. Rounds are iterative DPO: each starts from the
+    policy that wrote its pairs, and refers to it.
+    """
     config = run.config
     key = run.key("dpo", config.dpo, pairs.key, m1.version)
     checkpoint = Checkpoint(path=run.folder("dpo", "checkpoint"), version=f"dpo-{key}")

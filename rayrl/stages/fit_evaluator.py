@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
@@ -11,11 +12,12 @@ import pyarrow as pa
 
 from rayrl.actors.services import Services
 from rayrl.algorithms.statistics import accuracy_within, calibration_table, spearman
+from rayrl.config import EvaluatorConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import context_length, encode_response, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.models.judge import Rubric, evaluator_target, load_rubric, whole_score
-from rayrl.records import Checkpoint, Judgement, content_id
+from rayrl.records import Checkpoint, Judgement, Said, content_id
 from rayrl.runs.run import Run
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.query import Judgements
@@ -27,22 +29,24 @@ from rayrl.training.sft import SftJob, train_sft
 MIN_JUDGEMENTS = 4
 
 
-def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Judgements) -> Checkpoint | None:
-    """M_eval from the judgements; the manifest carries what it is worth on those it has not seen.
+def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequence[Judgements]) -> Checkpoint | None:
+    """M_eval from the judgements of all rounds so far; the manifest carries what it is worth on those it has not seen.
 
     None under the controls "direct" and "expert": there only the expert labels.
     """
     config = run.config
     if config.labels in ("direct", "expert"):
         return None
-    key = run.key("fit_evaluator", config.evaluator, config.labels, config.select.pooling, judgements.key, m1.version)
+    paid = [of_round.key for of_round in judgements]
+    key = run.key("fit_evaluator", config.evaluator, config.labels, config.select.pooling, *paid, m1.version)
     checkpoint = Checkpoint(path=run.folder("fit_evaluator", "checkpoint"), version=f"evaluator-{key}")
     if run.finished("fit_evaluator", key):
         return checkpoint
     started = time.monotonic()
     training, held_out = split(labels(run, judgements), config.evaluator.holdout, config.seed)
-    curve = _fit(run, services, m1, checkpoint, training)
-    validation = _validate(run, services, m1, checkpoint, held_out)
+    tokens = {said: ids for of_round in judgements for said, ids in of_round.token_ids().items()}
+    curve = _fit(run, services, m1, checkpoint, training, tokens)
+    validation = _validate(run, services, m1, checkpoint, held_out, tokens)
     rank = validation["spearman"]
     run.finish(
         "fit_evaluator",
@@ -57,9 +61,9 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Judg
     return checkpoint
 
 
-def labels(run: Run, judgements: Judgements) -> list[Judgement]:
+def labels(run: Run, judgements: Sequence[Judgements]) -> list[Judgement]:
     """The scored judgements; under the control "shuffled" their scores are permuted, so that they say nothing."""
-    scored = judgements.scored()
+    scored = [judgement for of_round in judgements for judgement in of_round.scored()]
     if len(scored) < MIN_JUDGEMENTS:
         raise DataError(
             f"fit_evaluator needs at least {MIN_JUDGEMENTS} scored judgements, got {len(scored)}: the expert abstained "
@@ -83,11 +87,16 @@ def split(judgements: list[Judgement], holdout: float, seed: int) -> tuple[list[
 
 
 def _fit(
-    run: Run, services: Services, m1: Checkpoint, checkpoint: Checkpoint, judgements: list[Judgement]
+    run: Run,
+    services: Services,
+    m1: Checkpoint,
+    checkpoint: Checkpoint,
+    judgements: list[Judgement],
+    tokens: Mapping[Said, list[int]],
 ) -> dict[str, Any]:
     config = run.config
     generative = config.evaluator.type == "generative"
-    rows = _generative_rows(run, judgements) if generative else _scalar_rows(run, judgements)
+    rows = _generative_rows(run, judgements) if generative else _scalar_rows(config.evaluator, judgements, tokens)
     table = BlockTable(run.folder("fit_evaluator", "table"), 1)
     table.write(0, pa.Table.from_pylist(rows))
     policy = config.policy.model_copy(update={"path": m1.path, "revision": None})
@@ -145,13 +154,11 @@ def balance(judgements: list[Judgement], rubric: Rubric) -> list[Judgement]:
     return [group[i % len(group)] for _, group in sorted(by_score.items()) for i in range(most)]
 
 
-def _scalar_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, Any]]:
-    config = run.config
-    tokens = response_tokens(run, judgements)
-    if config.evaluator.loss == "regression":
-        return [
-            {"response_id": j.response_id, "token_ids": tokens[j.response_id], "score": j.score} for j in judgements
-        ]
+def _scalar_rows(
+    evaluator: EvaluatorConfig, judgements: list[Judgement], tokens: Mapping[Said, list[int]]
+) -> list[dict[str, Any]]:
+    if evaluator.loss == "regression":
+        return [{"response_id": j.response_id, "token_ids": tokens[j.said], "score": j.score} for j in judgements]
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_prompt.setdefault(judgement.prompt_id, []).append(judgement)
@@ -169,27 +176,23 @@ def _scalar_rows(run: Run, judgements: list[Judgement]) -> list[dict[str, Any]]:
         {
             "chosen_id": chosen.response_id,
             "rejected_id": rejected.response_id,
-            "chosen_token_ids": tokens[chosen.response_id],
-            "rejected_token_ids": tokens[rejected.response_id],
+            "chosen_token_ids": tokens[chosen.said],
+            "rejected_token_ids": tokens[rejected.said],
         }
         for chosen, rejected in ordered
     ]
 
 
-def response_tokens(run: Run, judgements: list[Judgement]) -> dict[str, list[int]]:
-    """Prompt and response tokens by response id, from the query set."""
-    table = BlockTable(run.folder("select", "table"), 1).read(0)
-    rows = table.select(["response_id", "token_ids"]).to_pylist()
-    wanted = {j.response_id for j in judgements}
-    return {row["response_id"]: row["token_ids"] for row in rows if row["response_id"] in wanted}
-
-
 def _validate(
-    run: Run, services: Services, m1: Checkpoint, evaluator: Checkpoint, held_out: list[Judgement]
+    run: Run,
+    services: Services,
+    m1: Checkpoint,
+    evaluator: Checkpoint,
+    held_out: list[Judgement],
+    tokens: Mapping[Said, list[int]],
 ) -> dict[str, Any]:
     scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
-    tokens = response_tokens(run, held_out)
-    items = [Scored(prompt=j.prompt, response=j.response, token_ids=tokens[j.response_id]) for j in held_out]
+    items = [Scored(prompt=j.prompt, response=j.response, token_ids=tokens[j.said]) for j in held_out]
     predicted = scorer.score(items)
     both = [(p, j.score) for p, j in zip(predicted, held_out, strict=True) if p is not None and j.score is not None]
     ours, expert = np.array([p for p, _ in both]), np.array([s for _, s in both])

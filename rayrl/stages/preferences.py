@@ -30,10 +30,27 @@ class Preferences:
     key: str
     table: BlockTable
     num_pairs: int
+    compared: tuple[BlockTable, ...] = ()
+    """What the expert was asked (`Comparison`s), round by round."""
 
 
-def gather_preferences(run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint, pool: Pool) -> Preferences:
-    """D: from the file `preferences.data`, or the expert's comparisons of M1's responses to the pool (costs budget).
+def gather_preferences(
+    run: Run,
+    services: Services,
+    oracle: ActorHandle,
+    policy: Checkpoint,
+    pool: Pool,
+    earlier: Preferences | None = None,
+) -> Preferences:
+    """D: from the file `preferences.data`, or the expert's comparisons of a policy's responses (costs budget).
+
+    Args:
+        run: the run.
+        services: fleets.
+        oracle: compares.
+        policy: whose responses are compared: M1, and in a later round the last policy.
+        pool: the prompts.
+        earlier: D of the rounds before, if the expert compares: D is the union.
 
     Raises:
         DataError: no usable pair; says what became of the rows, or of the questions.
@@ -41,15 +58,19 @@ def gather_preferences(run: Run, services: Services, oracle: ActorHandle, m1: Ch
     config = run.config.preferences
     assert config is not None, "the config is refused without preferences"
     if config.source == "oracle":
-        responses = generate(run, services, m1, pool)
-        key = run.key("preferences", config, run.config.select, run.config.oracle, PAIRWISE_VERSION, responses.key)
-        done = run.finished("preferences", key) or compare_responses(run, services, oracle, m1, responses, key)
+        responses = generate(run, services, policy, pool)
+        inputs = [responses.key] + ([earlier.key] if earlier else [])
+        key = run.key("preferences", config, run.config.select, run.config.oracle, PAIRWISE_VERSION, *inputs)
+        done = run.finished("preferences", key)
+        done = done or compare_responses(run, services, oracle, policy, responses, key, earlier)
+        compared = (*(earlier.compared if earlier else ()), BlockTable(run.folder("preferences", "comparisons"), 1))
     else:
+        compared = ()
         assert config.data is not None, "the config is refused without a file"
         key = run.key("preferences", config, run.config.policy, run.config.generate.block_size)
         done = run.finished("preferences", key) or _read(run, config.data, key)
     table = BlockTable(run.folder("preferences", "table"), done.metrics["num_blocks"])
-    return Preferences(key=key, table=table, num_pairs=done.num_rows)
+    return Preferences(key=key, table=table, num_pairs=done.num_rows, compared=compared)
 
 
 def _read(run: Run, data: PreferenceDataConfig, key: str) -> Manifest:

@@ -2,9 +2,13 @@
 
 Scoring a block keeps it; pairing a block keeps it. So DPO can stream the pairs while they are made (`overlap`), read
 them when all are there (`alternate`), see them again in the second epoch or after a restart: nothing is scored twice.
+
+With `pseudo_label.synthetic` as many blocks follow: the pairs of synthetic preference generation on the same responses
+and scores, those left out that are pairs already. They need every score, so that only the pairing is streamed then.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +19,14 @@ from rayrl.algorithms.pairing import best_worst, margin_pairs, num_pairs_planned
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.tokenizing import context_length
-from rayrl.records import Checkpoint, PreferencePair, to_table
+from rayrl.records import Checkpoint, PreferencePair, Said, arrow_schema, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.fit_evaluator import labels
 from rayrl.stages.generate import Responses
 from rayrl.stages.query import Judgements
 from rayrl.stages.score import Scored, Scorer, make_scorer
+from rayrl.stages.synthesize import synthesize_preferences
+from rayrl.stages.synthetic_pairs import BlockRewards
 
 SCORED_SCHEMA = pa.schema(
     [
@@ -40,12 +46,16 @@ class Labelling:
     pairs: BlockTable
     scorer: Scorer | None
     """None: only what the expert scored counts (controls "direct" and "expert")."""
-    expert: dict[str, float]
-    """Scores of the paid responses by response id."""
+    expert: dict[Said, float]
+    """Scores of the paid responses."""
     config: PseudoLabelConfig
+    synthetic: BlockTable | None = None
+    """Synthetic pairs, block by block as the responses."""
 
     def pair_block(self, block: int) -> pa.Table:
-        """One block's pairs, scored and kept on the way."""
+        """One block's pairs, scored and kept on the way; after the last block of responses, its synthetic pairs."""
+        if block >= self.responses.num_blocks:
+            return self._synthetic_block(block - self.responses.num_blocks)
         scored = self.scored.memoised(block, self.score_block).to_pylist()
         sampled = self.responses.read(block).to_pylist()
         pairs = [pair for s, row in zip(scored, sampled, strict=True) for pair in pairs_of(row, s, self.config)]
@@ -54,6 +64,7 @@ class Labelling:
     def score_block(self, block: int) -> pa.Table:
         """Scores of one block: the expert's where it was paid for one, else the evaluator's, else none."""
         rows = self.responses.read(block).to_pylist()
+        said = [[(row["prompt_id"], response["text"]) for response in row["responses"]] for row in rows]
         unknown = [
             Scored(
                 prompt=row["prompt"],
@@ -62,20 +73,27 @@ class Labelling:
             )
             for row in rows
             for response in row["responses"]
-            if response["id"] not in self.expert
+            if (row["prompt_id"], response["text"]) not in self.expert
         ]
         predicted = iter(self.scorer.score(unknown) if self.scorer else [None] * len(unknown))
-        scored = []
-        for row in rows:
-            ids = [response["id"] for response in row["responses"]]
-            scored.append(
-                {
-                    "prompt_id": row["prompt_id"],
-                    "scores": [self.expert[i] if i in self.expert else next(predicted) for i in ids],
-                    "sources": ["expert" if i in self.expert else "evaluator" for i in ids],
-                }
-            )
+        scored = [
+            {
+                "prompt_id": row["prompt_id"],
+                "scores": [self.expert[what] if what in self.expert else next(predicted) for what in of_row],
+                "sources": ["expert" if what in self.expert else "evaluator" for what in of_row],
+            }
+            for row, of_row in zip(rows, said, strict=True)
+        ]
         return pa.Table.from_pylist(scored, schema=SCORED_SCHEMA)
+
+    def _synthetic_block(self, block: int) -> pa.Table:
+        """One block's synthetic pairs without those that are labelled pairs already."""
+        assert self.synthetic is not None
+        labelled = self.pairs.memoised(block, self.pair_block).select(["chosen_id", "rejected_id"]).to_pylist()
+        there = {(pair["chosen_id"], pair["rejected_id"]) for pair in labelled}
+        made = self.synthetic.read(block).to_pylist()
+        new = [pair for pair in made if (pair["chosen_id"], pair["rejected_id"]) not in there]
+        return pa.Table.from_pylist(new, schema=arrow_schema(PreferencePair))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,32 +110,54 @@ class Pairs:
 
 
 def pseudo_label(
-    run: Run, services: Services, m1: Checkpoint, evaluator: Checkpoint | None, responses: Responses, paid: Judgements
+    run: Run,
+    services: Services,
+    policy: Checkpoint,
+    evaluator: Checkpoint | None,
+    responses: Responses,
+    paid: Sequence[Judgements],
 ) -> Pairs:
-    """P: in mode `alternate` all pairs are made now; in mode `overlap` DPO makes them as it reads them."""
+    """P: in mode `alternate` all pairs are made now; in mode `overlap` DPO makes them as it reads them.
+
+    Args:
+        run: the run.
+        services: fleets.
+        policy: whose responses these are, M1 in the first round.
+        evaluator: scores what the expert has not; None under the controls "direct" and "expert".
+        responses: Y.
+        paid: the judgements of all rounds so far. What the expert said of a response counts wherever it is said again.
+    """
     config = run.config
     version = evaluator.version if evaluator else config.labels
-    key = run.key("pseudo_label", config.pseudo_label, version, responses.key, paid.key, config.labels)
+    added = [config.refresh.spg] if config.pseudo_label.synthetic else []
+    keys = [of_round.key for of_round in paid]
+    key = run.key("pseudo_label", config.pseudo_label, version, responses.key, *keys, config.labels, *added)
     done = run.finished("pseudo_label", key)
     scorer = None
     if done is None and evaluator is not None:
-        scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
+        scorer = make_scorer(run, services, policy, evaluator, context_length(run.config.policy))
     folder = run.folder("pseudo_label")
     num_blocks = responses.table.num_blocks
     labelling = Labelling(
         responses=responses.table,
         scored=BlockTable(f"{folder}/scored-{version}", num_blocks),
-        pairs=BlockTable(f"{folder}/table", num_blocks),
+        pairs=BlockTable(f"{folder}/table", num_blocks * (1 + config.pseudo_label.synthetic)),
         scorer=scorer,
-        expert={j.response_id: j.score for j in labels(run, paid) if j.score is not None},
+        expert={j.said: j.score for j in labels(run, paid) if j.score is not None},
         config=config.pseudo_label,
     )
+    num_planned = num_pairs_planned(config.pseudo_label.pairing, responses.num_prompts, config.generate.k)
+    if config.pseudo_label.synthetic:
+        rewards = BlockRewards(table=labelling.scored, compute=labelling.score_block)
+        synthetic = synthesize_preferences(run, services, policy, rewards, responses, reward_key=key)
+        labelling = replace(labelling, synthetic=synthetic.table)
+        num_planned += synthetic.num_pairs
     pairs = Pairs(
         key=key,
         table=labelling.pairs,
         labelling=labelling,
         mode=services.mode,
-        num_planned=num_pairs_planned(config.pseudo_label.pairing, responses.num_prompts, config.generate.k),
+        num_planned=num_planned,
         num_done=done.num_rows if done else None,
     )
     return finish_pairs(run, pairs) if services.mode == "alternate" and done is None else pairs
@@ -133,19 +173,24 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
     scored = map_blocks(
         labelling.scored, labelling.score_block, concurrency=4, describe=_count_scores, progress="count"
     )
-    num_pairs = sum(count["num_pairs"] for count in counts)
+    labelled, added = counts[: len(scored)], counts[len(scored) :]
+    num_synthetic = sum(count["num_pairs"] for count in added)
+    num_pairs = sum(count["num_pairs"] for count in labelled) + num_synthetic
     metrics: dict[str, Any] = {name: sum(c[name] for c in scored) for name in scored[0]}
     metrics |= {"num_pairs": num_pairs, "mode": pairs.mode}
-    metrics["num_ties"] = metrics["num_prompts"] - sum(c["num_paired_prompts"] for c in counts)
+    metrics["num_ties"] = metrics["num_prompts"] - sum(c["num_paired_prompts"] for c in labelled)
+    if labelling.synthetic is not None:
+        metrics["num_synthetic"] = num_synthetic
     per_query = num_pairs / max(1, len(labelling.expert))
+    synthetic = f", {num_synthetic} of them synthetic," if labelling.synthetic is not None else ""
     run.finish(
         "pseudo_label",
         pairs.key,
         since=started,
         num_rows=num_pairs,
         metrics=metrics | {"pairs_per_query": per_query},
-        summary=f"{num_pairs} pairs from {metrics['num_scored']} scored responses, {per_query:.1f} per paid query; "
-        f"{metrics['num_ties']} prompts tied",
+        summary=f"{num_pairs} pairs{synthetic} from {metrics['num_scored']} scored responses, {per_query:.1f} per paid "
+        f"query; {metrics['num_ties']} prompts tied",
     )
     return replace(pairs, num_done=num_pairs)
 

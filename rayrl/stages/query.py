@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.progress import track
 from rayrl.actors.oracle_pool import PairItem
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import StageTimeout
-from rayrl.records import Comparison, Judgement, from_table, to_table
+from rayrl.records import Comparison, Judgement, Said, from_table, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.select import QuerySet
 
@@ -28,20 +28,31 @@ CHUNK_TIMEOUT_S = 6 * 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Judgements:
-    """The paid judgements E."""
+    """The paid judgements E of one round."""
 
     key: str
     table: BlockTable
+    asked: BlockTable
+    """The query set they answer."""
+
+    def all(self) -> list[Judgement]:
+        """Abstentions included."""
+        return from_table(self.table.read(0), Judgement)
 
     def scored(self) -> list[Judgement]:
         """Those with a score; abstentions are never trained on."""
-        return [j for j in from_table(self.table.read(0), Judgement) if j.status == "scored"]
+        return [j for j in self.all() if j.status == "scored"]
+
+    def token_ids(self) -> dict[Said, list[int]]:
+        """Prompt and response tokens of what was judged."""
+        rows = self.asked.read(0).select(["prompt_id", "response", "token_ids"]).to_pylist()
+        return {(row["prompt_id"], row["response"]): row["token_ids"] for row in rows}
 
 
 def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
     """E: the expert's judgements of the query set. Costs budget."""
     key = run.key("query", query_set.key, run.config.oracle, run.config.rubric)
-    judgements = Judgements(key=key, table=BlockTable(run.folder("query", "table"), 1))
+    judgements = Judgements(key=key, table=BlockTable(run.folder("query", "table"), 1), asked=query_set.table)
     if run.finished("query", key):
         return judgements
     started = time.monotonic()
@@ -51,7 +62,7 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
     ]
     answers = ask(oracle, items, "label", describe="asking the expert")
     judgements.table.write(0, to_table(answers, Judgement))
-    summary: Any = ray.get(oracle.summary.remote())
+    summary = spending(oracle, answers)
     histogram = Counter(str(round(j.score)) for j in answers if j.score is not None)
     reasons = Counter(j.rationale[:80] for j in answers if j.score is None)
     run.finish(
@@ -78,6 +89,13 @@ def ask(oracle: ActorHandle, items: list[dict[str, Any]], purpose: str, *, descr
 def compare(oracle: ActorHandle, items: list[PairItem], purpose: str, *, describe: str) -> list[Comparison]:
     """Have the oracle pool compare items, as `ask` has it judge them."""
     return _collect([oracle.compare.remote(chunk, purpose) for chunk in _chunks(items)], describe)
+
+
+def spending(oracle: ActorHandle, answers: Sequence[Judgement | Comparison]) -> dict[str, Any]:
+    """The ledger's summary, and what these answers took of the label budget (`num_spent`)."""
+    summary: Any = ray.get(oracle.summary.remote())
+    num_spent: Any = ray.get(oracle.num_spent.remote([answer.key for answer in answers], "label"))
+    return summary | {"num_spent": num_spent}
 
 
 def _chunks(items: list[Any]) -> Iterator[list[Any]]:

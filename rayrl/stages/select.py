@@ -47,6 +47,8 @@ def select(run: Run, services: Services, m1: Checkpoint, responses: Responses) -
     started = time.monotonic()
     if everything:
         ordinals, metrics = list(_ordinals(responses, run)), {"strategy": "all"}
+    elif _num_units(run, responses.num_responses) == 0:  # a later round, after calls that were lost
+        ordinals, metrics = [], {"strategy": "none"}
     elif config.strategy == "random":
         ids = np.fromiter(_ordinals(responses, run), np.int64)
         ordinals = random_selection(ids, _num_units(run, len(ids)), run.config.seed)

@@ -24,7 +24,7 @@ from rayrl.stages.cluster import cluster
 from rayrl.stages.generate import Responses
 from rayrl.stages.preferences import Preferences
 from rayrl.stages.score import Scorer, make_scorer
-from rayrl.stages.synthetic_pairs import SyntheticPairs
+from rayrl.stages.synthetic_pairs import BlockRewards, SyntheticPairs
 from rayrl.stages.tally import count_lengths, mean_lengths, merge, tally
 
 STAGE = "synthesize"
@@ -36,7 +36,7 @@ def synthesize_preferences(
     run: Run,
     services: Services,
     m1: Checkpoint,
-    rewards: Rewards,
+    rewards: Rewards | BlockRewards,
     samples: Responses,
     *,
     reward_key: str | None = None,
@@ -46,9 +46,10 @@ def synthesize_preferences(
     Args:
         run: the run; `refresh.method` and `refresh.spg` say how.
         services: fleets; `rewards` holds one of them already, and in mode `alternate` may find it gone afterwards.
-        m1: embeds the responses, if embeddings are clustered and no other embedder is named.
+        m1: embeds the responses, if embeddings are clustered and no other embedder is named; in a later round of
+            DPO the policy that wrote them.
         rewards: the reward model that the policy behind the samples was trained with; for the method "self_judged",
-            `self_judge`.
+            `self_judge`; or the scores another stage makes of these samples.
         samples: n responses of the policy for each prompt.
         reward_key: names the rewards' work, unless it is in the version of the policy behind the samples.
     """

@@ -1,6 +1,7 @@
 """How a block of the policy's samples becomes a block of preference pairs: scored, turned into outcomes, paired."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,14 @@ SCORED = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockRewards:
+    """Rewards that another stage keeps: a table with the `scores` of each prompt's responses, and what fills it."""
+
+    table: BlockTable
+    compute: Callable[[int], pa.Table]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SyntheticPairs:
     """How blocks of samples become blocks of pairs; travels to the tasks that do it."""
 
@@ -29,7 +38,7 @@ class SyntheticPairs:
     gamma: float
     seed: int
     m1_version: str
-    rewards: Rewards
+    rewards: Rewards | BlockRewards
     samples: BlockTable
     folder: str
     """Where the tables are."""
@@ -37,7 +46,7 @@ class SyntheticPairs:
     @property
     def scored(self) -> BlockTable:
         """Rewards of the responses."""
-        return self._table("scored")
+        return self.rewards.table if isinstance(self.rewards, BlockRewards) else self._table("scored")
 
     @property
     def clusters(self) -> BlockTable:
@@ -56,6 +65,8 @@ class SyntheticPairs:
 
     def score_block(self, block: int) -> pa.Table:
         """The reward of every response."""
+        if isinstance(self.rewards, BlockRewards):
+            return self.rewards.compute(block)
         rows = self.samples.read(block).to_pylist()
         items = [
             Scored(prompt=row["prompt"], response=r["text"], token_ids=row["prompt_token_ids"] + r["token_ids"])

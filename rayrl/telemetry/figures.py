@@ -9,6 +9,7 @@ from rayrl.runs import storage
 from rayrl.telemetry import plots, plots_rlp
 from rayrl.telemetry.metrics import read_metrics
 from rayrl.telemetry.rlp_summary import PPOS, REWARD_MODELS
+from rayrl.telemetry.rounds import round_folders, titled
 from rayrl.telemetry.tables import read_parquet
 
 
@@ -21,17 +22,19 @@ def draw_figures(run_dir: str, facts: dict[str, Any], evaluated: pa.Table | None
         columns = {title: evaluated[f"{name}_score"].drop_null().to_numpy() for name, title in titles.items()}
         if all(len(scores) for scores in columns.values()):
             figures["scores"] = plots.plot_scores(columns)
-    projection = read_parquet(storage.join(run_dir, "stages", "select", "projection.parquet"))
-    if projection is not None and projection.num_rows:
+    folders = round_folders(run_dir, facts["config"])
+    found = [read_parquet(storage.join(url, "stages", "select", "projection.parquet")) for url in folders.values()]
+    projection = next((table for table in reversed(found) if table is not None and table.num_rows), None)
+    if projection is not None:
         x, y, selected = (projection[name].to_numpy() for name in ("x", "y", "selected"))
         figures["coverage"] = plots.plot_coverage(x, y, selected)
     if len(facts["metrics"]["select"].get("radius") or []) > 1:
         figures["radius"] = plots.plot_radius(facts["metrics"]["select"]["radius"])
-    return figures | (_of_rlp(run_dir, facts) if is_rlp else _of_proxy_dpo(run_dir, facts["metrics"]))
+    return figures | (_of_rlp(folders, facts) if is_rlp else _of_proxy_dpo(folders, facts["metrics"]))
 
 
-def _of_proxy_dpo(run_dir: str, metrics: dict[str, Any]) -> dict[str, Figure]:
-    figures = _curves(run_dir, ["sft", "fit_evaluator", "dpo"])
+def _of_proxy_dpo(folders: dict[int, str], metrics: dict[str, Any]) -> dict[str, Figure]:
+    figures = _curves(folders, ["sft", "fit_evaluator", "dpo"])
     if any(metrics["query"].get("score_histogram", {}).values()):
         figures["paid_scores"] = plots.plot_paid_scores(metrics["query"]["score_histogram"])
     bins = metrics["fit_evaluator"].get("validation", {}).get("calibration", [])
@@ -40,16 +43,18 @@ def _of_proxy_dpo(run_dir: str, metrics: dict[str, Any]) -> dict[str, Figure]:
     return figures
 
 
-def _of_rlp(run_dir: str, facts: dict[str, Any]) -> dict[str, Figure]:
+def _of_rlp(folders: dict[int, str], facts: dict[str, Any]) -> dict[str, Figure]:
     metrics, models = facts["metrics"], facts["rlp"]["reward_models"]
     members = [
         f"{stage}-{i}" for name, stage in REWARD_MODELS.items() for i in range(models[name].get("num_members", 1))
     ]
-    figures = _curves(run_dir, ["sft", *members])
-    curves = {title: _read_curve(run_dir, stage) for stage, title in PPOS.items()}
+    figures = _curves(folders, ["sft", *members])
+    curves = {titled(title, n): _read_curve(url, stage) for n, url in folders.items() for stage, title in PPOS.items()}
+    curves = {title: curve for title, curve in curves.items() if curve or title in PPOS.values()}
     if any(curves.values()):
         figures["ppo"] = plots_rlp.plot_ppo(curves)
-    trained = {title: metrics[stage] for stage, title in PPOS.items() if metrics[stage]}
+    rounds = enumerate(facts["rounds"] or [metrics], start=1)
+    trained = {titled(title, n): of[stage] for n, of in rounds for stage, title in PPOS.items() if of[stage]}
     if trained:
         figures["times"] = plots_rlp.plot_times(trained)
     synthesized = metrics["synthesize"]
@@ -63,8 +68,8 @@ def _of_rlp(run_dir: str, facts: dict[str, Any]) -> dict[str, Figure]:
     return figures
 
 
-def _curves(run_dir: str, stages: list[str]) -> dict[str, Figure]:
-    curves = {stage: _read_curve(run_dir, stage) for stage in stages}
+def _curves(folders: dict[int, str], stages: list[str]) -> dict[str, Figure]:
+    curves = {titled(stage, n): _read_curve(url, stage) for n, url in folders.items() for stage in stages}
     return {"curves": plots.plot_curves(curves)} if any(curves.values()) else {}
 
 

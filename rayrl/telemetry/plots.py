@@ -4,6 +4,7 @@ The notebook draws the same figures. `to_svg` turns one into text that stands al
 """
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from matplotlib.figure import Figure
 M1, M2, PPO, MUTED, INK, GRID = "#8a94a6", "#2563eb", "#d97706", "#c3cad5", "#1f2937", "#e5e9f0"
 COLORS = {2: (M1, M2), 3: (M1, PPO, M2), 4: (M1, PPO, M2, MUTED)}
 """Of policies, M1 first and the run's result last."""
+MORE = ("#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#65a30d")
+"""Of what later rounds add, in turn."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, the reader's own font
     "svg.hashsalt": "rayrl",  # the same figure is the same bytes
@@ -52,6 +55,12 @@ UNPLOTTED = (
 )
 
 
+def colors_of(num: int) -> list[str]:
+    """Colors of so many policies, M1 first."""
+    known = COLORS.get(num, COLORS[3])
+    return [*known, *itertools.islice(itertools.cycle(MORE), num - len(known))]
+
+
 @mpl.rc_context(STYLE)
 def plot_scores(policies: Mapping[str, Sequence[float]]) -> Figure:
     """Share of evaluation responses at each expert score, by policy."""
@@ -61,7 +70,7 @@ def plot_scores(policies: Mapping[str, Sequence[float]]) -> Figure:
     edges = np.arange(low - 0.5, high + 1) if discrete else np.linspace(low, max(high, low + 1e-6), 12)
     centers, width = (edges[:-1] + edges[1:]) / 2, 0.8 / len(policies) * (edges[1] - edges[0])
     figure, axes = new_figure(5.2, 3.0)
-    for i, ((name, scores), color) in enumerate(zip(policies.items(), COLORS[len(policies)], strict=True)):
+    for i, ((name, scores), color) in enumerate(zip(policies.items(), colors_of(len(policies)), strict=True)):
         share = np.histogram(scores, edges)[0] / len(scores)
         label = f"{name}, mean {np.mean(scores):.2f} (n = {len(scores)})"
         axes.bar(centers + (i - (len(policies) - 1) / 2) * width, 100 * share, width, color=color, label=label)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rayrl.telemetry.plots import COLORS, M1, M2, MUTED, PPO, STYLE, add_legend, new_figure
+from rayrl.telemetry.plots import COLORS, M1, M2, MUTED, PPO, STYLE, add_legend, colors_of, new_figure
 from rayrl.telemetry.rlp_summary import PPOS
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -32,7 +32,7 @@ def plot_ppo(curves: Curves) -> Figure:
     figure = Figure(figsize=(10.6, 5.2), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         beside = axes.twinx() if name == "kl" else None
-        for (label, rows), color in zip(curves.items(), COLORS[3][1:], strict=False):
+        for (label, rows), color in zip(curves.items(), colors_of(1 + len(curves))[1:], strict=True):
             _draw(axes, rows, name, color=color, label=label, linewidth=1.4)
             if name == "reward":
                 _draw(axes, rows, "held_out_reward", color=color, linestyle="--", marker="o", markersize=3)

@@ -19,13 +19,13 @@ REMEDY = "a larger ppo.kl_coef or a smaller ppo.learning_rate"
 
 def rlp_caveats(facts: dict[str, Any]) -> list[str]:
     """All caveats of a run, the most serious first. `facts` as made by `summarize_run`."""
-    metrics = facts["metrics"]
+    metrics, last, titles = facts["metrics"], facts["rlp"]["latest"], POLICIES | facts["rlp"]["titles"]
     return [
         *_of_pairs(metrics["synthesize"]),
-        *_of_policies(metrics),
+        *_of_policies(metrics, last, titles),
         *of_gain({"difference": facts["rlp"]["gain_over_ppo"]}, " of RLP over plain PPO"),
         *_of_reward_models(facts["rlp"]["reward_models"]),
-        *_of_reward_accuracy(metrics["evaluate"].get("reward_accuracy", {})),
+        *_of_reward_accuracy(metrics["evaluate"].get("reward_accuracy", {}), last, titles),
         *of_money(facts, "preference queries"),
         *of_responses(metrics["generate"]),
         *_of_evidence(metrics),
@@ -43,10 +43,10 @@ def _of_pairs(synthesized: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _of_policies(metrics: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _of_policies(metrics: dict[str, dict[str, Any]], last: dict[str, str], titles: dict[str, str]) -> Iterator[str]:
     m1 = policy_row(metrics, "m1")
-    for name, stage in zip(("ppo", "rlp"), PPOS, strict=True):
-        row, title = policy_row(metrics, name), POLICIES[name]
+    for name, stage in zip((last["ppo"], last["rlp"]), PPOS, strict=True):
+        row, title = policy_row(metrics, name), titles[name]
         over_optimised = list(_of_reward(metrics[stage], row.get("difference"), title))
         yield from over_optimised or of_gain(row, f" of {title}")
         yield from of_policy(m1, row, title, REMEDY)
@@ -80,13 +80,15 @@ def _of_reward_models(models: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"The refresh made the reward model worse: accuracy {before['mean']:.3f} -> {after['mean']:.3f}."
 
 
-def _of_reward_accuracy(agreement: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _of_reward_accuracy(
+    agreement: dict[str, dict[str, Any]], last: dict[str, str], policies: dict[str, str]
+) -> Iterator[str]:
     titles = {"r": "r", "refreshed": "The refreshed reward"}
-    for reward, policy in (("r", "ppo"), ("refreshed", "rlp")):
-        estimate = agreement.get(reward, {}).get(policy)
+    for reward, policy in (("r", last["ppo"]), ("refreshed", last["rlp"])):
+        estimate = agreement.get(last[reward], {}).get(policy)
         if estimate and not significant(estimate, above=0.5):
             yield (
-                f"{titles[reward]} cannot be shown to tell answers of {POLICIES[policy]}, trained on it, from M1's "
+                f"{titles[reward]} cannot be shown to tell answers of {policies[policy]}, trained on it, from M1's "
                 "as the expert does: not above chance by two standard errors."
             )
 

@@ -8,10 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from rayrl.algorithms.statistics import paired_difference
-from rayrl.telemetry.stages import NESTED, STAGES
+from rayrl.telemetry.rounds import latest, num_rounds, round_name, titled, untitled
+from rayrl.telemetry.stages import NESTED
 
 POLICIES = {"m1": "M1", "ppo": "plain PPO", "rlp": "RLP"}
 BEST_OF_N = "best_of_n"
+LATER = {"ppo": "PPO", "rlp": "RLP"}
+"""Policies of a later round."""
 REWARD_MODELS = {"r": "fit_reward_model", "refreshed": "refit_reward_model"}
 PPOS = {"ppo": "plain PPO", "ppo_refreshed": "PPO on the refreshed reward"}
 PLAIN_RLHF = ("pool", "sft", "generate", "preferences", "fit_reward_model", "ppo")
@@ -35,17 +38,21 @@ def rlp_facts(
 
     Args:
         config: the run's, resolved.
-        metrics: of every stage's manifest.
+        metrics: of every stage's manifest, the last round's.
         stages: the stages with state and seconds.
         evaluated: the table of `evaluate`, if there is one.
     """
+    rounds, found = num_rounds(config), metrics["evaluate"]
+    last = {name: latest(found.get("policies", {}), name, rounds) for name in ("ppo", "rlp")}
+    last |= {name: latest(found.get("reward_accuracy", {}), name, rounds) for name in REWARD_MODELS}
     return {
-        "gain": policy_row(metrics, "rlp").get("difference"),
+        "gain": policy_row(metrics, last["rlp"]).get("difference"),
         "gain_of_ppo": policy_row(metrics, "ppo").get("difference"),
-        "gain_over_ppo": _gain_over(evaluated, "rlp", "ppo"),
+        "gain_over_ppo": _gain_over(evaluated, last["rlp"], "ppo"),
+        "latest": last,
         "titles": policy_titles(metrics, config),
         "reward_models": {name: _reward_model(metrics[stage]) for name, stage in REWARD_MODELS.items()},
-        "compute": _compute(stages),
+        "compute": _compute(stages, titled("ppo_refreshed", rounds)),
     }
 
 
@@ -55,8 +62,11 @@ def policy_row(metrics: Mapping[str, dict[str, Any]], name: str) -> dict[str, An
 
 
 def policy_titles(metrics: Mapping[str, dict[str, Any]], config: Mapping[str, Any]) -> dict[str, str]:
-    """What the policies of a run are called: those it evaluated, or before that all it may have."""
-    titles = POLICIES | {BEST_OF_N: f"M1, best of {config.get('evaluate', {}).get('best_of_n', 0)}"}
+    """What the policies of a run are called: those it evaluated, or before that those of one round."""
+    titles = dict(POLICIES)
+    for number in range(2, num_rounds(config) + 1):
+        titles |= {round_name(name, number): titled(title, number) for name, title in LATER.items()}
+    titles |= {BEST_OF_N: f"M1, best of {config.get('evaluate', {}).get('best_of_n', 0)}"}
     found = metrics["evaluate"].get("policies", POLICIES)
     return {name: title for name, title in titles.items() if name in found}
 
@@ -95,12 +105,16 @@ def _reward_model(metrics: dict[str, Any]) -> dict[str, Any]:
     return found | {"calibration_error": float(np.mean(errors))} if len(members) > 1 and errors else found
 
 
-def _compute(stages: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Seconds of plain RLHF (to the end of the first PPO), of RLP, and of judging all; None until they are over."""
-    seconds = {s["stage"]: s["seconds"] for s in stages if s["seconds"] is not None and s["stage"] not in NESTED}
+def _compute(stages: Sequence[dict[str, Any]], end: str) -> dict[str, float | None]:
+    """Seconds of plain RLHF (to the end of the first PPO), of RLP, and of judging all; None until they are over.
+
+    RLP, with all its rounds, is over when the stage `end` is.
+    """
+    known = [s for s in stages if s["seconds"] is not None and untitled(s["stage"]) not in NESTED]
+    seconds = {s["stage"]: s["seconds"] for s in known}
     plain = sum(seconds.get(name, 0.0) for name in PLAIN_RLHF) if "ppo" in seconds else None
-    added = [name for name in STAGES["rlp"] if name not in (*PLAIN_RLHF, *NOT_TRAINING)]
-    extra = sum(seconds.get(name, 0.0) for name in added) if "ppo_refreshed" in seconds else None
+    added = [name for name in seconds if name not in (*PLAIN_RLHF, *NOT_TRAINING)]
+    extra = sum(seconds[name] for name in added) if end in seconds else None
     total = plain + extra if plain is not None and extra is not None else None
     return {
         "plain_rlhf_s": plain,

@@ -6,6 +6,7 @@ from typing import Any
 from rayrl.telemetry.stages import pipeline_of
 
 _SHARED = {
+    "rounds": "rounds",
     "policy": "policy.path",
     "prompts": "pool.path",
     "responses per prompt": "generate.k",
@@ -25,6 +26,7 @@ SHOWN = {
         "evaluator": "evaluator.type",
         "scoring": "evaluator.scoring",
         "pairing": "pseudo_label.pairing",
+        "synthetic pairs": "pseudo_label.synthetic",
         "DPO loss": "dpo.loss",
         "DPO beta": "dpo.beta",
         "DPO learning rate": "dpo.learning_rate",

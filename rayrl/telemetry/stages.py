@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 STAGES = {
-    "proxy_dpo": ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate"),
+    "proxy_dpo": (
+        "sft",
+        "generate",
+        "select",
+        "query",
+        "fit_evaluator",
+        "synthesize",
+        "pseudo_label",
+        "dpo",
+        "evaluate",
+    ),
     "rlp": (
         "pool",
         "sft",
@@ -23,6 +33,8 @@ STAGES = {
         "evaluate",
     ),
 }
+BEFORE, AFTER = ("pool", "sft"), ("track_rewards", "audit_pairs", "evaluate")
+"""Stages that a run has once, whatever its rounds."""
 NESTED = ("select",)
 """Of rlp: done within `preferences`, whose seconds contain theirs."""
 _LEFT_OUT = {
@@ -44,7 +56,7 @@ def pipeline_of(config: Mapping[str, Any]) -> str:
 def left_out(config: Mapping[str, Any]) -> set[str]:
     """Stages that a run with this config does not have, or (`select` of rlp) only if it turns out to need them."""
     if pipeline_of(config) != "rlp":
-        return set()
+        return set() if config.get("pseudo_label", {}).get("synthetic") else {"synthesize"}
     names = {"select"} | _LEFT_OUT.get(config.get("refresh", {}).get("method", "spg"), set())
     if has_ready_pairs(config):
         names.add("generate")

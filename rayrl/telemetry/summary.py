@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rayrl.runs import storage
 from rayrl.telemetry.caveats import caveats
 from rayrl.telemetry.rlp_caveats import rlp_caveats
 from rayrl.telemetry.rlp_summary import rlp_controls, rlp_facts
+from rayrl.telemetry.rounds import num_rounds, round_folders, stages_by_round, titled
 from rayrl.telemetry.stages import NESTED, STAGES, has_ready_pairs, left_out, pipeline_of
 from rayrl.telemetry.tables import read_parquet
 
@@ -43,11 +45,15 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
     if not config and storage.exists(storage.join(run_dir, "stages", "preferences")):
         config = {"pipeline": "rlp"}  # the file is gone, the stages still tell
     pipeline = pipeline_of(config)
-    manifests = {stage: _read(run_dir, "stages", stage, "manifest.json") for stage in STAGES[pipeline]}
-    metrics = {stage: (manifest or {}).get("metrics", {}) for stage, manifest in manifests.items()}
+    folders = round_folders(run_dir, config)
+    manifests = {at: _read(folders[at[1]], "stages", at[0], "manifest.json") for at in stages_by_round(config)}
+    rounds = [_metrics(manifests, pipeline, [number]) for number in folders]
+    metrics = _metrics(manifests, pipeline, folders)
     absent = left_out(config)
-    stages = [_stage(run_dir, stage, m) for stage, m in manifests.items() if m is not None or stage not in absent]
-    outermost = [stage["seconds"] or 0.0 for stage in stages if pipeline != "rlp" or stage["stage"] not in NESTED]
+    shown = {at: manifest for at, manifest in manifests.items() if manifest is not None or at[0] not in absent}
+    stages = [_stage(folders[n], stage, m) | {"stage": titled(stage, n)} for (stage, n), m in shown.items()]
+    nested = NESTED if pipeline == "rlp" else ()
+    outermost = [(m or {}).get("seconds", 0.0) for (stage, _), m in shown.items() if stage not in nested]
     facts = {
         "name": config.get("name", run_dir.rpartition("/")[2]),
         "run_dir": run_dir,
@@ -59,11 +65,12 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
         "stages": stages,
         "startup": _add_up(_read(run_dir, "timings.json") or []),
         "metrics": metrics,
-        "paid": _paid(config, metrics, _ledger(run_dir)),
+        "rounds": rounds if num_rounds(config) > 1 else [],
+        "paid": _paid(config, rounds, _ledger(run_dir)),
     }
     if pipeline == "rlp":
         evaluated = read_parquet(storage.join(run_dir, "stages", "evaluate", "table"))
-        facts["rlp"] = rlp_facts(facts["config"], metrics, stages, evaluated)
+        facts["rlp"] = rlp_facts(config, metrics, stages, evaluated)
     facts = _valid_json(facts)
     return facts | {"caveats": rlp_caveats(facts) if pipeline == "rlp" else caveats(facts)}
 
@@ -94,6 +101,15 @@ def _read(run_dir: str, *parts: str) -> Any:
         return storage.read_json(url)
     except ValueError as error:
         raise DataError(f"{url} must be JSON, but is damaged ({error}): delete it and run again") from None
+
+
+def _metrics(manifests: dict[tuple[str, int], Any], pipeline: str, numbers: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """Metrics of every stage, of the last of these rounds that has finished it."""
+    found: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES[pipeline]}
+    for (stage, number), manifest in manifests.items():
+        if manifest is not None and number in numbers:
+            found[stage] = manifest.get("metrics", {})
+    return found
 
 
 def _controls(config: dict[str, Any]) -> list[str]:
@@ -154,10 +170,11 @@ def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
     return counts
 
 
-def _paid(config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The query budgets, what was spent of them and what that bought; the latest count wins."""
-    asked = metrics["preferences" if pipeline_of(config) == "rlp" else "query"]
-    counts = (asked, metrics["evaluate"].get("ledger", {}), ledger)
+def _paid(config: dict[str, Any], rounds: list[dict[str, Any]], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The query budgets, what all rounds spent of them and what that bought; the latest count wins."""
+    stage = "preferences" if pipeline_of(config) == "rlp" else "query"
+    asked: dict[str, Any] = next((of[stage] for of in reversed(rounds) if of[stage]), {})
+    counts = (asked, rounds[0]["evaluate"].get("ledger", {}), ledger)
     paid: dict[str, Any] = {}
     for purpose, section in (("label", "select"), ("evaluate", "evaluate")):
         table = config.get(section, {})
@@ -169,9 +186,18 @@ def _paid(config: dict[str, Any], metrics: dict[str, Any], ledger: dict[str, dic
             paid["label"] |= {"budget": 0, "spent": 0}
         return paid | {"num_pairs": asked.get("num_pairs")}
     spent = paid["label"].get("spent")
-    num_scored, num_pairs = (metrics["pseudo_label"].get(name) for name in ("num_scored", "num_pairs"))
+    num_scored, num_pairs, num_synthetic = (
+        _total(rounds, name) for name in ("num_scored", "num_pairs", "num_synthetic")
+    )
     ratio = num_pairs / spent if num_pairs is not None and spent else None
-    return paid | {"num_scored": num_scored, "num_pairs": num_pairs, "pairs_per_query": ratio}
+    paid |= {"num_scored": num_scored, "num_pairs": num_pairs, "pairs_per_query": ratio}
+    return paid if num_synthetic is None else paid | {"num_synthetic": num_synthetic}
+
+
+def _total(rounds: list[dict[str, Any]], name: str) -> int | None:
+    """A count of `pseudo_label` over the rounds that have it; None if none has."""
+    counts = [of["pseudo_label"][name] for of in rounds if of["pseudo_label"].get(name) is not None]
+    return sum(counts) if counts else None
 
 
 def _valid_json(value: Any) -> Any:

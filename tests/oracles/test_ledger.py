@@ -78,6 +78,20 @@ def test_budget_is_spent_to_the_last_and_no_further(location):
     assert counts(ledger) == {"spent": 3, "scored": 3, "cost_usd": pytest.approx(0.03)}
 
 
+def test_what_some_questions_took_of_a_budget(location):
+    ledger = opened(location)
+    for index, verdict in enumerate([SCORED, ABSTAINED, UNBILLED, SCORED]):
+        pay(ledger, index, verdict)
+    pay(ledger, 5, purpose="evaluate")
+    ledger.lose(ledger.reserve(query(6), "label"))
+    pay(ledger, 6)  # the answer, after a call that was lost
+    keys = [query(index).key for index in range(9)]
+    assert ledger.num_spent(keys, "label") == counts(ledger)["spent"] == 5
+    assert ledger.num_spent([keys[0], keys[0], keys[2], keys[5]], "label") == 1
+    assert ledger.num_spent([keys[6]], "label") == 2
+    assert ledger.num_spent([], "label") == 0
+
+
 def test_a_purpose_without_a_budget_has_none(location):
     with pytest.raises(BudgetExhausted):
         opened(location).reserve(query(0), "curiosity")

@@ -40,7 +40,7 @@ def validation(folder, labels):
         m1 = base_policy(run)
         responses = generate(run, services, m1, read_pool(run))
         judgements = query(run, oracle, select(run, services, m1, responses))
-        fit_evaluator(run, services, m1, judgements)
+        fit_evaluator(run, services, m1, [judgements])
     finally:
         services.stop()
         ray.kill(oracle)

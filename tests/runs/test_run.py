@@ -8,7 +8,7 @@ import pytest
 from rayrl.config import GenerateConfig, RunConfig, SelectConfig
 from rayrl.errors import RunDirectoryError
 from rayrl.runs import storage
-from rayrl.runs.run import differences, open_run
+from rayrl.runs.run import differences, open_run, round_name
 from rayrl.telemetry.metrics import read_metrics
 
 
@@ -159,3 +159,75 @@ def test_local_model_folders_become_absolute(tmp_path, monkeypatch):
     assert run.config.policy.path == str(tmp_path / "model")
     assert run.url == str(tmp_path / "run")
     open_run(config_of("run"))
+
+
+def pay(run, num, stage="query"):
+    run.finish(stage, "k", since=0.0, num_rows=num, metrics={"num_spent": num}, summary="paid")
+
+
+def test_one_round_is_the_run_itself(run_dir):
+    run = open_run(config_of(run_dir))
+    (only,) = run.rounds()
+    assert only == run
+    assert only.key("select", only.config.select, "k") == run.key("select", run.config.select, "k")
+
+
+def test_a_later_round_has_a_folder_a_seed_and_what_is_left(run_dir):
+    run = open_run(config_of(run_dir, rounds=3, seed=4))
+    rounds = run.rounds()
+    first = next(rounds)
+    assert (first.url, first.config.seed, first.config.select.budget) == (run.url, 4, 3)
+    pay(first, 2)  # one was refunded
+    second = next(rounds)
+    assert second.url == f"{run.url}/rounds/2"
+    assert second.folder("query", "table") == f"{run.url}/rounds/2/stages/query/table"
+    assert second.config.select.budget == 3
+    pay(second, 3, "preferences")
+    third = next(rounds)
+    assert third.config.select.budget == 3 and next(rounds, None) is None
+    assert len({first.config.seed, second.config.seed, third.config.seed}) == 3
+    assert second.key("generate", "pool") != third.key("generate", "pool") != first.key("generate", "pool")
+    assert (run.config.select.budget, run.config.seed) == (8, 4), "the run itself still has the whole budget"
+    # Again after an interruption: the same shares, whatever has been paid since.
+    pay(third, 3)
+    again = [(r.url, r.config) for r in open_run(config_of(run_dir, rounds=3, seed=4)).rounds()]
+    assert again == [(r.url, r.config) for r in (first, second, third)]
+
+
+def test_rounds_keep_their_stages_apart_and_their_times_together(run_dir):
+    run = open_run(config_of(run_dir, rounds=2))
+    first, second = run.rounds()
+    finish(first, "generate", "k")
+    assert second.finished("generate", "k") is None
+    finish(second, "generate", "k", num_rows=5)
+    assert first.finished("generate", "k").num_rows == 3
+    first.record_time("fit:dpo", 1.0, ended_at=1.0)
+    second.record_time("fit:dpo", 2.0, ended_at=2.0)
+    assert [timing["seconds"] for timing in open_run(config_of(run_dir, rounds=2)).timings] == [1.0, 2.0]
+
+
+def test_a_run_of_more_rounds_reuses_those_of_a_shorter_one(tmp_path):
+    (one,) = open_run(config_of(tmp_path / "a", select={"budget": 4})).rounds()
+    key = one.key("select", one.config.select)
+    finish(one, "select", key)
+    pay(one, 4)
+    rounds = open_run(config_of(tmp_path / "b", rounds=2, reuse=str(tmp_path / "a"))).rounds()
+    first = next(rounds)
+    assert first.finished("select", first.key("select", first.config.select)) is not None
+    assert first.finished("query", "k") is not None
+    second = next(rounds)
+    assert second.config.select.budget == 4  # what is left, though this run's own ledger has spent nothing
+    assert second.finished("select", key) is None
+    finish(second, "dpo", "k2")
+    again = open_run(config_of(tmp_path / "c", rounds=2, reuse=str(tmp_path / "b"))).round(2)
+    assert again.finished("dpo", "k2") is not None
+
+
+def test_manifests_of_before_there_were_rounds_count_what_their_ledger_did(tmp_path):
+    run = open_run(config_of(tmp_path / "run", rounds=2))
+    run.finish("query", "k", since=0.0, num_rows=4, metrics={"label": {"spent": 3}}, summary="paid")
+    assert run.round(2).config.select.budget == 5
+
+
+def test_policies_of_rounds_have_names_of_their_own():
+    assert [round_name("ppo", number) for number in (1, 2, 3)] == ["ppo", "ppo-2", "ppo-3"]

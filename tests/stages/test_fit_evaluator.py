@@ -1,11 +1,12 @@
 """What the evaluator is trained and validated on."""
 
+import dataclasses
 from collections import Counter
 
 import pyarrow as pa
 import pytest
 
-from rayrl.config import RunConfig
+from rayrl.config import EvaluatorConfig, RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import DataError
 from rayrl.models.judge import ADDITIVE_RUBRIC, Rubric
@@ -23,7 +24,7 @@ def judgement(prompt, index, score):
         prompt_id=prompt,
         response_id=f"{prompt}-{index}",
         prompt="?",
-        response="!",
+        response=f"answer {index}",
         oracle="o",
         status="abstained" if score is None else "scored",
         score=score,
@@ -81,10 +82,17 @@ def open_run(tmp_path, control, **tables):
     return Run(config=config, url=str(tmp_path))
 
 
-def run_with(tmp_path, control, judgements):
-    table = BlockTable(str(tmp_path / "judgements"), 1)
+def paid(folder, judgements):
+    """The judgements of one round; the tokens of an answer are its number."""
+    table, asked = (BlockTable(str(folder / name), 1) for name in ("judgements", "asked"))
     table.write(0, to_table(judgements, Judgement))
-    return labels(open_run(tmp_path, control), Judgements(key="k", table=table))
+    rows = [{"prompt_id": j.prompt_id, "response": j.response, "token_ids": [1, n]} for n, j in enumerate(judgements)]
+    asked.write(0, pa.Table.from_pylist(rows))
+    return Judgements(key=folder.name, table=table, asked=asked)
+
+
+def run_with(tmp_path, control, judgements):
+    return labels(open_run(tmp_path, control), [paid(tmp_path, judgements)])
 
 
 def test_abstentions_are_no_labels(tmp_path):
@@ -102,15 +110,26 @@ def test_the_shuffled_control_permutes_scores_with_their_reasons(tmp_path):
 
 def test_bradley_terry_pairs_every_two_unequal_scores_of_a_prompt(tmp_path):
     judged = [judgement("p", 0, 2.0), judgement("p", 1, 5.0), judgement("p", 2, 2.0), judgement("q", 0, 1.0)]
-    run = open_run(tmp_path, "proxy", evaluator={"type": "scalar", "loss": "bradley_terry"})
-    rows = [{"response_id": j.response_id, "token_ids": [1, n]} for n, j in enumerate(judged)]
-    BlockTable(run.folder("select", "table"), 1).write(0, pa.Table.from_pylist(rows))
-    assert _scalar_rows(run, judged) == [
+    evaluator = EvaluatorConfig(type="scalar", loss="bradley_terry")
+    tokens = paid(tmp_path, judged).token_ids()
+    assert _scalar_rows(evaluator, judged, tokens) == [
         {"chosen_id": "p-1", "rejected_id": rejected, "chosen_token_ids": [1, 1], "rejected_token_ids": [1, n]}
         for rejected, n in (("p-0", 0), ("p-2", 2))
     ]
     with pytest.raises(DataError, match="found no two paid responses"):
-        _scalar_rows(run, judged[::2])
+        _scalar_rows(evaluator, judged[::2], tokens)
+
+
+def test_the_labels_of_all_rounds_are_learnt_from(tmp_path):
+    """Two rounds may give different responses the same id: texts tell them apart."""
+    first = [judgement(f"p{n}", 0, float(n)) for n in range(3)]
+    second = [dataclasses.replace(judgement("p0", 0, 5.0), response="another answer"), judgement("p7", 0, None)]
+    rounds = [paid(tmp_path / "1", first), paid(tmp_path / "2", second)]
+    assert labels(open_run(tmp_path, "proxy"), rounds) == [*first, second[0]]
+    tokens = {said: ids for of_round in rounds for said, ids in of_round.token_ids().items()}
+    rows = _scalar_rows(EvaluatorConfig(type="scalar"), [first[0], second[0]], tokens)
+    assert [(row["response_id"], row["score"]) for row in rows] == [("p0-0", 0.0), ("p0-0", 5.0)]
+    assert tokens["p0", "another answer"] == [1, 0] and tokens["p2", "answer 0"] == [1, 2]
 
 
 def test_too_few_labels_are_refused(tmp_path):

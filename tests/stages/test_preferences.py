@@ -3,15 +3,17 @@
 import json
 import math
 import uuid
+from dataclasses import replace
 
 import pytest
 
 from rayrl.config import RunConfig
+from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer
 from rayrl.errors import DataError
-from rayrl.records import Comparison, PreferencePair, Response, Sampled, from_table
+from rayrl.records import Comparison, PreferencePair, Response, Sampled, from_table, to_table
 from rayrl.runs.run import Run
-from rayrl.stages.compare import draw_pair, preferred, questions, tally, verdict
+from rayrl.stages.compare import asked_before, draw_pair, preferred, questions, tally, texts_of, verdict
 from rayrl.stages.preferences import gather_preferences
 
 
@@ -205,6 +207,18 @@ def test_what_became_of_the_questions_is_counted():
     assert (counts["num_disagreements"], counts["first_position_share"]) == (0, None)
 
 
+def test_a_pair_is_known_from_an_earlier_round_in_either_order_by_its_texts(tmp_path):
+    asked = sampled(2)
+    turned = replace(asked, responses=asked.responses[::-1])
+    table = BlockTable(str(tmp_path), 1)
+    table.write(0, to_table(answered(asked, "both", None, "tie"), Comparison))
+    known = asked_before([table])
+    assert texts_of(asked) in known and texts_of(turned) in known  # though nothing was decided
+    assert texts_of(sampled(2, "q")) not in known
+    assert texts_of(replace(asked, responses=sampled(3).responses[1:])) not in known
+    assert asked_before([]) == set()
+
+
 # With the policy and the expert, on Ray.
 
 
@@ -304,8 +318,6 @@ def names(preferences):
 
 
 def comparisons_in(folder):
-    from rayrl.data.blocks import BlockTable
-
     return from_table(BlockTable(str(folder / "stages" / "preferences" / "comparisons"), 1).read(0), Comparison)
 
 

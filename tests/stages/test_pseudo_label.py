@@ -1,6 +1,6 @@
 """From scores to pairs: whose score counts, and who takes no part."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 
@@ -8,6 +8,7 @@ from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import PreferencePair, Response, Sampled, from_table, to_table
 from rayrl.stages.pseudo_label import Labelling, pairs_of
+from rayrl.stages.synthetic_pairs import BlockRewards, SyntheticPairs
 
 BEST_WORST = PseudoLabelConfig()
 MARGIN = PseudoLabelConfig(pairing="margin", min_margin=1.0)
@@ -87,6 +88,11 @@ class ByLength:
         return [None if item.response == "text 3" else float(item.response[-1]) for item in items]
 
 
+def said(scores):
+    """Scores by what was said, from scores by response id."""
+    return {(name[0], f"text {name[2]}"): score for name, score in scores.items()}
+
+
 def labelling(tmp_path, scorer, expert):
     table = BlockTable(str(tmp_path / "responses"), 1)
     table.write(0, to_table([sampled(4), sampled(2, "q")], Sampled))
@@ -102,7 +108,7 @@ def labelling(tmp_path, scorer, expert):
 
 def test_the_experts_score_wins_and_is_not_asked_again(tmp_path):
     scorer = ByLength()
-    made = labelling(tmp_path, scorer, {"p-0": 5.0, "q-1": 0.0})
+    made = labelling(tmp_path, scorer, said({"p-0": 5.0, "q-1": 0.0}))
     scored = made.score_block(0).to_pylist()
     assert scored[0]["scores"] == [5.0, 1.0, 2.0, None]
     assert scored[0]["sources"] == ["expert", "evaluator", "evaluator", "evaluator"]
@@ -120,7 +126,65 @@ def test_nothing_is_scored_twice(tmp_path):
 
 
 def test_without_an_evaluator_only_the_experts_scores_pair(tmp_path):
-    made = labelling(tmp_path, None, {"p-0": 1.0, "p-2": 4.0, "q-0": 3.0})
+    made = labelling(tmp_path, None, said({"p-0": 1.0, "p-2": 4.0, "q-0": 3.0}))
     found = made.pair_block(0)
     assert isinstance(found, pa.Table)
     assert [(p.chosen_id, p.rejected_id) for p in from_table(found, PreferencePair)] == [("p-2", "p-0")]
+
+
+def test_what_was_judged_in_another_round_counts_whatever_its_id(tmp_path):
+    made = labelling(tmp_path, None, {("p", "text 3"): 2.0, ("p", "text 1"): 1.0, ("z", "text 0"): 5.0})
+    scored = made.score_block(0).to_pylist()
+    assert [row["scores"] for row in scored] == [[None, 1.0, None, 2.0], [None, None]]
+
+
+def with_synthetic(tmp_path, scorer, *pairs):
+    """Labelling whose prompt p has these synthetic pairs of response indices."""
+    made = labelling(tmp_path, scorer, {})
+    table = BlockTable(str(tmp_path / "synthetic"), 1)
+    (row,) = (row for row in made.responses.read(0).to_pylist() if row["prompt_id"] == "p")
+    scored = {"scores": [0.0, 1.0, 2.0, None], "sources": ["evaluator"] * 4}
+    of = {
+        (pair.chosen_id, pair.rejected_id): replace(pair, source="spg")
+        for pair in pairs_of(row, scored, PseudoLabelConfig(pairing="margin"))
+    }
+    table.write(0, to_table([of[f"p-{a}", f"p-{b}"] for a, b in pairs], PreferencePair))
+    return replace(made, pairs=BlockTable(made.pairs.url, 2), synthetic=table)
+
+
+def test_synthetic_pairs_follow_and_an_identical_one_is_there_once(tmp_path):
+    made = with_synthetic(tmp_path, ByLength(), (2, 0), (2, 1))
+    labelled, added = (from_table(made.pairs.memoised(n, made.pair_block), PreferencePair) for n in (0, 1))
+    assert [(p.chosen_id, p.rejected_id, p.source) for p in labelled] == [
+        ("p-2", "p-0", "evaluator"),
+        ("q-1", "q-0", "evaluator"),
+    ]
+    assert [(p.chosen_id, p.rejected_id, p.source) for p in added] == [("p-2", "p-1", "spg")]
+    assert made.pair_block(1).schema == made.pair_block(0).schema
+
+
+def test_the_order_in_which_blocks_are_read_changes_nothing(tmp_path):
+    scorer = ByLength()
+    made = with_synthetic(tmp_path, scorer, (2, 0), (2, 1))
+    first = made.pairs.memoised(1, made.pair_block)
+    assert made.pairs.has(0), "a block's labelled pairs are made before its synthetic ones"
+    assert first == made.pair_block(1) and len(scorer.asked) == 6
+
+
+def test_the_scores_of_the_labelling_are_the_synthetic_pairs_rewards(tmp_path):
+    scorer = ByLength()
+    made = labelling(tmp_path, scorer, {("p", "text 0"): 5.0})
+    pairs = SyntheticPairs(
+        method="spg",
+        clustering="embedding",
+        gamma=0.0,
+        seed=0,
+        m1_version="m1",
+        rewards=BlockRewards(table=made.scored, compute=made.score_block),
+        samples=made.responses,
+        folder=str(tmp_path / "spg"),
+    )
+    scored = pairs.scored.memoised(0, pairs.score_block)
+    assert scored["scores"].to_pylist() == [[5.0, 1.0, 2.0, None], [0.0, 1.0]]
+    made.pair_block(0)
+    assert len(scorer.asked) == 5, "nothing is scored for the one and again for the other"

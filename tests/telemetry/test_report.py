@@ -73,7 +73,8 @@ def test_a_gain_without_standard_error_is_not_shown(run_dir):
 
 @pytest.mark.parametrize(
     "missing",
-    ["config.json", "timings.json", "metrics", "stages"] + [f"stages/{stage}" for stage in STAGES["proxy_dpo"]],
+    ["config.json", "timings.json", "metrics", "stages"]
+    + [f"stages/{stage}" for stage in STAGES["proxy_dpo"] if stage != "synthesize"],
 )
 def test_whatever_is_missing_the_rest_is_shown(run_dir, missing):
     path = run_dir / missing
