@@ -99,7 +99,7 @@ def find_points(run: Run, ppos: list[str], budget: int) -> list[Point]:
 def measured_kls(run: Run, ppo: str) -> dict[int, float]:
     """The KL at every step of a PPO that answered the held-out prompts."""
     curve = read_metrics(storage.join(run.url, "metrics", f"{ppo}.jsonl"))
-    return {row["step"]: row["kl"] for row in curve if row.get("held_out_reward") is not None}
+    return {row["step"]: row["kl"] for row in curve if row["step"] and row.get("held_out_reward") is not None}
 
 
 def read_answers(run: Run, ppo: str, step: int) -> list[list[HeldOutAnswer]]:
