@@ -20,7 +20,7 @@ def save(path, rows):
     return str(path)
 
 
-def config_of(preferences, *, budget=4, k=4, oracle=None):
+def config_of(preferences, *, budget=4, k=4, oracle=None, rubric=None):
     return RunConfig.model_validate(
         {
             "name": "t",
@@ -33,6 +33,7 @@ def config_of(preferences, *, budget=4, k=4, oracle=None):
             "select": {"budget": budget},
             "oracle": oracle or {"type": "scripted", "function": "json:dumps", "compare_function": "json:loads"},
             "preferences": preferences,
+            "rubric": rubric or {},
         }
     )
 
@@ -116,6 +117,15 @@ def test_one_response_cannot_be_compared():
 )
 def test_an_expert_that_cannot_compare_is_refused(oracle, error, text):
     assert text in refusal(error, ORACLE, oracle=oracle)
+
+
+def test_comparisons_by_another_rubric_than_the_evaluations_are_refused():
+    endpoint = {"type": "http", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None}
+    own = {"template": "mine.txt"}
+    message = refusal(ConfigError, ORACLE, oracle=endpoint, rubric=own)
+    assert "rubric.pairwise_template is missing" in message and "rubric.template mine.txt" in message
+    assert inspect(ORACLE, oracle=endpoint, rubric=own | {"pairwise_template": "pairs.txt"}) is None
+    assert inspect(ORACLE, rubric=own) is None  # a function has its own idea of better
 
 
 def test_a_table_of_comparisons_needs_its_columns(tmp_path):

@@ -2,7 +2,7 @@
 
 from rayrl.algorithms.budget import round_share
 from rayrl.algorithms.comparisons import queries_per_pair
-from rayrl.config import PreferencesConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
+from rayrl.config import HttpOracleConfig, PreferencesConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
 from rayrl.data.pairs import PairCounts, read_pairs
 from rayrl.data.reading import require_columns
 from rayrl.errors import ConfigError, DataError
@@ -58,7 +58,14 @@ def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
 
 
 def _check_expert(config: RunConfig) -> None:
+    rubric = config.rubric
     match config.oracle:
+        case HttpOracleConfig() if rubric.template is not None and rubric.pairwise_template is None:
+            raise ConfigError(
+                'rubric.pairwise_template is missing: preferences.source = "oracle" compares two responses, and the '
+                f"built-in comparison asks for something else than rubric.template {rubric.template}, by which the "
+                "policies are evaluated; write the same criteria to a file with {prompt}, {first} and {second}"
+            )
         case ScriptedOracleConfig(compare_function=None):
             raise ConfigError(
                 'oracle.compare_function is missing: preferences.source = "oracle" asks which of two responses is '
