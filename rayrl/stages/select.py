@@ -15,6 +15,7 @@ from rayrl.actors.services import Services
 from rayrl.algorithms.selection import Selection, k_center, random_selection
 from rayrl.config import SelectConfig
 from rayrl.data.blocks import BlockTable
+from rayrl.models.judge import load_rubric
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 from rayrl.stages.embedding import embed, embedding_of, seed_centers
@@ -40,7 +41,7 @@ def select(run: Run, services: Services, m1: Checkpoint, responses: Responses) -
     """Q: the `budget` responses whose labels teach most."""
     config = run.config.select
     everything = run.config.labels == "expert"
-    key = run.key("select", config, run.config.rubric, responses.key, everything)
+    key = run.key("select", config, load_rubric(run.config.rubric).version, responses.key, everything)
     query_set = QuerySet(key=key, table=BlockTable(run.folder("select", "table"), 1))
     if run.finished("select", key):
         return query_set
