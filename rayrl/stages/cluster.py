@@ -44,10 +44,10 @@ def cluster(
         describe=count_clustered,
         progress="cluster",
     )
-    if clustering == "embedding":
-        return {}
-    services.retire(fleet)
-    return nli_costs(counts)
+    spg = run.config.refresh.spg
+    if not (clustering == "embedding" and spg.embedder is None and run.config.select.pooling == "last"):
+        services.retire(fleet)  # all but the one that serves the reward models
+    return {} if clustering == "embedding" else nli_costs(counts)
 
 
 def cluster_block(clusterer: Clusterer, samples: BlockTable, block: int) -> pa.Table:
