@@ -40,12 +40,5 @@ def numbering(config: RunConfig) -> Numbering:
         unit=config.select.unit,
         per_prompt=per_prompt,
         per_block=config.generate.block_size * per_prompt,
-        least=2 if compares(config) else 1,
+        least=2 if config.asks_for_comparisons else 1,
     )
-
-
-def compares(config: RunConfig) -> bool:
-    """Whether the expert compares two responses to a prompt, instead of judging each."""
-    preferences = config.preferences
-    learns = config.pipeline == "rlp" and config.ppo.reward == "reward_model"
-    return learns and preferences is not None and preferences.source == "oracle"
