@@ -3,7 +3,15 @@
 import pytest
 
 from rayrl.config import load_config
-from tests.test_config import refusal, small  # noqa: F401 - a fixture
+from tests.test_config import SMALL, refusal
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
 
 RLP = ['pipeline="rlp"', 'preferences={source="oracle"}']
 

@@ -50,14 +50,14 @@ def refusal(error, preferences, **settings):
 
 
 def test_a_file_of_pairs_is_counted(tmp_path):
-    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", PAIRS)}})
+    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", PAIRS)}}).counts
     assert (counts.num_rows, counts.num_pairs, len(counts.prompt_ids)) == (3, 3, 2)
 
 
 def test_a_policy_that_is_not_here_does_not_keep_chats_from_being_read(tmp_path):
     chats = [{"chat": [{"role": "user", "content": p}], "chosen": "a", "rejected": "b"} for p in "pq"]
-    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", chats), "messages_column": "chat"}})
-    assert counts.num_pairs == 2
+    facts = inspect({"data": {"path": save(tmp_path / "a.jsonl", chats), "messages_column": "chat"}})
+    assert facts.counts.num_pairs == 2
 
 
 @pytest.mark.parametrize(
@@ -139,4 +139,4 @@ def test_a_table_of_comparisons_needs_its_columns(tmp_path):
 def test_what_only_files_need_is_not_asked_of_experts_and_the_other_way_round(tmp_path):
     cannot_compare = {"type": "scripted", "function": "json:dumps"}
     data = {"path": save(tmp_path / "a.jsonl", PAIRS)}
-    assert inspect({"data": data}, oracle=cannot_compare, budget=0, k=1).num_pairs == 3
+    assert inspect({"data": data}, oracle=cannot_compare, budget=0, k=1).counts.num_pairs == 3

@@ -49,6 +49,8 @@ class Services:
         """The fleet of the entailment model; a replica has an embedder's threads, or its share of a GPU."""
         name = "entailment"
         if name not in self._fleets:
+            if self.mode == "alternate":
+                self.release()
             hardware = self.run.config.embedders
             spec = EntailmentSpec(
                 path=config.entailment_model,

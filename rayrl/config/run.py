@@ -172,6 +172,23 @@ class RunConfig(Table):
         return learns and self.preferences is not None and self.preferences.source == "oracle"
 
     @property
+    def rewards_by_embedders(self) -> bool:
+        """rlp: whether embedding replicas serve the reward, not generators or a function."""
+        scalar = self.ppo.reward == "evaluator" and self.evaluator.type == "scalar"
+        return self.ppo.reward == "reward_model" or scalar
+
+    @property
+    def selects_by_rewarders(self) -> bool:
+        """rlp: whether what embeds for the selection is the fleet that serves the reward, which stays."""
+        pooling = "last" if self.ppo.reward == "reward_model" else self.select.pooling
+        return self.rewards_by_embedders and self.select.embedder == "policy" and self.select.pooling == pooling
+
+    @property
+    def clusters_by_rewarders(self) -> bool:
+        """rlp: whether what embeds for the clustering is the fleet that serves the reward model, which stays."""
+        return self.refresh.spg.embedder is None and self.select.pooling == "last"
+
+    @property
     def asks_for_judgements(self) -> bool:
         """Whether the expert judges single responses: to label them, or to evaluate."""
         labels = self.pipeline == "proxy_dpo" or self.ppo.reward == "evaluator"

@@ -44,10 +44,12 @@ def cluster(
         describe=count_clustered,
         progress="cluster",
     )
-    spg = run.config.refresh.spg
-    if not (clustering == "embedding" and spg.embedder is None and run.config.select.pooling == "last"):
-        services.retire(fleet)  # all but the one that serves the reward models
-    return {} if clustering == "embedding" else nli_costs(counts)
+    if clustering != "embedding":
+        services.retire(fleet)
+        return nli_costs(counts)
+    if run.config.pipeline == "rlp" and not run.config.clusters_by_rewarders:
+        services.retire(fleet)
+    return {}
 
 
 def cluster_block(clusterer: Clusterer, samples: BlockTable, block: int) -> pa.Table:

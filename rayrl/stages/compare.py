@@ -60,6 +60,7 @@ def compare_responses(
     assert preferences is not None, "the config is refused without preferences"
     order = preferences.order
     num_able = num_with_two(responses)
+    num_without = responses.num_prompts - num_able
     two = [draw_pair(sampled, run.config.seed) for sampled in chosen(run, services, policy, responses, num_able)]
     known = asked_before(earlier.compared if earlier else ())
     pairs = [pair for pair in two if texts_of(pair) not in known]
@@ -67,9 +68,7 @@ def compare_responses(
     answers = compare(oracle, items, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
     size = queries_per_pair(order)
-    verdicts: list[Preference | None] = [
-        verdict(answers[start : start + size]) for start in range(0, len(answers), size)
-    ]
+    verdicts: list[Preference | None] = [verdict(answers[at : at + size]) for at in range(0, len(answers), size)]
     decided = zip(pairs, verdicts, strict=True)
     made = [preferred(pair, winner) for pair, winner in decided if winner in ("first", "second")]
     before = (pair for block in earlier.table.blocks() for pair in from_table(block, PreferencePair)) if earlier else ()
@@ -80,14 +79,13 @@ def compare_responses(
     if num_pairs == 0:
         raise DataError(
             f"preferences: of {len(pairs)} pairs of responses the expert preferred none: {counts['num_ties']} ties, "
-            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {responses.num_prompts - num_able} "
-            "prompts without two different responses; see stages/preferences/comparisons for the answers, and mend the "
-            "expert, raise select.budget, or raise generate.k or generate.temperature for more different responses"
+            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {num_without} prompts "
+            "without two different responses; see stages/preferences/comparisons, and mend the expert, raise "
+            "select.budget, or raise generate.k or generate.temperature for more different responses"
         )
     summary = spending(oracle, answers)
     metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
-    metrics |= {"num_asked": len(pairs), "num_without_two_responses": responses.num_prompts - num_able}
-    metrics |= counts | summary
+    metrics |= {"num_asked": len(pairs), "num_without_two_responses": num_without} | counts | summary
     if earlier:
         metrics |= {"num_new_pairs": len(made), "num_asked_before": len(two) - len(pairs)}
     return run.finish(

@@ -99,7 +99,8 @@ def _coreset(run: Run, services: Services, m1: Checkpoint, responses: Responses)
     embed_s = time.monotonic() - started
     centers = seed_centers(run, embedding) if config.seed_centers else None
     selection = _select_on_shards(vectors, config, _num_units(run, num_items), centers, run.config.seed)
-    if run.config.pipeline == "rlp":  # where every training is beside all fleets: this one has done its work
+    # In rlp every training is beside all fleets that are up, and this one may have done its work.
+    if run.config.pipeline == "rlp" and not run.config.selects_by_rewarders:
         services.retire(embedding.fleet)
     write_projection(run.folder("select", "projection.parquet"), vectors, set(selection.ids))
     radius = [round(r, 5) for r in selection.radii[:: max(1, len(selection.radii) // 200)]]
