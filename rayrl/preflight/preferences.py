@@ -14,7 +14,7 @@ from rayrl.preflight.inputs import check_module, count_tokens, renderer
 from rayrl.preflight.model import ModelFacts
 
 _MEASURED_PAIRS = 2000
-"""Pairs that are tokenised: those of the shortest prompts, and the longest pairs. A file this small is measured whole."""
+"""Pairs that are tokenised: those of the shortest prompts, and the longest. A file this small is measured whole."""
 MIN_PROMPTS = 2
 """A reward model is fitted on the pairs of one prompt at least, and checked on those of another."""
 
@@ -88,8 +88,8 @@ def _check_room(config: RunConfig, model: ModelFacts, prompts: list[str], counts
         assert config.preferences is not None and config.preferences.data is not None
         raise ConfigError(
             f"preferences.data.path: a prompt must be shorter than the context of {model.max_model_len} tokens, but "
-            f"none of the {counts.num_pairs} pairs in {config.preferences.data.path} has one; the shortest has {shortest}. "
-            "Shorten them, or raise policy.max_model_len if the model allows it"
+            f"none of the {counts.num_pairs} pairs in {config.preferences.data.path} has one; the shortest has "
+            f"{shortest}. Shorten them, or raise policy.max_model_len if the model allows it"
         )
 
 

@@ -16,7 +16,7 @@ from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores, sampling_of
 from rayrl.stages.benchmark import benchmark
-from rayrl.stages.measure import against, against_references, spoken
+from rayrl.stages.measure import against, against_references, nats, spoken
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import expert_of
 from rayrl.stages.score import Scored, make_scorer
@@ -68,7 +68,7 @@ def evaluate(
         metrics=metrics,
         summary=f"expert score {metrics['score_m1']['mean']:.2f} -> {metrics['score_m2']['mean']:.2f}, "
         f"gain {gain['mean']:+.3f} +- {gain['standard_error']:.3f} on {gain['num']} prompts, "
-        f"KL {metrics['kl']['mean']:.2f} nats"
+        f"{nats(metrics['kl'])}"
         if gain
         else f"{len(answers1)} prompts answered, none judged",
     )

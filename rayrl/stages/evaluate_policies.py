@@ -25,7 +25,7 @@ from rayrl.stages.answers import (
     reference_scores,
     sampling_of,
 )
-from rayrl.stages.measure import against, against_references, spoken
+from rayrl.stages.measure import against, against_references, nats, spoken
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import expert_of
 
@@ -112,7 +112,7 @@ def _scored(answer: Answer) -> Scored:
 
 def _gain(row: dict[str, Any]) -> str:
     gain = row["difference"]
-    kl = f"KL {row['kl']['mean']:.2f} nats"
+    kl = nats(row["kl"])
     return f"{gain['mean']:+.3f} +- {gain['standard_error']:.3f}, {kl}" if gain else f"not judged, {kl}"
 
 
