@@ -72,12 +72,13 @@ def render_plan(plan: Plan) -> str:
     if plan.rounds:
         facts["rounds"] = plan.rounds
     lines = [f"{name:<9}{fact}" for name, fact in facts.items()]
+    name_width = 2 + max(len(stage.name) for stage in plan.stages)
     what_width = max(len(stage.what) for stage in plan.stages)
-    lines += ["", f"{'stage':<15}{'what':<{what_width + 2}}reserves"]
+    lines += ["", f"{'stage':<{name_width}}{'what':<{what_width + 2}}reserves"]
     for stage in plan.stages:
         needs = [f"{stage.num_gpus:g} GPU"] * (stage.num_gpus > 0) + [f"{stage.num_cpus} CPU"] * (stage.num_cpus > 0)
         reserves = stage.actors + (f" ({', '.join(needs)})" if needs else "")
-        lines.append(f"{stage.name:<15}{stage.what:<{what_width + 2}}{reserves}".rstrip())
+        lines.append(f"{stage.name:<{name_width}}{stage.what:<{what_width + 2}}{reserves}".rstrip())
     lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
     return "\n".join(lines)
 
