@@ -105,10 +105,11 @@ def _headline(facts: dict[str, Any]) -> str:
 
     if facts["pipeline"] != "rlp":
         return f"paid label queries {_paid(facts)}, gain {plus_minus(gain(facts), signed=True)}"
+    rlp = facts["rlp"]
+    over_ppo = f", over plain PPO {plus_minus(rlp['gain_over_ppo'], signed=True)}" if rlp["aligned"] == "rlp" else ""
     return (
-        f"paid preference queries {_paid(facts)}, evaluation queries {_paid(facts, 'evaluate')}, "
-        f"gain over M1 {plus_minus(gain(facts), signed=True)}, "
-        f"over plain PPO {plus_minus(facts['rlp']['gain_over_ppo'], signed=True)}"
+        f"paid {rlp['asked']} {_paid(facts)}, evaluation queries {_paid(facts, 'evaluate')}, "
+        f"gain over M1 {plus_minus(gain(facts), signed=True)}{over_ppo}"
     )
 
 

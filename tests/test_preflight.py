@@ -110,6 +110,8 @@ def test_a_round_cannot_ask_about_more_than_it_samples(tree):
 
 
 def test_synthetic_pairs_are_a_stage_of_the_plan(tree):
+    entailing = changed(tree, pseudo_label__synthetic=True, refresh__spg__entailment_model="/nowhere/nli")
+    assert "refresh.spg.entailment_model must be a model folder" in refusal(ConfigError, entailing)
     synthetic = changed(tree, pseudo_label__synthetic=True, refresh__spg={"clustering": "embedding", "gamma": 0.4})
     plan = check(synthetic, cluster=TWO_CPUS)
     names = [stage.name for stage in plan.stages]
@@ -123,14 +125,14 @@ def test_rounds_of_the_second_pipeline_judge_every_policy(tree, tmp_path):
     pairs = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in "pq"]
     oracle = {"type": "scripted", "function": "json:dumps", "compare_function": "json:loads"}
     rlp = tree | {"pipeline": "rlp", "rounds": 2, "oracle": oracle, "evaluate": {"budget": 100}}
-    rlp |= {"generate": {"k": 2, "max_tokens": 16}, "refresh": {"n": 3}}
+    rlp |= {"generate": {"k": 2, "max_tokens": 16}, "refresh": {"n": 3, "spg": {"clustering": "embedding"}}}
     asked = check(changed(rlp, preferences={"source": "oracle"}), cluster={"CPU": 4.0})
     assert (asked.label_queries, asked.num_pairs) == ((4, 6), 5)
     assert (asked.num_eval_queries, asked.num_responses) == (5 * 2, 10 * (3 + 2) * 2)
     data = {"data": {"path": save_rows(tmp_path / "pairs.jsonl", pairs)}}
     given = check(changed(rlp, preferences=data), cluster={"CPU": 4.0})
     assert (given.label_queries, given.num_pairs, given.num_eval_queries) == ((), 2, 4 * 2)
-    assert "rounds   2, with no label queries; each has refresh, ppo_refreshed" in render_plan(given)
+    assert "rounds   2, with no label queries; each has synthesize, refresh, ppo_refreshed" in render_plan(given)
     proxy = check(changed(rlp, ppo__reward="evaluator"), cluster={"CPU": 4.0})
     assert (proxy.label_queries, proxy.num_eval_queries) == ((5, 5), 3 * 2)
 

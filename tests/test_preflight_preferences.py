@@ -20,7 +20,7 @@ def save(path, rows):
     return str(path)
 
 
-def config_of(preferences, *, budget=4, k=4, oracle=None):
+def config_of(preferences, *, budget=4, k=4, oracle=None, rubric=None):
     return RunConfig.model_validate(
         {
             "name": "t",
@@ -33,6 +33,7 @@ def config_of(preferences, *, budget=4, k=4, oracle=None):
             "select": {"budget": budget},
             "oracle": oracle or {"type": "scripted", "function": "json:dumps", "compare_function": "json:loads"},
             "preferences": preferences,
+            "rubric": rubric or {},
         }
     )
 
@@ -49,14 +50,14 @@ def refusal(error, preferences, **settings):
 
 
 def test_a_file_of_pairs_is_counted(tmp_path):
-    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", PAIRS)}})
+    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", PAIRS)}}).counts
     assert (counts.num_rows, counts.num_pairs, len(counts.prompt_ids)) == (3, 3, 2)
 
 
 def test_a_policy_that_is_not_here_does_not_keep_chats_from_being_read(tmp_path):
     chats = [{"chat": [{"role": "user", "content": p}], "chosen": "a", "rejected": "b"} for p in "pq"]
-    counts = inspect({"data": {"path": save(tmp_path / "a.jsonl", chats), "messages_column": "chat"}})
-    assert counts.num_pairs == 2
+    facts = inspect({"data": {"path": save(tmp_path / "a.jsonl", chats), "messages_column": "chat"}})
+    assert facts.counts.num_pairs == 2
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,15 @@ def test_an_expert_that_cannot_compare_is_refused(oracle, error, text):
     assert text in refusal(error, ORACLE, oracle=oracle)
 
 
+def test_comparisons_by_another_rubric_than_the_evaluations_are_refused():
+    endpoint = {"type": "http", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None}
+    own = {"template": "mine.txt"}
+    message = refusal(ConfigError, ORACLE, oracle=endpoint, rubric=own)
+    assert "rubric.pairwise_template is missing" in message and "rubric.template mine.txt" in message
+    assert inspect(ORACLE, oracle=endpoint, rubric=own | {"pairwise_template": "pairs.txt"}) is None
+    assert inspect(ORACLE, rubric=own) is None  # a function has its own idea of better
+
+
 def test_a_table_of_comparisons_needs_its_columns(tmp_path):
     table = save(tmp_path / "pairs.jsonl", COMPARED)
     message = refusal(
@@ -129,4 +139,4 @@ def test_a_table_of_comparisons_needs_its_columns(tmp_path):
 def test_what_only_files_need_is_not_asked_of_experts_and_the_other_way_round(tmp_path):
     cannot_compare = {"type": "scripted", "function": "json:dumps"}
     data = {"path": save(tmp_path / "a.jsonl", PAIRS)}
-    assert inspect({"data": data}, oracle=cannot_compare, budget=0, k=1).num_pairs == 3
+    assert inspect({"data": data}, oracle=cannot_compare, budget=0, k=1).counts.num_pairs == 3

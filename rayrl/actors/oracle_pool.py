@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayrl.config import HttpOracleConfig, OracleConfig
 from rayrl.errors import BudgetExhausted, RunDirectoryError, StageTimeout
 from rayrl.models.judge import Rubric
-from rayrl.models.pairwise import PAIRWISE_VERSION
+from rayrl.models.pairwise import pairwise_version
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.ledger import Ledger, Reserved
 from rayrl.oracles.queries import Outcome, PairQuery, Query, Question
@@ -81,8 +81,8 @@ class OraclePool:
 
     async def compare(self, items: Sequence[PairItem], purpose: str) -> list[Comparison]:
         """One comparison per item, in order. Each is one query of the purpose's budget, in the order given."""
-        name = self._oracle.comparer
-        return await self._answers([PairQuery(**item, oracle=name, rubric=PAIRWISE_VERSION) for item in items], purpose)
+        name, rubric = self._oracle.comparer, pairwise_version(self._rubric)
+        return await self._answers([PairQuery(**item, oracle=name, rubric=rubric) for item in items], purpose)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """`Ledger.summary`."""

@@ -33,10 +33,13 @@ class SelectConfig(Table):
 
 
 class RubricConfig(Table):
-    """What the expert and the evaluator are asked. A pointwise, additive scale."""
+    """What the expert and the evaluator are asked: a pointwise, additive scale, and comparisons of two responses."""
 
     template: str | None = None
     """File with the judge prompt; `{prompt}` and `{response}` are filled in. None is the built-in additive rubric."""
+    pairwise_template: str | None = None
+    """File with what is asked of two responses; `{prompt}`, `{first}` and `{second}` are filled in. None is the
+    built-in comparison."""
     min_score: int = 0
     max_score: int = 5
 

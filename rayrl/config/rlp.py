@@ -140,7 +140,7 @@ class SpgConfig(Table):
     embedder: str | None = None
     """embedding: a sentence-embedding model's folder or hub id; None embeds with M1."""
     threshold: float = Field(default=0.9, gt=-1, le=1)
-    """embedding: cosine above which two responses mean the same."""
+    """embedding: cosine at or above which two responses mean the same."""
     max_tokens: int = Field(default=512, gt=8)
     """Longest pair the entailment model reads; longer answers lose their ends, and are counted."""
     num_replicas: int = Field(default=1, gt=0)

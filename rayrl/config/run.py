@@ -12,6 +12,9 @@ from rayrl.config.rounds import refusals
 from rayrl.config.table import Table
 from rayrl.config.training import DpoConfig, EvaluatorConfig, PseudoLabelConfig, SftConfig
 
+MIN_DIAGNOSIS = 36
+"""9 points x 2 answers, twice."""
+
 
 class LmEvalConfig(Table):
     """Optional benchmark tasks through lm-evaluation-harness and its vLLM backend."""
@@ -36,6 +39,17 @@ class EvaluateConfig(Table):
     temperature: float = Field(default=0.7, ge=0)
     reference_answers: ReferenceAnswersConfig | None = None
     lm_eval: LmEvalConfig = LmEvalConfig()
+
+    @model_validator(mode="after")
+    def _enough(self) -> "EvaluateConfig":
+        if 0 < self.diagnosis_budget < MIN_DIAGNOSIS:
+            raise ValueError(
+                f"evaluate.diagnosis_budget must be 0 or at least {MIN_DIAGNOSIS} (M1 and four points of each PPO, two "
+                f"answers each, and as much for the synthetic pairs), got {self.diagnosis_budget}"
+            )
+        if self.best_of_n == 1:
+            raise ValueError("evaluate.best_of_n must be 0 or at least 2, got 1: the best of one answer is M1's answer")
+        return self
 
 
 class RunConfig(Table):
@@ -85,14 +99,6 @@ class RunConfig(Table):
                 f"{self.select.budget}; set it to the number of queries you pay for",
             ),
             (
-                self.pipeline == "rlp" and self.ppo.reward == "reward_model" and self.preferences is None,
-                "preferences is missing: the reward model learns from pairs; add a [preferences] table",
-            ),
-            (
-                self.pipeline == "rlp" and self.labels in ("direct", "expert"),
-                f'labels must be "proxy" or "shuffled" when pipeline is "rlp", got "{self.labels}"',
-            ),
-            (
                 self.preferences is not None and self.preferences.source == "oracle" and self.select.budget < 2,
                 f'select.budget must be at least 2 when preferences.source is "oracle", got {self.select.budget}',
             ),
@@ -106,7 +112,7 @@ class RunConfig(Table):
                 "or set sft.enabled = false",
             ),
             (
-                self.labels == "direct" and self.select.unit != "prompt",
+                self.pipeline == "proxy_dpo" and self.labels == "direct" and self.select.unit != "prompt",
                 'labels = "direct" pairs only paid responses, so select.unit must be "prompt", got "response"',
             ),
             (
@@ -125,3 +131,65 @@ class RunConfig(Table):
             if broken:
                 raise ValueError(message)
         return self
+
+    @model_validator(mode="after")
+    def _rlp_checks(self) -> "RunConfig":
+        if self.pipeline != "rlp":
+            return self
+        for broken, message in (
+            (
+                self.ppo.reward == "reward_model" and self.preferences is None,
+                "preferences is missing: the reward model learns from pairs; add a [preferences] table",
+            ),
+            (
+                self.labels in ("direct", "expert"),
+                f'labels must be "proxy" when pipeline is "rlp", got "{self.labels}"; leave it out',
+            ),
+            (
+                self.labels == "shuffled" and self.ppo.reward != "evaluator",
+                f'labels = "shuffled" permutes the scores an evaluator learns from, and ppo.reward is '
+                f'"{self.ppo.reward}"; leave labels out, or set ppo.reward = "evaluator"',
+            ),
+            (
+                self.asks_for_comparisons and self.generate.source == "seed",
+                'generate.source must be "policy" when preferences.source is "oracle", got "seed": the expert compares '
+                "M1's own responses; leave it out",
+            ),
+            (
+                bool(self.evaluate.lm_eval.tasks),
+                f'evaluate.lm_eval.tasks must be empty when pipeline is "rlp", got {self.evaluate.lm_eval.tasks}: '
+                "this pipeline runs no benchmarks; leave it out",
+            ),
+        ):
+            if broken:
+                raise ValueError(message)
+        return self
+
+    @property
+    def asks_for_comparisons(self) -> bool:
+        """Whether the expert compares two of M1's responses to a prompt, instead of judging each."""
+        learns = self.pipeline == "rlp" and self.ppo.reward == "reward_model"
+        return learns and self.preferences is not None and self.preferences.source == "oracle"
+
+    @property
+    def rewards_by_embedders(self) -> bool:
+        """rlp: whether embedding replicas serve the reward, not generators or a function."""
+        scalar = self.ppo.reward == "evaluator" and self.evaluator.type == "scalar"
+        return self.ppo.reward == "reward_model" or scalar
+
+    @property
+    def selects_by_rewarders(self) -> bool:
+        """rlp: whether what embeds for the selection is the fleet that serves the reward, which stays."""
+        pooling = "last" if self.ppo.reward == "reward_model" else self.select.pooling
+        return self.rewards_by_embedders and self.select.embedder == "policy" and self.select.pooling == pooling
+
+    @property
+    def clusters_by_rewarders(self) -> bool:
+        """rlp: whether what embeds for the clustering is the fleet that serves the reward model, which stays."""
+        return self.refresh.spg.embedder is None and self.select.pooling == "last"
+
+    @property
+    def asks_for_judgements(self) -> bool:
+        """Whether the expert judges single responses: to label them, or to evaluate."""
+        labels = self.pipeline == "proxy_dpo" or self.ppo.reward == "evaluator"
+        return labels or self.evaluate.budget + self.evaluate.diagnosis_budget > 0

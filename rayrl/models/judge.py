@@ -45,6 +45,13 @@ most 100 words. Then end with one line that reads exactly `Score: n`, with n a w
 {min_score} to {max_score}."""
 
 _SLOT = re.compile(r"\{(prompt|response)\}")
+_TAGS = {
+    "prompt": ("<prompt>", "</prompt>"),
+    "response": ("<response>", "</response>"),
+    "first": ('<response order="first">', "</response>"),
+    "second": ('<response order="second">', "</response>"),
+}
+"""By slot: what `defuse` keeps the texts from closing."""
 # Our own tags, and the control tokens of common chat formats: a server may read those even inside a message.
 _DELIMITER = re.compile(
     r"[<\[](?=\s*/?\s*(?:prompt|response)\b|\||/?s>|/?INST\]|(?:start|end)_of_turn>)", re.IGNORECASE
@@ -61,6 +68,8 @@ class Rubric:
     """With the slots {prompt} and {response}; any other brace is ordinary text."""
     min_score: int
     max_score: int
+    pairwise: str | None = None
+    """The user's own pairwise template, with the slots {prompt}, {first} and {second}; None is the built-in one."""
 
     @property
     def version(self) -> str:
@@ -76,26 +85,20 @@ def load_rubric(config: RubricConfig) -> Rubric:
     """The rubric of a run: the built-in one, or the user's template file.
 
     Raises:
-        ConfigError: the file is unreadable or lacks a slot, or another scale is asked of the built-in rubric.
+        ConfigError: a file is unreadable or lacks a slot, or another scale is asked of the built-in rubric.
     """
+    pairwise = None
+    if config.pairwise_template is not None:
+        pairwise = _read_template(config.pairwise_template, "rubric.pairwise_template", ("prompt", "first", "second"))
     if config.template is None:
         if (config.min_score, config.max_score) != (0, 5):
             raise ConfigError(
                 "rubric.template is needed for a scale other than 0 to 5, since the built-in rubric adds up "
                 f"five points; got {config.min_score} to {config.max_score}"
             )
-        return Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
-    try:
-        template = Path(config.template).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rubric.template must be a UTF-8 text file, got {config.template}: {error}") from None
-    missing = [slot for slot in ("{prompt}", "{response}") if slot not in template]
-    if missing:
-        raise ConfigError(
-            f"rubric.template must contain {{prompt}} and {{response}}, got {config.template} "
-            f"without {' and '.join(missing)}; write them where the texts belong"
-        )
-    return Rubric(template=_fenced(template), min_score=config.min_score, max_score=config.max_score)
+        return Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5, pairwise=pairwise)
+    template = _read_template(config.template, "rubric.template", ("prompt", "response"))
+    return Rubric(template=template, min_score=config.min_score, max_score=config.max_score, pairwise=pairwise)
 
 
 def fill(rubric: Rubric, prompt: str, response: str) -> str:
@@ -166,14 +169,24 @@ def upto_score(text: str) -> str | None:
     return None if place < 0 else text[: place + len("\nScore:")]
 
 
-def _fenced(template: str) -> str:
+def _read_template(path: str, setting: str, slots: tuple[str, ...]) -> str:
     """A user's template with tags around the slots that have none."""
+    try:
+        template = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting} must be a UTF-8 text file, got {path}: {error}") from None
+    missing = [f"{{{slot}}}" for slot in slots if f"{{{slot}}}" not in template]
+    if missing:
+        raise ConfigError(
+            f"{setting} must contain {' and '.join(f'{{{slot}}}' for slot in slots)}, got {path} "
+            f"without {' and '.join(missing)}; write them where the texts belong"
+        )
 
     def fence(slot: re.Match[str]) -> str:
-        tag = slot[1]
-        return slot[0] if f"<{tag}>" in template else f"<{tag}>\n{slot[0]}\n</{tag}>"
+        opening, closing = _TAGS[slot[1]]
+        return slot[0] if opening in template else f"{opening}\n{slot[0]}\n{closing}"
 
-    return _SLOT.sub(fence, template)
+    return re.sub(rf"\{{({'|'.join(slots)})\}}", fence, template)
 
 
 def defuse(text: str) -> str:

@@ -96,14 +96,14 @@ class HttpOracle:
 
     def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
         if second is not None:
-            return self._bound_usd(pairwise_prompt(prompt, response, second))
+            return self._bound_usd(pairwise_prompt(self._rubric, prompt, response, second))
         return self._bound_usd(expert_prompt(self._rubric, prompt, response))
 
     async def judge(self, prompt: str, response: str) -> Verdict:
         return await self._ask(expert_prompt(self._rubric, prompt, response), self._read_score)
 
     async def compare(self, prompt: str, first: str, second: str) -> Verdict:
-        return await self._ask(pairwise_prompt(prompt, first, second), _read_preference)
+        return await self._ask(pairwise_prompt(self._rubric, prompt, first, second), _read_preference)
 
     async def _ask(self, question: str, read: Callable[[str], _Answer]) -> Verdict:
         unknown_usd = self._bound_usd(question)

@@ -112,7 +112,7 @@ class PairQuery:
     oracle: str
     """`Oracle.comparer`."""
     rubric: str
-    """`PAIRWISE_VERSION`."""
+    """`pairwise_version` of the rubric."""
 
     @property
     def key(self) -> str:

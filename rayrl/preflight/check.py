@@ -1,37 +1,23 @@
 """`check`: every refusal, in the order in which a user would want to hear it, and then the plan."""
 
-from dataclasses import dataclass
-
-from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.config import HttpOracleConfig, RunConfig
 from rayrl.errors import ConfigError
 from rayrl.models.judge import Rubric, evaluator_prompt, expert_prompt, load_rubric
+from rayrl.models.pairwise import pairwise_prompt
+from rayrl.preflight.counts import Counts, count_proxy_dpo, count_rlp, num_sides
 from rayrl.preflight.inputs import PoolFacts, count_tokens, inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.place import check_disk, check_run_folder
 from rayrl.preflight.plan import Plan
-from rayrl.preflight.preferences import inspect_preferences
+from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
 from rayrl.preflight.rlp import check_room, plan_rlp_stages
-from rayrl.preflight.rounds import compares, describe_rounds, label_queries, num_policies
+from rayrl.preflight.rounds import describe_rounds
+from rayrl.preflight.synthesis import inspect_synthesis
 
 PAIRS_PER_QUERY = 9
 """What the paper's label budget buys, and what a run aims at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Counts:
-    num_prompts: int
-    num_responses: int
-    label_queries: tuple[int, ...]
-    """Of each round."""
-    num_eval_queries: int
-    num_pairs: int
-
-    @property
-    def num_label_queries(self) -> int:
-        return sum(self.label_queries)
 
 
 def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact_oracle: bool = False) -> Plan:
@@ -54,24 +40,24 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     pool = inspect_pool(config, model)
     seed = inspect_seed_data(config, model)
     inspect_others(config)
-    if is_rlp := config.pipeline == "rlp":
-        check_room(config, model)
-        inspect_reward_model(config, online=contact_oracle)
-        pairs = inspect_preferences(config, model)
-        counts = _count_rlp(config, pool.counts.num_kept, pairs.num_pairs if pairs else None)
+    inspect_synthesis(config, online=contact_oracle)
+    num_kept, num_seed = pool.counts.num_kept, seed.num_kept if seed else 0
+    pairs = None
+    if config.pipeline == "rlp":
+        pairs = _inspect_rlp(config, model, online=contact_oracle)
+        counts = count_rlp(config, num_kept, num_seed, pairs.counts.num_pairs if pairs else None)
         stages, mode, reference = plan_rlp_stages(config, cluster), "overlap", "generation"
     else:
-        counts = _count(config, pool.counts.num_kept, seed.num_kept if seed else 0)
+        counts = count_proxy_dpo(config, num_kept, num_seed)
         stages, mode, reference = plan_stages(config, cluster)
     disk_bytes = check_disk(config, model, counts.num_responses)
-    rubric_tokens = 0 if is_rlp else _check_evaluator_context(config, rubric, model)
+    rubric_tokens = _check_evaluator_context(config, rubric, model)
     if contact_oracle:
-        from rayrl.oracles.build import build_oracle
-
-        build_oracle(config.oracle, rubric).check()
+        _contact(config, rubric)
     usd = _usd(config, rubric, pool, model, counts)
     return Plan(
         name=config.name,
+        pipeline=config.pipeline,
         run_dir=config.run_dir,
         stages=stages,
         cluster=cluster,
@@ -83,11 +69,11 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
         label_queries=counts.label_queries,
         num_eval_queries=counts.num_eval_queries,
         num_pairs=counts.num_pairs,
-        usd=usd,
+        usd=None if usd is None else sum(usd),
         disk_bytes=disk_bytes,
         warnings=(
             *_pool_warnings(config, pool, model),
-            *([] if is_rlp else _pairs_warnings(config, counts)),
+            *_pairs_warnings(config, counts, pairs),
             *_money_warnings(config, counts, usd),
             *_evaluator_warnings(config, pool, model, rubric_tokens),
             *_cpu_warnings(config, cluster),
@@ -96,85 +82,53 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     )
 
 
-def _count(config: RunConfig, num_kept: int, num_seed: int) -> _Counts:
-    """What is generated, asked and paired; refuses budgets the pool cannot fill."""
-    from rayrl.algorithms.pairing import num_pairs_planned
+def _contact(config: RunConfig, rubric: Rubric) -> None:
+    from rayrl.oracles.build import build_oracle
 
-    k, budget = config.generate.k, config.select.budget
-    num_prompts = _num_prompts(config, num_kept)
-    num_responses = num_prompts * k * config.rounds
-    num_askable = num_seed if config.generate.source == "seed" else num_responses
-    if config.labels != "expert" and budget > num_askable:
-        times = f" x rounds = {config.rounds}" if config.rounds > 1 else ""
-        of_what = (
-            f"{num_seed} responses of the seed data"
-            if config.generate.source == "seed"
-            else f"{num_responses} responses ({num_prompts} prompts x generate.k = {k}{times})"
-        )
-        raise ConfigError(f"select.budget must be at most the {of_what}, got {budget}; lower it, or add prompts")
-    queries = label_queries(config, num_prompts, num_seed if config.generate.source == "seed" else num_prompts * k)
-    paired = sum(queries) // k if config.labels == "direct" else num_prompts
-    per_prompt = num_policies(config) + bool(config.evaluate.reference_answers)
-    return _Counts(
-        num_prompts=num_prompts,
-        num_responses=num_responses,
-        label_queries=queries,
-        num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // per_prompt) * per_prompt,
-        num_pairs=num_pairs_planned(config.pseudo_label.pairing, paired, k) * config.rounds,
-    )
+    build_oracle(config.oracle, rubric).check()
 
 
-def _count_rlp(config: RunConfig, num_kept: int, num_pairs: int | None) -> _Counts:
-    """What is compared, paid and paired; refuses budgets the pool cannot fill."""
-    num_prompts = _num_prompts(config, num_kept)
-    queries = label_queries(config, num_prompts, num_prompts * config.generate.k)
-    each = queries_per_pair(config.preferences.order) if compares(config) and config.preferences else 1
-    learns = config.ppo.reward == "reward_model"
-    sampled = config.refresh.n * learns + config.generate.k * bool(queries)
-    sides = num_policies(config) + bool(config.evaluate.reference_answers)
-    return _Counts(
-        num_prompts=num_prompts,
-        num_responses=num_prompts * sampled * config.rounds,
-        label_queries=queries,
-        num_eval_queries=min(config.pool.num_eval, config.evaluate.budget // sides) * sides
-        + config.evaluate.diagnosis_budget * learns,
-        num_pairs=sum(queries) // each if num_pairs is None else num_pairs,
-    )
+def _inspect_rlp(config: RunConfig, model: ModelFacts, *, online: bool) -> PairFacts | None:
+    check_room(config, model)
+    inspect_reward_model(config, online=online)
+    return inspect_preferences(config, model)
 
 
-def _num_prompts(config: RunConfig, num_kept: int) -> int:
-    """Prompts that train; refuses to hold out all of them."""
-    num_prompts = num_kept - config.pool.num_eval
-    if num_prompts < 1:
-        raise ConfigError(
-            f"pool.num_eval must be below the number of prompts in the pool, {num_kept}, "
-            f"got {config.pool.num_eval}; hold fewer out, or add prompts"
-        )
-    return num_prompts
-
-
-def _usd(config: RunConfig, rubric: Rubric, pool: PoolFacts, model: ModelFacts, counts: _Counts) -> float | None:
-    """Price of all paid queries if responses and verdicts are as long as allowed."""
+def _usd(
+    config: RunConfig, rubric: Rubric, pool: PoolFacts, model: ModelFacts, counts: Counts
+) -> tuple[float, float] | None:
+    """Price of the labels and of the evaluation if responses and verdicts are as long as allowed."""
     oracle = config.oracle
     if not isinstance(oracle, HttpOracleConfig) or oracle.usd_per_1m_input is None:
         return None
-    asked = count_tokens(config, model, [expert_prompt(rubric, "", "")])[0]
-    num_input = asked + pool.mean_tokens + config.generate.max_tokens
-    usd_output = oracle.max_tokens * (oracle.usd_per_1m_output or 0)
-    each = (num_input * oracle.usd_per_1m_input + usd_output) / 1e6
-    return each * (counts.num_label_queries + counts.num_eval_queries)
+
+    def price(question: str, num_responses: int) -> float:
+        asked = count_tokens(config, model, [question])[0]
+        num_input = asked + pool.mean_tokens + num_responses * config.generate.max_tokens
+        return (num_input * (oracle.usd_per_1m_input or 0) + oracle.max_tokens * (oracle.usd_per_1m_output or 0)) / 1e6
+
+    judgement = price(expert_prompt(rubric, "", ""), 1)
+    label = price(pairwise_prompt(rubric, "", "", ""), 2) if config.asks_for_comparisons else judgement
+    return label * counts.num_label_queries, judgement * counts.num_eval_queries
 
 
 def _check_evaluator_context(config: RunConfig, rubric: Rubric, model: ModelFacts) -> int:
-    """Tokens of the rubric alone, as the evaluator reads it; refuses one that fills the context."""
-    if config.evaluator.type != "generative" or config.labels not in ("proxy", "shuffled"):
+    """Tokens of the rubric alone, as the evaluator or a policy that judges itself reads it; refuses one that fills the
+    context. 0 where nobody reads it.
+    """
+    judges_itself = (
+        config.pipeline == "rlp" and config.ppo.reward == "reward_model" and config.refresh.method == "self_judged"
+    )
+    learns = config.ppo.reward == "evaluator" if config.pipeline == "rlp" else config.labels in ("proxy", "shuffled")
+    if not judges_itself and not (learns and config.evaluator.type == "generative"):
         return 0
     empty = evaluator_prompt(rubric, "", "", config.evaluator.scoring)
     num_tokens = count_tokens(config, model, [empty])[0]
     if model.tokenizer and model.max_model_len and num_tokens >= model.max_model_len:
+        remedy = "another refresh.method" if judges_itself else 'evaluator.type = "scalar"'
         raise ConfigError(
             f"rubric.template must leave room in the context of {model.max_model_len} tokens, and has "
-            f'{num_tokens} alone; give a shorter template, or set evaluator.type = "scalar"'
+            f"{num_tokens} alone; give a shorter template, or set {remedy}"
         )
     return num_tokens
 
@@ -197,7 +151,11 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
     return found
 
 
-def _pairs_warnings(config: RunConfig, counts: _Counts) -> list[str]:
+def _pairs_warnings(config: RunConfig, counts: Counts, pairs: PairFacts | None) -> list[str]:
+    if pairs is not None:
+        return pairs.warnings()
+    if config.pipeline == "rlp":
+        return []
     found = []
     per_query = counts.num_pairs / counts.num_label_queries
     if config.labels in ("proxy", "shuffled") and per_query < PAIRS_PER_QUERY:
@@ -213,16 +171,23 @@ def _pairs_warnings(config: RunConfig, counts: _Counts) -> list[str]:
     return found
 
 
-def _money_warnings(config: RunConfig, counts: _Counts, usd: float | None) -> list[str]:
+def _money_warnings(config: RunConfig, counts: Counts, usd: tuple[float, float] | None) -> list[str]:
     found = []
     budget_usd = config.oracle.budget_usd if isinstance(config.oracle, HttpOracleConfig) else None
-    if usd is not None and budget_usd is not None and usd > budget_usd:
-        found.append(f"the queries may cost {usd:.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}")
-    per_prompt = num_policies(config) + bool(config.evaluate.reference_answers)
-    if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
+    if usd is not None and budget_usd is not None and sum(usd) > budget_usd:
+        early = ", before all labels are asked for" if usd[0] > budget_usd else ""
         found.append(
-            f"evaluate.budget = {config.evaluate.budget} judges {config.evaluate.budget // per_prompt} "
-            f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
+            f"the queries may cost {sum(usd):.2f} USD, and oracle.budget_usd stops them at {budget_usd:.2f}{early}"
+        )
+    if config.asks_for_comparisons and counts.num_label_queries < config.select.budget:
+        found.append(
+            f"select.budget = {config.select.budget} is not spent whole: one pair for each of {counts.num_prompts} "
+            f"prompts and whole pairs only make {counts.num_label_queries} comparisons; add prompts, or lower it"
+        )
+    if 0 < config.evaluate.budget < num_sides(config) * config.pool.num_eval:
+        found.append(
+            f"evaluate.budget = {config.evaluate.budget} judges {counts.num_judged_prompts} "
+            f"of the {config.pool.num_eval} held-out prompts, at {num_sides(config)} queries each"
         )
     return found
 

@@ -141,11 +141,18 @@ def inspect_others(config: RunConfig) -> None:
         raise ConfigError('evaluate.lm_eval.tasks needs lm-evaluation-harness; pip install "rayrl[lm-eval]"')
     if lm_eval.include_path is not None and not os.path.isdir(lm_eval.include_path):
         raise ConfigError(f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}")
+    if config.pipeline == "rlp" and config.ppo.function is not None:
+        check_module(config.ppo.function, "ppo.function")
     match config.oracle:
         case HttpOracleConfig():
             read_key(config.oracle.api_key_env)
         case ScriptedOracleConfig():
             check_module(config.oracle.function, "oracle.function")
+        case ReplayOracleConfig(path=None) if config.asks_for_judgements:
+            raise ConfigError(
+                "oracle.path is missing: single responses are judged here (to label them, or to evaluate), and a table "
+                "of comparisons judges none; name a table of judgements, or set evaluate.budget = 0 if only that asks"
+            )
         case ReplayOracleConfig() as replay if replay.path is not None:
             needed = [replay.prompt_column, replay.response_column, replay.score_column]
             if replay.rationale_column is not None:

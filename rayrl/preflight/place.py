@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from rayrl.config import RunConfig
+from rayrl.config import RunConfig, TrainingConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
 from rayrl.preflight.model import ModelFacts
 from rayrl.runs import storage
@@ -65,9 +65,9 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int 
     """
     if model.weights_bytes is None or model.num_parameters is None:
         return None
-    fits = [config.evaluator, config.dpo] * config.rounds + [config.sft] * config.sft.enabled
-    trains_fully = any(fit.lora is None for fit in fits)
-    needed = len(fits) * model.weights_bytes + trains_fully * _OPTIMIZER_BYTES * model.num_parameters
+    num_models, fits = _written(config)
+    num_optimized = max((num for num, fit in fits if fit.lora is None), default=0)
+    needed = num_models * model.weights_bytes + num_optimized * _OPTIMIZER_BYTES * model.num_parameters
     needed += num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
     if not storage.is_local(config.run_dir):
         return needed
@@ -78,6 +78,22 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int 
             f"and its disk has {free / 2**30:,.1f} GiB free; free some, or put run_dir on another disk"
         )
     return needed
+
+
+def _written(config: RunConfig) -> tuple[int, list[tuple[int, TrainingConfig]]]:
+    """Models of the policy's size that are on disk at the end or at once, and each fit with how many it optimizes."""
+    sft: list[tuple[int, TrainingConfig]] = [(1, config.sft)] * config.sft.enabled
+    if config.pipeline == "proxy_dpo":
+        return 2 * config.rounds + len(sft), [*sft, (1, config.evaluator), (1, config.dpo)]
+    kept, served = 2, 2  # the last policy and the best one; those on their way to the replicas, until PPO ends
+    ppo = (2, config.ppo)  # policy and value model
+    if config.ppo.reward == "reward_model":
+        again = config.rounds if config.asks_for_comparisons else 1  # a file's pairs make one r and one pi
+        num_fits = again * (config.reward_model.path is None) + config.rounds * (config.refresh.method != "none")
+        num_models = len(sft) + config.reward_model.num_members * num_fits + kept * (again + config.rounds) + served
+        return num_models, [*sft, (1, config.reward_model), ppo]
+    evaluator: list[tuple[int, TrainingConfig]] = [(1, config.evaluator)] * (config.ppo.reward == "evaluator")
+    return len(sft) + (len(evaluator) + kept) * config.rounds + served, [*sft, *evaluator, ppo]
 
 
 def existing_parent(path: str) -> Path:

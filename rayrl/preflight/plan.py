@@ -23,6 +23,7 @@ class Plan:
     """The run, resolved. Counts are after duplicates and empty prompts were dropped."""
 
     name: str
+    pipeline: str
     run_dir: str
     stages: tuple[StagePlan, ...]
     cluster: dict[str, float]
@@ -34,6 +35,7 @@ class Plan:
     """Unlabelled prompts that train; the held-out ones come on top."""
     num_eval_prompts: int
     num_responses: int
+    """Sampled for labels and for the refresh; PPO's rollouts are not counted."""
     label_queries: tuple[int, ...]
     """Paid in each round, at most; empty if nothing is asked."""
     num_eval_queries: int
@@ -60,27 +62,44 @@ def render_plan(plan: Plan) -> str:
     """The plan as plain text, for a terminal or a log."""
     price = "no prices given" if plan.usd is None else f"at most about {plan.usd:,.2f} USD"
     disk = "unknown" if plan.disk_bytes is None else f"about {plan.disk_bytes / 2**30:,.2f} GiB"
-    how = {"overlap": "scoring streams into training", "alternate": "scoring ends before training starts"}
-    num_each = plan.num_responses // max(plan.num_prompts, 1)
     facts = {
         "run": f"{plan.name} -> {plan.run_dir}",
-        "pool": f"{plan.num_prompts:,} prompts x {num_each} responses = {plan.num_responses:,}, "
-        f"and {plan.num_eval_prompts:,} prompts held out",
+        **(_of_rlp(plan) if plan.pipeline == "rlp" else _of_proxy_dpo(plan)),
         "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries; {price}",
-        "pairs": f"{plan.num_pairs:,}, or {plan.pairs_per_query:.1f} per paid query, before ties are dropped",
-        "mode": f"{plan.mode}: {how[plan.mode]}; reference log-probabilities from "
-        f"{'generation' if plan.reference == 'generation' else 'one pass before the first step'}",
         "disk": disk,
         "cluster": f"{plan.cluster.get('CPU', 0):g} CPU, {plan.cluster.get('GPU', 0):g} GPU",
     }
     if plan.rounds:
         facts["rounds"] = plan.rounds
     lines = [f"{name:<9}{fact}" for name, fact in facts.items()]
+    name_width = 2 + max(len(stage.name) for stage in plan.stages)
     what_width = max(len(stage.what) for stage in plan.stages)
-    lines += ["", f"{'stage':<15}{'what':<{what_width + 2}}reserves"]
+    lines += ["", f"{'stage':<{name_width}}{'what':<{what_width + 2}}reserves"]
     for stage in plan.stages:
         needs = [f"{stage.num_gpus:g} GPU"] * (stage.num_gpus > 0) + [f"{stage.num_cpus} CPU"] * (stage.num_cpus > 0)
         reserves = stage.actors + (f" ({', '.join(needs)})" if needs else "")
-        lines.append(f"{stage.name:<15}{stage.what:<{what_width + 2}}{reserves}".rstrip())
+        lines.append(f"{stage.name:<{name_width}}{stage.what:<{what_width + 2}}{reserves}".rstrip())
     lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
     return "\n".join(lines)
+
+
+def _of_proxy_dpo(plan: Plan) -> dict[str, str]:
+    how = {"overlap": "scoring streams into training", "alternate": "scoring ends before training starts"}
+    num_each = plan.num_responses // max(plan.num_prompts, 1)
+    return {
+        "pool": f"{plan.num_prompts:,} prompts x {num_each} responses = {plan.num_responses:,}, "
+        f"and {plan.num_eval_prompts:,} prompts held out",
+        "pairs": f"{plan.num_pairs:,}, or {plan.pairs_per_query:.1f} per paid query, before ties are dropped",
+        "mode": f"{plan.mode}: {how[plan.mode]}; reference log-probabilities from "
+        f"{'generation' if plan.reference == 'generation' else 'one pass before the first step'}",
+    }
+
+
+def _of_rlp(plan: Plan) -> dict[str, str]:
+    pairs = {"pairs": f"{plan.num_pairs:,} to learn from, before ties are dropped"} if plan.num_pairs else {}
+    return {
+        "pool": f"{plan.num_prompts:,} prompts, {plan.num_responses:,} responses besides PPO's own, "
+        f"and {plan.num_eval_prompts:,} prompts held out",
+        **pairs,
+        "mode": "replicas stay up beside every training",
+    }

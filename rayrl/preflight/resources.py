@@ -152,7 +152,7 @@ def serve_plan(name: str, what: str, section: str, config: RunConfig, has_gpu: b
         name=name,
         what=what,
         actors=f"{engine.num_replicas} engine(s)",
-        num_gpus=_engine_gpus(engine, section) if has_gpu else 0,
+        num_gpus=engine_gpus(engine, section) if has_gpu else 0,
         setting=f"{section}.num_replicas",
     )
 
@@ -171,7 +171,7 @@ def _fleets(config: RunConfig, has_gpu: bool) -> StagePlan:
     )
 
 
-def _engine_gpus(engine: EngineConfig, section: str) -> int:
+def engine_gpus(engine: EngineConfig, section: str) -> int:
     """Whole GPUs a fleet occupies: a replica never straddles two of them."""
     each = engine.gpus_per_replica * engine.tensor_parallel_size
     if each > 1 and each != int(each):
@@ -182,7 +182,7 @@ def _engine_gpus(engine: EngineConfig, section: str) -> int:
 
 
 def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
-    """A training and the fleets it works with, all at once."""
+    """A training, or another fleet, and the fleets that are up then."""
     return StagePlan(
         name=training.name,
         what=training.what,

@@ -6,13 +6,7 @@ from rayrl.config import RunConfig
 from rayrl.preflight.plan import StagePlan
 
 ONCE = ("sft", "evaluate", "report")
-REFRESHED = ("refresh", "ppo_refreshed")
-
-
-def compares(config: RunConfig) -> bool:
-    """Whether the expert is asked for preferences."""
-    learns = config.pipeline == "rlp" and config.ppo.reward == "reward_model"
-    return learns and config.preferences is not None and config.preferences.source == "oracle"
+REFRESHED = ("synthesize", "refresh", "ppo_refreshed")
 
 
 def label_queries(config: RunConfig, num_prompts: int, num_askable: int) -> tuple[int, ...]:
@@ -24,7 +18,7 @@ def label_queries(config: RunConfig, num_prompts: int, num_askable: int) -> tupl
         num_askable: responses of a round that can be judged.
     """
     budget, select = config.select.budget, config.select
-    if compares(config):
+    if config.asks_for_comparisons:
         assert config.preferences is not None
         unit = queries_per_pair(config.preferences.order)
         return planned_spending(budget, config.rounds, num_prompts * unit, unit)
@@ -32,7 +26,7 @@ def label_queries(config: RunConfig, num_prompts: int, num_askable: int) -> tupl
         return ()
     if config.labels == "expert":
         return (num_askable,)
-    is_whole = config.pipeline == "proxy_dpo" and select.unit == "prompt" and config.generate.source != "seed"
+    is_whole = select.unit == "prompt" and config.generate.source != "seed"
     return planned_spending(budget, config.rounds, num_askable, config.generate.k if is_whole else 1)
 
 
@@ -43,7 +37,7 @@ def num_policies(config: RunConfig) -> int:
     num_bases = 1 + bool(config.evaluate.best_of_n)
     if config.ppo.reward != "reward_model":
         return num_bases + config.rounds
-    return num_bases + (2 * config.rounds if compares(config) else 1 + config.rounds)
+    return num_bases + (2 * config.rounds if config.asks_for_comparisons else 1 + config.rounds)
 
 
 def describe_rounds(config: RunConfig, stages: tuple[StagePlan, ...], queries: tuple[int, ...]) -> str:
@@ -51,7 +45,7 @@ def describe_rounds(config: RunConfig, stages: tuple[StagePlan, ...], queries: t
     if config.rounds == 1:
         return ""
     names = [stage.name for stage in stages if stage.name not in ONCE]
-    if config.pipeline == "rlp" and config.ppo.reward == "reward_model" and not compares(config):
+    if config.pipeline == "rlp" and config.ppo.reward == "reward_model" and not config.asks_for_comparisons:
         names = [name for name in names if name in REFRESHED]  # a file has no more to give
     asked = " + ".join(f"{num:,}" for num in queries) or "no"
     return f"{config.rounds}, with {asked} label queries; each has {', '.join(names)}"

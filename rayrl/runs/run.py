@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rayrl.algorithms.budget import round_share
-from rayrl.config import RunConfig
+from rayrl.config import RunConfig, Table
 from rayrl.errors import RunDirectoryError
 from rayrl.records import content_id
 from rayrl.runs import storage
@@ -192,12 +192,21 @@ def open_run(config: RunConfig) -> Run:
 
 def _with_absolute_models(config: RunConfig) -> RunConfig:
     """Workers run in folders of their own: what is a local model folder here must be one there."""
-    policy, select = config.policy, config.select
-    if Path(policy.path).is_dir():
-        policy = policy.model_copy(update={"path": storage.absolute(policy.path)})
-    if Path(select.embedder).is_dir():
-        select = select.model_copy(update={"embedder": storage.absolute(select.embedder)})
-    return config.model_copy(update={"policy": policy, "select": select})
+
+    def here(table: Table, *names: str) -> Any:
+        paths = {name: getattr(table, name) for name in names}
+        local = {name: storage.absolute(path) for name, path in paths.items() if path and Path(path).is_dir()}
+        return table.model_copy(update=local)
+
+    spg = here(config.refresh.spg, "entailment_model", "embedder")
+    return config.model_copy(
+        update={
+            "policy": here(config.policy, "path"),
+            "select": here(config.select, "embedder"),
+            "reward_model": here(config.reward_model, "path"),
+            "refresh": config.refresh.model_copy(update={"spg": spg}),
+        }
+    )
 
 
 def differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:

@@ -58,13 +58,10 @@ def _sampled(
     run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str, k: int
 ) -> list[Sampled]:
     """Answers to the held-out prompts, k each, without repeats."""
-    config = run.config
-    sampling = GenerateConfig(
-        **(config.generate.model_dump() | {"k": k, "source": "policy", "temperature": config.evaluate.temperature})
-    )
+    sampling = sampling_of(run, k)
     table = BlockTable(run.folder("evaluate", f"{name}-{policy.version}"), pool.held_out.num_blocks)
     fleet = services.generators(m1)
-    compute = partial(sample_block, pool.held_out, fleet, policy, sampling, config.seed)
+    compute = partial(sample_block, pool.held_out, fleet, policy, sampling, run.config.seed)
     map_blocks(
         table,
         compute,
@@ -73,6 +70,12 @@ def _sampled(
         progress=f"answer {name}",
     )
     return [from_row(row, Sampled) for block in table.blocks() for row in block.to_pylist()]
+
+
+def sampling_of(run: Run, k: int = 1) -> GenerateConfig:
+    """How held-out prompts are answered: as in `generate`, at a temperature of their own."""
+    config = run.config
+    return config.generate.model_copy(update={"k": k, "source": "policy", "temperature": config.evaluate.temperature})
 
 
 def _answer(row: Sampled, responses: list[Response]) -> Answer:

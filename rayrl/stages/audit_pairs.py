@@ -17,7 +17,7 @@ from rayrl.algorithms.statistics import order_agreement
 from rayrl.data.blocks import BlockTable
 from rayrl.records import content_id
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.query import ask
+from rayrl.stages.query import ask, expert_of
 from rayrl.stages.synthesize import STAGE as SYNTHESIZE
 from rayrl.stages.tally import GAMMAS
 
@@ -42,7 +42,7 @@ def audit_pairs(run: Run, oracle: ActorHandle) -> Manifest | None:
     synthesized = run.manifest(SYNTHESIZE)
     if not num or synthesized is None or run.config.refresh.method not in ("spg", "reward_pairs", "self_judged"):
         return None
-    key = run.key(STAGE, synthesized.key, run.config.evaluate, run.config.oracle, run.config.rubric)
+    key = run.key(STAGE, synthesized.key, run.config.evaluate, expert_of(run))
     if done := run.finished(STAGE, key):
         return done
     started = time.monotonic()

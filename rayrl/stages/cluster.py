@@ -44,10 +44,12 @@ def cluster(
         describe=count_clustered,
         progress="cluster",
     )
-    if clustering == "embedding":
-        return {}
-    services.retire(fleet)
-    return nli_costs(counts)
+    if clustering != "embedding":
+        services.retire(fleet)
+        return nli_costs(counts)
+    if run.config.pipeline == "rlp" and not run.config.clusters_by_rewarders:
+        services.retire(fleet)
+    return {}
 
 
 def cluster_block(clusterer: Clusterer, samples: BlockTable, block: int) -> pa.Table:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 from ray.actor import ActorHandle
 
 from rayrl.actors.oracle_pool import PairItem
@@ -58,17 +59,16 @@ def compare_responses(
     preferences = run.config.preferences
     assert preferences is not None, "the config is refused without preferences"
     order = preferences.order
-    drawn = [draw_pair(sampled, run.config.seed) for sampled in _chosen(run, services, policy, responses)]
-    two = [pair for pair in drawn if pair is not None]
+    num_able = num_with_two(responses)
+    num_without = responses.num_prompts - num_able
+    two = [draw_pair(sampled, run.config.seed) for sampled in chosen(run, services, policy, responses, num_able)]
     known = asked_before(earlier.compared if earlier else ())
     pairs = [pair for pair in two if texts_of(pair) not in known]
     items = [item for pair in pairs for item in questions(pair, order)]
     answers = compare(oracle, items, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
     size = queries_per_pair(order)
-    verdicts: list[Preference | None] = [
-        verdict(answers[start : start + size]) for start in range(0, len(answers), size)
-    ]
+    verdicts: list[Preference | None] = [verdict(answers[at : at + size]) for at in range(0, len(answers), size)]
     decided = zip(pairs, verdicts, strict=True)
     made = [preferred(pair, winner) for pair, winner in decided if winner in ("first", "second")]
     before = (pair for block in earlier.table.blocks() for pair in from_table(block, PreferencePair)) if earlier else ()
@@ -79,12 +79,13 @@ def compare_responses(
     if num_pairs == 0:
         raise DataError(
             f"preferences: of {len(pairs)} pairs of responses the expert preferred none: {counts['num_ties']} ties, "
-            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {len(drawn) - len(two)} prompts "
-            "without two different responses; see stages/preferences/comparisons"
+            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {num_without} prompts "
+            "without two different responses; see stages/preferences/comparisons, and mend the expert, raise "
+            "select.budget, or raise generate.k or generate.temperature for more different responses"
         )
     summary = spending(oracle, answers)
     metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
-    metrics |= {"num_asked": len(pairs), "num_without_two_responses": len(drawn) - len(two)} | counts | summary
+    metrics |= {"num_asked": len(pairs), "num_without_two_responses": num_without} | counts | summary
     if earlier:
         metrics |= {"num_new_pairs": len(made), "num_asked_before": len(two) - len(pairs)}
     return run.finish(
@@ -111,30 +112,36 @@ def asked_before(compared: Iterable[BlockTable]) -> set[tuple[str, frozenset[str
     return {(row["prompt_id"], frozenset((row["first"], row["second"]))) for row in rows}
 
 
-def _chosen(run: Run, services: Services, policy: Checkpoint, responses: Responses) -> Iterator[Sampled]:
-    """The prompts that are asked about: all, or those `select` picks whole, if the budget is for fewer.
+def num_with_two(responses: Responses) -> int:
+    """Prompts with two different responses."""
+    lengths = (pc.list_value_length(block["responses"]) for block in responses.table.blocks())  # type: ignore[attr-defined]
+    return sum(sum(length >= 2 for length in of_block.to_pylist()) for of_block in lengths)
+
+
+def chosen(run: Run, services: Services, policy: Checkpoint, responses: Responses, num_able: int) -> Iterator[Sampled]:
+    """The prompts that are asked about: all with two responses, or those `select` picks, if the budget is for fewer.
 
     The selection works on prompts here whatever `select.unit` says: a pair needs two responses to one prompt.
     """
     config = run.config
     assert config.preferences is not None
-    num = num_pairs_asked(config.select.budget, config.preferences.order, responses.num_prompts)
+    num = num_pairs_asked(config.select.budget, config.preferences.order, num_able)
     wanted: set[str] | None = None
-    if num < responses.num_prompts:
+    if num < num_able:
         whole = config.select.model_copy(update={"unit": "prompt", "budget": num * config.generate.k})
         by_prompt = dataclasses.replace(run, config=config.model_copy(update={"select": whole}))
         query_set = select(by_prompt, services, policy, responses)
         wanted = set(query_set.table.read(0)["prompt_id"].to_pylist())
     for block in responses.table.blocks():
         for row in block.to_pylist():
-            if wanted is None or row["prompt_id"] in wanted:
+            if len(row["responses"]) >= 2 and (wanted is None or row["prompt_id"] in wanted):
                 yield from_row(row, Sampled)
 
 
-def draw_pair(sampled: Sampled, seed: int) -> Sampled | None:
-    """Two of a prompt's (distinct) responses in a random order, a function of the seed; None where there are no two."""
+def draw_pair(sampled: Sampled, seed: int) -> Sampled:
+    """Two of a prompt's (distinct) responses in a random order, a function of the seed."""
     drawn = sorted(sampled.responses, key=lambda response: content_id("pair", str(seed), response.id))[:2]
-    return dataclasses.replace(sampled, responses=drawn) if len(drawn) == 2 else None
+    return dataclasses.replace(sampled, responses=drawn)
 
 
 def questions(pair: Sampled, order: Order) -> list[PairItem]:

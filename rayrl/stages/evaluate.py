@@ -14,10 +14,11 @@ from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import context_length
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores
+from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores, sampling_of
 from rayrl.stages.benchmark import benchmark
-from rayrl.stages.measure import against, against_references, spoken
+from rayrl.stages.measure import against, against_references, nats, spoken
 from rayrl.stages.pool import Pool
+from rayrl.stages.query import expert_of
 from rayrl.stages.score import Scored, make_scorer
 
 
@@ -33,7 +34,7 @@ def evaluate(
 ) -> Manifest:
     """Compare M2 with M1 and write the table of both answers to every held-out prompt."""
     config = run.config
-    key = run.key("evaluate", config.evaluate, pool.key, m1.version, m2.version)
+    key = run.key("evaluate", config.evaluate, expert_of(run), sampling_of(run), pool.key, m1.version, m2.version)
     if done := run.finished("evaluate", key):
         return done
     started = time.monotonic()
@@ -67,7 +68,7 @@ def evaluate(
         metrics=metrics,
         summary=f"expert score {metrics['score_m1']['mean']:.2f} -> {metrics['score_m2']['mean']:.2f}, "
         f"gain {gain['mean']:+.3f} +- {gain['standard_error']:.3f} on {gain['num']} prompts, "
-        f"KL {metrics['kl']['mean']:.2f} nats"
+        f"{nats(metrics['kl'])}"
         if gain
         else f"{len(answers1)} prompts answered, none judged",
     )

@@ -16,9 +16,18 @@ from rayrl.data.blocks import BlockTable
 from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, Scored
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.answers import Answer, answers_of, best_of_n, judge, reference_answers, reference_scores
-from rayrl.stages.measure import against, against_references, spoken
+from rayrl.stages.answers import (
+    Answer,
+    answers_of,
+    best_of_n,
+    judge,
+    reference_answers,
+    reference_scores,
+    sampling_of,
+)
+from rayrl.stages.measure import against, against_references, nats, spoken
 from rayrl.stages.pool import Pool
+from rayrl.stages.query import expert_of
 
 M1, BEST_OF_N = "m1", "best_of_n"
 
@@ -42,7 +51,8 @@ def evaluate_policies(
         rewards: by name; each is asked whether it prefers what the expert prefers, and the first picks the best of n.
     """
     config = run.config
-    key = run.key("evaluate", config.evaluate, pool.key, *(p.version for p in policies.values()))
+    versions = [policy.version for policy in policies.values()]
+    key = run.key("evaluate", config.evaluate, expert_of(run), sampling_of(run), pool.key, *versions)
     if done := run.finished("evaluate", key):
         return done
     started = time.monotonic()
@@ -102,7 +112,7 @@ def _scored(answer: Answer) -> Scored:
 
 def _gain(row: dict[str, Any]) -> str:
     gain = row["difference"]
-    kl = f"KL {row['kl']['mean']:.2f} nats"
+    kl = nats(row["kl"])
     return f"{gain['mean']:+.3f} +- {gain['standard_error']:.3f}, {kl}" if gain else f"not judged, {kl}"
 
 

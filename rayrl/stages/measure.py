@@ -15,19 +15,30 @@ MIN_FOR_LENGTH_CONTROL = 20
 
 
 def spoken(services: Services, m1: Checkpoint, answers: list[Answer]) -> dict[str, Any]:
-    """KL to M1 (nats per response), perplexity under M1, tokens, distinct-2 and self-BLEU of a policy's answers."""
+    """KL to M1 (nats per response), perplexity under M1, tokens, distinct-2 and self-BLEU of a policy's answers.
+
+    Of a policy that says nothing the first two are None.
+    """
     said = [a for a in answers if a.token_ids]
-    under_m1 = np.array(
-        services.generators(m1).call("logprobs", m1, [a.prompt_token_ids for a in said], [a.token_ids for a in said])
-    )
+    kl, perplexity = None, None
+    if said:
+        prompts, responses = [a.prompt_token_ids for a in said], [a.token_ids for a in said]
+        under_m1 = np.array(services.generators(m1).call("logprobs", m1, prompts, responses))
+        kl = asdict(statistics.kl_estimate(np.array([a.logprob for a in said]), under_m1))
+        perplexity = statistics.perplexity(under_m1, np.array([len(a.token_ids) for a in said]))
     texts = [a.text for a in answers]
     return {
-        "kl": asdict(statistics.kl_estimate(np.array([a.logprob for a in said]), under_m1)),
-        "perplexity": statistics.perplexity(under_m1, np.array([len(a.token_ids) for a in said])),
+        "kl": kl,
+        "perplexity": perplexity,
         "length": float(np.mean([len(a.token_ids) for a in answers])),
         "distinct2": statistics.distinct_n(texts, 2),
         "self_bleu": statistics.self_bleu(texts),
     }
+
+
+def nats(kl: dict[str, Any] | None) -> str:
+    """A policy's KL, for a summary."""
+    return f"KL {kl['mean']:.2f} nats" if kl else "KL not known: it said nothing"
 
 
 def against(base: list[Answer], ours: list[Answer]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.data.pairs import PairCounts, read_pairs
 from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render
 from rayrl.errors import DataError
-from rayrl.models.pairwise import PAIRWISE_VERSION
+from rayrl.models.judge import load_rubric
+from rayrl.models.pairwise import pairwise_version
 from rayrl.records import Checkpoint, PreferencePair
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.compare import compare_responses
@@ -60,7 +61,8 @@ def gather_preferences(
     if config.source == "oracle":
         responses = generate(run, services, policy, pool)
         inputs = [responses.key] + ([earlier.key] if earlier else [])
-        key = run.key("preferences", config, run.config.select, run.config.oracle, PAIRWISE_VERSION, *inputs)
+        asked = pairwise_version(load_rubric(run.config.rubric))
+        key = run.key("preferences", config, run.config.select, run.config.oracle, asked, *inputs)
         done = run.finished("preferences", key)
         done = done or compare_responses(run, services, oracle, policy, responses, key, earlier)
         compared = (*(earlier.compared if earlier else ()), BlockTable(run.folder("preferences", "comparisons"), 1))
@@ -86,7 +88,10 @@ def _read(run: Run, data: PreferenceDataConfig, key: str) -> Manifest:
         f"{cut['num_same_when_cut']} the same up to it"
     )
     if num_pairs == 0:
-        raise DataError(f"preferences.data.path {data.path} leaves no pair: {counts.num_rows} rows read, {dropped}")
+        raise DataError(
+            f"preferences.data.path {data.path} leaves no pair: {counts.num_rows} rows read, {dropped}; name a "
+            "file with two different answers to prompts that are shorter than the context"
+        )
     metrics = {
         "source": "data",
         "num_pairs": num_pairs,

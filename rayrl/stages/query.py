@@ -15,6 +15,7 @@ from rich.progress import track
 from rayrl.actors.oracle_pool import PairItem
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import StageTimeout
+from rayrl.models.judge import load_rubric
 from rayrl.records import Comparison, Judgement, Said, from_table, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.select import QuerySet
@@ -49,9 +50,14 @@ class Judgements:
         return {(row["prompt_id"], row["response"]): row["token_ids"] for row in rows}
 
 
+def expert_of(run: Run) -> str:
+    """Who judges, and by which wording: a part of the key of whatever has the expert judge."""
+    return run.key("expert", run.config.oracle, load_rubric(run.config.rubric).version)
+
+
 def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
     """E: the expert's judgements of the query set. Costs budget."""
-    key = run.key("query", query_set.key, run.config.oracle, run.config.rubric)
+    key = run.key("query", query_set.key, expert_of(run))
     judgements = Judgements(key=key, table=BlockTable(run.folder("query", "table"), 1), asked=query_set.table)
     if run.finished("query", key):
         return judgements

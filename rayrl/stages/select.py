@@ -15,6 +15,7 @@ from rayrl.actors.services import Services
 from rayrl.algorithms.selection import Selection, k_center, random_selection
 from rayrl.config import SelectConfig
 from rayrl.data.blocks import BlockTable
+from rayrl.models.judge import load_rubric
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 from rayrl.stages.embedding import embed, embedding_of, seed_centers
@@ -40,7 +41,7 @@ def select(run: Run, services: Services, m1: Checkpoint, responses: Responses) -
     """Q: the `budget` responses whose labels teach most."""
     config = run.config.select
     everything = run.config.labels == "expert"
-    key = run.key("select", config, run.config.rubric, responses.key, everything)
+    key = run.key("select", config, load_rubric(run.config.rubric).version, responses.key, everything)
     query_set = QuerySet(key=key, table=BlockTable(run.folder("select", "table"), 1))
     if run.finished("select", key):
         return query_set
@@ -98,6 +99,9 @@ def _coreset(run: Run, services: Services, m1: Checkpoint, responses: Responses)
     embed_s = time.monotonic() - started
     centers = seed_centers(run, embedding) if config.seed_centers else None
     selection = _select_on_shards(vectors, config, _num_units(run, num_items), centers, run.config.seed)
+    # In rlp every training is beside all fleets that are up, and this one may have done its work.
+    if run.config.pipeline == "rlp" and not run.config.selects_by_rewarders:
+        services.retire(embedding.fleet)
     write_projection(run.folder("select", "projection.parquet"), vectors, set(selection.ids))
     radius = [round(r, 5) for r in selection.radii[:: max(1, len(selection.radii) // 200)]]
     metrics = {"strategy": "k_center", "radius": radius, "embed_s": embed_s, "num_embedded": num_items}

@@ -54,9 +54,7 @@ def synthesize_preferences(
         reward_key: names the rewards' work, unless it is in the version of the policy behind the samples.
     """
     config = run.config.refresh
-    judge = f"{load_rubric(run.config.rubric).version} {run.config.evaluator.scoring}"
-    judge = judge if config.method == "self_judged" else None
-    key = run.key(STAGE, config.method, config.spg, judge, reward_key, m1.version, samples.key)
+    key = run.key(STAGE, config.method, *_settings(run), reward_key, m1.version, samples.key)
     pairs = SyntheticPairs(
         method=config.method,
         clustering=config.spg.clustering if config.method == "spg" else None,
@@ -69,6 +67,19 @@ def synthesize_preferences(
     )
     done = run.finished(STAGE, key) or _synthesize(run, services, m1, pairs, key)
     return Preferences(key=key, table=pairs.table, num_pairs=done.num_rows)
+
+
+def _settings(run: Run) -> list[str]:
+    """What else decides about the pairs, by method."""
+    config, evaluator = run.config.refresh, run.config.evaluator
+    match config.method:
+        case "spg":  # embeddings cluster, or are tried where entailment accepts nothing
+            return [config.spg.model_dump_json(), run.config.select.pooling]
+        case "self_judged":
+            sampled = f"{evaluator.scoring} {evaluator.num_samples} {evaluator.max_rationale_tokens}"
+            return [load_rubric(run.config.rubric).version, sampled]
+        case _:
+            return []
 
 
 def self_judge(run: Run, services: Services, policy: Checkpoint) -> Scorer:

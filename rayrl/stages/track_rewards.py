@@ -20,7 +20,7 @@ from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id, from_ro
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.ppo import HELD_OUT
-from rayrl.stages.query import ask
+from rayrl.stages.query import ask, expert_of
 from rayrl.telemetry.metrics import read_metrics
 
 STAGE = "track_rewards"
@@ -53,7 +53,7 @@ def track_rewards(
     budget = run.config.evaluate.diagnosis_budget // 2
     if not budget:
         return None
-    key = run.key(STAGE, run.config.evaluate, run.config.oracle, run.config.rubric, *(p.version for p in ppos.values()))
+    key = run.key(STAGE, run.config.evaluate, expert_of(run), *(p.version for p in ppos.values()))
     if done := run.finished(STAGE, key):
         return done
     started = time.monotonic()

@@ -17,12 +17,14 @@ class Numbering:
     unit: Literal["response", "prompt"]
     per_prompt: int
     per_block: int
+    least: int = 1
+    """Responses without which a prompt is no unit."""
 
     def units(self, block: int, row: int, num_responses: int) -> Iterator[tuple[int, int | None]]:
         """(ordinal, response's index; None is the whole prompt) of one row's units."""
         first = block * self.per_block + row * self.per_prompt
         if self.unit == "prompt":
-            yield from [(first, None)] if num_responses else []
+            yield from [(first, None)] if num_responses >= self.least else []
         else:
             yield from ((first + i, i) for i in range(num_responses))
 
@@ -34,4 +36,9 @@ class Numbering:
 def numbering(config: RunConfig) -> Numbering:
     """The run's ordinals."""
     per_prompt = max(config.generate.k, ROOM)
-    return Numbering(unit=config.select.unit, per_prompt=per_prompt, per_block=config.generate.block_size * per_prompt)
+    return Numbering(
+        unit=config.select.unit,
+        per_prompt=per_prompt,
+        per_block=config.generate.block_size * per_prompt,
+        least=2 if config.asks_for_comparisons else 1,
+    )

@@ -27,7 +27,7 @@ def caveats(facts: dict[str, Any]) -> list[str]:
     return [
         *of_gain(evaluated),
         *of_policy(m1, m2 | {"kl": evaluated.get("kl")}, "M2", "a larger dpo.beta or a smaller dpo.learning_rate"),
-        *_of_evaluator(facts["metrics"]),
+        *of_evaluator(facts["metrics"]),
         *of_money(facts, "label queries"),
         *_of_leverage(facts),
         *of_responses(facts["metrics"]["generate"]),
@@ -82,7 +82,8 @@ def of_policy(m1: dict[str, Any], policy: dict[str, Any], name: str, remedy: str
         yield f"M1 finds {name}'s text unlikely: perplexity went from {before:.3g} to {after:.3g}."
 
 
-def _of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
+def of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
+    """About an evaluator's agreement with the expert."""
     held_out = metrics["fit_evaluator"].get("validation", {}).get("spearman")
     moved = metrics["evaluate"].get("evaluator_spearman")
     for estimate, where in ((held_out, "held-out judgements"), (moved, "the new policy's responses")):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rayrl.runs import storage
 from rayrl.telemetry import plots, plots_rlp
 from rayrl.telemetry.metrics import read_metrics
-from rayrl.telemetry.rlp_summary import PPOS, REWARD_MODELS
+from rayrl.telemetry.rlp_summary import REWARD_MODELS
 from rayrl.telemetry.rounds import round_folders, titled
 from rayrl.telemetry.tables import read_parquet
 
@@ -34,7 +34,11 @@ def draw_figures(run_dir: str, facts: dict[str, Any], evaluated: pa.Table | None
 
 
 def _of_proxy_dpo(folders: dict[int, str], metrics: dict[str, Any]) -> dict[str, Figure]:
-    figures = _curves(folders, ["sft", "fit_evaluator", "dpo"])
+    return _curves(folders, ["sft", "fit_evaluator", "dpo"]) | _of_evaluator(metrics)
+
+
+def _of_evaluator(metrics: dict[str, Any]) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
     if any(metrics["query"].get("score_histogram", {}).values()):
         figures["paid_scores"] = plots.plot_paid_scores(metrics["query"]["score_histogram"])
     bins = metrics["fit_evaluator"].get("validation", {}).get("calibration", [])
@@ -44,17 +48,19 @@ def _of_proxy_dpo(folders: dict[int, str], metrics: dict[str, Any]) -> dict[str,
 
 
 def _of_rlp(folders: dict[int, str], facts: dict[str, Any]) -> dict[str, Figure]:
-    metrics, models = facts["metrics"], facts["rlp"]["reward_models"]
+    metrics, rlp = facts["metrics"], facts["rlp"]
+    models, ppos = rlp["reward_models"], rlp["ppos"]
     members = [
         f"{stage}-{i}" for name, stage in REWARD_MODELS.items() for i in range(models[name].get("num_members", 1))
     ]
-    figures = _curves(folders, ["sft", *members])
-    curves = {titled(title, n): _read_curve(url, stage) for n, url in folders.items() for stage, title in PPOS.items()}
-    curves = {title: curve for title, curve in curves.items() if curve or title in PPOS.values()}
+    figures = _curves(folders, ["sft", *(members if rlp["reward"] == "reward_model" else ["fit_evaluator"])])
+    figures |= _of_evaluator(metrics)
+    curves = {titled(title, n): _read_curve(url, stage) for n, url in folders.items() for stage, title in ppos.items()}
+    curves = {title: curve for title, curve in curves.items() if curve or title in ppos.values()}
     if any(curves.values()):
         figures["ppo"] = plots_rlp.plot_ppo(curves)
     rounds = enumerate(facts["rounds"] or [metrics], start=1)
-    trained = {titled(title, n): of[stage] for n, of in rounds for stage, title in PPOS.items() if of[stage]}
+    trained = {titled(title, n): of[stage] for n, of in rounds for stage, title in ppos.items() if of[stage]}
     if trained:
         figures["times"] = plots_rlp.plot_times(trained)
     synthesized = metrics["synthesize"]
@@ -64,7 +70,7 @@ def _of_rlp(folders: dict[int, str], facts: dict[str, Any]) -> dict[str, Figure]
         quality = metrics["audit_pairs"].get("accuracy_by_gamma", {})
         figures["gamma"] = plots_rlp.plot_gamma(synthesized["pairs_by_gamma"], synthesized.get("gamma"), quality)
     if points := metrics["track_rewards"].get("points"):
-        figures["tracked"] = plots_rlp.plot_tracked(points)
+        figures["tracked"] = plots_rlp.plot_tracked(points, ppos, rlp["rewards"])
     return figures
 
 

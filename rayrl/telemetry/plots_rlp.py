@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rayrl.telemetry.plots import COLORS, M1, M2, MUTED, PPO, STYLE, add_legend, colors_of, new_figure
-from rayrl.telemetry.rlp_summary import PPOS
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 PANELS = {
@@ -109,17 +108,23 @@ def plot_gamma(
 
 
 @mpl.rc_context(STYLE)
-def plot_tracked(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Along each PPO, by its KL to M1: the expert's mean score, and how well each reward model orders two answers."""
+def plot_tracked(points: Sequence[Mapping[str, Any]], titles: Mapping[str, str], rewards: Mapping[str, str]) -> Figure:
+    """Along each PPO, by its KL to M1: the expert's mean score, and how well each reward model orders two answers.
+
+    Args:
+        points: as `track_rewards` measures them.
+        titles: of the PPOs, by stage.
+        rewards: titles of the reward models, by name.
+    """
     figure = Figure(figsize=(10.6, 3.2), layout="constrained")
     scores, accuracy = figure.subplots(1, 2)
     ppos = list(dict.fromkeys(point["ppo"] for point in points))
     for ppo, color in zip(ppos, COLORS[3][1:], strict=False):
         along = [point for point in points if point["ppo"] == ppo or not point["step"]]  # all start from M1
-        title = PPOS.get(ppo, ppo)
+        title = titles.get(ppo, ppo)
         of = {point["kl"]: point["expert_score"] for point in along if point["expert_score"]}
         _errorbar(scores, of, color=color, label=title)
-        for (reward, name), line in zip({"r": "r", "refreshed": "the refreshed r"}.items(), ("-", "--"), strict=True):
+        for (reward, name), line in zip(rewards.items(), ("-", "--"), strict=False):
             of = {p["kl"]: p["rewards"][reward]["accuracy"] for p in along if p["rewards"][reward]["accuracy"]}
             _errorbar(accuracy, of, color=color, linestyle=line, label=f"{name} on {title}")
     accuracy.axhline(0.5, color=MUTED, linewidth=0.8)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rayrl.telemetry.caveats import of_gain, of_money, of_policy, of_responses, significant
-from rayrl.telemetry.rlp_summary import POLICIES, PPOS, policy_row
+from rayrl.telemetry.caveats import of_evaluator, of_gain, of_money, of_policy, of_responses, significant
+from rayrl.telemetry.rlp_summary import policy_row
 
 MIN_JUDGED = 100
 """Prompts: the standard error of a win rate is about 0.05 there."""
@@ -19,14 +19,16 @@ REMEDY = "a larger ppo.kl_coef or a smaller ppo.learning_rate"
 
 def rlp_caveats(facts: dict[str, Any]) -> list[str]:
     """All caveats of a run, the most serious first. `facts` as made by `summarize_run`."""
-    metrics, last, titles = facts["metrics"], facts["rlp"]["latest"], POLICIES | facts["rlp"]["titles"]
+    metrics, rlp = facts["metrics"], facts["rlp"]
+    trained = rlp["trained"]
     return [
         *_of_pairs(metrics["synthesize"]),
-        *_of_policies(metrics, last, titles),
-        *of_gain({"difference": facts["rlp"]["gain_over_ppo"]}, " of RLP over plain PPO"),
-        *_of_reward_models(facts["rlp"]["reward_models"]),
-        *_of_reward_accuracy(metrics["evaluate"].get("reward_accuracy", {}), last, titles),
-        *of_money(facts, "preference queries"),
+        *_of_policies(metrics, rlp),
+        *of_gain({"difference": rlp["gain_over_ppo"]}, f" of {trained.get('rlp')} over {trained['ppo']}"),
+        *_of_reward_models(rlp["reward_models"]),
+        *of_evaluator(metrics),
+        *_of_reward_accuracy(metrics["evaluate"].get("reward_accuracy", {}), rlp),
+        *of_money(facts, rlp["asked"]),
         *of_responses(metrics["generate"]),
         *_of_evidence(metrics),
     ]
@@ -43,10 +45,13 @@ def _of_pairs(synthesized: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _of_policies(metrics: dict[str, dict[str, Any]], last: dict[str, str], titles: dict[str, str]) -> Iterator[str]:
+def _of_policies(metrics: dict[str, dict[str, Any]], rlp: dict[str, Any]) -> Iterator[str]:
     m1 = policy_row(metrics, "m1")
-    for name, stage in zip((last["ppo"], last["rlp"]), PPOS, strict=True):
-        row, title = policy_row(metrics, name), titles[name]
+    for stage, of_round in zip(rlp["ppos"], rlp["trained"], strict=True):
+        name = rlp["latest"][of_round]
+        if name not in rlp["titles"]:
+            continue
+        row, title = policy_row(metrics, name), rlp["titles"][name]
         over_optimised = list(_of_reward(metrics[stage], row.get("difference"), title))
         yield from over_optimised or of_gain(row, f" of {title}")
         yield from of_policy(m1, row, title, REMEDY)
@@ -61,7 +66,7 @@ def _of_reward(trained: dict[str, Any], difference: dict[str, Any] | None, title
         yield (
             f"The reward of {title} rose from {first:.3g} to {final:.3g}, but the expert's score did not "
             f"({difference['mean']:+.3f} \u00b1 {difference['standard_error']:.3f} over M1): "
-            f"the policy may exploit the reward model (over-optimisation). Fewer rollouts or {REMEDY} can help."
+            f"the policy may exploit the reward (over-optimisation). Fewer rollouts or {REMEDY} can help."
         )
 
 
@@ -80,16 +85,17 @@ def _of_reward_models(models: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"The refresh made the reward model worse: accuracy {before['mean']:.3f} -> {after['mean']:.3f}."
 
 
-def _of_reward_accuracy(
-    agreement: dict[str, dict[str, Any]], last: dict[str, str], policies: dict[str, str]
-) -> Iterator[str]:
-    titles = {"r": "r", "refreshed": "The refreshed reward"}
-    for reward, policy in (("r", last["ppo"]), ("refreshed", last["rlp"])):
+def _of_reward_accuracy(agreement: dict[str, dict[str, Any]], rlp: dict[str, Any]) -> Iterator[str]:
+    """About each policy and the reward it was trained on; without a refresh both PPOs were trained on the first."""
+    titles = {"r": "r", "refreshed": "The refreshed reward", "reward": "The reward"}
+    last, rewards = rlp["latest"], list(rlp["rewards"])
+    for reward, trained in ((rewards[0], "ppo"), (rewards[-1], "rlp")):
+        policy = last.get(trained)
         estimate = agreement.get(last[reward], {}).get(policy)
-        if estimate and not significant(estimate, above=0.5):
+        if estimate and policy in rlp["titles"] and not significant(estimate, above=0.5):
             yield (
-                f"{titles[reward]} cannot be shown to tell answers of {policies[policy]}, trained on it, from M1's "
-                "as the expert does: not above chance by two standard errors."
+                f"{titles[reward]} cannot be shown to tell answers of {rlp['titles'][policy]}, trained on it, from "
+                "M1's as the expert does: not above chance by two standard errors."
             )
 
 

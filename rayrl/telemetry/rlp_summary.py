@@ -9,20 +9,16 @@ import pyarrow as pa
 
 from rayrl.algorithms.statistics import paired_difference
 from rayrl.telemetry.rounds import latest, num_rounds, round_name, titled, untitled
-from rayrl.telemetry.stages import NESTED
+from rayrl.telemetry.stages import nested, reward_of
 
-POLICIES = {"m1": "M1", "ppo": "plain PPO", "rlp": "RLP"}
 BEST_OF_N = "best_of_n"
-LATER = {"ppo": "PPO", "rlp": "RLP"}
-"""Policies of a later round."""
 REWARD_MODELS = {"r": "fit_reward_model", "refreshed": "refit_reward_model"}
-PPOS = {"ppo": "plain PPO", "ppo_refreshed": "PPO on the refreshed reward"}
-PLAIN_RLHF = ("pool", "sft", "generate", "preferences", "fit_reward_model", "ppo")
+PLAIN_RLHF = ("pool", "sft", "generate", "select", "query", "fit_evaluator", "preferences", "fit_reward_model", "ppo")
 NOT_TRAINING = ("track_rewards", "audit_pairs", "evaluate")
 """Stages that only look."""
 CONTROLS = {
-    "reward_pairs": "pairs ranked by the old reward model",
-    "self_judged": "pairs judged by the policy itself (RLAIF)",
+    "reward_pairs": "the best of a prompt's samples by the old reward model, paired with the worst",
+    "self_judged": "the best of a prompt's samples by the policy itself (RLAIF), paired with the worst",
     "ocrm": "importance-weighted preferences, no synthetic pairs",
     "none": "a second PPO on the old reward model",
 }
@@ -43,16 +39,25 @@ def rlp_facts(
         evaluated: the table of `evaluate`, if there is one.
     """
     rounds, found = num_rounds(config), metrics["evaluate"]
-    last = {name: latest(found.get("policies", {}), name, rounds) for name in ("ppo", "rlp")}
-    last |= {name: latest(found.get("reward_accuracy", {}), name, rounds) for name in REWARD_MODELS}
+    trained = trained_titles(config)
+    last = {name: latest(found.get("policies", {}), name, rounds) for name in trained}
+    last |= {name: latest(found.get("reward_accuracy", {}), name, rounds) for name in reward_titles(config)}
+    titles = policy_titles(metrics, config, evaluated)
+    aligned = "rlp" if last.get("rlp") in titles else "ppo"
     return {
-        "gain": policy_row(metrics, last["rlp"]).get("difference"),
+        "reward": reward_of(config),
+        "aligned": aligned,
+        "gain": policy_row(metrics, last[aligned]).get("difference"),
         "gain_of_ppo": policy_row(metrics, "ppo").get("difference"),
-        "gain_over_ppo": _gain_over(evaluated, last["rlp"], "ppo"),
+        "gain_over_ppo": _gain_over(evaluated, last["rlp"], "ppo") if "rlp" in last else None,
         "latest": last,
-        "titles": policy_titles(metrics, config),
+        "titles": titles,
+        "trained": trained,
+        "ppos": ppo_titles(config),
+        "rewards": reward_titles(config),
+        "asked": "preference queries" if reward_of(config) == "reward_model" else "label queries",
         "reward_models": {name: _reward_model(metrics[stage]) for name, stage in REWARD_MODELS.items()},
-        "compute": _compute(stages, titled("ppo_refreshed", rounds)),
+        "compute": _compute(config, stages, titled("ppo_refreshed", rounds)),
     }
 
 
@@ -61,26 +66,69 @@ def policy_row(metrics: Mapping[str, dict[str, Any]], name: str) -> dict[str, An
     return metrics["evaluate"].get("policies", {}).get(name, {})
 
 
-def policy_titles(metrics: Mapping[str, dict[str, Any]], config: Mapping[str, Any]) -> dict[str, str]:
+def trained_titles(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the policies of one round are called, by name."""
+    if reward_of(config) != "reward_model":
+        return {"ppo": "PPO"}
+    return {"ppo": "plain PPO", "rlp": "second PPO" if _method(config) == "none" else "RLP"}
+
+
+def policy_titles(
+    metrics: Mapping[str, dict[str, Any]], config: Mapping[str, Any], evaluated: pa.Table | None = None
+) -> dict[str, str]:
     """What the policies of a run are called: those it evaluated, or before that those of one round."""
-    titles = dict(POLICIES)
+    trained = trained_titles(config)
+    titles = {"m1": "M1"} | trained
     for number in range(2, num_rounds(config) + 1):
-        titles |= {round_name(name, number): titled(title, number) for name, title in LATER.items()}
+        later = trained | {"ppo": "PPO"}
+        titles |= {round_name(name, number): titled(title, number) for name, title in later.items()}
     titles |= {BEST_OF_N: f"M1, best of {config.get('evaluate', {}).get('best_of_n', 0)}"}
-    found = metrics["evaluate"].get("policies", POLICIES)
-    return {name: title for name, title in titles.items() if name in found}
+    found = metrics["evaluate"].get("policies", ["m1", *trained])
+    columns = [f"{name}_score" for name in found] if evaluated is None else evaluated.column_names
+    return {name: title for name, title in titles.items() if name in found and f"{name}_score" in columns}
+
+
+def ppo_titles(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the PPOs of a run are called, by stage."""
+    if reward_of(config) != "reward_model":
+        return {"ppo": "PPO"}
+    old = _method(config) == "none"
+    return {
+        "ppo": "plain PPO",
+        "ppo_refreshed": "second PPO on the old reward model" if old else "PPO on the refreshed reward",
+    }
+
+
+def reward_titles(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the rewards of a run are called, by the name under which they were measured."""
+    match reward_of(config):
+        case "reward_model":
+            return {"r": "r"} if _method(config) == "none" else {"r": "r", "refreshed": "refreshed"}
+        case other:
+            return {"reward": f"the {other}"}
 
 
 def rlp_controls(config: Mapping[str, Any]) -> list[str]:
     """Which controls the config turns on; empty is the method itself."""
-    refresh = config.get("refresh", {})
-    method = refresh.get("method", "spg")
+    match reward_of(config):
+        case "evaluator":
+            return ["PPO on an evaluator of actively selected labels, no reward model"]
+        case "function":
+            return [f"PPO on the function {config['ppo'].get('function')}, no reward model"]
+    refresh, method = config.get("refresh", {}), _method(config)
     found = [CONTROLS[method]] if method in CONTROLS else []
     if method == "spg" and refresh.get("spg", {}).get("gamma") == 0:
         found.append("Select-All: gamma 0 accepts every prompt with two clusters")
     if method == "uml" and (objective := refresh.get("uml", {}).get("objective", "uml")) != "uml":
         found.append(f"multi-view objective {objective}")
+    model = config.get("reward_model", {})
+    if (num := model.get("num_members", 1)) > 1:
+        found.append(f"ensemble of {num} reward models, {model.get('objective', 'mean').replace('_', ' ')}")
     return found
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    return config.get("refresh", {}).get("method", "spg")
 
 
 def _gain_over(evaluated: pa.Table | None, ours: str, base: str) -> dict[str, Any] | None:
@@ -105,12 +153,13 @@ def _reward_model(metrics: dict[str, Any]) -> dict[str, Any]:
     return found | {"calibration_error": float(np.mean(errors))} if len(members) > 1 and errors else found
 
 
-def _compute(stages: Sequence[dict[str, Any]], end: str) -> dict[str, float | None]:
+def _compute(config: Mapping[str, Any], stages: Sequence[dict[str, Any]], end: str) -> dict[str, float | None]:
     """Seconds of plain RLHF (to the end of the first PPO), of RLP, and of judging all; None until they are over.
 
     RLP, with all its rounds, is over when the stage `end` is.
     """
-    known = [s for s in stages if s["seconds"] is not None and untitled(s["stage"]) not in NESTED]
+    inner = nested(config)
+    known = [s for s in stages if s["seconds"] is not None and untitled(s["stage"]) not in inner]
     seconds = {s["stage"]: s["seconds"] for s in known}
     plain = sum(seconds.get(name, 0.0) for name in PLAIN_RLHF) if "ppo" in seconds else None
     added = [name for name in seconds if name not in (*PLAIN_RLHF, *NOT_TRAINING)]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rayrl.telemetry.stages import pipeline_of
+from rayrl.telemetry.stages import pipeline_of, reward_of
 
 _SHARED = {
     "rounds": "rounds",
@@ -34,6 +34,10 @@ SHOWN = {
     },
     "rlp": {
         **_SHARED,
+        "PPO reward": "ppo.reward",
+        "reward function": "ppo.function",
+        "evaluator": "evaluator.type",
+        "scoring": "evaluator.scoring",
         "preferences": "preferences.source",
         "preference file": "preferences.data.path",
         "order of comparisons": "preferences.order",
@@ -57,13 +61,25 @@ SHOWN = {
     },
 }
 _OF_METHOD = {"refresh.spg.": "spg", "refresh.uml.": "uml"}
+_OF_REWARD = {
+    "evaluator.": {"evaluator"},
+    "preferences.": {"reward_model"},
+    "reward_model.": {"reward_model"},
+    "refresh.": {"reward_model"},
+    "generate.k": {"reward_model", "evaluator"},
+    "select.": {"reward_model", "evaluator"},
+}
+"""Of rlp: the rewards for which a table matters."""
 
 
 def shown_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Titles and values of the settings that are there and matter to the run's method."""
     method = config.get("refresh", {}).get("method")
+    pipeline, reward = pipeline_of(config), reward_of(config)
     shown = {}
-    for title, dotted in SHOWN[pipeline_of(config)].items():
+    for title, dotted in SHOWN[pipeline].items():
+        if pipeline == "rlp" and any(dotted.startswith(p) and reward not in of for p, of in _OF_REWARD.items()):
+            continue
         needs = next((name for prefix, name in _OF_METHOD.items() if dotted.startswith(prefix)), method)
         value: Any = config
         for name in dotted.split("."):

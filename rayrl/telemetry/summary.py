@@ -20,7 +20,7 @@ from rayrl.telemetry.caveats import caveats
 from rayrl.telemetry.rlp_caveats import rlp_caveats
 from rayrl.telemetry.rlp_summary import rlp_controls, rlp_facts
 from rayrl.telemetry.rounds import num_rounds, round_folders, stages_by_round, titled
-from rayrl.telemetry.stages import NESTED, STAGES, has_ready_pairs, left_out, pipeline_of
+from rayrl.telemetry.stages import STAGES, has_ready_pairs, left_out, nested, pipeline_of, reward_of
 from rayrl.telemetry.tables import read_parquet
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,7 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
             "`rayrl runs FOLDER` lists the runs in a folder"
         )
     config = _read(run_dir, "config.json") or {}
-    if not config and storage.exists(storage.join(run_dir, "stages", "preferences")):
-        config = {"pipeline": "rlp"}  # the file is gone, the stages still tell
+    config = config or _recalled(run_dir)
     pipeline = pipeline_of(config)
     folders = round_folders(run_dir, config)
     manifests = {at: _read(folders[at[1]], "stages", at[0], "manifest.json") for at in stages_by_round(config)}
@@ -52,14 +51,14 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
     absent = left_out(config)
     shown = {at: manifest for at, manifest in manifests.items() if manifest is not None or at[0] not in absent}
     stages = [_stage(folders[n], stage, m) | {"stage": titled(stage, n)} for (stage, n), m in shown.items()]
-    nested = NESTED if pipeline == "rlp" else ()
-    outermost = [(m or {}).get("seconds", 0.0) for (stage, _), m in shown.items() if stage not in nested]
+    inner = nested(config)
+    outermost = [(m or {}).get("seconds", 0.0) for (stage, _), m in shown.items() if stage not in inner]
     facts = {
         "name": config.get("name", run_dir.rpartition("/")[2]),
         "run_dir": run_dir,
         "pipeline": pipeline,
         "seed": config.get("seed"),
-        "control": rlp_controls(config) if pipeline == "rlp" else _controls(config),
+        "control": [*(rlp_controls(config) if pipeline == "rlp" else []), *_controls(config)],
         "config": config,
         "seconds": sum(outermost),
         "stages": stages,
@@ -112,8 +111,21 @@ def _metrics(manifests: dict[tuple[str, int], Any], pipeline: str, numbers: Iter
     return found
 
 
+def _recalled(run_dir: str) -> dict[str, Any]:
+    """What the stages still tell of a config that is gone."""
+
+    def has(stage: str) -> bool:
+        return storage.exists(storage.join(run_dir, "stages", stage))
+
+    if has("preferences"):
+        return {"pipeline": "rlp"}
+    return {"pipeline": "rlp", "ppo": {"reward": "evaluator" if has("query") else "function"}} if has("ppo") else {}
+
+
 def _controls(config: dict[str, Any]) -> list[str]:
-    """Which controls the config turns on; empty is the method itself."""
+    """Which controls of labelling the config turns on; empty is the method itself."""
+    if pipeline_of(config) == "rlp" and reward_of(config) != "evaluator":
+        return []
     labels = {
         "direct": "direct expert labels: DPO on the paid judgements alone",
         "expert": "all labels by the expert: the ceiling",
@@ -172,7 +184,8 @@ def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
 
 def _paid(config: dict[str, Any], rounds: list[dict[str, Any]], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The query budgets, what all rounds spent of them and what that bought; the latest count wins."""
-    stage = "preferences" if pipeline_of(config) == "rlp" else "query"
+    compares = pipeline_of(config) == "rlp" and reward_of(config) == "reward_model"
+    stage = "preferences" if compares else "query"
     asked: dict[str, Any] = next((of[stage] for of in reversed(rounds) if of[stage]), {})
     counts = (asked, rounds[0]["evaluate"].get("ledger", {}), ledger)
     paid: dict[str, Any] = {}
@@ -182,7 +195,7 @@ def _paid(config: dict[str, Any], rounds: list[dict[str, Any]], ledger: dict[str
         for count in counts:
             paid[purpose] |= count.get(purpose, {})
     if pipeline_of(config) == "rlp":
-        if has_ready_pairs(config):
+        if reward_of(config) == "function" or has_ready_pairs(config):
             paid["label"] |= {"budget": 0, "spent": 0}
         return paid | {"num_pairs": asked.get("num_pairs")}
     spent = paid["label"].get("spent")

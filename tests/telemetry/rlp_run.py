@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ CONFIG = {
     "reward_model": {"num_members": 1, "objective": "mean"},
     "ppo": {"kl_coef": 0.02, "clip_range": 0.2, "learning_rate": 2e-4},
     "refresh": {"method": "spg", "n": 8, "spg": {"gamma": 0.5, "clustering": "strict"}, "uml": {"objective": "uml"}},
-    "evaluate": {"budget": 480, "diagnosis_budget": 200, "best_of_n": 4},
+    "evaluate": {"budget": 480, "diagnosis_budget": 200, "best_of_n": 4, "temperature": 0.7},
 }
 SECONDS = {"pool": 1.0, "sft": 20.0, "generate": 10.0, "select": 4.0, "preferences": 9.0, "fit_reward_model": 30.0}
 SECONDS |= {"ppo": 130.0, "samples": 12.0, "synthesize": 18.0, "refit_reward_model": 34.0, "ppo_refreshed": 136.0}
@@ -271,4 +272,30 @@ def write_rlp_run(folder: Path) -> Path:
     _write_preferences(folder)
     _write_ledger(folder)
     _log_curves(folder)
+    return folder
+
+
+def leave_ppo_alone(folder: Path, reward: str) -> Path:
+    """The finished run as it would be with another `ppo.reward`: M1 and one PPO."""
+    config = CONFIG | {"preferences": None, "evaluate": {"budget": 240}}
+    config["ppo"] = CONFIG["ppo"] | {"reward": reward, "function": "rewards:jokes" if reward == "function" else None}
+    (folder / "config.json").write_text(json.dumps(config | {"evaluator": {"type": "scalar"}}))
+    (folder / "timings.json").unlink()
+    kept = {"pool", "sft", "ppo", "evaluate"} | ({"generate", "select"} if reward == "evaluator" else set())
+    for stage in rlp_metrics():
+        if stage not in kept:
+            shutil.rmtree(folder / "stages" / stage)
+    policies = {name: row for name, row in rlp_metrics()["evaluate"]["policies"].items() if name in ("m1", "ppo")}
+    agreement = {"reward": {"ppo": estimate(0.7, 0.05, 94)}}
+    evaluated = {"policies": policies, "reward_accuracy": agreement, "num_judged": NUM_JUDGED}
+    write_manifest(folder, "evaluate", evaluated, seconds=SECONDS["evaluate"])
+    table = folder / "stages" / "evaluate" / "table" / "part-00000.parquet"
+    columns = [name for name in pq.read_schema(table).names if not name.startswith(("rlp", "best"))]
+    pq.write_table(pq.read_table(table, columns=columns), table)
+    if reward == "evaluator":
+        write_manifest(folder, "query", {"label": rlp_metrics()["preferences"]["label"], "score_histogram": {"2": 7}})
+        validation = {"spearman": estimate(0.6, 0.1, 44), "within_one": 0.75, "loss": 0.9, "calibration": []}
+        write_manifest(folder, "fit_evaluator", {"validation": validation})
+    else:
+        (folder / "ledger.sqlite").unlink()
     return folder

@@ -63,7 +63,7 @@ def test_both_ppos_are_tracked_from_m1_on():
         }
 
     points = [point("ppo", 0, 0.0, 0.7, 0.6), point("ppo", 8, 3.0, 0.5, None), point("ppo_refreshed", 8, 2.0, 0.6, 0.8)]
-    scores, accuracy = plots_rlp.plot_tracked(points).axes
+    scores, accuracy = plots_rlp.plot_tracked(points, {"ppo": "PPO"}, {"r": "r", "refreshed": "r^"}).axes
     drawn = [container.lines[0].get_xydata().tolist() for container in scores.containers]
     assert drawn == [[[0, 0], [3, 3]], [[0, 0], [2, 2]]]
     drawn = [container.lines[0].get_xydata().tolist() for container in accuracy.containers]

@@ -103,7 +103,7 @@ def test_optional_benchmarks_and_references_are_shown_when_there(run_dir):
     path.write_text(json.dumps(manifest))
     page = report(run_dir)
     assert "mmlu acc,none 0.2512" in page.text
-    assert "win rate against the reference answers 30.0% \u00b1 5.0 40.0% \u00b1 5.0" in page.text
+    assert "win rate against the reference answers, by pointwise scores 30.0% \u00b1 5.0 40.0% \u00b1 5.0" in page.text
 
 
 def test_a_remote_run_directory(run_dir):

@@ -9,7 +9,7 @@ import pytest
 from rayrl.telemetry.report import write_report
 from tests.telemetry.manifests import edit_metrics
 from tests.telemetry.page import Page
-from tests.telemetry.rlp_run import rlp_metrics
+from tests.telemetry.rlp_run import leave_ppo_alone, rlp_metrics
 
 
 def report(run_dir):
@@ -64,6 +64,8 @@ def test_a_finished_run_shows_everything(rlp_run_dir):
         "Tell a story about fox number 119.",
         "rlp says: the fox <b>ran</b> home.",
         "gamma 0.5",
+        "KL is to M1, per response, answers sampled at temperature 0.7;",
+        "Win rates compare the expert's scores of single answers, those against the reference answers too.",
     ):
         assert expected in page.text
     assert "not run" not in page.text
@@ -126,10 +128,12 @@ def test_a_run_that_accepted_no_pair_says_so(rlp_run_dir):
     ("method", "expected"),
     [
         ("none", "Nothing was sampled, paired or refitted"),
+        ("none", "second PPO on the old reward model"),
+        ("none", "gain in mean expert score, second PPO minus M1"),
         ("ocrm", "Mean weight: 0.950"),
         ("uml", "Multi-view learning on 1,580 samples"),
-        ("reward_pairs", "nothing was clustered"),
-        ("self_judged", "nothing was clustered"),
+        ("reward_pairs", "samples by the old reward model is paired with the worst; nothing was clustered"),
+        ("self_judged", "samples by the policy's own judgement is paired with the worst; nothing was clustered"),
     ],
 )
 def test_every_refresh_has_its_words(rlp_run_dir, method, expected):
@@ -149,3 +153,83 @@ def test_pairs_of_a_file_cost_nothing(rlp_run_dir):
     page = report(rlp_run_dir)
     assert "0 / 0 paid preference queries" in page.text
     assert "preferences (of a file) pairs 274 prompts 250 rows read 280" in page.text
+
+
+def test_without_a_refresh_nothing_is_called_refreshed(rlp_run_dir):
+    edit_config(rlp_run_dir, refresh={"method": "none"})
+    for stage in ("samples", "synthesize", "refit_reward_model", "audit_pairs"):
+        shutil.rmtree(rlp_run_dir / "stages" / stage)
+    page = report(rlp_run_dir)
+    assert "held-out pairs r accuracy" in page.text and "both PPOs in all" in page.text
+    assert "refreshed" not in page.text.replace("ppo_refreshed", "") and "RLP " not in page.text
+    assert "answers of second PPO 0.63 \u00b1 0.06" in page.text
+
+
+SHARED = (
+    "+0.37 \u00b1 0.09 gain in mean expert score, PPO minus M1, n = 120",
+    "59.2% \u00b1 4.0 win rate of PPO against M1",
+    "PPO 2.47 \u00b1 0.11 +0.37 \u00b1 0.09 59.2% \u00b1 4.0",
+    "reward, last tenth 1.317",
+    "Tell a story about fox number 119.",
+    "ppo says: the fox <b>ran</b> home.",
+    "One seed:",
+)
+OF_REWARD = {
+    "evaluator": (
+        "control: PPO on an evaluator of actively selected labels",
+        "control: random selection",
+        "300 / 300 paid label queries",
+        "Spearman, held-out judgements (44) 0.60 \u00b1 0.10",
+        "answers of PPO 0.70 \u00b1 0.05",
+        "everything up to the end of PPO 2 min 47 s",  # the selection counts, where no other stage contains it
+        "evaluator scalar",
+    ),
+    "function": (
+        "control: PPO on the function rewards:jokes",
+        "0 / 0 paid label queries",
+        "answers of PPO 0.70 \u00b1 0.05",
+        "everything up to the end of PPO 2 min 31 s",
+        "reward function rewards:jokes",
+    ),
+}
+
+
+@pytest.mark.parametrize("reward", OF_REWARD)
+def test_ppo_on_another_reward_has_its_report(rlp_run_dir, reward):
+    leave_ppo_alone(rlp_run_dir, reward)
+    page = report(rlp_run_dir)
+    for expected in (*SHARED, *OF_REWARD[reward]):
+        assert expected in page.text
+    for unknown in ("RLP", "refresh", "plain PPO", "Preferences", "preference queries", "gamma"):
+        assert unknown not in page.text
+    facts = json.loads((rlp_run_dir / "report.json").read_text())
+    assert facts["rlp"]["gain"]["mean"] == 0.37 and facts["rlp"]["titles"] == {"m1": "M1", "ppo": "PPO"}
+    expected = ["pool", "sft", "ppo", "evaluate"]
+    expected[2:2] = ["generate", "select", "query", "fit_evaluator"] if reward == "evaluator" else []
+    assert [stage["stage"] for stage in facts["stages"]] == expected
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "metrics", "stages/ppo", "stages/evaluate/manifest.json", "stages/sft"]
+)
+@pytest.mark.parametrize("reward", OF_REWARD)
+def test_ppo_on_another_reward_has_a_report_at_every_moment(rlp_run_dir, reward, missing):
+    path = leave_ppo_alone(rlp_run_dir, reward) / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = report(rlp_run_dir)
+    assert "RLP" not in page.text and ("not run" in page.text or missing == "config.json")
+
+
+def test_a_policy_that_said_nothing_has_no_kl(rlp_run_dir):
+    policies = rlp_metrics()["evaluate"]["policies"]
+    policies["rlp"] |= {"kl": None, "perplexity": None, "length": 0.0, "distinct2": 0.0}
+    edit_metrics(rlp_run_dir, "evaluate", policies=policies)
+    page = report(rlp_run_dir)
+    assert "38.9% \u00b1 4.2 not measured - 0.000" in page.text
+
+
+def test_rounds_of_ppo_on_an_evaluator_have_their_table(rlp_run_dir):
+    leave_ppo_alone(rlp_run_dir, "evaluator")
+    edit_config(rlp_run_dir, rounds=2)
+    page = report(rlp_run_dir)
+    assert "evaluator's rank correlation reward of PPO 1 - 0.60 \u00b1 0.10 1.317 2 - not measured -" in page.text

@@ -40,7 +40,9 @@ def test_a_good_run_is_one_seed_all_the_same(good):
     facts = summarize_run(str(good))
     assert facts["caveats"] == [ONE_SEED]
     assert gain(facts) == facts["rlp"]["gain"] == policy_row(2.89, 0.79, 5.9)["difference"]
-    assert [s["stage"] for s in facts["stages"]] == [name for name in STAGES["rlp"] if name != "importance"]
+    assert [s["stage"] for s in facts["stages"]] == [
+        name for name in STAGES["rlp"] if name not in ("importance", "query", "fit_evaluator")
+    ]
     assert facts["seconds"] == 431.0  # without the selection, which the preferences contain
 
 
@@ -100,6 +102,7 @@ def test_an_ensembles_calibration_is_its_members():
     [
         ({"method": "none"}, "a second PPO on the old reward model"),
         ({"method": "self_judged"}, "RLAIF"),
+        ({"method": "reward_pairs"}, "paired with the worst"),
         ({"method": "spg", "spg": {"gamma": 0.0}}, "Select-All"),
         ({"method": "uml", "uml": {"objective": "infomax"}}, "infomax"),
     ],
@@ -108,6 +111,34 @@ def test_controls_are_named(rlp_run_dir, refresh, expected):
     edit_config(rlp_run_dir, refresh=refresh)
     (control,) = summarize_run(str(rlp_run_dir))["control"]
     assert expected in control
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"reward_model": {"num_members": 4, "objective": "worst_case"}}, ["ensemble of 4 reward models, worst case"]),
+        ({"ppo": {"reward": "function", "function": "a:b"}}, ["PPO on the function a:b, no reward model"]),
+        (
+            {"ppo": {"reward": "evaluator"}, "labels": "shuffled"},
+            [
+                "PPO on an evaluator of actively selected labels, no reward model",
+                "shuffled labels: the floor",
+                "random selection",
+            ],
+        ),
+        ({}, []),
+    ],
+)
+def test_other_rewards_and_ensembles_are_named(rlp_run_dir, changes, expected):
+    edit_config(rlp_run_dir, **changes)
+    assert summarize_run(str(rlp_run_dir))["control"] == expected
+
+
+def test_without_a_refresh_the_second_ppo_answers_to_the_old_reward_model(good):
+    edit_config(good, refresh={"method": "none"})
+    edit_metrics(good, "evaluate", reward_accuracy={"r": {"rlp": estimate(0.5, 0.05)}})
+    (caveat, _) = caveats(good)
+    assert caveat.startswith("r cannot be shown to tell answers of second PPO")
 
 
 def test_stages_follow_the_config(tmp_path):

@@ -1,0 +1,124 @@
+"""A stage's key names everything that decides its outcome, and nothing else: other work is not taken for it."""
+
+import json
+
+import pytest
+
+from rayrl.config import RunConfig
+from rayrl.data.blocks import BlockTable
+from rayrl.records import Checkpoint
+from rayrl.runs.run import Manifest, Run
+from rayrl.stages.audit_pairs import audit_pairs
+from rayrl.stages.evaluate import evaluate
+from rayrl.stages.evaluate_policies import evaluate_policies
+from rayrl.stages.generate import Responses
+from rayrl.stages.pool import Pool
+from rayrl.stages.preferences import gather_preferences
+from rayrl.stages.query import query
+from rayrl.stages.select import QuerySet, select
+from rayrl.stages.synthesize import synthesize_preferences
+from rayrl.stages.track_rewards import track_rewards
+
+M1, M2 = Checkpoint(path="m1", version="m1"), Checkpoint(path="m2", version="m2")
+TABLE = BlockTable("nowhere", 1)
+POOL = Pool(key="pool", train=TABLE, held_out=TABLE, num_prompts=8, num_eval=2)
+RESPONSES = Responses(key="y", table=TABLE, num_prompts=8, num_responses=16, block_counts=[16])
+
+
+class Finished(Run):
+    """A run whose every stage is done: the keys it was asked for."""
+
+    def finished(self, stage, key):
+        self.asked[stage] = key
+        counts = {"num_prompts": 8, "num_responses": 16, "block_counts": [16], "num_blocks": 1}
+        return Manifest(stage=stage, key=key, seconds=0, num_rows=1, metrics=counts, summary="", finished_at="")
+
+    def manifest(self, stage):
+        return self.finished(stage, "fixed")
+
+
+STAGES = {
+    "query": lambda run: query(run, None, QuerySet(key="q", table=TABLE)),
+    "select": lambda run: select(run, None, M1, RESPONSES),
+    "evaluate": lambda run: evaluate(run, None, None, POOL, m1=M1, m2=M2, evaluator=None),
+    "evaluate_policies": lambda run: evaluate_policies(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
+    "track_rewards": lambda run: track_rewards(run, None, {"ppo": M2}, {}),
+    "audit_pairs": lambda run: audit_pairs(run, None),
+    "preferences": lambda run: gather_preferences(run, None, None, M1, POOL),
+    "synthesize": lambda run: synthesize_preferences(run, None, M1, None, RESPONSES),
+}
+
+
+def key_of(folder, stage, **changes):
+    """The key of a stage in a run with some settings changed."""
+    tree = {
+        "name": "t",
+        "run_dir": str(folder),
+        "pipeline": "rlp",
+        "policy": {"path": "model"},
+        "pool": {"path": "pool.jsonl"},
+        "sft": {"enabled": False},
+        "select": {"budget": 8},
+        "oracle": {"type": "scripted", "function": "a:b"},
+        "preferences": {"source": "oracle"},
+        "evaluate": {"diagnosis_budget": 100},
+    }
+    for dotted, value in changes.items():
+        *sections, name = dotted.split("__")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    run = Finished(config=RunConfig.model_validate(json.loads(json.dumps(tree))), url=str(folder))
+    run.asked = {}  # type: ignore[attr-defined]
+    STAGES[stage](run)
+    return run.asked[stage.removesuffix("_policies")]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stage", ["query", "select", "evaluate", "evaluate_policies", "track_rewards", "audit_pairs"])
+def test_a_rubric_is_its_text_wherever_it_lies(tmp_path, stage):
+    keys = []
+    for name, text in (("a", "{prompt} {response}"), ("b", "{prompt} {response}"), ("c", "{response} {prompt}")):
+        (tmp_path / name).write_text(text)
+        keys.append(key_of(tmp_path, stage, rubric__template=str(tmp_path / name)))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_comparisons_are_named_by_their_own_rubric(tmp_path):
+    keys = [key_of(tmp_path, "preferences")]
+    for name, text in (
+        ("a", "{prompt} {first} {second}"),
+        ("b", "{prompt} {first} {second}"),
+        ("c", "{first} or {second}? {prompt}"),
+    ):
+        (tmp_path / name).write_text(text)
+        keys.append(key_of(tmp_path, "preferences", rubric__pairwise_template=str(tmp_path / name)))
+    assert keys[1] == keys[2] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(
+    "stage", ["query", "evaluate", "evaluate_policies", "track_rewards", "audit_pairs", "preferences"]
+)
+def test_another_expert_is_other_work(tmp_path, stage):
+    assert key_of(tmp_path, stage) != key_of(tmp_path, stage, oracle__function="a:c")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "evaluate_policies"])
+def test_answers_depend_on_how_they_are_sampled(tmp_path, stage):
+    base = key_of(tmp_path, stage)
+    assert base != key_of(tmp_path, stage, generate__max_tokens=7)
+    assert base != key_of(tmp_path, stage, generate__top_p=0.5)
+    assert base != key_of(tmp_path, stage, evaluate__temperature=0.1)
+    assert base == key_of(tmp_path, stage, generate__k=9) == key_of(tmp_path, stage, generate__temperature=0.1)
+
+
+def test_synthetic_pairs_depend_on_what_makes_them(tmp_path):
+    def changed(method, **changes):
+        before = key_of(tmp_path, "synthesize", refresh__method=method)
+        return before != key_of(tmp_path, "synthesize", refresh__method=method, **changes)
+
+    assert changed("spg", select__pooling="last") and changed("spg", refresh__spg__gamma=0.7)
+    assert not changed("self_judged", select__pooling="last") and not changed("spg", evaluator__num_samples=7)
+    assert changed("self_judged", evaluator__num_samples=7)
+    assert changed("self_judged", evaluator__max_rationale_tokens=7)
+    assert not changed("reward_pairs", evaluator__num_samples=7)
