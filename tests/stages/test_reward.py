@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from rayrl.actors.fleet import MAX_PART, Fleet
 from rayrl.config import RewardModelConfig
 from rayrl.records import Checkpoint, PreferencePair, Scored
 from rayrl.stages.reward import (
-    CHUNK,
     RewardModels,
     RewardScorer,
     pair_accuracy,
@@ -20,15 +20,14 @@ from rayrl.stages.reward import (
 MEMBERS = tuple(Checkpoint(path=f"/{name}", version=name) for name in "ab")
 
 
-class Values:
-    """As much of a fleet as rewards need: member "a" counts tokens, "b" says ten times minus the first token."""
-
-    concurrency = 2
+class Values(Fleet):
+    """A fleet of one without a replica: member "a" counts tokens, "b" says ten times minus the first token."""
 
     def __init__(self):
+        super().__init__("values", [None], None)
         self.calls = []
 
-    def call(self, method, checkpoint, inputs):
+    def call(self, method, checkpoint, inputs, **_):
         assert method == "values"
         self.calls.append((checkpoint.version, len(inputs)))
         if checkpoint.version == "a":
@@ -75,9 +74,9 @@ def test_a_member_that_says_nothing_counts_as_nothing():
 
 def test_all_items_are_scored_with_one_member_before_the_next():
     many = scorer()
-    many.score([item(1)] * (2 * CHUNK + 1))
+    many.score([item(1)] * (2 * MAX_PART + 1))
     assert [version for version, _ in many.fleet.calls] == ["a"] * 3 + ["b"] * 3
-    assert sum(num for version, num in many.fleet.calls if version == "a") == 2 * CHUNK + 1
+    assert sum(num for version, num in many.fleet.calls if version == "a") == 2 * MAX_PART + 1
 
 
 def test_sequences_are_cut_and_nothing_is_scored_as_nothing():
