@@ -15,7 +15,7 @@ from rayrl.records import Checkpoint, Response, Sampled, Scored, from_row
 from rayrl.runs.run import Run
 from rayrl.stages.generate import sample_block
 from rayrl.stages.pool import Pool
-from rayrl.stages.query import ask
+from rayrl.stages.query import expert_scores
 
 
 @dataclass(kw_only=True)
@@ -92,17 +92,9 @@ def _answer(row: Sampled, responses: list[Response]) -> Answer:
 
 def judge(oracle: ActorHandle, answers: list[Answer]) -> None:
     """Write the expert's scores into the answers; None where it abstains."""
-    items = [
-        {
-            "prompt_id": a.prompt_id,
-            "response_id": f"{a.prompt_id}-evaluate-{i}",
-            "prompt": a.prompt,
-            "response": a.text,
-        }
-        for i, a in enumerate(answers)
-    ]
-    for answer, judgement in zip(answers, ask(oracle, items, "evaluate", describe="evaluating"), strict=True):
-        answer.score = judgement.score
+    texts = [(a.prompt_id, a.prompt, a.text) for a in answers]
+    for answer, score in zip(answers, expert_scores(oracle, texts, describe="evaluating"), strict=True):
+        answer.score = score
 
 
 def reference_answers(run: Run) -> dict[str, str]:

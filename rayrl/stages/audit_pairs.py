@@ -17,7 +17,7 @@ from rayrl.algorithms.statistics import order_agreement
 from rayrl.data.blocks import BlockTable
 from rayrl.records import content_id
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.query import ask, expert_of
+from rayrl.stages.query import expert_of, expert_scores
 from rayrl.stages.synthesize import STAGE as SYNTHESIZE
 from rayrl.stages.tally import GAMMAS
 
@@ -48,13 +48,8 @@ def audit_pairs(run: Run, oracle: ActorHandle) -> Manifest | None:
     started = time.monotonic()
     pairs = possible_pairs(run, synthesized)
     pairs = sorted(pairs, key=lambda pair: content_id("audited", str(run.config.seed), pair.prompt_id))[:num]
-    items = [
-        {"prompt_id": p.prompt_id, "response_id": content_id(p.prompt_id, said), "prompt": p.prompt, "response": said}
-        for p in pairs
-        for said in (p.chosen, p.rejected)
-    ]
-    judgements = ask(oracle, items, "evaluate", describe="asking about synthetic pairs")
-    scores = np.array([judgement.score for judgement in judgements], float).reshape(-1, 2)
+    texts = [(p.prompt_id, p.prompt, said) for p in pairs for said in (p.chosen, p.rejected)]
+    scores = np.array(expert_scores(oracle, texts, describe="asking about synthetic pairs"), float).reshape(-1, 2)
     metrics: dict[str, Any] = audit(scores, [p.confidence for p in pairs]) | {"num_audited": len(pairs)}
     metrics["ledger"] = ray.get(oracle.summary.remote())
     overall = metrics["accuracy"]

@@ -16,7 +16,7 @@ from rayrl.actors.oracle_pool import PairItem
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import StageTimeout
 from rayrl.models.judge import load_rubric
-from rayrl.records import Comparison, Judgement, Said, from_table, to_table
+from rayrl.records import Comparison, Judgement, Said, content_id, from_table, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.select import QuerySet
 
@@ -90,6 +90,15 @@ def ask(oracle: ActorHandle, items: list[dict[str, Any]], purpose: str, *, descr
         StageTimeout: a chunk took hours.
     """
     return _collect([oracle.judge.remote(chunk, purpose) for chunk in _chunks(items)], describe)
+
+
+def expert_scores(oracle: ActorHandle, texts: Sequence[tuple[str, str, str]], *, describe: str) -> list[float | None]:
+    """The expert's scores of (prompt id, prompt, response), out of the evaluation's budget; None where it abstains."""
+    items = [
+        {"prompt_id": of, "response_id": content_id(of, said), "prompt": prompt, "response": said}
+        for of, prompt, said in texts
+    ]
+    return [judgement.score for judgement in ask(oracle, items, "evaluate", describe=describe)]
 
 
 def compare(oracle: ActorHandle, items: list[PairItem], purpose: str, *, describe: str) -> list[Comparison]:

@@ -20,7 +20,7 @@ from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id, from_ro
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.ppo import HELD_OUT
-from rayrl.stages.query import ask, expert_of
+from rayrl.stages.query import expert_of, expert_scores
 from rayrl.telemetry.metrics import read_metrics
 
 STAGE = "track_rewards"
@@ -60,7 +60,9 @@ def track_rewards(
     points = find_points(run, list(ppos), budget)
     answers = [answer for point in points for pair in point.answers for answer in pair]
     shape = [len(points), -1, 2]
-    expert = np.array(expert_scores(oracle, answers), float).reshape(shape)
+    texts = [(a.prompt_id, a.prompt, a.response) for a in answers]
+    scores = expert_scores(oracle, texts, describe="asking about answers along PPO")
+    expert = np.array(scores, float).reshape(shape)
     items = [Scored(prompt=a.prompt, response=a.response, token_ids=a.prompt_token_ids + a.token_ids) for a in answers]
     predicted = {name: np.array(reward.score(items), float).reshape(shape) for name, reward in rewards.items()}
     measured = [
@@ -110,20 +112,6 @@ def read_answers(run: Run, ppo: str, step: int) -> list[list[HeldOutAnswer]]:
         for row in block.to_pylist():
             by_prompt.setdefault(row["prompt_id"], []).append(from_row(row, HeldOutAnswer))
     return [by_prompt[prompt] for prompt in sorted(by_prompt, key=lambda prompt: content_id("tracked", prompt))]
-
-
-def expert_scores(oracle: ActorHandle, answers: list[HeldOutAnswer]) -> list[float | None]:
-    """The expert's score of each answer; the same answer is paid once."""
-    items = [
-        {
-            "prompt_id": a.prompt_id,
-            "response_id": content_id(a.prompt_id, a.response),
-            "prompt": a.prompt,
-            "response": a.response,
-        }
-        for a in answers
-    ]
-    return [judgement.score for judgement in ask(oracle, items, "evaluate", describe="asking about answers along PPO")]
 
 
 def measure_point(expert: np.ndarray, predicted: Mapping[str, np.ndarray]) -> dict[str, Any]:
