@@ -3,6 +3,7 @@
 Every request names the checkpoint it must be answered by. A replica that holds other weights (a stage went by, or Ray
 has just restarted it) swaps first: wait for the running requests, pause, load, reset the prefix cache, compare the
 probe with the trainer's numbers, resume. So a stale replica cannot answer, and nobody need keep track of who is stale.
+Only PPO with `overlap` does not wait: a sequence that is being written goes on under the new weights, and names both.
 """
 
 import asyncio
@@ -29,6 +30,8 @@ PROBE_FILE = "probe.json"
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a log-probability (nats) or head value between trainer and engine, by dtype."""
 
+LOADING = "loading "
+"""Before the version of a replica that is between two."""
 CPU_BATCHED_TOKENS = 8192
 """Tokens of one forward pass of a CPU engine; a context longer than this raises it."""
 
@@ -146,8 +149,17 @@ class ServedEngine:
             "pid": os.getpid(),
         }
 
-    async def adopt(self, checkpoint: Checkpoint) -> str:
-        """Swap to a checkpoint now, once running requests are through, and prove it; the version that is served."""
+    async def adopt(self, checkpoint: Checkpoint, in_flight: bool) -> str:
+        """Swap to a checkpoint and prove it; the version that is served.
+
+        Args:
+            checkpoint: the weights.
+            in_flight: do not wait for running requests: they go on under the new weights.
+        """
+        if in_flight:
+            async with self._swap:
+                if checkpoint.version != self.version:
+                    await self._swap_or_die(checkpoint)
         async with self.serving(checkpoint):
             return self.version
 
@@ -190,13 +202,13 @@ class ServedEngine:
         """
         started = time.monotonic()
         folder = Path(local_folder(checkpoint.path))
-        self.version = f"loading {checkpoint.version}"
+        self.version = f"{LOADING}{checkpoint.version}"
         await self.engine.pause_generation(mode="keep", clear_cache=False)
         with tempfile.TemporaryDirectory() as scratch:
             weights = with_tied_head(folder, Path(scratch))
             await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
-        if reset_cache:
-            await self.engine.reset_prefix_cache()
+        if reset_cache:  # what running requests have read so far is read again, by the new weights
+            await self.engine.reset_prefix_cache(reset_running_requests=self._running > 0)
         await self.engine.resume_generation()
         if (folder / PROBE_FILE).exists():
             difference = await self.probe(json.loads((folder / PROBE_FILE).read_text()), checkpoint)

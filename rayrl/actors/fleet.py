@@ -81,15 +81,18 @@ class Fleet:
         with ThreadPoolExecutor(self.concurrency) as calls:
             return [answer for answers in calls.map(call, parts) for answer in answers]
 
-    def adopt(self, checkpoint: Checkpoint, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def adopt(self, checkpoint: Checkpoint, *, in_flight: bool = False, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Bring every replica to a checkpoint's weights, each proved against the trainer's probe.
+
+        With `in_flight` the replicas do not wait for their running requests, which then span two versions.
 
         Raises:
             WeightSyncError: a replica serves another version.
             StageTimeout: a replica gave no answer in time.
         """
         try:
-            versions = ray.get([replica.adopt.remote(checkpoint) for replica in self.replicas], timeout=timeout_s)
+            adopted = [replica.adopt.remote(checkpoint, in_flight) for replica in self.replicas]
+            versions = ray.get(adopted, timeout=timeout_s)
         except GetTimeoutError:
             raise StageTimeout(f"{self.name}: a replica took no weights within {timeout_s:.0f} s") from None
         stale = {version for version in versions if version != checkpoint.version}

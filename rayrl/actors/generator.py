@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from rayrl.actors.engine import EngineSpec, ServedEngine
+from rayrl.actors.engine import LOADING, EngineSpec, ServedEngine
 from rayrl.records import Checkpoint
 
 
@@ -31,6 +31,8 @@ class Continuation:
     token_logprobs: list[float]
     """Its terms, one per token."""
     finish_reason: str
+    versions: list[str]
+    """Of the weights that wrote it: one, or those of its first and of its last token."""
     candidates: list[dict[int, float]]
     """Per token, log-probabilities of the likeliest tokens; empty unless asked for."""
 
@@ -92,6 +94,7 @@ class Generator(ServedEngine):
     async def _sample(self, prompt: list[int], seed: int, sampling: Sampling, num_candidates: int) -> Continuation:
         from vllm import SamplingParams
 
+        version = self.version
         output = await self._finish(
             prompt,
             SamplingParams(
@@ -114,6 +117,7 @@ class Generator(ServedEngine):
             logprob=sum(logprobs),
             token_logprobs=logprobs,
             finish_reason=sampled.finish_reason,
+            versions=list(dict.fromkeys([version, self.version.removeprefix(LOADING)])),
             candidates=[{t: c.logprob for t, c in p.items()} for p in sampled.logprobs] if num_candidates else [],
         )
 

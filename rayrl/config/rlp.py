@@ -100,7 +100,8 @@ class PpoConfig(TrainingConfig):
     truncation_penalty: float = Field(default=0.0, ge=0)
     """Taken from the reward of a response that was cut off at generate.max_tokens."""
     overlap: bool = False
-    """Sample the next rollout while this one trains: one update behind, corrected by the importance ratio."""
+    """Sample the next rollout while this one trains: at most one update behind, corrected by the importance ratio. What
+    is being written when the weights change goes on under the new ones."""
     importance_cap: float = Field(default=2.0, ge=1)
     evaluate_every: int = Field(default=10, gt=0)
     """Rollouts between two measurements of the reward on the held-out prompts."""

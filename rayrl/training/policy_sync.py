@@ -44,7 +44,7 @@ class ServedPolicy:
         )
         export.export_policy(self.engine, self.engine.module.policy, None, checkpoint.path)
         if launch.rank() == 0:
-            self.job.fleet.adopt(checkpoint)
+            self.job.fleet.adopt(checkpoint, in_flight=self.job.ppo.overlap)
             storage.remove_folder(f"{self.job.sync_url}/{self._before}")
         zero.largest(0.0, self.engine)  # nobody asks for these weights before they are there
         self._before, self._served, self._step = self._step, checkpoint, step

@@ -6,7 +6,7 @@ trainer learns from them for a few passes, and the replicas take the new weights
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -92,14 +92,12 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
             waited_s = time.monotonic() - started
             prompts = next(rollouts, [])
             goes_on = zero.largest(len(prompts), engine) > 0
-            if config.overlap:  # the next rollout is sampled by the weights before this update
+            if config.overlap:  # the next rollout begins with the weights before this update
                 asked = ahead.submit(served.answers, prompts, step + 1)
             rollout = experience(engine, reference, answers, config, kl_coef)
             seen = means(rollout.sums, "num_responses", engine)
             learnt = learn(engine, rollout, job, step)
             train_s = time.monotonic() - started - waited_s
-            if config.overlap:  # replicas take no weights before they have answered
-                waited_s += seconds_until(asked)
             sync_s = served.publish(step)
             ran_away = not seen["kl"] <= config.max_kl
             if not config.overlap:
@@ -132,13 +130,6 @@ def prompts_of_rollouts(job: PpoJob, data: launch.Rows, *, skip: int) -> Iterato
     batches = optimizer_batches(data, epochs=config.epochs, batch_size=share, seed=job.seed, skip=skip)
     left = None if config.max_rollouts is None else max(0, config.max_rollouts - skip)
     return (rows for _, rows in islice(batches, left))
-
-
-def seconds_until(asked: Future[Any]) -> float:
-    """Wait until a call is over, whatever came of it; seconds that took."""
-    started = time.monotonic()
-    wait([asked])
-    return time.monotonic() - started
 
 
 def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> float:

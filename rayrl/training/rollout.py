@@ -115,7 +115,8 @@ class Experience:
     importance: Tensor
     """pi_old / pi_sampler, capped; 1 but for rounding when the sampler held the trainer's weights."""
     sums: dict[str, float]
-    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations and abstentions."""
+    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, how many two versions of the
+    weights wrote, and abstentions."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -170,6 +171,7 @@ def experience(engine: Any, reference: Any, answers: Answers, config: PpoConfig,
             "kl": torch.where(mask, old - under_reference, 0.0).sum().item(),
             "length": mask.sum().item(),
             "truncated": float((~finished).sum()),
+            "spanning": sum(len(c.versions) > 1 for c in said),
             "num_abstained": len(answers.rewards) - len(kept),
         },
     )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +136,33 @@ def test_a_replica_that_cannot_load_dies_and_the_next_one_answers(generators, ti
     (broken / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(
-            generators.replicas[0].adopt.options(max_task_retries=0).remote(Checkpoint(path=str(broken), version="b"))
+            generators.replicas[0]
+            .adopt.options(max_task_retries=0)
+            .remote(Checkpoint(path=str(broken), version="b"), False)
         )
     assert generators.call("logprobs", tiny_policy.checkpoint, [PROMPT], [[7, 8]])[0] < 0
     assert ray.get(generators.replicas[0].status.remote())["pid"] != before
+
+
+def test_what_is_being_written_goes_on_under_the_new_weights(generators, tiny_policy, other):
+    checkpoint, new = other
+    sampling = Sampling(temperature=1.0, max_tokens=100)
+    prompts, seeds = [[*PROMPT, i] for i in range(200)], [[i, i + 1000] for i in range(200)]
+    generators.adopt(tiny_policy.checkpoint)
+    call = generators.replicas[0].generate.remote(tiny_policy.checkpoint, prompts, seeds, sampling)
+    time.sleep(1.0)
+    generators.adopt(checkpoint, in_flight=True)
+    assert ray.wait([call], timeout=0)[1], "the swap waited for the requests"
+    sampled = [(p, c) for p, row in zip(prompts, ray.get(call), strict=True) for c in row]
+    versions = {tuple(c.versions) for _, c in sampled}
+    assert ("tiny", "other") in versions and versions <= {("tiny",), ("other",), ("tiny", "other")}
+    old, moved = tiny_policy.load(), 0
+    for prompt, said in [(p, c) for p, c in sampled if len(c.versions) > 1 and len(c.token_ids) > 4][:64]:
+        first, last = said.token_ids[:1], said.token_ids[-1:]
+        begun = abs(continuation_of(old, prompt, first) - said.token_logprobs[0]) < 1e-3
+        ended = abs(continuation_of(new, prompt + said.token_ids[:-1], last) - said.token_logprobs[-1]) < 1e-3
+        moved += begun and ended
+    assert moved > 5, "begun by the old weights, and ended by the new ones, which read all of it again"
 
 
 def test_embeddings_are_the_pooled_hidden_states(embedders, tiny_policy):

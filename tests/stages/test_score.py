@@ -77,7 +77,13 @@ def scorer(fleet, policy, rubric):
 
 def review(token_ids, candidates):
     return Continuation(
-        text="", token_ids=token_ids, logprob=0.0, token_logprobs=[], finish_reason="stop", candidates=candidates
+        text="",
+        token_ids=token_ids,
+        logprob=0.0,
+        token_logprobs=[],
+        finish_reason="stop",
+        versions=["tiny"],
+        candidates=candidates,
     )
 
 
