@@ -115,8 +115,8 @@ class Experience:
     importance: Tensor
     """pi_old / pi_sampler, capped; 1 but for rounding when the sampler held the trainer's weights."""
     sums: dict[str, float]
-    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, how many two versions of the
-    weights wrote, and abstentions."""
+    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, abstentions, and how many
+    span two versions of the weights."""
 
     def __len__(self) -> int:
         return len(self.prompts)
