@@ -285,14 +285,27 @@ def test_a_run_directory_of_another_config_is_refused(tree):
     assert "seed (0 there, 7 now), select.budget (10 there, 11 now)" in message
 
 
-def test_run_directories_that_cannot_be_used_are_refused(tree, tmp_path, monkeypatch):
+def test_run_directories_that_cannot_be_used_are_refused(tree, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot be" in refusal(RunDirectoryError, changed(tree, run_dir=str(tmp_path / "file" / "run")))
     assert "reuse must be another run's folder" in refusal(RunDirectoryError, changed(tree, reuse=str(tmp_path)))
     message = refusal(ConfigError, changed(tree, run_dir="nosuch://bucket/run"))
     assert "run_dir must be a path or an fsspec URL" in message
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert "must be an absolute path inside a Ray job" in refusal(ConfigError, changed(tree, run_dir="runs/x"))
+
+
+def test_a_relative_run_directory_is_refused_in_a_submitted_job(tree, tmp_path, monkeypatch):
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    monkeypatch.chdir(tmp_path)
+    check(changed(tree, run_dir="runs/x"), cluster=TWO_CPUS)  # not submitted: it is relative to the user's folder
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    for relative in ("runs/x", "./runs/x", "file://runs/x", "~/runs/x"):
+        message = refusal(ConfigError, changed(tree, run_dir=relative))
+        assert message.startswith("run_dir must be an absolute path inside a Ray job") and f"got {relative};" in message
+        assert "name a folder that every node sees" in message
+    assert refusal(ConfigError, changed(tree, reuse="runs/y")).startswith("reuse must be an absolute path")
+    for accepted in (str(tmp_path / "run"), f"file://{tmp_path}/run", "memory://runs/x"):
+        check(changed(tree, run_dir=accepted), cluster=TWO_CPUS)
 
 
 def test_a_check_writes_nothing(tree, tmp_path):

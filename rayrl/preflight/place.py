@@ -10,6 +10,8 @@ from rayrl.preflight.model import ModelFacts
 from rayrl.runs import storage
 from rayrl.runs.run import differences
 
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that Ray sets for the entry point of a submitted job."""
 _SHOWN_DIFFERENCES = 6
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
@@ -36,9 +38,10 @@ def check_run_folder(config: RunConfig) -> None:
             raise ConfigError(
                 f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}"
             ) from None
-        if is_local and "://" not in url and not os.path.isabs(url) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        if is_local and SUBMITTED in os.environ and not os.path.isabs(url.partition("://")[2] or url):
             raise ConfigError(
-                f"{setting} must be an absolute path inside a Ray job (its working folder is deleted), got {url}"
+                f"{setting} must be an absolute path inside a Ray job (its working folder is deleted), got {url}; "
+                "name a folder that every node sees, as /mnt/..., or an fsspec URL"
             )
     if config.reuse is not None and not storage.exists(storage.join(storage.absolute(config.reuse), "config.json")):
         raise RunDirectoryError(f"reuse must be another run's folder (with a config.json), got {config.reuse}")
