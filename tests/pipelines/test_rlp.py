@@ -18,7 +18,8 @@ SMALL = [
     "generate.block_size=16",
     "generate.max_tokens=24",
     "select.budget=40",
-    "sft.batch_size=64",
+    "sft.enabled=false",  # the quickstart's model answers well enough to be M1
+    "select.pooling=last",  # what clusters the samples is the fleet of the rewards
     "reward_model.epochs=1",
     "ppo.rollout_size=16",
     "ppo.batch_size=8",
@@ -58,7 +59,7 @@ def finished(ray_cluster, tmp_path_factory):
 
 def test_every_policy_is_judged_on_the_same_prompts(finished):
     metrics = manifest(finished, "evaluate")["metrics"]
-    assert list(metrics["policies"]) == ["m1", "ppo", "rlp", "best_of_n"]
+    assert set(metrics["policies"]) == {"m1", "ppo", "rlp", "best_of_n"}
     table = rows(finished, "evaluate")
     assert len(table) == metrics["num_judged"] == 12
     for name, row in metrics["policies"].items():
@@ -133,5 +134,5 @@ def test_ppo_on_a_python_function_and_on_an_evaluator(ray_cluster, finished):
     asked = ["ppo.reward=evaluator", "select.budget=24", "evaluator.epochs=2", f"reuse={finished}"]
     for name, overrides in (("function", scripted), ("evaluator", asked)):
         folder = run(finished.with_name(name), overrides)
-        assert list(manifest(folder, "evaluate")["metrics"]["policies"])[:2] == ["m1", "ppo"]
+        assert set(manifest(folder, "evaluate")["metrics"]["policies"]) == {"m1", "ppo", "best_of_n"}
         assert "not run" not in (folder / "report.html").read_text()

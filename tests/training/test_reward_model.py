@@ -144,6 +144,7 @@ def test_served_values_are_the_trainers(with_uml, last_embedders):
     np.testing.assert_allclose(served, rewards(exported(folder), sequences), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_policy, tmp_path):
     folder, undisturbed, views = with_uml
     killer = kill_a_worker_after(f"{tmp_path}/metrics/reward_model.jsonl", 10)
@@ -158,6 +159,7 @@ def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_po
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
     views = Views(table=view_table(tmp_path / "views"), uml=UML, max_tokens=512)
     training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3)
@@ -166,6 +168,7 @@ def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
     check_learnt(tmp_path, curve, "last", torch.float32, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_scalar_evaluator_in_bfloat16_with_adapters_learns(ray_cluster, tiny_policy, tmp_path):
     """Bradley-Terry as the evaluator's loss, with its pooling; and the branch of another objective."""
     views = Views(
