@@ -16,6 +16,7 @@ from rayrl.training import launch
 PROBE_TOKENS = 300
 """Longer than any KV block: a replica that kept its prefix cache answers the probe wrongly."""
 PROBE_CANDIDATES = 8
+PROBE_DIMENSIONS = 8
 
 
 def export_policy(engine: Any, policy: Any, tokenizer: Any, url: str) -> None:
@@ -27,10 +28,13 @@ def export_policy(engine: Any, policy: Any, tokenizer: Any, url: str) -> None:
     engine.eval()
     with torch.no_grad():
         tokens = torch.tensor([prompt], device=engine.device)
-        logprobs = policy(input_ids=tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
+        out = policy(input_ids=tokens, output_hidden_states=True, use_cache=False)
     engine.train()
+    logprobs, hidden = out.logits[0, -1].float().log_softmax(-1), out.hidden_states[-1][0].float()
     top = logprobs.topk(PROBE_CANDIDATES)
     probe = {"prompt_token_ids": prompt, "token_ids": top.indices.tolist(), "logprobs": top.values.tolist()}
+    pooled = {"mean": hidden.mean(0), "last": hidden[-1]}  # for the embedding replicas
+    probe["embedding"] = {pooling: vector[:PROBE_DIMENSIONS].tolist() for pooling, vector in pooled.items()}
     _write(engine, policy, tokenizer, url, probe, head=None)
 
 

@@ -48,8 +48,10 @@ def other(tmp_path_factory, tiny_policy):
         shutil.copy(Path(tiny_policy.path) / name, folder)
     prompt = probe_prompt(model.config)
     with torch.no_grad():
-        top = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).topk(PROBE_CANDIDATES)
+        out = model(torch.tensor([prompt]), output_hidden_states=True)
+    top = out.logits[0, -1].log_softmax(-1).topk(PROBE_CANDIDATES)
     probe = {"prompt_token_ids": prompt, "token_ids": top.indices.tolist(), "logprobs": top.values.tolist()}
+    probe["embedding"] = {"mean": out.hidden_states[-1][0].mean(0)[:8].tolist()}
     (folder / "probe.json").write_text(json.dumps(probe))
     return Checkpoint(path=str(folder), version="other"), model
 
@@ -174,3 +176,21 @@ def test_embeddings_are_the_pooled_hidden_states(embedders, tiny_policy):
             hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1]
         expected = pool(hidden, torch.ones(1, len(tokens), dtype=torch.long), "mean")[0].numpy()
         np.testing.assert_allclose(vector, expected, atol=1e-4)
+
+
+def test_embedders_take_a_policys_weights_and_prove_them(embedders, other, tmp_path):
+    checkpoint, model = other
+    inputs = [list(range(3, 40)), list(range(50, 55))]
+    vectors = embedders.call("embed", checkpoint, inputs)
+    with torch.no_grad():
+        for tokens, vector in zip(inputs, vectors, strict=True):
+            hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1]
+            expected = pool(hidden, torch.ones(1, len(tokens)), "mean")[0].numpy()
+            assert np.abs(vector - expected).max() < 1e-4
+    false = tmp_path / "false"
+    shutil.copytree(checkpoint.path, false)
+    probe = json.loads((false / "probe.json").read_text())
+    probe["embedding"]["mean"][0] += 0.1
+    (false / "probe.json").write_text(json.dumps(probe))
+    with pytest.raises(WeightSyncError, match="the replica is stopped"):
+        embedders.call("embed", Checkpoint(path=str(false), version="false"), inputs)

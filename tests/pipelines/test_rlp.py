@@ -135,4 +135,5 @@ def test_ppo_on_a_python_function_and_on_an_evaluator(ray_cluster, finished):
     for name, overrides in (("function", scripted), ("evaluator", asked)):
         folder = run(finished.with_name(name), overrides)
         assert set(manifest(folder, "evaluate")["metrics"]["policies"]) == {"m1", "ppo", "best_of_n"}
-        assert "not run" not in (folder / "report.html").read_text()
+        html = (folder / "report.html").read_text()
+        assert "M1, best of 2" in html and "along PPO: not run" not in html
