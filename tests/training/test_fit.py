@@ -80,6 +80,7 @@ def weights(folder):
     return load_file(Path(folder) / "checkpoint" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_zero3_on_two_workers_is_zero0_on_one(ray_cluster, tiny_policy, tmp_path):
     table = write_pairs(tmp_path / "pairs", tiny_policy.load())
     whole = {"batch_size": 2 * NUM_ROWS, "epochs": 3, "learning_rate": 1e-4, "micro_batch_tokens": 128}
