@@ -37,7 +37,12 @@ def save_rows(path, rows):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A run of 12 prompts, 2 held out, 4 responses each; tests change what they are about."""
+    """What the tests change."""
+    return small_tree(tmp_path)
+
+
+def small_tree(tmp_path):
+    """A run of 12 prompts, 2 held out, 4 responses each."""
     return {
         "name": "t",
         "run_dir": str(tmp_path / "run"),

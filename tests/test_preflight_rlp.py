@@ -15,7 +15,7 @@ from rayrl.models.judge import ADDITIVE_RUBRIC, ANSWER_FORMAT, evaluator_prompt,
 from rayrl.models.pairwise import PAIRWISE_RUBRIC
 from rayrl.preflight import check, render_plan
 from rayrl.runs.run import open_run
-from tests.test_preflight import TWO_CPUS, changed, refusal, save_model, save_rows
+from tests.test_preflight import TWO_CPUS, changed, refusal, save_model, save_rows, small_tree
 
 MNLI = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}
 JUDGE = {"type": "http", "base_url": "http://127.0.0.1:9", "model": "m", "api_key_env": None}
@@ -27,16 +27,8 @@ FUNCTION = {"ppo__reward": "function", "ppo__function": "json:dumps", "preferenc
 @pytest.fixture
 def tree(tmp_path):
     """A run of 12 prompts, 2 held out; the expert compares 2 of 4 responses each. Tests change what they are about."""
-    return {
-        "name": "t",
+    return small_tree(tmp_path) | {
         "pipeline": "rlp",
-        "run_dir": str(tmp_path / "run"),
-        "policy": {"path": save_model(tmp_path / "model")},
-        "pool": {
-            "path": save_rows(tmp_path / "pool.jsonl", [{"prompt": f"p {i}"} for i in range(12)]),
-            "num_eval": 2,
-        },
-        "sft": {"enabled": False},
         "generate": {"k": 4, "max_tokens": 16, "block_size": 4},
         "select": {"budget": 10, "strategy": "random"},
         "oracle": {"type": "scripted", "function": "json:dumps", "compare_function": "json:loads"},

@@ -31,9 +31,9 @@ class ScriptedOracle:
     """
 
     def __init__(self, config: ScriptedOracleConfig, rubric: Rubric) -> None:
-        self._function = _load(config.function, "oracle.function")
+        self._function = load_function(config.function, "oracle.function")
         compare = config.compare_function
-        self._compare_function = None if compare is None else _load(compare, "oracle.compare_function")
+        self._compare_function = None if compare is None else load_function(compare, "oracle.compare_function")
         self._rubric = rubric
         self._timeout_s = config.timeout_s
         self._requests = RateLimit(config.requests_per_minute)
@@ -96,7 +96,12 @@ def _read_preference(answer: Any) -> float:
     raise ValueError(f'not "first", "second" or "tie": {answer!r}')
 
 
-def _load(path: str, setting: str) -> Callable[..., Any]:
+def load_function(path: str, setting: str) -> Callable[..., Any]:
+    """The function that a setting names as "module:function", importable from the working directory.
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
     module_name, _, function_name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -1,8 +1,6 @@
 """Stage ppo: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
 
-import importlib
 import inspect
-import os
 import shutil
 import sys
 import time
@@ -15,8 +13,9 @@ import numpy as np
 from rayrl.actors.generator import Sampling
 from rayrl.actors.services import Services
 from rayrl.config import PpoConfig, RunConfig
-from rayrl.errors import ConfigError, TrainingStopped
+from rayrl.errors import TrainingStopped
 from rayrl.models.rewards import Rewards
+from rayrl.oracles.scripted import load_function
 from rayrl.records import Checkpoint, Scored, content_id
 from rayrl.runs import storage
 from rayrl.runs.run import Run
@@ -41,30 +40,15 @@ class FunctionReward:
     @property
     def key(self) -> str:
         """Another text of the function's module is another reward."""
-        return content_id(self.path, inspect.getsource(sys.modules[load_function(self.path).__module__]))
+        return content_id(
+            self.path, inspect.getsource(sys.modules[load_function(self.path, "ppo.function").__module__])
+        )
 
     def score(self, items: list[Scored]) -> list[float | None]:
         """The function's value of each response."""
-        function = load_function(self.path)
+        function = load_function(self.path, "ppo.function")
         values = [function(item.prompt, item.response) for item in items]
         return [None if value is None else float(value) for value in values]
-
-
-def load_function(path: str) -> Any:
-    """The function a config names as "module:function".
-
-    Raises:
-        ConfigError: there is no such module or function.
-    """
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f'ppo.function must be "module:function", importable from {os.getcwd()}, got "{path}": {error}'
-        ) from None
 
 
 def ppo(

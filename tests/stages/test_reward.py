@@ -8,7 +8,9 @@ from scipy.special import expit
 
 from rayrl.actors.fleet import MAX_PART, Fleet
 from rayrl.config import RewardModelConfig
+from rayrl.errors import ConfigError
 from rayrl.records import Checkpoint, PreferencePair, Scored
+from rayrl.stages.ppo import FunctionReward
 from rayrl.stages.reward import (
     RewardModels,
     RewardScorer,
@@ -140,3 +142,12 @@ def test_the_items_of_pairs_are_what_the_policy_read_and_wrote():
     items = pair_items([pair("p", 2, 1)])
     assert [i.token_ids for i in items] == [[1, 5, 5], [1, 6]]
     assert [i.response for i in items] == ["good", "bad"]
+
+
+def test_a_python_function_rewards_abstains_and_is_found_or_refused():
+    rewards = FunctionReward("tests.oracles.length_expert:reward")
+    said = [Scored(prompt="?", response=text, token_ids=[1]) for text in ("four", "")]
+    assert rewards.score(said) == [0.04, None]
+    assert rewards.key != FunctionReward("tests.oracles.length_expert:judge").key
+    with pytest.raises(ConfigError, match="has no function nobody"):
+        FunctionReward("tests.oracles.length_expert:nobody").score(said)
