@@ -14,7 +14,6 @@ from rayrl.algorithms.rewards import ensemble_reward
 from rayrl.algorithms.statistics import expected_calibration_error, paired_difference, spearman
 from rayrl.config import RewardModelConfig
 from rayrl.data.tokenizing import context_length
-from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, PreferencePair, Scored
 from rayrl.runs.run import Run
 
@@ -92,11 +91,6 @@ def pair_items(pairs: Sequence[PreferencePair]) -> list[Scored]:
     return chosen + [
         Scored(prompt=p.prompt, response=p.rejected, token_ids=p.prompt_token_ids + p.rejected_token_ids) for p in pairs
     ]
-
-
-def pair_accuracy(scorer: Rewards, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
-    """How well rewards tell the chosen from the rejected responses of pairs that somebody else ordered."""
-    return pair_metrics(pairs, scorer.score(pair_items(pairs)))
 
 
 def pair_metrics(pairs: Sequence[PreferencePair], rewards: Sequence[float | None]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rayrl.runs.run import Run
 from rayrl.stages.fit_reward_model import fit_reward_model, member_seed
 from rayrl.stages.generate import Responses
 from rayrl.stages.preferences import Preferences
-from rayrl.stages.reward import make_reward_scorer, pair_accuracy
+from rayrl.stages.reward import make_reward_scorer, pair_items, pair_metrics
 from rayrl.stages.reward_rows import (
     TrainingRows,
     held_out_pairs,
@@ -251,7 +251,8 @@ def test_served_rewards_are_the_trainers(refreshed, tiny_policy):
     np.testing.assert_allclose(single.score(items), expected[0], atol=1e-4)
     means, stds = (np.array(v)[:, None] for v in (refreshed.models.means, refreshed.models.stds))
     np.testing.assert_allclose(scorer.score(items), ((expected - means) / stds).min(0), atol=1e-3)
-    assert pair_accuracy(single, [pair(f"new{n}") for n in range(30)])["accuracy"]["mean"] > 0.6
+    pairs = [pair(f"new{n}") for n in range(30)]
+    assert pair_metrics(pairs, single.score(pair_items(pairs)))["accuracy"]["mean"] > 0.6
 
 
 @pytest.mark.slow

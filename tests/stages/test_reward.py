@@ -14,7 +14,6 @@ from rayrl.stages.ppo import FunctionReward
 from rayrl.stages.reward import (
     RewardModels,
     RewardScorer,
-    pair_accuracy,
     pair_items,
     pair_metrics,
 )
@@ -125,7 +124,8 @@ def test_pair_metrics_by_hand():
 
 
 def test_a_reward_that_likes_long_responses_is_found_out():
-    found = pair_accuracy(scorer(MEMBERS[:1]), [pair(f"p{n}", n % 7 + 1, n % 5 + 2) for n in range(20)])
+    pairs = [pair(f"p{n}", n % 7 + 1, n % 5 + 2) for n in range(20)]
+    found = pair_metrics(pairs, scorer(MEMBERS[:1]).score(pair_items(pairs)))
     assert found["length_correlation"]["mean"] == pytest.approx(1.0)
 
 
