@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import PreferencePair, Scored, to_table
 from rayrl.stages.outcomes import Outcome, best_worst_outcome, synthesize_outcome
 
@@ -24,6 +24,8 @@ SCORED = pa.schema(
 class BlockRewards:
     """Rewards that another stage keeps: a table with the `scores` of each prompt's responses, and what fills it."""
 
+    key: str
+    """Names that stage's work."""
     table: BlockTable
     compute: Callable[[int], pa.Table]
 
@@ -38,7 +40,7 @@ class SyntheticPairs:
     gamma: float
     seed: int
     m1_version: str
-    rewards: Rewards | BlockRewards
+    rewards: ServedReward | BlockRewards
     samples: BlockTable
     folder: str
     """Where the tables are."""
