@@ -1,8 +1,6 @@
 """Stage ppo: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
 
-import inspect
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from rayrl.actors.generator import Sampling
 from rayrl.actors.services import Services
 from rayrl.config import PpoConfig, RunConfig
 from rayrl.errors import TrainingStopped
-from rayrl.oracles.scripted import load_function
+from rayrl.oracles.scripted import load_function, source_of
 from rayrl.records import Checkpoint, Scored, content_id
 from rayrl.runs import storage
 from rayrl.runs.run import Run
@@ -40,9 +38,7 @@ class FunctionReward:
     @property
     def key(self) -> str:
         """Another text of the function's module is another reward."""
-        return content_id(
-            self.path, inspect.getsource(sys.modules[load_function(self.path, "ppo.function").__module__])
-        )
+        return content_id(self.path, source_of(self.path, "ppo.function"))
 
     @property
     def value_path(self) -> None:

@@ -155,3 +155,5 @@ def test_a_python_function_rewards_abstains_and_is_found_or_refused():
     assert rewards.key != FunctionReward("tests.oracles.length_expert:judge").key
     with pytest.raises(ConfigError, match="has no function nobody"):
         FunctionReward("tests.oracles.length_expert:nobody").score(said)
+    with pytest.raises(ConfigError, match=r"must be written in Python.*call it from a function of your own"):
+        _ = FunctionReward("math:dist").key
