@@ -206,23 +206,13 @@ def pairs_of(row: dict[str, Any], scored: dict[str, Any], config: PseudoLabelCon
 
 
 def _pair(row: dict[str, Any], scored: dict[str, Any], chosen: int, rejected: int) -> PreferencePair:
-    better, worse = row["responses"][chosen], row["responses"][rejected]
     sources = {scored["sources"][chosen], scored["sources"][rejected]}
-    return PreferencePair(
-        prompt_id=row["prompt_id"],
-        prompt=row["prompt"],
-        prompt_token_ids=row["prompt_token_ids"],
-        chosen_id=better["id"],
-        rejected_id=worse["id"],
-        chosen=better["text"],
-        rejected=worse["text"],
-        chosen_token_ids=better["token_ids"],
-        rejected_token_ids=worse["token_ids"],
-        chosen_score=scored["scores"][chosen],
-        rejected_score=scored["scores"][rejected],
-        chosen_reference_logprob=better["logprob"],
-        rejected_reference_logprob=worse["logprob"],
+    return PreferencePair.of_responses(
+        row,
+        row["responses"][chosen],
+        row["responses"][rejected],
         source=sources.pop() if len(sources) == 1 else "mixed",
+        scores=(scored["scores"][chosen], scored["scores"][rejected]),
     )
 
 
