@@ -177,9 +177,9 @@ def clustering_plan(config: RunConfig, has_gpu: bool, samples: str, *, is_up: bo
 
 
 def _overlapping(config: RunConfig, has_gpu: bool, stages: dict[str, StagePlan]) -> dict[str, StagePlan]:
-    """Stages beside the fleets that are up then: in mode `overlap` none makes room for another, in no later round.
+    """The stages of mode `overlap` beside the fleets that are up then: those stay, into later rounds too.
 
-    Embedding fleets are told apart by their model; the entailment model is stopped when it has done its work.
+    Every model that embeds has a fleet of its own; the entailment model's is stopped when it has done its work.
     """
     generators, embedders = (serve_plan("fleets", "", name, config, has_gpu) for name in ("generators", "embedders"))
     select, clusterer = config.select, config.refresh.spg.embedder or "policy"
