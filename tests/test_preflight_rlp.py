@@ -294,6 +294,17 @@ def test_a_function_that_is_not_there_is_refused(tree):
     assert "ppo.function must be importable" in message and "there is no module no_such_module" in message
 
 
+@pytest.mark.parametrize("function", ["builtins:print", "math:dist", "os:getpid"])
+def test_a_function_without_text_is_refused_before_work_starts(tree, function):
+    config = changed(tree, **FUNCTION | {"ppo__function": function})
+    plan_of(tree, **FUNCTION | {"ppo__function": function})  # a plan does not import the user's code
+    message = refusal(ConfigError, config, contact_oracle=True)
+    assert "ppo.function must be written in Python" in message and f'got "{function}"' in message
+    check(changed(tree, **FUNCTION), cluster=TWO_CPUS, contact_oracle=True)
+    message = refusal(ConfigError, changed(tree, **FUNCTION | {"ppo__function": "json:nothing"}), contact_oracle=True)
+    assert "module json has no function nothing" in message
+
+
 def test_a_table_of_comparisons_cannot_judge(tree, tmp_path):
     rows = [{"prompt": "p", "first": "a", "second": "b", "preference": "tie"}]
     oracle = {"type": "replay", "comparisons_path": save_rows(tmp_path / "compared.jsonl", rows)}

@@ -40,7 +40,7 @@ def first_ppo_only(run: Run, services: Services, oracle: ActorHandle) -> Manifes
     """Plain RLHF and its evaluation: for what changes the first reward, without a refresh."""
     done = plain_rlhf(run, services, oracle)
     policies = {"m1": done.m1, "ppo": done.policy}
-    return evaluate_policies(run, services, oracle, done.pool, policies, {"r": done.reward})
+    return evaluate_policies(run, services, oracle, done.pool, policies, {"r": done.r})
 
 
 @dataclass(frozen=True, kw_only=True)

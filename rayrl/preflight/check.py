@@ -26,7 +26,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     Args:
         config: the run.
         cluster: `ray.cluster_resources()`; None asks the cluster of RAY_ADDRESS, or looks at this machine.
-        contact_oracle: also ask the judge whether it is there, and the hub for a policy not cached yet.
+        contact_oracle: also import ppo.function, ask the judge if it is there, and the hub for a policy not cached yet.
 
     Raises:
         ConfigError, DataError, RunDirectoryError, ResourceError: one message: field, rule, value, remedy.
@@ -84,8 +84,11 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
 
 def _contact(config: RunConfig, rubric: Rubric) -> None:
     from rayrl.oracles.build import build_oracle
+    from rayrl.oracles.scripted import source_of
 
     build_oracle(config.oracle, rubric).check()
+    if config.pipeline == "rlp" and config.ppo.function is not None:
+        source_of(config.ppo.function, "ppo.function")
 
 
 def _inspect_rlp(config: RunConfig, model: ModelFacts, *, online: bool) -> PairFacts | None:

@@ -10,7 +10,7 @@ from rayrl.config import GenerateConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_reference_answers
 from rayrl.data.tokenizing import load_tokenizer, render
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint, Response, Sampled, Scored, from_row
 from rayrl.runs.run import Run
 from rayrl.stages.generate import sample_block
@@ -37,7 +37,7 @@ def answers_of(run: Run, services: Services, m1: Checkpoint, policy: Checkpoint,
     return [_answer(row, row.responses[:1]) for row in _sampled(run, services, m1, policy, pool, name, 1)]
 
 
-def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, rewards: Rewards) -> list[Answer]:
+def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, rewards: ServedReward) -> list[Answer]:
     """Of n answers of M1 to each held-out prompt the one of the highest reward; the first one is M1's answer."""
     n = run.config.evaluate.best_of_n
     rows = _sampled(run, services, m1, m1, pool, f"best_of_{n}", n)

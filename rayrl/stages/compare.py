@@ -4,7 +4,6 @@ The policy is M1, and in a later round the last one; its pairs then join those o
 """
 
 import dataclasses
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -181,24 +180,10 @@ def verdict(answers: list[Comparison]) -> Preference | None:
 
 def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
     """The pair with its winner chosen. There are no scores; the policy's log-probabilities are generation's."""
-    first, second = pair.responses
+    row = dataclasses.asdict(pair)
+    first, second = row["responses"]
     chosen, rejected = (first, second) if winner == "first" else (second, first)
-    return PreferencePair(
-        prompt_id=pair.prompt_id,
-        prompt=pair.prompt,
-        prompt_token_ids=pair.prompt_token_ids,
-        chosen_id=chosen.id,
-        rejected_id=rejected.id,
-        chosen=chosen.text,
-        rejected=rejected.text,
-        chosen_token_ids=chosen.token_ids,
-        rejected_token_ids=rejected.token_ids,
-        chosen_score=math.nan,
-        rejected_score=math.nan,
-        chosen_reference_logprob=chosen.logprob,
-        rejected_reference_logprob=rejected.logprob,
-        source="oracle",
-    )
+    return PreferencePair.of_responses(row, chosen, rejected, source="oracle")
 
 
 def tally(answers: list[Comparison], verdicts: list[Preference | None], order: Order) -> dict[str, Any]:

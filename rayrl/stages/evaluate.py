@@ -11,7 +11,6 @@ from ray.actor import ActorHandle
 from rayrl.actors.services import Services
 from rayrl.algorithms import statistics
 from rayrl.data.blocks import BlockTable
-from rayrl.data.tokenizing import context_length
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores, sampling_of
@@ -19,7 +18,7 @@ from rayrl.stages.benchmark import benchmark
 from rayrl.stages.measure import against, against_references, nats, spoken
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import expert_of
-from rayrl.stages.score import Scored, make_scorer
+from rayrl.stages.score import Evaluator, Scored
 
 
 def evaluate(
@@ -79,7 +78,7 @@ def _rank_correlation(
 ) -> dict[str, Any] | None:
     """Does the evaluator still rank well where the policy went?"""
     scored = [a for a in answers if a.score is not None and a.token_ids]
-    scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
+    scorer = Evaluator(checkpoint=evaluator, m1=m1, config=run.config).serve(services)
     items = [Scored(prompt=a.prompt, response=a.text, token_ids=a.prompt_token_ids + a.token_ids) for a in scored]
     both = [(p, a.score) for p, a in zip(scorer.score(items), scored, strict=True) if p is not None]
     if len(both) < 3:

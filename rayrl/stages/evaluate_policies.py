@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from rayrl.actors.services import Services
 from rayrl.algorithms.statistics import Estimate, best_of_n_kl, order_agreement
 from rayrl.data.blocks import BlockTable
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint, Scored
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.answers import (
@@ -28,6 +28,7 @@ from rayrl.stages.answers import (
 from rayrl.stages.measure import against, against_references, nats, spoken
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import expert_of
+from rayrl.stages.reward import Reward
 
 M1, BEST_OF_N = "m1", "best_of_n"
 
@@ -38,7 +39,7 @@ def evaluate_policies(
     oracle: ActorHandle,
     pool: Pool,
     policies: Mapping[str, Checkpoint],
-    rewards: Mapping[str, Rewards],
+    rewards: Mapping[str, Reward],
 ) -> Manifest:
     """One row per policy: gain over M1, win rates, KL, perplexity, variety; and how well each reward model ranks.
 
@@ -58,9 +59,10 @@ def evaluate_policies(
     started = time.monotonic()
     m1 = policies[M1]
     services.ready(services.generators(m1))
+    served = {name: reward.serve(services) for name, reward in rewards.items()}
     answers = {name: answers_of(run, services, m1, policy, pool, name) for name, policy in policies.items()}
     if config.evaluate.best_of_n:
-        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(rewards.values())))
+        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(served.values())))
     references = reference_answers(run)
     num_judged = min(len(answers[M1]), config.evaluate.budget // (len(answers) + bool(references)))
     judge(oracle, [answer for of_policy in answers.values() for answer in of_policy[:num_judged]])
@@ -82,7 +84,7 @@ def evaluate_policies(
         num_rows=num_judged * len(answers),
         metrics={
             "policies": rows,
-            "reward_accuracy": {name: _agreement(reward, answers) for name, reward in rewards.items()},
+            "reward_accuracy": {name: _agreement(reward, answers) for name, reward in served.items()},
             "num_judged": num_judged,
             "ledger": ledger,
         },
@@ -90,10 +92,10 @@ def evaluate_policies(
     )
 
 
-def _agreement(rewards: Rewards, answers: Mapping[str, list[Answer]]) -> dict[str, Any]:
+def _agreement(reward: ServedReward, answers: Mapping[str, list[Answer]]) -> dict[str, Any]:
     """By policy: how often a reward orders its answer and M1's to a prompt as the expert does; ties are left out."""
     values = {
-        name: np.array(rewards.score([_scored(a) for a in of_policy]), float) for name, of_policy in answers.items()
+        name: np.array(reward.score([_scored(a) for a in of_policy]), float) for name, of_policy in answers.items()
     }
     experts = {name: np.array([a.score for a in of_policy], float) for name, of_policy in answers.items()}
     shares: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from rayrl.data.batches import Row, optimizer_batches
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import add_lora, load_policy
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import engine as zero
@@ -56,7 +56,7 @@ class PpoJob:
     ppo: PpoConfig
     sampling: Sampling
     fleet: Fleet
-    rewards: Rewards
+    rewards: ServedReward
     held_out: list[Row]
     """Prompts on which the reward is measured along the way."""
     dtype: str

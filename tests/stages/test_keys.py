@@ -42,7 +42,7 @@ STAGES = {
     "select": lambda run: select(run, None, M1, RESPONSES),
     "evaluate": lambda run: evaluate(run, None, None, POOL, m1=M1, m2=M2, evaluator=None),
     "evaluate_policies": lambda run: evaluate_policies(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
-    "track_rewards": lambda run: track_rewards(run, None, {"ppo": M2}, {}),
+    "track_rewards": lambda run: track_rewards(run, None, None, {"ppo": M2}, {}),
     "audit_pairs": lambda run: audit_pairs(run, None),
     "preferences": lambda run: gather_preferences(run, None, None, M1, POOL),
     "synthesize": lambda run: synthesize_preferences(run, None, M1, None, RESPONSES),
