@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rayrl.config import DataConfig, HttpOracleConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
 from rayrl.data import tokenizing
+from rayrl.data.chats import Messages
 from rayrl.data.reading import (
     PromptCounts,
     Render,
@@ -97,7 +98,7 @@ def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], 
 def renderer(config: RunConfig, model: ModelFacts) -> Render:
     """What the policy reads of a prompt; an approximation where its tokenizer is unknown."""
 
-    def render(source: str | tokenizing.Messages) -> str:
+    def render(source: str | Messages) -> str:
         if model.tokenizer is not None:
             return tokenizing.render(model.tokenizer, config.policy.prompt_format, source)
         return source if isinstance(source, str) else "\n".join(m["content"] for m in source)
