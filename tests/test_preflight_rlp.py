@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayrl.config import RubricConfig, RunConfig
-from rayrl.errors import ConfigError, ResourceError
+from rayrl.errors import ConfigError, DataError, ResourceError
 from rayrl.models.judge import ADDITIVE_RUBRIC, ANSWER_FORMAT, evaluator_prompt, load_rubric
 from rayrl.models.pairwise import PAIRWISE_RUBRIC
 from rayrl.preflight import check, render_plan
@@ -299,6 +299,10 @@ def test_a_table_of_comparisons_cannot_judge(tree, tmp_path):
     oracle = {"type": "replay", "comparisons_path": save_rows(tmp_path / "compared.jsonl", rows)}
     assert "oracle.path is missing" in refusal(ConfigError, changed(tree, oracle=oracle))
     plan_of(tree, oracle=oracle, evaluate__budget=0)
+    gone, unnamed = oracle | {"comparisons_path": "gone.jsonl"}, oracle | {"preference_column": "winner"}
+    assert "gone.jsonl does not exist" in refusal(DataError, changed(tree, oracle=gone, evaluate__budget=0))
+    message = refusal(DataError, changed(tree, oracle=unnamed, evaluate__budget=0))
+    assert "has no column winner; the columns there are prompt, first, second, preference" in message
     for judged in ({"evaluate__diagnosis_budget": 36}, EVALUATOR, {"pipeline": "proxy_dpo"}):
         config = changed(tree, oracle=oracle, evaluate__budget=0, **judged)
         assert "oracle.path is missing" in refusal(ConfigError, config)

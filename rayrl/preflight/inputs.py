@@ -149,16 +149,18 @@ def inspect_others(config: RunConfig) -> None:
             read_key(config.oracle.api_key_env)
         case ScriptedOracleConfig():
             check_module(config.oracle.function, "oracle.function")
+            if config.oracle.compare_function is not None:
+                check_module(config.oracle.compare_function, "oracle.compare_function")
         case ReplayOracleConfig(path=None) if config.asks_for_judgements:
             raise ConfigError(
                 "oracle.path is missing: single responses are judged here (to label them, or to evaluate), and a table "
                 "of comparisons judges none; name a table of judgements, or set evaluate.budget = 0 if only that asks"
             )
-        case ReplayOracleConfig() as replay if replay.path is not None:
-            needed = [replay.prompt_column, replay.response_column, replay.score_column]
-            if replay.rationale_column is not None:
-                needed.append(replay.rationale_column)
-            require_columns(replay.path, needed)
+        case ReplayOracleConfig() as replay:
+            if replay.path is not None:
+                require_columns(replay.path, replay.judgement_columns)
+            if replay.comparisons_path is not None:
+                require_columns(replay.comparisons_path, replay.comparison_columns)
 
 
 def check_module(function: str, setting: str) -> None:
