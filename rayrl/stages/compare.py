@@ -6,17 +6,16 @@ The policy is M1, and in a later round the last one; its pairs then join those o
 import dataclasses
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 from ray.actor import ActorHandle
 
 from rayrl.actors.oracle_pool import PairItem
 from rayrl.actors.services import Services
-from rayrl.algorithms.comparisons import TURNED, Order, agreed, num_pairs_asked, queries_per_pair
+from rayrl.algorithms.comparisons import num_pairs_asked
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
 from rayrl.records import (
@@ -25,15 +24,15 @@ from rayrl.records import (
     Preference,
     PreferencePair,
     Sampled,
-    content_id,
     from_row,
     from_table,
     to_table,
 )
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.generate import Responses
-from rayrl.stages.query import compare, spending
+from rayrl.stages.query import spending
 from rayrl.stages.select import select
+from rayrl.stages.verdicts import ask_about, drawn, tally
 
 if TYPE_CHECKING:
     from rayrl.stages.preferences import Preferences
@@ -64,11 +63,8 @@ def compare_responses(
     two = [draw_pair(sampled, run.config.seed) for sampled in chosen(run, services, policy, responses, num_able)]
     known = asked_before(earlier.compared if earlier else ())
     pairs = [pair for pair in two if texts_of(pair) not in known]
-    items = [item for pair in pairs for item in questions(pair, order)]
-    answers = compare(oracle, items, "label", describe="asking the expert")
+    answers, verdicts = ask_about(oracle, [in_order(p) for p in pairs], order, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
-    size = queries_per_pair(order)
-    verdicts: list[Preference | None] = [verdict(answers[at : at + size]) for at in range(0, len(answers), size)]
     decided = zip(pairs, verdicts, strict=True)
     made = [preferred(pair, winner) for pair, winner in decided if winner in ("first", "second")]
     before = (pair for block in earlier.table.blocks() for pair in from_table(block, PreferencePair)) if earlier else ()
@@ -140,31 +136,20 @@ def chosen(run: Run, services: Services, policy: Checkpoint, responses: Response
 
 def draw_pair(sampled: Sampled, seed: int) -> Sampled:
     """Two of a prompt's (distinct) responses in a random order, a function of the seed."""
-    drawn = sorted(sampled.responses, key=lambda response: content_id("pair", str(seed), response.id))[:2]
-    return dataclasses.replace(sampled, responses=drawn)
+    return dataclasses.replace(sampled, responses=sorted(sampled.responses, key=lambda said: drawn(seed, said.id))[:2])
 
 
-def questions(pair: Sampled, order: Order) -> list[PairItem]:
-    """What is asked about a pair: its drawn order, and with "both" the other one after it."""
+def in_order(pair: Sampled) -> PairItem:
+    """A drawn pair as a question."""
     first, second = pair.responses
-    orders = [(first, second), (second, first)] if order == "both" else [(first, second)]
-    return [
-        PairItem(
-            prompt_id=pair.prompt_id,
-            first_id=a.id,
-            second_id=b.id,
-            prompt=pair.prompt,
-            first=a.text,
-            second=b.text,
-        )
-        for a, b in orders
-    ]
-
-
-def verdict(answers: list[Comparison]) -> Preference | None:
-    """What the answers to `questions` say of the pair; None if they decide nothing because one abstained."""
-    asked, *turned = answers
-    return agreed(asked.preference, turned[0].preference) if turned else asked.preference
+    return PairItem(
+        prompt_id=pair.prompt_id,
+        first_id=first.id,
+        second_id=second.id,
+        prompt=pair.prompt,
+        first=first.text,
+        second=second.text,
+    )
 
 
 def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
@@ -187,20 +172,3 @@ def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
         rejected_reference_logprob=rejected.logprob,
         source="oracle",
     )
-
-
-def tally(answers: list[Comparison], verdicts: list[Preference | None], order: Order) -> dict[str, Any]:
-    """What became of the questions, with the reasons of abstentions and the share of wins of the first position."""
-    said = Counter(answer.preference for answer in answers)
-    reasons = Counter(answer.rationale[:80] for answer in answers if answer.preference is None)
-    decided = said["first"] + said["second"]
-    both = zip(answers[::2], answers[1::2], strict=True) if order == "both" else ()
-    return {
-        "num_ties": verdicts.count("tie"),
-        "num_abstained": verdicts.count(None),
-        "num_disagreements": sum(
-            b.preference is not None and a.preference not in (None, TURNED[b.preference]) for a, b in both
-        ),
-        "first_position_share": said["first"] / decided if decided else None,
-        "abstentions": dict(reasons.most_common(5)),
-    }
