@@ -63,3 +63,6 @@ class ReferenceAnswersConfig(DataConfig):
     """A fixed table of reference answers to compete with."""
 
     response_column: str = "response"
+    order: Literal["both", "random"] = "random"
+    """An expert that compares is asked about each answer and the reference in one drawn order, recorded, or in both
+    (two queries; a disagreement is a tie)."""

@@ -126,8 +126,9 @@ def _cells(
 
 def prompt_of(source: str | Messages, render: Render) -> Prompt | None:
     """A text, or a chat without its reply, as a prompt; None if it asks nothing."""
-    text = source
-    if not isinstance(text, str):
+    if isinstance(source, str):
+        text = source
+    else:
         text = next((m["content"] for m in reversed(source) if m["role"] == "user"), "")
     if not text.strip():
         return None

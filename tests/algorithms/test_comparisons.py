@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrl.algorithms.comparisons import TURNED, agreed, num_pairs_asked, queries_per_pair
+from rayrl.algorithms.comparisons import TURNED, agreed, num_pairs_asked, queries_per_pair, queries_per_prompt
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,8 @@ def test_what_a_budget_pays_for(order, each):
     assert num_pairs_asked(9, order, 100) == 9 // each
     assert num_pairs_asked(1000, order, 100) == 100
     assert num_pairs_asked(0, order, 100) == 0
+
+
+@pytest.mark.parametrize(("competes_by", "expected"), [(None, 3), ("scores", 4), ("random", 6), ("both", 9)])
+def test_references_are_scored_once_or_compared_with_every_policy(competes_by, expected):
+    assert queries_per_prompt(3, competes_by) == expected
