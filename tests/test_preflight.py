@@ -276,6 +276,8 @@ def test_judges_that_cannot_be_asked_are_refused(tree, monkeypatch):
     assert "cannot be reached" in message and "secret" not in message
     scripted = {"type": "scripted", "function": "no_such_module:judge"}
     assert "no module no_such_module" in refusal(ConfigError, changed(tree, oracle=scripted))
+    message = refusal(ConfigError, changed(tree, oracle__compare_function="no_such_module:compare"))
+    assert message.startswith("oracle.compare_function must be importable")
 
 
 def test_a_full_disk_is_refused(tree):

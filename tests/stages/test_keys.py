@@ -96,6 +96,19 @@ def test_comparisons_are_named_by_their_own_rubric(tmp_path):
     assert keys[1] == keys[2] and len(set(keys)) == 3
 
 
+@pytest.mark.parametrize("stage", ["evaluate", "evaluate_policies"])
+def test_an_evaluation_is_named_by_the_wording_of_its_comparisons_if_it_has_any(tmp_path, stage):
+    (tmp_path / "mine").write_text("{prompt} {first} {second}")
+    mine = {"rubric__pairwise_template": str(tmp_path / "mine")}
+    references = {"evaluate__reference_answers": {"path": "answers.jsonl"}}
+    compares = {"oracle__compare_function": "a:c"}
+    assert key_of(tmp_path, stage, **references, **compares) != key_of(
+        tmp_path, stage, **references, **compares, **mine
+    )
+    for without in ({}, references, compares):
+        assert key_of(tmp_path, stage, **without) == key_of(tmp_path, stage, **without, **mine)
+
+
 @pytest.mark.parametrize(
     "stage", ["query", "evaluate", "evaluate_policies", "track_rewards", "audit_pairs", "preferences"]
 )
