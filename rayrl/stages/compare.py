@@ -4,6 +4,7 @@ The policy is M1, and in a later round the last one; its pairs then join those o
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
