@@ -17,7 +17,7 @@ REFERENCE = "red fox 12"
 
 def answer(prompt_id, text, score=None):
     return Answer(
-        prompt_id=prompt_id, prompt="?", prompt_token_ids=[1], text=text, token_ids=[7], logprob=0.0, score=score
+        prompt_id=prompt_id, prompt=prompt_id, prompt_token_ids=[1], text=text, token_ids=[7], logprob=0.0, score=score
     )
 
 
