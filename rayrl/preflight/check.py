@@ -12,7 +12,7 @@ from rayrl.preflight.plan import Plan
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
-from rayrl.preflight.rlp import check_room, plan_rlp_stages
+from rayrl.preflight.rlp import check_room, check_transfer, plan_rlp_stages
 from rayrl.preflight.rounds import describe_rounds
 from rayrl.preflight.synthesis import inspect_synthesis
 
@@ -44,7 +44,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     num_kept, num_seed = pool.counts.num_kept, seed.num_kept if seed else 0
     pairs = None
     if config.pipeline == "rlp":
-        pairs = _inspect_rlp(config, model, online=contact_oracle)
+        pairs = _inspect_rlp(config, model, cluster, online=contact_oracle)
         counts = count_rlp(config, num_kept, num_seed, pairs.counts.num_pairs if pairs else None)
         stages, mode, reference = plan_rlp_stages(config, cluster), "overlap", "generation"
     else:
@@ -88,7 +88,8 @@ def _contact(config: RunConfig, rubric: Rubric) -> None:
     build_oracle(config.oracle, rubric).check()
 
 
-def _inspect_rlp(config: RunConfig, model: ModelFacts, *, online: bool) -> PairFacts | None:
+def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: dict[str, float], *, online: bool) -> PairFacts | None:
+    check_transfer(config, cluster)
     check_room(config, model)
     inspect_reward_model(config, online=online)
     return inspect_preferences(config, model)

@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rayrl.actors.weight_folder import PROBE_FILE
 from rayrl.models.reward import RewardModel
-from rayrl.runs.storage import new_folder
+from rayrl.runs import storage
 from rayrl.training import engine as zero
 from rayrl.training import launch
 from rayrl.training.weights import Weights
@@ -76,14 +77,17 @@ def write(weights: Weights, tokenizer: Any, url: str, probe: dict[str, Any], *, 
         for _ in weights.gathered():
             pass
         return
-    with new_folder(url) as folder:
+    with storage.new_folder(url) as folder:
         save_weights(weights, Path(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (Path(folder) / "probe.json").write_text(json.dumps(probe))
+        if storage.is_local(url):
+            (Path(folder) / PROBE_FILE).write_text(json.dumps(probe))
         if head is not None:
             (Path(folder) / "head").mkdir()
             save_file(head, Path(folder) / "head" / "head.safetensors")
+    if not storage.is_local(url):  # files arrive one by one; who waits for the folder waits for this one
+        storage.write_json(storage.join(url, PROBE_FILE), probe)
 
 
 def save_weights(weights: Weights, folder: Path) -> None:

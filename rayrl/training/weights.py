@@ -92,5 +92,11 @@ class Weights:
                 {name: torch.empty(zero.full_shape(p), dtype=p.dtype, device="meta") for name, p in of.items()}
             )
 
+    def published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A bucket under the names of published checkpoints, which are those that engines load."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self.base, state)
+
     def _merged(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return merge_adapters(self._model, state) if self._adapted else state

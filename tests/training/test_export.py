@@ -1,20 +1,23 @@
 """What is exported is what was trained, in one file or in many."""
 
+import asyncio
 import json
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rayrl.actors.engine import with_tied_head
+from rayrl.actors.weight_folder import until_there, with_tied_head
 from rayrl.config import LoraConfig, TrainingConfig
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import engine as zero
+from rayrl.training import launch
 from rayrl.training.export import PROBE_TOKENS, policy_probe, probe_prompt, save_weights, write
 from rayrl.training.launch import fit
 from rayrl.training.weights import Weights, merge_adapters, split_into_buckets
@@ -164,3 +167,16 @@ def test_the_tied_head_is_named_beside_several_shards(tmp_path):
     assert not (scratch / "model.safetensors.index.json").exists(), "it would hide the head"
     save_file({"lm_head.weight": embedding}, folder / "model-00001-of-00002.safetensors")
     assert with_tied_head(folder, tmp_path / "unused") == folder
+
+
+def test_a_remote_folder_is_whole_when_its_probe_is_there(tiny_policy, monkeypatch):
+    monkeypatch.setattr(launch, "rank", lambda: 0)
+    url = "memory://exported/model"
+    write(Weights(WHOLE, tiny_policy.load()), None, url, {"prompt_token_ids": [1]}, head=None)
+    files = sorted(fsspec.filesystem("memory").ls("/exported/model", detail=True), key=lambda file: file["created"])
+    assert {file["name"].rpartition("/")[2] for file in files} >= {"config.json", "model.safetensors", "probe.json"}
+    assert files[-1]["name"].endswith("probe.json")
+    asyncio.run(asyncio.wait_for(until_there(url), 1))
+    asyncio.run(asyncio.wait_for(until_there("a-hub/id"), 1))
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(until_there("memory://exported"), 1))
