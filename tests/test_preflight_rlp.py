@@ -310,6 +310,18 @@ def test_pairs_without_room_in_the_context_are_refused_and_cut_ones_counted(tree
     assert not [w for w in plan_of(tree, **prompts(5, 16)).warnings if "preferences" in w]
 
 
+def test_nccl_needs_a_gpu_for_each_of_its_ranks(tree):
+    nccl = {"ppo__weight_transfer": "nccl"}
+    assert "ppo.weight_transfer must be" in refusal(ConfigError, changed(tree, **nccl))
+    gpus = {"CPU": 8.0, "GPU": 8.0}
+    shared = changed(tree, **nccl, generators={"gpus_per_replica": 0.5})
+    message = refusal(ConfigError, shared, cluster=gpus)
+    assert "generators.gpus_per_replica must be at least 1" in message and "got 0.5" in message
+    plan_of(tree, cluster=gpus, **nccl)
+    plan_of(tree, cluster=gpus, generators={"gpus_per_replica": 0.5})
+    plan_of(tree, ppo__weight_transfer="folder")
+
+
 def test_a_function_that_is_not_there_is_refused(tree):
     message = refusal(ConfigError, changed(tree, **FUNCTION | {"ppo__function": "no_such_module:reward"}))
     assert "ppo.function must be importable" in message and "there is no module no_such_module" in message

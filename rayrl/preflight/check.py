@@ -12,7 +12,7 @@ from rayrl.preflight.plan import Plan
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
-from rayrl.preflight.rlp import check_room, plan_rlp_stages
+from rayrl.preflight.rlp import check_room, check_transfer, plan_rlp_stages
 from rayrl.preflight.rounds import describe_rounds
 from rayrl.preflight.synthesis import inspect_synthesis
 
@@ -42,7 +42,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     inspect_others(config)
     inspect_synthesis(config, online=contact_oracle)
     num_kept, num_seed = pool.counts.num_kept, seed.num_kept if seed else 0
-    pairs = _inspect_rlp(config, model, online=contact_oracle) if config.pipeline == "rlp" else None
+    pairs = _inspect_rlp(config, model, cluster, online=contact_oracle) if config.pipeline == "rlp" else None
     if config.pipeline == "rlp":
         counts = count_rlp(config, num_kept, num_seed, pairs.counts.num_pairs if pairs else None)
         stages, mode, reference = plan_rlp_stages(config, cluster), "overlap", "generation"
@@ -91,7 +91,8 @@ def _contact(config: RunConfig, rubric: Rubric) -> None:
         source_of(config.ppo.function, "ppo.function")
 
 
-def _inspect_rlp(config: RunConfig, model: ModelFacts, *, online: bool) -> PairFacts | None:
+def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: dict[str, float], *, online: bool) -> PairFacts | None:
+    check_transfer(config, cluster)
     check_room(config, model)
     inspect_reward_model(config, online=online)
     return inspect_preferences(config, model)

@@ -117,6 +117,26 @@ def _ppo(name: str, what: str, config: RunConfig, has_gpu: bool) -> StagePlan:
     return beside(trainer, generators, *[embedders] * config.rewards_by_embedders)
 
 
+def check_transfer(config: RunConfig, cluster: dict[str, float]) -> None:
+    """Refuse NCCL where it cannot be.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if config.ppo.weight_transfer != "nccl":
+        return
+    if cluster.get("GPU", 0) == 0:
+        raise ConfigError(
+            'ppo.weight_transfer must be "auto" or "folder" on a cluster without GPUs, got "nccl"; leave it out'
+        )
+    if config.generators.gpus_per_replica < 1:
+        raise ConfigError(
+            'generators.gpus_per_replica must be at least 1 when ppo.weight_transfer is "nccl", which gives each of '
+            f"its ranks a GPU of its own, got {config.generators.gpus_per_replica:g}; raise it, or set "
+            'ppo.weight_transfer = "folder"'
+        )
+
+
 def check_room(config: RunConfig, model: ModelFacts) -> None:
     """Refuse settings under which PPO could not work at all.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rayrl.actors.generator import Sampling
 from rayrl.actors.services import Services
+from rayrl.actors.weight_transfer import Transport, nccl_init_info
 from rayrl.config import PpoConfig, RunConfig
 from rayrl.errors import TrainingStopped
 from rayrl.oracles.scripted import load_function, source_of
@@ -72,7 +73,8 @@ def ppo(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool
         TrainingStopped: the policy ran away from M1.
     """
     config = run.config.ppo
-    same = config.model_copy(update={"keep": "last"})  # both policies are there, whichever goes on
+    # Both policies are there, whichever goes on, and they are the same by whatever way they reach the replicas.
+    same = config.model_copy(update={"keep": "last", "weight_transfer": "auto"})
     sampling = [run.config.generate.max_tokens, *run.config.generate.stop]
     key = run.key(stage, same, reward.key, pool.key, m1.version, services.dtype, *sampling)
     kept = "best" if config.keep == "best" else "checkpoint"
@@ -118,6 +120,7 @@ def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Poo
         best_url=run.folder(stage, "best"),
         held_out_url=run.folder(stage, HELD_OUT),
         sync_url=sync_folder(run, stage, key, m1, on_gpu=services.on_gpu),
+        transport=transport(config),
         m1=m1,
         policy=config.policy,
         value_path=reward.value_path or m1.path,
@@ -130,6 +133,13 @@ def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Poo
         seed=int(content_id(stage, str(config.seed)), 16) >> 1,  # a second PPO on the same reward is another run
         num_rows=pool.num_prompts,
     )
+
+
+def transport(config: RunConfig) -> Transport | None:
+    """What brings weights to the generators, None for a folder."""
+    if config.ppo.weight_transfer != "nccl":
+        return None
+    return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.tensor_parallel_size)
 
 
 def rollout_sampling(config: RunConfig) -> Sampling:
