@@ -75,6 +75,9 @@ def ensemble(objective: str, shared: str = "ensemble-mean") -> Variant:
 VARIANTS: dict[str, Variant] = {
     BASE: Variant(title="RLP-SPG", overrides=("refresh.method=spg",), shared=None),
     "uml": refreshed("RLP-UML", "refresh.method=uml"),
+    "uml-paper": refreshed(
+        "RLP-UML, divergence weighted 1 as in the paper", "refresh.method=uml", "refresh.uml.skl_weight=1"
+    ),
     "second-ppo": refreshed("second PPO, old reward model", "refresh.method=none"),
     "reward-pairs": refreshed("pairs ranked by the old reward model", "refresh.method=reward_pairs"),
     "select-all": refreshed("SPG without selection (gamma 0)", "refresh.method=spg", "refresh.spg.gamma=0"),
