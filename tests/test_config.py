@@ -194,3 +194,13 @@ def test_files_that_are_no_config_are_refused(tmp_path):
     assert "does not exist; jobs/configs/ holds examples" in refusal(tmp_path / "gone.toml")
     (tmp_path / "broken.toml").write_text("name = ")
     assert "is not valid TOML" in refusal(tmp_path / "broken.toml")
+
+
+def test_trackers_are_asked_for_by_their_table(small):
+    assert load_config(small).tracking.wandb is None
+    assert load_config(small, ["tracking.wandb.project=mine"]).tracking.wandb.mode == "offline"
+    assert "tracking.wandb.mode: input should be 'offline' or 'online', got 'disabled'" in refusal(
+        small, "tracking.wandb.mode=disabled"
+    )
+    assert "tracking.wandb.api_key: unknown key" in refusal(small, "tracking.wandb.api_key=secret")
+    assert "did you mean tracking_uri?" in refusal(small, "tracking.mlflow.tracking_url=x")

@@ -390,3 +390,15 @@ def test_a_plan_loads_nothing_heavy(tree):
     command = [sys.executable, "-c", program, config]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_without_its_package_is_refused(tree, name):
+    config = changed(tree, **{f"tracking__{name}": {}})
+    if importlib.util.find_spec(name) is None:
+        assert refusal(ConfigError, config) == (
+            f"tracking.{name} needs the package {name}, which is not installed here; "
+            f'pip install "rayrl[{name}]", or leave the table out'
+        )
+    else:
+        check(config, cluster=TWO_CPUS)

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError
 from rayrl.actors.engine import EngineSpec, ServedEngine, environment
 from rayrl.errors import StageTimeout, WeightSyncError
 from rayrl.records import Checkpoint
+from rayrl.telemetry import meters
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +32,22 @@ MAX_HUNG = 2
 class Router:
     """Hands out the replica with the fewest calls in flight. A Ray actor's plain class, one per fleet."""
 
-    def __init__(self, num_replicas: int):
+    def __init__(self, fleet: str, num_replicas: int):
+        self._fleet = fleet
         self._in_flight = [0] * num_replicas
+        meters.FLEET_REPLICAS.set(num_replicas, fleet=fleet)
+        meters.QUEUE_DEPTH.set(0, fleet=fleet)
 
     def lease(self) -> int:
         replica = min(range(len(self._in_flight)), key=self._in_flight.__getitem__)
         self._in_flight[replica] += 1
+        meters.CALLS.add(fleet=self._fleet)
+        meters.QUEUE_DEPTH.set(sum(self._in_flight), fleet=self._fleet)
         return replica
 
     def release(self, replica: int) -> None:
         self._in_flight[replica] -= 1
+        meters.QUEUE_DEPTH.set(sum(self._in_flight), fleet=self._fleet)
 
 
 class Fleet:
@@ -69,6 +76,7 @@ class Fleet:
                 return ray.get(replica.__getattr__(method).remote(*arguments), timeout=timeout_s)
             except GetTimeoutError:
                 logger.warning("%s: replica %d hung in %s for %.0f s; killing it", self.name, index, method, timeout_s)
+                meters.HUNG.add(fleet=self.name)
                 ray.kill(replica, no_restart=False)
             finally:
                 self.router.release.remote(index)
@@ -139,5 +147,5 @@ def start_replicas(name: str, replica: type[Any], spec: Any, *, num_replicas: in
     """
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": MAX_RETRIES} | options
     replicas = [ray.remote(replica).options(name=f"{name}-{i}", **options).remote(spec) for i in range(num_replicas)]
-    router = ray.remote(Router).options(name=f"{name}-router", num_cpus=0, max_restarts=-1).remote(num_replicas)
+    router = ray.remote(Router).options(name=f"{name}-router", num_cpus=0, max_restarts=-1).remote(name, num_replicas)
     return Fleet(name, replicas, router)

@@ -14,7 +14,9 @@ from rayrl.models.judge import load_rubric
 from rayrl.preflight.plan import Plan
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run, open_run
+from rayrl.telemetry import meters, prometheus
 from rayrl.telemetry.report import write_report
+from rayrl.telemetry.tracking import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         logging.getLogger(noisy).setLevel(logging.WARNING)
     run = open_run(config)
     run.record_time("ray", ray_start_s)
+    prometheus.name_run(config.name)
+    meters.RUN.set(1)
     services = Services(run, mode=plan.mode, reference=plan.reference)
     budgets = {"label": plan.num_label_queries, "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget}
     oracle = start_oracle_pool(
@@ -38,10 +42,12 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         budgets=budgets,
     )
     try:
-        pipeline(run, services, oracle)
+        with tracked(run):
+            pipeline(run, services, oracle)
         services.release()
     finally:
         services.stop()
         ray.kill(oracle)
+        meters.RUN.forget()
     write_report(run.url)
     return storage.join(run.url, "report.html")
