@@ -2,10 +2,14 @@
 
 from typing import Any
 
-from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+from ray.util import metrics
+from vllm.v1.metrics import ray_wrappers
+
+# Where Ray Serve cannot be imported, of which it only wants a Serve replica's name, vLLM does without Ray's metrics.
+ray_wrappers.ray_metrics = metrics  # pyright: ignore[reportPrivateImportUsage]
 
 
-class EngineStats(RayPrometheusStatLogger):
+class EngineStats(ray_wrappers.RayPrometheusStatLogger):
     """vLLM's logger for Ray, but for the one histogram that is written once per token.
 
     Ray's agent repeats every observation of a histogram in Python, which at thousands of tokens a second is much work.
