@@ -74,12 +74,16 @@ def start_engine(spec: EngineSpec) -> Any:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.config.max_num_seqs,
         "tensor_parallel_size": spec.config.tensor_parallel_size,
+        "pipeline_parallel_size": spec.config.pipeline_parallel_size,
         "trust_remote_code": spec.trust_remote_code,
         "seed": 0,
         "disable_log_stats": True,
     }
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
+        if spec.config.tensor_parallel_size * spec.config.pipeline_parallel_size > 1:
+            # In a placement group vLLM would start Ray actors of its own; this one holds all of the group's GPUs.
+            arguments["distributed_executor_backend"] = "mp"
     else:
         # A prefill in chunks would rewind a seeded request's generator, which torch's CPU generator cannot do.
         arguments |= {
