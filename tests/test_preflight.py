@@ -343,6 +343,16 @@ def test_a_check_writes_nothing(tree, tmp_path):
             "stage generate .* needs GPU: 3",
         ),
         (
+            {"generators__max_replicas": 5},
+            {"CPU": 9.0, "GPU": 4.0},
+            r"stage generate \(5 engine.* needs GPU: 5, .* lower generators.max_replicas",
+        ),
+        (
+            {"generators__num_replicas": 2, "generators__cpus_per_replica": 2.0},
+            {"CPU": 4.0},
+            "stage generate .* needs CPU: 4 and 1 free for Ray Data",
+        ),
+        (
             {"pseudo_label__mode": "overlap", "policy__dtype": "float32"},
             {"CPU": 9.0, "GPU": 1.0},
             'stage dpo .*beside 1 engine.* needs GPU: 3, .*pseudo_label.mode = "alternate"',

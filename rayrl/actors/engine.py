@@ -80,6 +80,7 @@ def start_engine(spec: EngineSpec, name: str) -> Any:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.config.max_num_seqs,
         "tensor_parallel_size": spec.config.tensor_parallel_size,
+        "pipeline_parallel_size": spec.config.pipeline_parallel_size,
         "trust_remote_code": spec.trust_remote_code,
         "seed": 0,
         "disable_log_stats": True,  # vLLM's log lines; what they say is among the metrics
@@ -87,6 +88,9 @@ def start_engine(spec: EngineSpec, name: str) -> Any:
     }
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
+        if spec.config.tensor_parallel_size * spec.config.pipeline_parallel_size > 1:
+            # In a placement group vLLM would start Ray actors of its own; this one holds all of the group's GPUs.
+            arguments["distributed_executor_backend"] = "mp"
     else:
         # A prefill in chunks would rewind a seeded request's generator, which torch's CPU generator cannot do.
         arguments |= {

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int8
 
 from rayrl.actors.fleet import Fleet, start_replicas
+from rayrl.actors.replicas import Replicas
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.clustering import ENTAILMENT
 from rayrl.models.entailment import label_order, load_entailment
@@ -127,4 +128,4 @@ def start_entailment(name: str, spec: EntailmentSpec, *, num_replicas: int, num_
     label_order(spec.path)
     variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
     options = {"num_gpus": num_gpus if spec.on_gpu else 0, "runtime_env": {"env_vars": variables}}
-    return start_replicas(name, EntailmentModel, spec, num_replicas=num_replicas, options=options)
+    return start_replicas(name, Replicas(replica=EntailmentModel, spec=spec, options=options), num_replicas)

@@ -15,12 +15,14 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayrl.actors.router import FleetState
 from rayrl.config import HttpOracleConfig, OracleConfig
 from rayrl.errors import BudgetExhausted, RunDirectoryError, StageTimeout
 from rayrl.models.judge import Rubric
 from rayrl.models.pairwise import pairwise_version
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.ledger import Ledger, Reserved
+from rayrl.oracles.limits import Slots
 from rayrl.oracles.queries import Outcome, PairQuery, Query, Question
 from rayrl.records import Comparison, Judgement
 from rayrl.telemetry import meters
@@ -70,7 +72,8 @@ class OraclePool:
         self._rubric = rubric
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, budget_usd=budget_usd)
-        self._slots = asyncio.Semaphore(config.max_concurrency)
+        self._slots = Slots(config.max_concurrency)
+        self._max_concurrency = config.max_concurrency
         self._asking: dict[str, asyncio.Task[Judgement | Comparison | None]] = {}
         self._num_calls = 0
         self._settled = asyncio.Event()
@@ -102,6 +105,29 @@ class OraclePool:
     def comparisons(self, purpose: str) -> list[Comparison]:
         """`Ledger.comparisons`."""
         return self._ledger.comparisons(purpose)
+
+    def resize(self, least: int | None, most: int | None) -> FleetState:
+        """Ask so many questions at once from now on: `most`, or if that is None what the config says.
+
+        A scripted expert has as many threads as its config says, whatever is asked of it.
+        """
+        self._slots.resize(self._max_concurrency if most is None else most)
+        return self.state()
+
+    def state(self) -> FleetState:
+        """Questions asked and waiting, in the words of a fleet: what is ready are slots."""
+        return FleetState(
+            name="oracle",
+            ready=self._slots.num,
+            starting=0,
+            draining=max(0, self._slots.num_used - self._slots.num),
+            calls=self._slots.num_used,
+            waiting=self._slots.num_waiting,
+            least=1,
+            most=self._slots.num,
+            needs="0 GPU, 0 CPU",
+            failure=None,
+        )
 
     def close(self) -> None:
         """Give up the ledger, for another owner in the same process."""

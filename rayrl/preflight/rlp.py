@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rayrl.config import RunConfig
+from rayrl.config import EngineConfig, RunConfig
 from rayrl.errors import ConfigError
 from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.plan import StagePlan
@@ -121,14 +121,14 @@ def _clustering(config: RunConfig, has_gpu: bool) -> StagePlan:
     what = f"cluster {config.refresh.n} samples a prompt by meaning, pair (gamma {spg.gamma:g})"
     embedders = replace(_fleets(config, has_gpu)[1], name="synthesize", what=what)
     if config.clusters_by_rewarders:
-        embedders = replace(embedders, num_gpus=0)
+        embedders = replace(embedders, num_gpus=0, num_cpus=0)
     if spg.clustering == "embedding":
         return embedders
-    hardware = config.embedders.model_copy(update={"num_replicas": spg.num_replicas, "tensor_parallel_size": 1})
+    hardware = EngineConfig(num_replicas=spg.num_replicas, gpus_per_replica=config.embedders.gpus_per_replica)
     num_gpus = engine_gpus(hardware, "embedders") if has_gpu else 0
     actors = f"{spg.num_replicas} entailment model(s)"
-    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, setting="refresh.spg.num_replicas")
-    return max(entailment, embedders, key=lambda plan: plan.num_gpus)
+    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, num_cpus=0, setting="refresh.spg.num_replicas")
+    return max(entailment, embedders, key=lambda plan: (plan.num_gpus, plan.num_cpus))
 
 
 def check_room(config: RunConfig, model: ModelFacts) -> None:

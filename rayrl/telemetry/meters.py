@@ -18,8 +18,8 @@ SCORED = Counter("scored_responses", "responses", "Responses scored; source: exp
 PAIRS = Counter("pairs", "pairs", "Preference pairs made; source: labelled, synthetic", ("source",))
 
 # fleets: the router
-FLEET_REPLICAS = Gauge("fleet_replicas", "replicas", "Replicas the fleet is meant to have", ("fleet",))
-QUEUE_DEPTH = Gauge("queue_depth", "calls", "Calls given to replicas and not answered yet", ("fleet",))
+FLEET_REPLICAS = Gauge("fleet_replicas", "replicas", "By state: ready, starting, draining", ("fleet", "state"))
+QUEUE_DEPTH = Gauge("queue_depth", "calls", "Calls that wait for room in a replica", ("fleet",))
 CALLS = Counter("calls", "calls", "Calls given to replicas", ("fleet",))
 HUNG = Counter("hung_replicas", "replicas", "Replicas killed because a call got no answer", ("fleet",))
 

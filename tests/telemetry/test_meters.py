@@ -148,18 +148,6 @@ def test_a_replica_is_in_one_state_and_serves_one_version():
         assert {key[-1]: value for key, value in meters.WEIGHT_VERSION.values.items()} == dict([shown])
 
 
-def test_a_router_shows_its_queue():
-    from rayrl.actors.fleet import Router
-
-    router = Router("t-fleet", 2)
-    assert meters.FLEET_REPLICAS.value(fleet="t-fleet") == 2
-    leases = [router.lease(), router.lease(), router.lease()]
-    assert sorted(leases[:2]) == [0, 1]
-    assert meters.QUEUE_DEPTH.value(fleet="t-fleet") == 3
-    router.release(leases[0])
-    assert (meters.QUEUE_DEPTH.value(fleet="t-fleet"), meters.CALLS.value(fleet="t-fleet")) == (2, 3)
-
-
 def test_a_block_is_computed_once_and_then_kept(tmp_path):
     from rayrl.data.blocks import BlockTable
 
