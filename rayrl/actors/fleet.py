@@ -132,16 +132,6 @@ class Fleet:
         finally:
             self._release(leases)
 
-    def state(self) -> FleetState:
-        """What the fleet is seen to do."""
-        state: Any = ray.get(self.router.state.remote())
-        return state
-
-    def resize(self, least: int | None, most: int | None) -> FleetState:
-        """Scale between other bounds from now on; None is the configured one."""
-        state: Any = ray.get(self.router.resize.remote(least, most))
-        return state
-
     def stop(self) -> None:
         """Release the replicas and what they hold."""
         try:

@@ -68,6 +68,14 @@ def ask(fleet, num, seconds):
         return [calls.submit(fleet.call, "work", [i], seconds) for i in range(num)]
 
 
+def state(fleet):
+    return ray.get(fleet.router.state.remote())
+
+
+def resize(fleet, num):
+    ray.get(fleet.router.resize.remote(num, num))
+
+
 def pids(fleet):
     return {status["pid"] for status in fleet.wait_ready(60)}
 
@@ -78,7 +86,7 @@ def test_a_fleet_grows_under_a_queue_and_shrinks_when_idle(start):
     answers = [answer.result() for answer in ask(fleet, 60, 0.5)]
     assert sorted(item for ((_, item),) in answers) == list(range(60)), "every call is answered, once"
     assert len({pid for ((pid, _),) in answers}) == 3
-    until(lambda: fleet.state()["ready"] == 1 and fleet.state()["draining"] == 0)
+    until(lambda: state(fleet)["ready"] == 1 and state(fleet)["draining"] == 0)
     assert len(pids(fleet)) == 1
 
 
@@ -87,24 +95,24 @@ def test_a_removed_replica_ends_its_calls_first(start):
     before = pids(fleet)
     with ThreadPoolExecutor(4) as calls:
         answers = [calls.submit(fleet.call, "work", [i], 3.0) for i in range(4)]
-        until(lambda: fleet.state()["calls"] == 4)
-        fleet.resize(1, 1)
-        until(lambda: fleet.state()["draining"] == 1)
+        until(lambda: state(fleet)["calls"] == 4)
+        resize(fleet, 1)
+        until(lambda: state(fleet)["draining"] == 1)
     assert {pid for answer in answers for pid, _ in answer.result()} == before
-    until(lambda: fleet.state()["draining"] == 0)
+    until(lambda: state(fleet)["draining"] == 0)
     assert pids(fleet) < before
 
 
 def test_who_has_no_room_stays_pending_and_is_not_asked(start):
     fleet = start("pends", 1, options={"num_cpus": 3})
     alone = pids(fleet)
-    fleet.resize(2, 2)
-    until(lambda: fleet.state()["starting"] == 1)
+    resize(fleet, 2)
+    until(lambda: state(fleet)["starting"] == 1)
     answers = [answer.result() for answer in ask(fleet, 8, 0.1)]
     assert {pid for ((pid, _),) in answers} == alone
     assert pids(fleet) == alone, "a hand that asks for too much does not stop the run"
-    fleet.resize(1, 1)
-    until(lambda: fleet.state()["starting"] == 0)
+    resize(fleet, 1)
+    until(lambda: state(fleet)["starting"] == 0)
 
 
 def test_a_wait_says_what_is_missing(start):
@@ -129,7 +137,7 @@ def test_a_killed_replica_answers_the_same_calls(start):
     first = min(pids(fleet))
     with ThreadPoolExecutor(4) as calls:
         answers = [calls.submit(fleet.call, "work", [i], 2.0) for i in range(4)]
-        until(lambda: fleet.state()["calls"] == 4)
+        until(lambda: state(fleet)["calls"] == 4)
         os.kill(first, signal.SIGKILL)
     assert sorted(item for answer in answers for _, item in answer.result()) == [0, 1, 2, 3]
     until(lambda: len(pids(fleet)) == 2 and first not in pids(fleet))
@@ -140,7 +148,7 @@ def test_a_restarted_router_starts_replicas_anew_and_the_calls_go_on(start):
     before = pids(fleet)
     with ThreadPoolExecutor(1) as calls:
         answer = calls.submit(fleet.call, "work", [7], 5.0)
-        until(lambda: fleet.state()["calls"] == 1)
+        until(lambda: state(fleet)["calls"] == 1)
         ray.kill(fleet.router, no_restart=False)
     ((pid, item),) = answer.result()
     assert item == 7 and pid not in before
@@ -151,7 +159,7 @@ def test_all_that_are_ready_adopt_weights(start):
     fleet.wait_ready(60)
     fleet.adopt(Checkpoint(path="nowhere", version="second"))
     assert [status["version"] for status in fleet.wait_ready(60)] == ["second"] * 2
-    assert fleet.state()["calls"] == 0
+    until(lambda: state(fleet)["calls"] == 0)
 
 
 def test_a_fleet_is_scaled_by_hand_and_remembers_it(start, capsys):
@@ -160,14 +168,14 @@ def test_a_fleet_is_scaled_by_hand_and_remembers_it(start, capsys):
     try:
         ray.get(control.show.remote("generators", fleet.name, fleet.router))
         assert scale(capsys, "by-hand", "evaluators=3")[-1] == "3"
-        until(lambda: fleet.state()["ready"] == 3)
+        until(lambda: state(fleet)["ready"] == 3)
         assert scale(capsys, "by-hand")[:3] == ["by-hand-generators", "3", "0"]
         fleet.stop()
         again = start("by-hand-generators", 1)
         ray.get(control.show.remote("generators", again.name, again.router))
-        assert again.state()["least"] == 3, "a fleet that is released and started again has the size of the hand"
+        assert state(again)["least"] == 3, "a fleet that is released and started again has the size of the hand"
         scale(capsys, "by-hand", "generators=auto")
-        until(lambda: again.state()["ready"] == 1 and again.state()["draining"] == 0)
+        until(lambda: state(again)["ready"] == 1 and state(again)["draining"] == 0)
     finally:
         ray.kill(control)
 

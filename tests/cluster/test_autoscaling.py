@@ -52,6 +52,10 @@ def num_nodes():
     return sum(node["Alive"] for node in ray.nodes())
 
 
+def state():
+    return ray.get(fleet.router.state.remote())
+
+
 def until(condition):
     deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
@@ -68,7 +72,7 @@ with ThreadPoolExecutor(20) as calls:
     answers = [calls.submit(fleet.call, "work", [i], 5.0) for i in range(20)]
 seen["asked"] = sorted(item for answer in answers for _, item in answer.result())
 seen["under a queue"] = num_nodes()
-seen["shrunk"] = until(lambda: fleet.state()["ready"] == 1 and fleet.state()["draining"] == 0)
+seen["shrunk"] = until(lambda: (state()["ready"], state()["draining"]) == (1, 0))
 seen["idle nodes went"] = until(lambda: num_nodes() == 2)
 fleet.stop()
 seen["all went"] = until(lambda: num_nodes() == 1)
