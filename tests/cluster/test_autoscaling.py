@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 CONFIG = {
     "cluster_name": "scaling",
     "max_workers": 2,
@@ -88,15 +87,8 @@ def cluster(tmp_path):
         port = free.getsockname()[1]
     config = CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": f"127.0.0.1:{port}"}}
     (tmp_path / "autoscaling.json").write_text(json.dumps(config))
-    command = [
-        BIN / "ray",
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--num-cpus=0",
-        "--node-ip-address=127.0.0.1",
-    ]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += [f"--port={port}", "--num-cpus=0", "--node-ip-address=127.0.0.1"]
     command += ["--include-dashboard=false", f"--autoscaling-config={tmp_path / 'autoscaling.json'}"]
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1",
@@ -104,7 +96,7 @@ def cluster(tmp_path):
         "RAY_AUTH_MODE": "disabled",
     }
     with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log)
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     deadline = time.monotonic() + 60
     while "Ray runtime started" not in (tmp_path / "head.log").read_text():
         assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()

@@ -115,7 +115,7 @@ def watched(folder: Path) -> Iterator[Watched]:
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrl-", ignore_cleanup_errors=True))
-        head = [f"{Path(sys.executable).parent}/ray", "start", "--head", "--block", "--disable-usage-stats"]
+        head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         head += ["--num-cpus=4", f"--port={gcs}", f"--temp-dir={temporary}", "--node-ip-address=127.0.0.1"]
         head += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         stack.enter_context(process(head, folder / "ray.log", env=environment, cwd=ROOT))
