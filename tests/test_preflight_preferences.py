@@ -100,6 +100,9 @@ def test_a_budget_too_small_for_the_order_is_refused(order, least):
 
 def test_one_response_cannot_be_compared():
     assert "generate.k must be at least 2" in refusal(ConfigError, ORACLE, k=1)
+    message = refusal(ConfigError, ORACLE | {"pairs_per_prompt": 3}, k=5)
+    assert "generate.k must be at least 6" in message and "pairs_per_prompt is 3" in message and "got 5" in message
+    assert inspect(ORACLE | {"pairs_per_prompt": 2}, k=4) is None
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,14 @@ def queries_per_pair(order: Order) -> int:
     return 2 if order == "both" else 1
 
 
-def num_pairs_asked(budget: int, order: Order, num_prompts: int) -> int:
-    """Pairs that a budget of comparisons pays for, at most one per prompt."""
-    return min(budget // queries_per_pair(order), num_prompts)
+def num_pairs_asked(budget: int, order: Order, num_pairs: int) -> int:
+    """Pairs that a budget of comparisons pays for, of those there are."""
+    return min(budget // queries_per_pair(order), num_pairs)
+
+
+def num_disjoint(num_responses: int, pairs_per_prompt: int) -> int:
+    """Pairs of one prompt's responses, no response in two of them."""
+    return min(num_responses // 2, pairs_per_prompt)
 
 
 def agreed(asked: Preference | None, turned: Preference | None) -> Preference | None:

@@ -25,10 +25,12 @@ class PreferencesConfig(Table):
     """D: where the preference pairs come from."""
 
     source: Literal["data", "oracle"] = "data"
-    """"oracle" asks about two on-policy responses per prompt, `select.budget` paid queries in all."""
+    """"oracle" asks about pairs of on-policy responses to a prompt, `select.budget` paid queries in all."""
     data: PreferenceDataConfig | None = None
     order: Literal["both", "random"] = "both"
     """oracle: ask both orders (two queries a pair; a disagreement is a tie), or one drawn order, recorded."""
+    pairs_per_prompt: int = Field(default=1, gt=0)
+    """oracle: pairs of a prompt's responses, no response in two of them."""
 
     @model_validator(mode="after")
     def _data_is_named(self) -> "PreferencesConfig":

@@ -112,10 +112,11 @@ def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
             f'"{preferences.order}"{of_rounds} ({MIN_PROMPTS} pairs, one to learn from and one to check on), '
             f"got {config.select.budget}"
         )
-    if config.generate.k < 2:
+    if config.generate.k < 2 * preferences.pairs_per_prompt:
         raise ConfigError(
-            'generate.k must be at least 2 when preferences.source is "oracle", since two responses to a prompt are '
-            f"compared; got {config.generate.k}"
+            f'generate.k must be at least {2 * preferences.pairs_per_prompt} when preferences.source is "oracle" and '
+            f"preferences.pairs_per_prompt is {preferences.pairs_per_prompt}, since two responses to a prompt are "
+            f"compared and none of them twice; got {config.generate.k}"
         )
 
 

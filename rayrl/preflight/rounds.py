@@ -1,7 +1,7 @@
 """What the rounds of a run repeat, what each asks, and how many policies that leaves to judge."""
 
 from rayrl.algorithms.budget import planned_spending
-from rayrl.algorithms.comparisons import queries_per_pair
+from rayrl.algorithms.comparisons import num_disjoint, queries_per_pair
 from rayrl.config import RunConfig
 from rayrl.preflight.plan import StagePlan
 
@@ -14,14 +14,15 @@ def label_queries(config: RunConfig, num_prompts: int, num_askable: int) -> tupl
 
     Args:
         config: the run.
-        num_prompts: each gives one pair to compare in a round.
+        num_prompts: each gives pairs to compare in a round.
         num_askable: responses of a round that can be judged.
     """
     budget, select = config.select.budget, config.select
     if config.asks_for_comparisons:
         assert config.preferences is not None
         unit = queries_per_pair(config.preferences.order)
-        return planned_spending(budget, config.rounds, num_prompts * unit, unit)
+        num_pairs = num_prompts * num_disjoint(config.generate.k, config.preferences.pairs_per_prompt)
+        return planned_spending(budget, config.rounds, num_pairs * unit, unit)
     if config.pipeline == "rlp" and config.ppo.reward != "evaluator":
         return ()
     if config.labels == "expert":

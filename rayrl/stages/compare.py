@@ -1,4 +1,4 @@
-"""The expert compares a policy's responses: one pair per prompt, asked in one order or in both, and what that makes.
+"""The expert compares a policy's responses: pairs to a prompt, asked in one order or in both, and what that makes.
 
 The policy is M1, and in a later round the last one; its pairs then join those of the rounds before.
 """
@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from rayrl.actors.oracle_pool import PairItem
 from rayrl.actors.services import Services
-from rayrl.algorithms.comparisons import TURNED, Order, agreed, num_pairs_asked, queries_per_pair
+from rayrl.algorithms.comparisons import TURNED, Order, agreed, num_disjoint, num_pairs_asked, queries_per_pair
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
 from rayrl.records import (
@@ -59,11 +59,12 @@ def compare_responses(
     preferences = run.config.preferences
     assert preferences is not None, "the config is refused without preferences"
     order = preferences.order
-    num_able = num_with_two(responses)
-    num_without = responses.num_prompts - num_able
-    two = [draw_pair(sampled, run.config.seed) for sampled in chosen(run, services, policy, responses, num_able)]
+    there = pairs_of_prompts(responses, preferences.pairs_per_prompt)
+    num_without = there.count(0)
+    num_pairs = num_pairs_asked(run.config.select.budget, order, sum(there))
+    drawn = drawn_pairs(run, chosen(run, services, policy, responses, num_pairs, sum(there)), num_pairs)
     known = asked_before(earlier.compared if earlier else ())
-    pairs = [pair for pair in two if texts_of(pair) not in known]
+    pairs = [pair for pair in drawn if texts_of(pair) not in known]
     items = [item for pair in pairs for item in questions(pair, order)]
     answers = compare(oracle, items, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
@@ -87,7 +88,7 @@ def compare_responses(
     metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
     metrics |= {"num_asked": len(pairs), "num_without_two_responses": num_without} | counts | summary
     if earlier:
-        metrics |= {"num_new_pairs": len(made), "num_asked_before": len(two) - len(pairs)}
+        metrics |= {"num_new_pairs": len(made), "num_asked_before": len(drawn) - len(pairs)}
     return run.finish(
         "preferences",
         key,
@@ -112,23 +113,25 @@ def asked_before(compared: Iterable[BlockTable]) -> set[tuple[str, frozenset[str
     return {(row["prompt_id"], frozenset((row["first"], row["second"]))) for row in rows}
 
 
-def num_with_two(responses: Responses) -> int:
-    """Prompts with two different responses."""
+def pairs_of_prompts(responses: Responses, pairs_per_prompt: int) -> list[int]:
+    """How many disjoint pairs of different responses each prompt has to ask about."""
     lengths = (pc.list_value_length(block["responses"]) for block in responses.table.blocks())  # type: ignore[attr-defined]
-    return sum(sum(length >= 2 for length in of_block.to_pylist()) for of_block in lengths)
+    return [num_disjoint(length, pairs_per_prompt) for of_block in lengths for length in of_block.to_pylist()]
 
 
-def chosen(run: Run, services: Services, policy: Checkpoint, responses: Responses, num_able: int) -> Iterator[Sampled]:
+def chosen(
+    run: Run, services: Services, policy: Checkpoint, responses: Responses, num_asked: int, num_there: int
+) -> Iterator[Sampled]:
     """The prompts that are asked about: all with two responses, or those `select` picks, if the budget is for fewer.
 
     The selection works on prompts here whatever `select.unit` says: a pair needs two responses to one prompt.
     """
     config = run.config
     assert config.preferences is not None
-    num = num_pairs_asked(config.select.budget, config.preferences.order, num_able)
     wanted: set[str] | None = None
-    if num < num_able:
-        whole = config.select.model_copy(update={"unit": "prompt", "budget": num * config.generate.k})
+    if num_asked < num_there:
+        num_prompts = math.ceil(num_asked / config.preferences.pairs_per_prompt)
+        whole = config.select.model_copy(update={"unit": "prompt", "budget": num_prompts * config.generate.k})
         by_prompt = dataclasses.replace(run, config=config.model_copy(update={"select": whole}))
         query_set = select(by_prompt, services, policy, responses)
         wanted = set(query_set.table.read(0)["prompt_id"].to_pylist())
@@ -138,10 +141,19 @@ def chosen(run: Run, services: Services, policy: Checkpoint, responses: Response
                 yield from_row(row, Sampled)
 
 
-def draw_pair(sampled: Sampled, seed: int) -> Sampled:
-    """Two of a prompt's (distinct) responses in a random order, a function of the seed."""
-    drawn = sorted(sampled.responses, key=lambda response: content_id("pair", str(seed), response.id))[:2]
-    return dataclasses.replace(sampled, responses=drawn)
+def drawn_pairs(run: Run, prompts: Iterable[Sampled], num_pairs: int) -> list[Sampled]:
+    """At most `num_pairs` pairs of these prompts' responses."""
+    assert run.config.preferences is not None
+    most = run.config.preferences.pairs_per_prompt
+    drawn = chain.from_iterable(draw_pairs(sampled, run.config.seed, most) for sampled in prompts)
+    return list(islice(drawn, num_pairs))
+
+
+def draw_pairs(sampled: Sampled, seed: int, most: int = 1) -> list[Sampled]:
+    """Disjoint pairs of a prompt's (distinct) responses in a random order, a function of the seed."""
+    drawn = sorted(sampled.responses, key=lambda response: content_id("pair", str(seed), response.id))
+    num = num_disjoint(len(drawn), most)
+    return [dataclasses.replace(sampled, responses=drawn[2 * i : 2 * i + 2]) for i in range(num)]
 
 
 def questions(pair: Sampled, order: Order) -> list[PairItem]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrl.algorithms.comparisons import TURNED, agreed, num_pairs_asked, queries_per_pair
+from rayrl.algorithms.comparisons import TURNED, agreed, num_disjoint, num_pairs_asked, queries_per_pair
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,8 @@ def test_what_a_budget_pays_for(order, each):
     assert num_pairs_asked(9, order, 100) == 9 // each
     assert num_pairs_asked(1000, order, 100) == 100
     assert num_pairs_asked(0, order, 100) == 0
+
+
+@pytest.mark.parametrize(("num_responses", "most", "there"), [(0, 1, 0), (1, 1, 0), (2, 1, 1), (5, 1, 1), (5, 3, 2)])
+def test_no_response_is_in_two_pairs(num_responses, most, there):
+    assert num_disjoint(num_responses, most) == there

@@ -16,8 +16,9 @@ from rayrl.runs.run import Run
 from rayrl.stages.compare import (
     asked_before,
     chosen,
-    draw_pair,
-    num_with_two,
+    draw_pairs,
+    drawn_pairs,
+    pairs_of_prompts,
     preferred,
     questions,
     tally,
@@ -164,12 +165,35 @@ def answered(pair, order, *preferences):
 
 
 def test_a_pair_is_drawn_by_the_seed_alone_and_in_either_order():
-    drawn = [draw_pair(sampled(4, f"p{i}"), seed) for seed in (0, 1) for i in range(200)]
-    assert drawn == [draw_pair(sampled(4, f"p{i}"), seed) for seed in (0, 1) for i in range(200)]
+    drawn = [draw_pairs(sampled(4, f"p{i}"), seed)[0] for seed in (0, 1) for i in range(200)]
+    assert drawn == [draw_pairs(sampled(4, f"p{i}"), seed)[0] for seed in (0, 1) for i in range(200)]
     places = [tuple(int(response.id[-1]) for response in pair.responses) for pair in drawn]
     assert all(a != b for a, b in places) and len(set(places)) == 12
     assert places[:200] != places[200:]
     assert 150 < sum(a < b for a, b in places) < 250
+
+
+def test_pairs_of_a_prompt_share_no_response():
+    for num, most, there in [(6, 2, 2), (6, 3, 3), (7, 9, 3), (2, 3, 1), (1, 3, 0)]:
+        pairs = draw_pairs(sampled(num), 0, most)
+        used = [response.id for pair in pairs for response in pair.responses]
+        assert len(pairs) == there and len(used) == len(set(used)) == 2 * there
+
+
+@pytest.mark.parametrize(("budget", "num_prompts", "num_pairs"), [(5, 3, 5), (100, 4, 8)])
+def test_several_pairs_of_a_prompt_are_asked_about_until_the_budget_is_spent(
+    tmp_path, tiny_policy, budget, num_prompts, num_pairs
+):
+    table = BlockTable(str(tmp_path / "responses"), 1)
+    table.write(0, to_table([sampled(5, f"p{i}") for i in range(4)], Sampled))
+    responses = Responses(key="y", table=table, num_prompts=4, num_responses=20, block_counts=[20])
+    preferences = {"source": "oracle", "order": "random", "pairs_per_prompt": 2}
+    select = {"budget": budget, "strategy": "random"}
+    run = run_in(tmp_path, tiny_policy, preferences, select=select, generate={"k": 5})
+    prompts = list(chosen(run, None, tiny_policy.checkpoint, responses, num_pairs, 8))  # type: ignore[arg-type]
+    assert len(prompts) == num_prompts
+    pairs = drawn_pairs(run, prompts, num_pairs)
+    assert len({pair.prompt_id for pair in pairs}) == num_prompts and len(pairs) == num_pairs
 
 
 @pytest.mark.parametrize("budget", [2, 100])
@@ -178,7 +202,7 @@ def test_only_prompts_with_two_responses_are_asked_about(tmp_path, tiny_policy, 
     for block in range(2):
         table.write(block, to_table([sampled(n, f"p{block}{n}-{i}") for n in range(4) for i in range(2)], Sampled))
     responses = Responses(key="y", table=table, num_prompts=16, num_responses=24, block_counts=[12, 12])
-    assert num_with_two(responses) == 8
+    assert pairs_of_prompts(responses, 1) == [0, 0, 0, 0, 1, 1, 1, 1] * 2
     run = run_in(
         tmp_path,
         tiny_policy,
@@ -186,12 +210,13 @@ def test_only_prompts_with_two_responses_are_asked_about(tmp_path, tiny_policy, 
         select={"budget": budget, "strategy": "random"},
         generate={"block_size": 8},
     )
-    asked = list(chosen(run, None, tiny_policy.checkpoint, responses, 8))  # type: ignore[arg-type]
-    assert len(asked) == min(budget, 8) and all(len(row.responses) >= 2 for row in asked)
+    num = min(budget, 8)
+    asked = list(chosen(run, None, tiny_policy.checkpoint, responses, num, 8))  # type: ignore[arg-type]
+    assert len(asked) == num and all(len(row.responses) >= 2 for row in asked)
 
 
 def test_both_orders_are_two_questions_and_a_drawn_order_is_one():
-    pair = draw_pair(sampled(3), 0)
+    pair = draw_pairs(sampled(3), 0)[0]
     a, b = pair.responses
     both, one = questions(pair, "both"), questions(pair, "random")
     assert [(q["first_id"], q["first"], q["second_id"], q["second"]) for q in both] == [
@@ -202,7 +227,7 @@ def test_both_orders_are_two_questions_and_a_drawn_order_is_one():
 
 
 def test_a_position_bias_makes_no_pair():
-    pair = draw_pair(sampled(2), 0)
+    pair = draw_pairs(sampled(2), 0)[0]
     assert verdict(answered(pair, "both", "first", "first")) == "tie"
     assert verdict(answered(pair, "both", "second", "first")) == "second"
     assert verdict(answered(pair, "both", "first", None)) is None
@@ -212,7 +237,7 @@ def test_a_position_bias_makes_no_pair():
 
 @pytest.mark.parametrize(("winner", "place"), [("first", 0), ("second", 1)])
 def test_a_preferred_response_is_chosen_whole(winner, place):
-    pair = draw_pair(sampled(3), 0)
+    pair = draw_pairs(sampled(3), 0)[0]
     won, lost = pair.responses[place], pair.responses[1 - place]
     made = preferred(pair, winner)
     assert (made.chosen_id, made.chosen, made.chosen_token_ids) == (won.id, won.text, won.token_ids)
@@ -223,7 +248,7 @@ def test_a_preferred_response_is_chosen_whole(winner, place):
 
 
 def test_what_became_of_the_questions_is_counted():
-    pair = draw_pair(sampled(2), 0)
+    pair = draw_pairs(sampled(2), 0)[0]
     said = [("first", "second"), ("first", "first"), ("tie", "tie"), ("first", None), (None, None)]
     answers = [answered(pair, "both", *both) for both in said]
     counts = tally([a for both in answers for a in both], [verdict(both) for both in answers], "both")
