@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +17,13 @@ ROOT = Path(__file__).parents[2]
 CONFIG = {
     "cluster_name": "scaling",
     "max_workers": 2,
-    "provider": {"type": "fake_multinode", "head_node_id": "f" * 51 + "00000"},
+    "provider": {
+        "type": "fake_multinode",
+        "head_node_id": "f" * 51 + "00000",
+        "use_node_id_as_ip": True,  # all nodes have one address
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
@@ -81,14 +89,15 @@ print(json.dumps(seen))
 
 @pytest.fixture
 def cluster(tmp_path):
-    """The address of a head without CPUs, with an autoscaler."""
+    """The address of a head without CPUs, with an autoscaler, in a folder where no other Ray finds it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    temporary = tempfile.mkdtemp(prefix="rayrl-")  # short, for the names of sockets
     config = CONFIG | {"provider": CONFIG["provider"] | {"gcs_address": f"127.0.0.1:{port}"}}
     (tmp_path / "autoscaling.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    command += [f"--port={port}", "--num-cpus=0", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", f"--temp-dir={temporary}", "--num-cpus=0", "--node-ip-address=127.0.0.1"]
     command += ["--include-dashboard=false", f"--autoscaling-config={tmp_path / 'autoscaling.json'}"]
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1",
@@ -108,6 +117,7 @@ def cluster(tmp_path):
     for process in ours:  # nodes that the autoscaler started outlive it
         if process.is_running():
             process.kill()
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.mark.slow
