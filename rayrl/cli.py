@@ -129,7 +129,7 @@ def stop(run: LiveRun) -> None:
 
     ray.get(control.stop.remote(), timeout=CALL_TIMEOUT_S)
     try:
-        ray.get(control.forever.remote(), timeout=STOP_TIMEOUT_S)
+        ray.get(control.forever.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
     except RayActorError:  # the last thing a run does is to end its control
         Console().print(Text(f"{run} has ended; the command that started it continues it"), soft_wrap=True)
     except GetTimeoutError:

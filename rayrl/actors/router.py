@@ -99,6 +99,7 @@ class Router:
         self._waiting: deque[tuple[int, asyncio.Future[Lease | FleetState]]] = deque()
         self._waiting_since: float | None = None
         self._is_stopped = False
+        self._is_over = asyncio.Event()
 
     async def run(self) -> None:
         """Keep the fleet until it is stopped."""
@@ -108,6 +109,7 @@ class Router:
             except Exception:  # as a name that is not free yet: the next look tries again
                 logger.exception("%s: a look at the fleet failed", self._name)
             await asyncio.sleep(STEP_S)
+        self._is_over.set()
 
     def step(self) -> None:
         """One look: health, lost leases, size, and who may end."""
@@ -205,11 +207,12 @@ class Router:
             failure=self._members.failure,
         )
 
-    def stop(self) -> None:
-        """End every replica at once, whatever it is doing."""
+    async def stop(self) -> None:
+        """End every replica at once, whatever it is doing, and then `run`, which Ray would report as killed."""
         self._is_stopped = True
         for member in self._members:
             self._members.remove(member)
+        await self._is_over.wait()
 
     def _scale(self, now: float) -> None:
         staying = self._members.staying()

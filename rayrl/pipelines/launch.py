@@ -76,7 +76,7 @@ def interrupt_when_stopped(control: ActorHandle) -> None:
 
     def wait() -> None:
         with suppress(RayError):  # the run is over, and its control gone
-            ray.get(control.stopped.remote())
+            ray.get(control.stopped.options(max_task_retries=0).remote())
             signal.pthread_kill(driver.ident or 0, signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, interrupt)

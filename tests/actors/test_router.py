@@ -378,8 +378,8 @@ async def test_the_loop_survives_a_name_that_is_not_free_and_ends_with_the_fleet
     while not starter.started:
         await asyncio.sleep(0.01)
     assert "f-0 is taken" in caplog.text
-    router.stop()
-    await asyncio.wait_for(loop, 5)
+    await asyncio.wait_for(router.stop(), 5)
+    assert loop.done()
     assert starter.ended == ["f-0"] and router.state()["ready"] == 0
 
 
