@@ -15,11 +15,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from rich.progress import track
 
 from rayrl.records import to_table
 from rayrl.runs import storage
 from rayrl.telemetry import meters
+from rayrl.telemetry.progress import track
 
 TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""
@@ -123,7 +123,7 @@ def map_blocks(
 
     counted = stream_blocks(table.num_blocks, count, concurrency=concurrency, name=progress)
     described = []
-    for row in track(counted.iter_rows(), description=progress, total=table.num_blocks, transient=True):
+    for row in track(counted.iter_rows(), progress, total=table.num_blocks):
         described.append(row)
         meters.PROGRESS.set(len(described) / table.num_blocks, step=progress)
     return described
