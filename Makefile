@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart rlp-quickstart test check test-slow bench lock
+.PHONY: install quickstart rlp-quickstart test check test-slow dashboard-tools test-dashboard bench lock
 
 install: $(VENV)/.installed
 
@@ -31,10 +31,19 @@ check: install
 	$(BIN)/basedpyright
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu and not slow" -q
+	$(BIN)/python -m pytest -m "not gpu and not slow and not dashboard" -q
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
+
+# As root, on Debian and its relatives; elsewhere install Prometheus and Chromium by hand.
+dashboard-tools:
+	apt-get update -q
+	apt-get install -q -y --no-install-recommends prometheus chromium
+
+# Fails, and does not skip, where they are absent.
+test-dashboard: install
+	$(BIN)/python -m pytest -m dashboard -q
 
 bench: install
 	for bench in k_center generation dpo startup swap memory ppo; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done

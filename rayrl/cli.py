@@ -1,8 +1,10 @@
-"""`rayrl`: plan runs and look at them. The work itself is started from jobs/.
+"""`rayrl`: plan runs, look at them, scale and stop them. The work itself is started from jobs/.
 
 A user's mistake ends in one message on stderr and exit code 2. Heavy imports wait until a command needs them.
 """
 
+import logging
+import os
 from typing import Annotated, Any
 
 import typer
@@ -14,12 +16,15 @@ from rayrl.errors import RayRLError
 
 app = typer.Typer(
     name="rayrl",
-    help="Plan, watch and report rayrl runs.",
+    help="Plan, watch, scale and stop rayrl runs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
+LiveRun = Annotated[str, typer.Argument(help="The name or the directory of a run that goes on.")]
+CALL_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 120.0
 
 
 @app.command()
@@ -93,6 +98,86 @@ def runs(
             Text("; ".join(facts["control"])),
         )
     Console().print(table if table.rows else Text(f"no runs in {folder}"))
+
+
+@app.command()
+def scale(
+    run: LiveRun,
+    sizes: Annotated[list[str] | None, typer.Argument(help="generators=4 embedders=1-8 oracle=32 ROLE=auto")] = None,
+) -> None:
+    """Show a run's fleets and oracle; with sizes, resize them: a number, a range, or auto for what the config says."""
+    from rayrl.config.sizes import parse_sizes
+
+    parsed = parse_sizes(sizes or [])
+    control = _control(run)
+    import ray
+
+    if parsed:
+        ray.get(control.scale.remote(parsed), timeout=CALL_TIMEOUT_S)
+    states: Any = ray.get(control.states.remote(), timeout=CALL_TIMEOUT_S)
+    Console().print(fleet_table(states))
+
+
+@app.command()
+def stop(run: LiveRun) -> None:
+    """End a run. Nothing it has paid for is lost, and the same command continues it."""
+    control = _control(run)
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    from rayrl.errors import StageTimeout
+
+    ray.get(control.stop.remote(), timeout=CALL_TIMEOUT_S)
+    try:
+        ray.get(control.forever.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    except RayActorError:  # the last thing a run does is to end its control
+        Console().print(Text(f"{run} has ended; the command that started it continues it"), soft_wrap=True)
+    except GetTimeoutError:
+        raise StageTimeout(
+            f"{run} was told to stop and has not ended within {STOP_TIMEOUT_S:.0f} s; `ray job stop` or killing its "
+            "driver ends it at once"
+        ) from None
+
+
+def fleet_table(states: list[dict[str, Any]]) -> Table:
+    """Fleets as rows: what is ready, starting and draining, who works and who waits, and the bounds."""
+    table = Table(
+        *("fleet", "ready", "starting", "draining", "calls", "waiting", "size"),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for state in states:
+        least, most = state["least"], state["most"]
+        counts = (str(state[name]) for name in ("ready", "starting", "draining", "calls", "waiting"))
+        table.add_row(Text(state["name"]), *counts, str(most) if least == most else f"{least}-{most}")
+        if state["failure"]:
+            table.add_row(Text(f"! {state['failure'].strip().splitlines()[-1]}", style="yellow"))
+    return table
+
+
+def _control(run: str) -> Any:
+    """The control of a live run, named or given by its directory; connects to the cluster."""
+    from rayrl.runs import storage
+
+    name, saved = run, storage.join(storage.absolute(run), "config.json")
+    if storage.exists(saved):
+        name = storage.read_json(saved)["name"]
+    import ray
+
+    from rayrl.actors.control import NAMESPACE, find_control
+    from rayrl.errors import ResourceError
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise ResourceError(
+                f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or submit this command to "
+                "it with `ray job submit -- rayrl ...`"
+            ) from None
+    return find_control(name)
 
 
 def _state(state: str) -> Text:

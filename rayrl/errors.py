@@ -7,6 +7,7 @@
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
+    |-- FleetError         (RuntimeError)  no replica of a fleet can start
     |-- TrainingStopped    (RuntimeError)  a training went where it must not go, and was stopped
     `-- StageTimeout       (TimeoutError)  a wait ended; says what it waited for
 
@@ -40,6 +41,10 @@ class RunDirectoryError(RayRLError, ValueError):
 
 class WeightSyncError(RayRLError, RuntimeError):
     """A replica serves other weights than the trainer wrote."""
+
+
+class FleetError(RayRLError, RuntimeError):
+    """No replica of a fleet can start. The message says why the last one did not."""
 
 
 class TrainingStopped(RayRLError, RuntimeError):

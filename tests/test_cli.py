@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
-from rayrl.cli import main
+from rayrl.cli import fleet_table, main
+from rayrl.config.sizes import parse_sizes
 from tests.telemetry.rlp_run import write_rlp_run
 
 
@@ -112,3 +114,45 @@ def test_runs_of_both_pipelines_are_listed(run_dir, rlp_run_dir, capsys, monkeyp
     _, first, second = output(capsys, "runs", str(run_dir.parent)).splitlines()
     assert first.split()[:2] == ["first", "proxy_dpo"]
     assert second.split() == ["made-up-rlp", "rlp", "3", "evaluate", "300", "/", "300", "+0.79", "\u00b1", "0.09"]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            "trainers=2",
+            "a size must be ROLE=N with a ROLE of generators, embedders, evaluators, entailment, oracle, got",
+        ),
+        ("generators", "a size must be ROLE=N"),
+        ("generators=", "the size of generators must be a number above 0 (generators=4), a range (generators=2-8), or"),
+        ("generators=0", "auto for what the config says, got '0'"),
+        ("generators=8-2", "got '8-2'"),
+        ("generators=-3", "got '-3'"),
+        ("embedders=2.5", "got '2.5'"),
+        ("oracle=2-8", "the size of oracle must be one number, got '2-8'"),
+    ],
+)
+def test_sizes_that_say_nothing_are_refused_before_a_cluster_is_looked_for(capsys, size, message):
+    assert message in refusal(capsys, "scale", "first", size).replace("\n", " ")
+
+
+def test_sizes_are_read():
+    sizes = parse_sizes(["generators=4", "embedders=1-8", "evaluators=auto", "oracle=32"])
+    assert {role: (size.least, size.most) for role, size in sizes.items()} == {
+        "generators": (4, 4),
+        "embedders": (1, 8),
+        "evaluators": (None, None),
+        "oracle": (32, 32),
+    }
+    assert parse_sizes([]) == {}
+
+
+def test_fleets_as_a_table(capsys):
+    state = {"name": "first-generators", "ready": 1, "starting": 3, "draining": 0, "calls": 2, "waiting": 6}
+    fixed = state | {"least": 4, "most": 4, "needs": "1 GPU, 0 CPU", "failure": None}
+    failing = fixed | {"name": "first-embedders-mean", "least": 1, "failure": "Traceback ...\nOSError: no weights\n"}
+    Console().print(fleet_table([fixed, failing]))
+    head, first, second, failure = capsys.readouterr().out.splitlines()
+    assert head.split() == ["fleet", "ready", "starting", "draining", "calls", "waiting", "size"]
+    assert first.split() == ["first-generators", "1", "3", "0", "2", "6", "4"]
+    assert second.split()[-1] == "1-4" and failure.strip() == "! OSError: no weights"

@@ -216,3 +216,29 @@ def test_files_that_are_no_config_are_refused(tmp_path):
     assert "does not exist; jobs/configs/ holds examples" in refusal(tmp_path / "gone.toml")
     (tmp_path / "broken.toml").write_text("name = ")
     assert "is not valid TOML" in refusal(tmp_path / "broken.toml")
+
+
+def test_trackers_are_asked_for_by_their_table(small):
+    assert load_config(small).tracking.wandb is None
+    assert load_config(small, ["tracking.wandb.project=mine"]).tracking.wandb.mode == "offline"
+    assert "tracking.wandb.mode: input should be 'offline' or 'online', got 'disabled'" in refusal(
+        small, "tracking.wandb.mode=disabled"
+    )
+    assert "tracking.wandb.api_key: unknown key" in refusal(small, "tracking.wandb.api_key=secret")
+    assert "did you mean tracking_uri?" in refusal(small, "tracking.mlflow.tracking_url=x")
+
+
+def test_a_fleet_has_one_size_or_three(small):
+    fixed = load_config(small, ["generators.num_replicas=3"]).generators
+    assert (fixed.least, fixed.most) == (3, 3)
+    scaling = load_config(small, ["generators.max_replicas=8"]).generators
+    assert (scaling.least, scaling.num_replicas, scaling.most) == (1, 1, 8)
+    message = r"generators: min_replicas, num_replicas and max_replicas must not decrease .* got \d, \d and \d"
+    for refused in (["generators.min_replicas=2"], ["generators.num_replicas=4", "generators.max_replicas=3"]):
+        with pytest.raises(ConfigError, match=message):
+            load_config(small, refused)
+
+
+def test_a_replica_takes_a_gpu_per_rank(small):
+    ranks = ["generators.tensor_parallel_size=4", "generators.pipeline_parallel_size=2"]
+    assert load_config(small, ranks).generators.num_gpus == 8

@@ -345,6 +345,16 @@ def test_a_check_writes_nothing(tree, tmp_path):
             "stage generate .* needs GPU: 3",
         ),
         (
+            {"generators__max_replicas": 5},
+            {"CPU": 9.0, "GPU": 4.0},
+            r"stage generate \(5 engine.* needs GPU: 5, .* lower generators.max_replicas",
+        ),
+        (
+            {"generators__num_replicas": 2, "generators__cpus_per_replica": 2.0},
+            {"CPU": 4.0},
+            "stage generate .* needs CPU: 4 and 1 free for Ray Data",
+        ),
+        (
             {"pseudo_label__mode": "overlap", "policy__dtype": "float32", "dpo__num_workers": 2},
             {"CPU": 9.0, "GPU": 3.0},
             'stage dpo .*beside 1 engine.* needs GPU: 4, .*pseudo_label.mode = "alternate"',
@@ -424,3 +434,15 @@ def test_a_plan_loads_nothing_heavy(tree):
     command = [sys.executable, "-c", program, config]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_without_its_package_is_refused(tree, name):
+    config = changed(tree, **{f"tracking__{name}": {}})
+    if importlib.util.find_spec(name) is None:
+        assert refusal(ConfigError, config) == (
+            f"tracking.{name} needs the package {name}, which is not installed here; "
+            f'pip install "rayrl[{name}]", or leave the table out'
+        )
+    else:
+        check(config, cluster=TWO_CPUS)

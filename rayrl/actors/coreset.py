@@ -11,6 +11,7 @@ from ray.exceptions import GetTimeoutError
 from rayrl.algorithms.selection import CoresetShard
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import StageTimeout
+from rayrl.telemetry import meters
 
 T = TypeVar("T")
 ROUND_TIMEOUT_S = 600.0
@@ -34,11 +35,11 @@ class BlockShard(CoresetShard):
 class RayShards:
     """All shards of a pool as Ray actors."""
 
-    def __init__(self, table: BlockTable, num_shards: int):
+    def __init__(self, name: str, table: BlockTable, num_shards: int):
         num_shards = min(num_shards, table.num_blocks)
         self.actors: list[Any] = [
             ray.remote(BlockShard)
-            .options(name=f"coreset-{table.url}-{i}", num_cpus=0)
+            .options(name=f"{name}-{i}", num_cpus=0)
             .remote(table, list(range(i, table.num_blocks, num_shards)))
             for i in range(num_shards)
         ]
@@ -50,6 +51,7 @@ class RayShards:
             StageTimeout: a shard gave no answer.
             ray.exceptions.RayActorError: a shard died; select again from the start.
         """
+        meters.CORESET_ROUNDS.add()
         shared = [ray.put(argument) for argument in arguments]
         calls = [actor.__getattr__(method.__name__).remote(*shared) for actor in self.actors]
         try:

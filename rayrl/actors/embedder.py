@@ -13,6 +13,7 @@ import numpy as np
 from rayrl.actors.engine import ServedEngine
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
+from rayrl.telemetry import meters
 
 HEAD_FILE = "head/head.safetensors"
 """Beside the model folder's own files: vLLM loads every safetensors file at the top of it."""
@@ -23,6 +24,7 @@ class Embedder(ServedEngine):
 
     async def embed(self, checkpoint: Checkpoint, inputs: list[list[int]]) -> np.ndarray:
         """Pooled hidden states of the last layer, (num_inputs, hidden_size) float32."""
+        meters.TOKENS.add(sum(map(len, inputs)), **self.labels, kind="prompt")
         async with self.serving(checkpoint):
             return np.stack(await asyncio.gather(*(self._embed(tokens) for tokens in inputs)))
 

@@ -24,6 +24,7 @@ from rayrl.config import EngineConfig
 from rayrl.errors import WeightSyncError
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
+from rayrl.telemetry import meters, prometheus
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,13 @@ def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
     return variables
 
 
-def start_engine(spec: EngineSpec) -> Any:
-    """Start an `AsyncLLM`. Takes 10-30 s."""
+def start_engine(spec: EngineSpec, name: str) -> Any:
+    """Start an `AsyncLLM`. Takes 10-30 s.
+
+    Args:
+        spec: what it is started with.
+        name: what vLLM's metrics call it (`model_name`): its fleet; empty is the model's path.
+    """
     from vllm import AsyncEngineArgs
     from vllm.config import PoolerConfig, WeightTransferConfig
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -76,12 +82,17 @@ def start_engine(spec: EngineSpec) -> Any:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.config.max_num_seqs,
         "tensor_parallel_size": spec.config.tensor_parallel_size,
+        "pipeline_parallel_size": spec.config.pipeline_parallel_size,
         "trust_remote_code": spec.trust_remote_code,
         "seed": 0,
-        "disable_log_stats": True,
+        "disable_log_stats": True,  # vLLM's log lines; what they say is among the metrics
+        "served_model_name": name or None,
     }
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
+        if spec.config.tensor_parallel_size * spec.config.pipeline_parallel_size > 1:
+            # In a placement group vLLM would start Ray actors of its own; this one holds all of the group's GPUs.
+            arguments["distributed_executor_backend"] = "mp"
     else:
         # A prefill in chunks would rewind a seeded request's generator, which torch's CPU generator cannot do.
         arguments |= {
@@ -95,7 +106,12 @@ def start_engine(spec: EngineSpec) -> Any:
     if spec.pooling is not None:
         pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
         arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)))
+    loggers: list[Any] = []
+    if prometheus.connected():
+        from rayrl.actors.engine_stats import EngineStats
+
+        loggers = [EngineStats]
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)), stat_loggers=loggers)
 
 
 class ServedEngine:
@@ -104,10 +120,15 @@ class ServedEngine:
     def __init__(self, spec: EngineSpec):
         started = time.monotonic()
         self.spec = spec
-        self.engine = start_engine(spec)
+        self.labels = prometheus.replica()
+        meters.RESTARTS.add(prometheus.was_restarted(), **self.labels)
+        meters.show_state("starting", self.labels)
+        self.engine = start_engine(spec, self.labels["fleet"])
         self.start_s = time.monotonic() - started
+        meters.START_SECONDS.set(self.start_s, **self.labels)
         self.started_at = time.time()
         self.version = spec.checkpoint.version
+        self._show_serving()
         self.swaps_s: list[float] = []
         self._num_received = 0
         self._running = 0
@@ -154,6 +175,7 @@ class ServedEngine:
                 await self._until_idle()
                 await self._swap_or_die(checkpoint)
             self._running += 1
+            meters.RUNNING.set(self._running, **self.labels)
         try:
             yield
         except EngineDeadError:
@@ -161,6 +183,7 @@ class ServedEngine:
             os._exit(1)
         finally:
             self._running -= 1
+            meters.RUNNING.set(self._running, **self.labels)
             async with self._idle:
                 self._idle.notify_all()
 
@@ -233,6 +256,7 @@ class ServedEngine:
     ) -> None:
         started = time.monotonic()
         self.version = f"{LOADING}{checkpoint.version}"
+        meters.show_state("swapping", self.labels)
         await self.engine.pause_generation(mode="keep", clear_cache=False)
         await load()
         if reset_cache:  # what running requests have read so far is read again, by the new weights
@@ -248,7 +272,14 @@ class ServedEngine:
                 )
         self.version = checkpoint.version
         self.swaps_s.append(time.monotonic() - started)
+        meters.SWAPS.add(1, **self.labels)
+        meters.SWAP_SECONDS.add(self.swaps_s[-1], **self.labels)
+        self._show_serving()
         logger.info("swapped to %s in %.3f s", checkpoint.version, self.swaps_s[-1])
+
+    def _show_serving(self) -> None:
+        meters.show_state("serving", self.labels)
+        meters.show_weights(self.version, self.labels)
 
 
 @contextmanager

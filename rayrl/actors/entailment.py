@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Int8
 
 from rayrl.actors.fleet import Fleet, start_replicas
+from rayrl.actors.replicas import Replicas
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.clustering import ENTAILMENT
 from rayrl.models.entailment import label_order, load_entailment
+from rayrl.telemetry import meters, prometheus
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ class EntailmentModel:
         import torch
 
         started = time.monotonic()
+        self.labels = prometheus.replica()
+        meters.RESTARTS.add(prometheus.was_restarted(), **self.labels)
+        meters.show_state("starting", self.labels)
         if not spec.on_gpu:
             torch.set_num_threads(spec.threads)
         self._device = "cuda" if spec.on_gpu else "cpu"
@@ -68,6 +73,8 @@ class EntailmentModel:
             logger.warning("%s reads %d tokens, not max_tokens = %d", spec.path, self._max_tokens, spec.max_tokens)
         self.start_s = time.monotonic() - started
         self.started_at = time.time()
+        meters.START_SECONDS.set(self.start_s, **self.labels)
+        meters.show_state("serving", self.labels)
 
     def status(self) -> dict[str, Any]:
         """Start-up seconds of this replica, whose weights never change; also the health check."""
@@ -77,6 +84,7 @@ class EntailmentModel:
         """A label per pair. Each distinct pair is read once, and two equal texts entail each other unread."""
         distinct = {pair: n for n, pair in enumerate(dict.fromkeys(p for p in pairs if p[0] != p[1]))}
         labels, truncated = self._read(list(distinct))
+        meters.ENTAILED.add(len(distinct), **self.labels)
         which = np.array([distinct.get(pair, -1) for pair in pairs], np.int64)
         asked = np.zeros(len(pairs), bool)
         asked[np.unique(which, return_index=True)[1]] = True
@@ -120,4 +128,4 @@ def start_entailment(name: str, spec: EntailmentSpec, *, num_replicas: int, num_
     label_order(spec.path)
     variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
     options = {"num_gpus": num_gpus if spec.on_gpu else 0, "runtime_env": {"env_vars": variables}}
-    return start_replicas(name, EntailmentModel, spec, num_replicas=num_replicas, options=options)
+    return start_replicas(name, Replicas(replica=EntailmentModel, spec=spec, options=options), num_replicas)

@@ -1,143 +1,232 @@
-"""A fleet: replicas of one kind behind one router. Which replica answers is decided here; everything else is Ray's.
+"""A fleet: replicas of one kind behind one router. Which replica answers is the router's; everything else is Ray's.
 
-Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names. A
-call that outlives its timeout has met a hung replica: it is killed, and Ray does the rest.
+Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names, and
+so does one that joins. A call that outlives its timeout has met a hung replica: it is killed, and Ray does the rest.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.actors.engine import EngineSpec, ServedEngine, environment
-from rayrl.errors import StageTimeout, WeightSyncError
+from rayrl.actors.replicas import Replicas
+from rayrl.actors.router import LEASE_S, WAIT_S, FleetState, Lease, Router
+from rayrl.algorithms.scaling import CALLS_PER_REPLICA, ScaleRule
+from rayrl.errors import FleetError, StageTimeout, WeightSyncError
 from rayrl.records import Checkpoint
+from rayrl.telemetry import meters
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
+STOP_TIMEOUT_S = 30.0
 MAX_PART = 256
 """Items of one call to a replica: one that dies loses no more work than that."""
-MAX_RETRIES = 5
-"""Replicas one call may lose; a call that kills every replica it meets must end."""
 MAX_HUNG = 2
-"""Replicas one call may find hung before it gives up."""
-
-
-class Router:
-    """Hands out the replica with the fewest calls in flight. A Ray actor's plain class, one per fleet."""
-
-    def __init__(self, num_replicas: int):
-        self._in_flight = [0] * num_replicas
-
-    def lease(self) -> int:
-        replica = min(range(len(self._in_flight)), key=self._in_flight.__getitem__)
-        self._in_flight[replica] += 1
-        return replica
-
-    def release(self, replica: int) -> None:
-        self._in_flight[replica] -= 1
+"""Replicas one call may find hung, or gone for good, before it gives up."""
 
 
 class Fleet:
-    """Actor handles of the replicas and their router; travels to Ray tasks as a value."""
+    """A handle on a fleet's router; travels to Ray tasks as a value."""
 
-    def __init__(self, name: str, replicas: list[Any], router: Any):
+    def __init__(self, name: str, router: Any):
         self.name = name
-        self.replicas = replicas
         self.router = router
 
     @property
     def concurrency(self) -> int:
-        """Blocks to keep in flight: two per replica, so that an engine never waits for the next block."""
-        return 2 * len(self.replicas)
+        """Blocks to keep in flight: two per replica, also of those that may join."""
+        most: Any = ray.get(self.router.most.remote())
+        return CALLS_PER_REPLICA * most
+
+    @property
+    def replicas(self) -> list[Any]:
+        """Handles of the replicas that are ready now."""
+        leases = self._ready(START_TIMEOUT_S)
+        self._release(leases)
+        return [lease.replica for lease in leases]
 
     def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Run a method on the least busy replica and wait for its answer.
+        """Run a method on the least busy replica and wait for its answer. Its size is that of its first list.
 
         Raises:
-            StageTimeout: several replicas in turn gave no answer in time.
+            StageTimeout: several replicas in turn gave no answer in time, or none had room.
+            FleetError: there is no replica, because none can start.
         """
-        for _ in range(MAX_HUNG):
-            index: Any = ray.get(self.router.lease.remote())
-            replica = self.replicas[index]
+        num_items = next((len(argument) for argument in arguments if isinstance(argument, list)), 1)
+        for attempt in range(1, MAX_HUNG + 1):
+            lease, is_suspect = self._lease(num_items, timeout_s), False
             try:
-                return ray.get(replica.__getattr__(method).remote(*arguments), timeout=timeout_s)
+                answer = lease.replica.__getattr__(method).remote(*arguments)
+                self._wait([lease], [answer], timeout_s)
+                return ray.get(answer)
             except GetTimeoutError:
-                logger.warning("%s: replica %d hung in %s for %.0f s; killing it", self.name, index, method, timeout_s)
-                ray.kill(replica, no_restart=False)
+                is_suspect = True
+                logger.warning("%s hung in %s for %.0f s; killing it", lease.name, method, timeout_s)
+                meters.HUNG.add(fleet=self.name)
+                ray.kill(lease.replica, no_restart=False)
+            except ActorDiedError:
+                is_suspect = True
+                logger.warning("%s is gone; another replica is asked to %s", lease.name, method)
+                if attempt == MAX_HUNG:
+                    raise
             finally:
-                self.router.release.remote(index)
+                self._release([lease], is_suspect=is_suspect)
         raise StageTimeout(f"{self.name}: {MAX_HUNG} replicas gave no answer to {method} within {timeout_s:.0f} s")
 
     def map(self, num: int, call: Callable[[slice], list[Any]]) -> list[Any]:
         """The joined answers of calls on parts of `num` items, so many at once that every replica is busy."""
-        size = min(MAX_PART, -(-num // self.concurrency))
+        concurrency = self.concurrency
+        size = min(MAX_PART, -(-num // concurrency))
         parts = [slice(start, start + size) for start in range(0, num, size)] if num else []
-        with ThreadPoolExecutor(self.concurrency) as calls:
+        with ThreadPoolExecutor(concurrency) as calls:
             return [answer for answers in calls.map(call, parts) for answer in answers]
 
     def adopt(self, checkpoint: Checkpoint, *, in_flight: bool = False, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """Bring every replica to a checkpoint's weights, each proved against the trainer's probe.
+        """Bring every ready replica to a checkpoint's weights, each proved against the trainer's probe.
 
-        With `in_flight` the replicas do not wait for their running requests, which then span two versions.
+        With `in_flight` the replicas do not wait for their running requests, which then span two versions. A replica
+        that is not ready, or joins later, is brought to the checkpoint by the first request that names it.
 
         Raises:
             WeightSyncError: a replica serves another version.
             StageTimeout: a replica gave no answer in time.
         """
+        leases = ray.get(self.router.hold.remote())
+        adopted = [lease.replica.adopt.remote(checkpoint, in_flight) for lease in leases]
         try:
-            adopted = [replica.adopt.remote(checkpoint, in_flight) for replica in self.replicas]
-            versions = ray.get(adopted, timeout=timeout_s)
+            self._wait(leases, adopted, timeout_s)
+            versions = ray.get(adopted)
         except GetTimeoutError:
             raise StageTimeout(f"{self.name}: a replica took no weights within {timeout_s:.0f} s") from None
+        except ActorDiedError:  # another takes its place, and swaps when it is first asked; the others have swapped
+            logger.warning("%s: a replica is gone before it took %s", self.name, checkpoint.version)
+            return
+        finally:
+            self._release(leases)
         stale = {version for version in versions if version != checkpoint.version}
         if stale:
             raise WeightSyncError(f"{self.name}: replicas serve {stale} instead of {checkpoint.version}")
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
-        """Wait until every engine is up; their start-up times and versions."""
+        """Wait until as many engines are up as there are to be at least; start-up times and versions of all that are.
+
+        Raises:
+            StageTimeout: they were not up in time; says how many are, and what the cluster has free.
+            FleetError: one cannot start; says why.
+        """
+        leases = self._ready(timeout_s)
+        statuses = [lease.replica.status.remote() for lease in leases]
         try:
-            return ray.get([replica.status.remote() for replica in self.replicas], timeout=timeout_s)
+            self._wait(leases, statuses, timeout_s)
+            return ray.get(statuses)
         except GetTimeoutError:
-            present = ray.available_resources()
-            raise StageTimeout(
-                f"{self.name}: waited {timeout_s:.0f} s for {len(self.replicas)} engines to start; "
-                f"free in the cluster now: {present.get('GPU', 0):g} GPU, {present.get('CPU', 0):g} CPU"
-            ) from None
+            raise StageTimeout(f"{self.name}: a replica did not say how it is within {timeout_s:.0f} s") from None
+        finally:
+            self._release(leases)
 
     def stop(self) -> None:
         """Release the replicas and what they hold."""
-        for actor in [*self.replicas, self.router]:
-            ray.kill(actor, no_restart=True)
+        try:
+            ray.get(self.router.stop.remote(), timeout=STOP_TIMEOUT_S)
+        except (RayError, GetTimeoutError) as error:
+            logger.warning("%s: its router did not stop (%s); Ray ends the replicas with it", self.name, error)
+        ray.kill(self.router, no_restart=True)
+
+    def _lease(self, num_items: int, timeout_s: float) -> Lease:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            wait_s = min(WAIT_S, max(0.0, deadline - time.monotonic()))
+            answer: Any = ray.get(self.router.lease.remote(num_items, wait_s))
+            if isinstance(answer, Lease):
+                return answer
+            nobody = answer["failure"] is not None and answer["ready"] + answer["starting"] == 0
+            if nobody or time.monotonic() >= deadline:
+                self._refuse(answer, timeout_s)
+
+    def _ready(self, timeout_s: float) -> list[Lease]:
+        found: Any = ray.get(self.router.ready.remote(timeout_s))
+        return found if isinstance(found, list) else self._refuse(found, timeout_s)
+
+    def _refuse(self, state: FleetState, waited_s: float) -> NoReturn:
+        """Say what a wait ended without: a replica that starts, resources to start it, or room in one."""
+        if state["failure"] is not None:
+            raise FleetError(f"{self.name}: a replica cannot start: {state['failure']}")
+        free = ray.available_resources()
+        raise StageTimeout(
+            f"{self.name}: waited {waited_s:.0f} s for {state['least']} engines to start, or for room in one: "
+            f"{state['ready']} ready, {state['starting']} starting, {state['waiting']} calls waiting; each takes "
+            f"{state['needs']}; free in the cluster now: {free.get('GPU', 0):g} GPU, {free.get('CPU', 0):g} CPU"
+        )
+
+    def _wait(self, leases: list[Lease], calls: list[Any], timeout_s: float) -> None:
+        """Wait for the answers, and keep the leases meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        pending = calls
+        while pending:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise GetTimeoutError(f"no answer within {timeout_s:.0f} s")
+            pending = ray.wait(pending, num_returns=len(pending), timeout=min(left_s, LEASE_S / 4))[1]
+            if pending:
+                self.router.renew.remote([lease.id for lease in leases])
+
+    def _release(self, leases: list[Lease], *, is_suspect: bool = False) -> None:
+        for lease in leases:
+            self.router.release.remote(lease.id, is_suspect)
 
 
 def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Fleet:
     """Start a fleet; returns at once, the engines come up in the background."""
-    gpus = spec.config.gpus_per_replica * spec.config.tensor_parallel_size if spec.on_gpu else 0
+    config = spec.config
     options = {
-        "num_gpus": gpus,
+        "num_cpus": 0 if spec.on_gpu else config.cpus_per_replica,
+        "num_gpus": config.num_gpus if spec.on_gpu else 0,
         "max_concurrency": 1000,
-        "runtime_env": {"env_vars": environment(spec.config, spec.on_gpu)},
+        "runtime_env": {"env_vars": environment(config, spec.on_gpu)},
     }
-    return start_replicas(name, engine, spec, num_replicas=spec.config.num_replicas, options=options)
+    rule = ScaleRule(least=config.least, most=config.most, queue_s=config.queue_s, idle_s=config.idle_s)
+    replicas = Replicas(replica=engine, spec=spec, options=options)
+    return start_replicas(name, replicas, config.num_replicas, rule=rule, max_items=config.max_num_seqs)
 
 
-def start_replicas(name: str, replica: type[Any], spec: Any, *, num_replicas: int, options: dict[str, Any]) -> Fleet:
+def start_replicas(
+    name: str, replicas: Replicas, num_replicas: int, *, rule: ScaleRule | None = None, max_items: int = 1
+) -> Fleet:
     """Start a fleet of any class that is made from a spec and has a `status`; returns at once.
 
     Args:
         name: of the fleet; its actors are named after it.
-        replica: the actors' plain class.
-        spec: what each of them is made from.
-        num_replicas: how many there are.
-        options: Ray's, beside those that make a replica restart and its calls be retried.
+        replicas: how one is made.
+        num_replicas: how many there are at first, and for ever if there is no rule.
+        rule: between which sizes the fleet scales itself.
+        max_items: prompts, inputs or pairs that a replica works on at once.
     """
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": MAX_RETRIES} | options
-    replicas = [ray.remote(replica).options(name=f"{name}-{i}", **options).remote(spec) for i in range(num_replicas)]
-    router = ray.remote(Router).options(name=f"{name}-router", num_cpus=0, max_restarts=-1).remote(num_replicas)
-    return Fleet(name, replicas, router)
+    driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    router = (
+        ray.remote(Router)
+        .options(
+            name=f"{name}-router",
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=10_000,
+            scheduling_strategy=driver,
+        )
+        .remote(
+            name,
+            replicas,
+            num_replicas=num_replicas,
+            rule=rule or ScaleRule(least=num_replicas, most=num_replicas),
+            max_items=max_items,
+        )
+    )
+    router.run.remote()
+    return Fleet(name, router)

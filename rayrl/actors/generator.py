@@ -7,6 +7,7 @@ from typing import Any
 
 from rayrl.actors.engine import LOADING, EngineSpec, ServedEngine
 from rayrl.records import Checkpoint
+from rayrl.telemetry import meters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,4 +159,6 @@ class Generator(ServedEngine):
         params.output_kind = RequestOutputKind.FINAL_ONLY
         request = {"prompt_token_ids": token_ids}
         (output,) = [o async for o in self.engine.generate(request, params, request_id=uuid.uuid4().hex)]
+        meters.TOKENS.add(len(token_ids), **self.labels, kind="prompt")
+        meters.TOKENS.add(len(output.outputs[0].token_ids), **self.labels, kind="generated")
         return output

@@ -15,14 +15,17 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayrl.actors.router import FleetState
 from rayrl.config import HttpOracleConfig, OracleConfig
 from rayrl.errors import BudgetExhausted, RunDirectoryError, StageTimeout
 from rayrl.models.judge import Rubric
 from rayrl.models.pairwise import pairwise_version
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.ledger import Ledger, Reserved
+from rayrl.oracles.limits import Slots
 from rayrl.oracles.queries import Outcome, PairQuery, Query, Question
 from rayrl.records import Comparison, Judgement
+from rayrl.telemetry import meters
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +72,13 @@ class OraclePool:
         self._rubric = rubric
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, budget_usd=budget_usd)
-        self._slots = asyncio.Semaphore(config.max_concurrency)
+        self._slots = Slots(config.max_concurrency)
+        self._max_concurrency = config.max_concurrency
         self._asking: dict[str, asyncio.Task[Judgement | Comparison | None]] = {}
         self._num_calls = 0
         self._settled = asyncio.Event()
+        meters.show_budget(budgets, budget_usd)
+        self._show_load()
 
     async def judge(self, items: Sequence[Item], purpose: str) -> list[Judgement]:
         """One judgement per item, in order; failures and what the budget does not cover are abstentions."""
@@ -100,6 +106,29 @@ class OraclePool:
         """`Ledger.comparisons`."""
         return self._ledger.comparisons(purpose)
 
+    def resize(self, least: int | None, most: int | None) -> FleetState:
+        """Ask so many questions at once from now on: `most`, or if that is None what the config says.
+
+        A scripted expert has as many threads as its config says, whatever is asked of it.
+        """
+        self._slots.resize(self._max_concurrency if most is None else most)
+        return self.state()
+
+    def state(self) -> FleetState:
+        """Questions asked and waiting, in the words of a fleet: what is ready are slots."""
+        return FleetState(
+            name="oracle",
+            ready=self._slots.num,
+            starting=0,
+            draining=max(0, self._slots.num_used - self._slots.num),
+            calls=self._slots.num_used,
+            waiting=self._slots.num_waiting,
+            least=1,
+            most=self._slots.num,
+            needs="0 GPU, 0 CPU",
+            failure=None,
+        )
+
     def close(self) -> None:
         """Give up the ledger, for another owner in the same process."""
         self._ledger.close()
@@ -119,11 +148,12 @@ class OraclePool:
         while (other := self._asking.get(query.key)) is not None:
             shared = await asyncio.shield(other)
             if shared is not None:
+                meters.REUSED.add(purpose=purpose)
                 return replace(shared, **query.ids(), purpose=purpose, cost_usd=0.0)  # type: ignore[return-value]
         # A task of its own: a caller that goes away must not cancel a call that is being paid for.
         task = asyncio.create_task(self._ask(query, purpose))
         self._asking[query.key] = task
-        task.add_done_callback(lambda _: self._asking.pop(query.key))
+        task.add_done_callback(lambda _: self._asked(query.key))
         return await asyncio.shield(task) or _refused(query, purpose)
 
     async def _ask(self, query: Question[A], purpose: str) -> A | None:
@@ -131,20 +161,35 @@ class OraclePool:
         async with self._slots:
             claim = await self._reserve(query, purpose)
             if not isinstance(claim, Reserved):
+                meters.REUSED.add(claim is not None, purpose=purpose)
                 return claim
             self._num_calls += 1
+            self._show_load()
+            started = time.monotonic()
             answer = None
             try:
                 await self._ledger.sync()
                 answer = self._ledger.commit(claim, await query.put_to(self._oracle))
+                kind = "judgement" if isinstance(answer, Judgement) else "comparison"
+                meters.JUDGEMENTS.add(purpose=purpose, kind=kind, outcome=answer.status)
             finally:
                 if answer is None:  # nobody knows what the call did, or whether it was made
                     self._ledger.lose(claim)
                 self._num_calls -= 1
                 self._settled.set()
                 self._settled = asyncio.Event()
+                meters.ORACLE_SECONDS.add(time.monotonic() - started, purpose=purpose)
         await self._ledger.sync()
         return answer
+
+    def _asked(self, key: str) -> None:
+        self._asking.pop(key)
+        self._show_load()
+
+    def _show_load(self) -> None:
+        meters.ORACLE_IN_FLIGHT.set(self._num_calls)
+        meters.ORACLE_WAITING.set(len(self._asking) - self._num_calls)
+        meters.show_spending(*self._ledger.spending())
 
     async def _reserve(self, query: Question[A], purpose: str) -> Reserved[A] | A | None:
         """A reservation; waits while calls under way may still give back some of the budget they hold."""

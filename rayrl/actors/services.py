@@ -1,8 +1,9 @@
-"""What a run keeps alive between its stages: two fleets and the oracle pool. Started when first needed, once."""
+"""What a run keeps alive between its stages: its fleets. Started when first needed, once."""
 
 import dataclasses
 import logging
 import time
+from typing import Any
 
 import ray
 
@@ -19,10 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 class Services:
-    """The run's long-lived actors, and what the hardware decides: device and dtype."""
+    """The run's long-lived actors, and what the hardware decides: device and dtype.
 
-    def __init__(self, run: Run, *, mode: str, reference: str):
+    Args:
+        run: whose.
+        mode: "overlap" or "alternate".
+        reference: "generation" or "pass".
+        control: the run's `Control` actor, through which the fleets are resized by hand; None is nobody's hand.
+    """
+
+    def __init__(self, run: Run, *, mode: str, reference: str, control: Any = None):
         self.run = run
+        self._control = control
         self.mode = mode
         """"overlap" or "alternate"."""
         self.reference = reference
@@ -64,7 +73,7 @@ class Services:
                 num_replicas=config.num_replicas,
                 num_gpus=hardware.gpus_per_replica,
             )
-        return self._fleets[name]
+        return self._shown("entailment", self._fleets[name])
 
     def warm(self, m1: Checkpoint) -> None:
         """Start both kinds of engine now, so that they come up side by side."""
@@ -136,7 +145,13 @@ class Services:
             way = "nccl" if trained and self.run.config.ppo.weight_transfer == "nccl" else None
             spec = dataclasses.replace(spec, pooling=pooling, weight_transfer=way)
             self._fleets[name] = start_fleet(f"{self.run.config.name}-{name}", engine, spec)
-        return self._fleets[name]
+        return self._shown("generators" if engine is Generator else "embedders", self._fleets[name])
+
+    def _shown(self, role: str, fleet: Fleet) -> Fleet:
+        """Let an operator see the fleet, and give it the size that was asked for by hand before it was up."""
+        if self._control is not None:
+            ray.get(self._control.show.remote(role, fleet.name, fleet.router))
+        return fleet
 
 
 def resolve_dtype(config: RunConfig, on_gpu: bool) -> str:

@@ -3,6 +3,7 @@
 | equation                                            | source              | function                      |
 |-----------------------------------------------------|---------------------|-------------------------------|
 | ceil((B - spent) / rounds left)                     | ours                | `budget.round_share`          |
+| min(floor(waiting / 2) - starting, max - replicas)  | ours                | `scaling.scale_decision`      |
 | u = argmax_i min_{j in S} d(x_i, x_j)               | arXiv 1708.00489    | `selection.k_center`          |
 | best against worst of k responses, ties dropped     | arXiv 2401.10020    | `pairing.best_worst`          |
 | all (i, j) with s_i - s_j > margin                  | ours                | `pairing.margin_pairs`        |

@@ -29,6 +29,7 @@ from rayrl.config.rlp import (
 )
 from rayrl.config.run import EvaluateConfig, LmEvalConfig, RunConfig
 from rayrl.config.table import Table
+from rayrl.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from rayrl.config.training import DpoConfig, EvaluatorConfig, LoraConfig, PseudoLabelConfig, SftConfig, TrainingConfig
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "HttpOracleConfig",
     "LmEvalConfig",
     "LoraConfig",
+    "MlflowConfig",
     "OcrmConfig",
     "OracleConfig",
     "OracleLimits",
@@ -63,8 +65,10 @@ __all__ = [
     "SftConfig",
     "SpgConfig",
     "Table",
+    "TrackingConfig",
     "TrainingConfig",
     "UmlConfig",
     "Unit",
+    "WandbConfig",
     "load_config",
 ]

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrl.config.table import Table
 
@@ -11,9 +11,22 @@ class EngineConfig(Table):
     """A fleet of vLLM replicas of one kind."""
 
     num_replicas: int = Field(default=1, gt=0)
+    """At the start of the fleet; and later, unless the next two say otherwise."""
+    min_replicas: int | None = Field(default=None, gt=0)
+    """Fewest it shrinks to while the run goes on; None is num_replicas."""
+    max_replicas: int | None = Field(default=None, gt=0)
+    """Most it grows to; None is num_replicas. The plan makes room for so many."""
+    queue_s: float = Field(default=10.0, ge=0)
+    """Seconds for which calls have waited before replicas are added for them."""
+    idle_s: float = Field(default=300.0, ge=0)
+    """Seconds without a call after which a replica above the minimum ends."""
     tensor_parallel_size: int = Field(default=1, gt=0)
+    pipeline_parallel_size: int = Field(default=1, gt=0)
     gpus_per_replica: float = Field(default=1.0, ge=0)
-    """Per tensor-parallel rank; a fraction puts several replicas on one GPU. Ignored on CPU machines."""
+    """Per tensor- and pipeline-parallel rank; a fraction puts several replicas on one GPU. Ignored on CPU machines."""
+    cpus_per_replica: float = Field(default=0.0, ge=0)
+    """CPUs that Ray sets aside for a replica on a CPU machine. 0 fits beside anything; above 0, Ray starts only what
+    fits, and an autoscaling cluster brings nodes for the rest."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     kv_cache_mb: int = Field(default=128, gt=0)
     """Key-value cache of a CPU replica."""
@@ -22,6 +35,30 @@ class EngineConfig(Table):
     max_num_seqs: int = Field(default=128, gt=0)
     engine_args: dict[str, Any] = Field(default={})
     """Passed to vLLM as they are."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "EngineConfig":
+        if not self.least <= self.num_replicas <= self.most:
+            raise ValueError(
+                "min_replicas, num_replicas and max_replicas must not decrease in this order, got "
+                f"{self.least}, {self.num_replicas} and {self.most}"
+            )
+        return self
+
+    @property
+    def least(self) -> int:
+        """Replicas at least."""
+        return self.num_replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        """Replicas at most."""
+        return self.num_replicas if self.max_replicas is None else self.max_replicas
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of one replica, on a machine that has some."""
+        return self.gpus_per_replica * self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class GenerateConfig(Table):

@@ -17,6 +17,7 @@ from rayrl.config.expert import (
 from rayrl.config.rlp import PpoConfig, PreferencesConfig, RefreshConfig, RewardModelConfig
 from rayrl.config.rounds import refusals
 from rayrl.config.table import Table
+from rayrl.config.tracking import TrackingConfig
 from rayrl.config.training import DpoConfig, EvaluatorConfig, PseudoLabelConfig, SftConfig
 
 MIN_DIAGNOSIS = 36
@@ -99,6 +100,7 @@ class RunConfig(Table):
     ppo: PpoConfig = PpoConfig()
     refresh: RefreshConfig = RefreshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "RunConfig":

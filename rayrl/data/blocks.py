@@ -18,6 +18,7 @@ import ray.data
 
 from rayrl.records import to_table
 from rayrl.runs import storage
+from rayrl.telemetry import meters
 from rayrl.telemetry.progress import track
 
 TASK_CPUS = 0.01
@@ -32,6 +33,11 @@ class BlockTable:
 
     url: str
     num_blocks: int
+
+    @property
+    def name(self) -> str:
+        """What people call it: its stage's folder and its own, "generate/table"."""
+        return "/".join(self.url.rstrip("/").split("/")[-2:])
 
     def part(self, block: int) -> str:
         return storage.join(self.url, f"part-{block:05d}.parquet")
@@ -55,9 +61,13 @@ class BlockTable:
 
     def memoised(self, block: int, compute: Callable[[int], pa.Table]) -> pa.Table:
         """The block, computed and kept if it is not there yet."""
-        if not self.has(block):
+        computed = not self.has(block)
+        if computed:
             self.write(block, compute(block))
-        return self.read(block)
+        rows = self.read(block)
+        meters.BLOCKS.add(table=self.name, source="computed" if computed else "kept")
+        meters.ROWS.add(rows.num_rows * computed, table=self.name)
+        return rows
 
 
 def write_blocks(url: str, records: Iterable[Any], record: type, size: int) -> tuple[BlockTable, int]:
@@ -69,20 +79,25 @@ def write_blocks(url: str, records: Iterable[Any], record: type, size: int) -> t
     return BlockTable(url, num_blocks), num_rows
 
 
-def stream_blocks(num_blocks: int, function: Callable[[int], pa.Table], *, concurrency: int) -> "ray.data.Dataset":
+def stream_blocks(
+    num_blocks: int, function: Callable[[int], pa.Table], *, concurrency: int, name: str = "blocks"
+) -> "ray.data.Dataset":
     """A lazy Ray Dataset of `function(block)` for every block, in block order, at most `concurrency` at once.
 
-    Retries of a lost task are Ray's.
+    Retries of a lost task are Ray's. Its dashboard shows the tasks as MapBatches(`name`).
     """
 
     def of_batch(batch: Any) -> pa.Table:
         return pa.concat_tables([function(int(block)) for block in batch["item"]])
 
+    of_batch.__name__ = name
     blocks = ray.data.from_items(list(range(num_blocks)), override_num_blocks=min(num_blocks, MAX_TASKS) or None)
     blocks.context.execution_options.preserve_order = True
-    return blocks.map_batches(
+    mapped = blocks.map_batches(
         of_batch, batch_size=1, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(concurrency)
     )
+    mapped.set_name(name)
+    return mapped
 
 
 def map_blocks(
@@ -100,11 +115,15 @@ def map_blocks(
         compute: makes a block.
         concurrency: blocks in flight.
         describe: what the driver learns of a block.
-        progress: label of the progress bar.
+        progress: label of the progress bar and of Ray's tasks.
     """
 
     def count(block: int) -> pa.Table:
         return pa.Table.from_pylist([describe(table.memoised(block, compute))])
 
-    counted = stream_blocks(table.num_blocks, count, concurrency=concurrency)
-    return list(track(counted.iter_rows(), progress, total=table.num_blocks))
+    counted = stream_blocks(table.num_blocks, count, concurrency=concurrency, name=progress)
+    described = []
+    for row in track(counted.iter_rows(), progress, total=table.num_blocks):
+        described.append(row)
+        meters.PROGRESS.set(len(described) / table.num_blocks, step=progress)
+    return described

@@ -21,6 +21,11 @@ class TokenBatch:
     response_ids: Int[Tensor, "B R"]
     response_mask: Bool[Tensor, "B R"]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in it, padding left out."""
+        return int(self.attention_mask.sum())
+
     def to(self, device: torch.device) -> "TokenBatch":
         return TokenBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 

@@ -153,6 +153,11 @@ class Ledger:
         with self._lock:
             return self._db.execute(sql.SPENT_ON, (purpose, json.dumps(sorted(set(keys))))).fetchone()[0]
 
+    def spending(self) -> tuple[dict[str, int], float]:
+        """Queries per purpose and USD that are spent, or held for calls under way."""
+        with self._lock:
+            return dict(self._num_spent), self._spent_usd
+
     def summary(self) -> dict[str, dict[str, float]]:
         """Per purpose: budget, spent, scored, abstained, refunded, lost, in_flight (calls) and cost_usd.
 

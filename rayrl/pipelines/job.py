@@ -9,6 +9,8 @@ import time
 from rayrl.config import RunConfig, load_config
 from rayrl.errors import ConfigError, RayRLError
 
+STOPPED = 130
+"""Exit code of a run that was stopped by `rayrl stop` or Ctrl-C."""
 USAGE = "usage: python jobs/{name}.py CONFIG.toml [section.key=value ...] [--plan]"
 
 
@@ -35,6 +37,9 @@ def main(name: str, arguments: list[str], about: str | None) -> int:
     except RayRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues the run", file=sys.stderr)
+        return STOPPED
 
 
 def plan(config: RunConfig) -> int:
@@ -50,6 +55,7 @@ def run(config: RunConfig) -> int:
     """Everything, from the preflight to the report."""
     import ray
 
+    from rayrl.actors.control import NAMESPACE
     from rayrl.pipelines.launch import run_pipeline
     from rayrl.preflight import check
 
@@ -58,6 +64,7 @@ def run(config: RunConfig) -> int:
     if not ray.is_initialized():
         ray.init(
             address=os.environ.get("RAY_ADDRESS"),
+            namespace=NAMESPACE,
             include_dashboard=None,
             log_to_driver=False,
             logging_level=logging.WARNING,

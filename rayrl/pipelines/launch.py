@@ -1,12 +1,17 @@
-"""Around a pipeline: open the run, start the oracle pool, and whatever happens leave no actor behind."""
+"""Around a pipeline: open the run, start its control and oracle pool, and whatever happens leave no actor behind."""
 
 import logging
+import signal
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 import ray
 import ray.data
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
+from rayrl.actors.control import start_control
 from rayrl.actors.oracle_pool import start_oracle_pool
 from rayrl.actors.services import Services
 from rayrl.config import RunConfig
@@ -14,7 +19,9 @@ from rayrl.models.judge import load_rubric
 from rayrl.preflight.plan import Plan
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run, open_run
+from rayrl.telemetry import meters, prometheus
 from rayrl.telemetry.report import write_report
+from rayrl.telemetry.tracking import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +35,49 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         logging.getLogger(noisy).setLevel(logging.WARNING)
     run = open_run(config)
     run.record_time("ray", ray_start_s)
-    services = Services(run, mode=plan.mode, reference=plan.reference)
+    prometheus.name_run(config.name)
+    scalar = config.rewards_by_embedders if config.pipeline == "rlp" else config.evaluator.type == "scalar"
     budgets = {"label": plan.num_label_queries, "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget}
-    oracle = start_oracle_pool(
-        config.name,
-        config.oracle,
-        rubric=load_rubric(config.rubric),
-        ledger=storage.join(run.url, "ledger.sqlite"),
-        budgets=budgets,
-    )
-    try:
+    with ExitStack() as ends:
+        meters.RUN.set(1)
+        ends.callback(meters.RUN.forget)
+        control = start_control(config.name, evaluators="embedders" if scalar else "generators")
+        ends.callback(ray.kill, control)  # last: a run is alive as long as its control is
+        interrupt_when_stopped(control)
+        oracle = start_oracle_pool(
+            config.name,
+            config.oracle,
+            rubric=load_rubric(config.rubric),
+            ledger=storage.join(run.url, "ledger.sqlite"),
+            budgets=budgets,
+        )
+        ends.callback(ray.kill, oracle)
+        ray.get(control.show.remote("oracle", "oracle", oracle))
+        services = Services(run, mode=plan.mode, reference=plan.reference, control=control)
+        ends.callback(services.stop)
+        ends.enter_context(tracked(run))
         pipeline(run, services, oracle)
         services.release()
-    finally:
-        services.stop()
-        ray.kill(oracle)
     write_report(run.url)
     return storage.join(run.url, "report.html")
+
+
+def interrupt_when_stopped(control: ActorHandle) -> None:
+    """Raise KeyboardInterrupt once an operator ends the run, if this is the main thread, which alone may be told.
+
+    By SIGUSR1: what Ray Train does on SIGINT ends the process with exit code 0, as if the run had finished.
+    """
+    driver = threading.current_thread()
+    if driver is not threading.main_thread():
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def wait() -> None:
+        with suppress(RayError):  # the run is over, and its control gone
+            ray.get(control.stopped.options(max_task_retries=0).remote())
+            signal.pthread_kill(driver.ident or 0, signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, interrupt)
+    threading.Thread(target=wait, name="stop", daemon=True).start()

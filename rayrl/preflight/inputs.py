@@ -20,6 +20,7 @@ from rayrl.data.reading import (
 from rayrl.errors import ConfigError, DataError
 from rayrl.oracles.keys import read_key
 from rayrl.preflight.model import ModelFacts
+from rayrl.runs import storage
 
 _MEASURED_PROMPTS = 2000
 """Prompts that are tokenised: the longest of the pool, in characters. A pool this small is measured whole."""
@@ -128,12 +129,13 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
 
 
 def inspect_others(config: RunConfig) -> None:
-    """Refuse missing reference answers, benchmark tasks, and oracle inputs, without touching the network.
+    """Refuse missing reference answers, benchmark tasks, trackers, and oracle inputs, without touching the network.
 
     Raises:
         DataError: a table is missing or lacks a column.
         ConfigError: a key, module or folder is missing.
     """
+    _inspect_tracking(config)
     answers: DataConfig | None = config.evaluate.reference_answers
     if answers is not None:
         require_columns(answers.path, columns_of(answers), answers.split)
@@ -161,6 +163,35 @@ def inspect_others(config: RunConfig) -> None:
                 require_columns(replay.path, replay.judgement_columns)
             if replay.comparisons_path is not None:
                 require_columns(replay.comparisons_path, replay.comparison_columns)
+
+
+def _inspect_tracking(config: RunConfig) -> None:
+    """Refuse a tracker whose package or key is missing, or whose file cannot be where the run is."""
+    wandb, mlflow = config.tracking.wandb, config.tracking.mlflow
+    for name, asked in (("wandb", wandb), ("mlflow", mlflow)):
+        if asked is not None and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.{name} needs the package {name}, which is not installed here; "
+                f'pip install "rayrl[{name}]", or leave the table out'
+            )
+    if wandb is not None and wandb.mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
+        raise ConfigError(
+            'tracking.wandb.mode = "online" needs a key in the environment variable WANDB_API_KEY or in ~/.netrc of '
+            'the node that runs the job, and there is none; put it there, or set mode = "offline"'
+        )
+    for name, local in (
+        ("tracking.wandb.mode", wandb is not None and wandb.mode == "offline"),
+        ("tracking.mlflow.tracking_uri", mlflow is not None and mlflow.tracking_uri is None),
+    ):
+        if local and not storage.is_local(config.run_dir):
+            raise ConfigError(
+                f"{name} as it is writes files into run_dir, which must then be on a filesystem, got {config.run_dir}; "
+                + ('set it to "online"' if name.endswith("mode") else "set it to your server's address")
+            )
+
+
+def _has_netrc() -> bool:
+    return any((Path.home() / name).is_file() for name in (".netrc", "_netrc"))
 
 
 def check_module(function: str, setting: str) -> None:

@@ -13,7 +13,7 @@ class StagePlan:
     """Engines and workers, for humans."""
     num_gpus: float = 0
     num_cpus: int = 0
-    """Reserved CPUs: one per training worker. Engines reserve none."""
+    """Reserved CPUs: one per training worker; engines reserve none unless their config says so."""
     setting: str = ""
     """What to lower when the cluster has too little."""
 

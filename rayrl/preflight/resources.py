@@ -1,8 +1,8 @@
 """What each stage reserves, against what the cluster has; and whether scoring and DPO run at once or in turn.
 
-CPUs: a training worker reserves one, engines and oracles none, and one must stay free for Ray Data, which
-otherwise waits for ever without a word. GPUs: a training worker takes a whole one, an engine what its config
-says.
+CPUs: a training worker reserves one, an engine what its config says (none unless it does), an oracle none, and one must
+stay free for Ray Data, which otherwise waits for ever without a word. GPUs: a training worker takes a whole one, an
+engine what its config says. A fleet that may grow is planned at its largest: it must not take what a training needs.
 """
 
 import math
@@ -147,9 +147,10 @@ def serve_plan(name: str, what: str, section: str, config: RunConfig, has_gpu: b
     return StagePlan(
         name=name,
         what=what,
-        actors=f"{engine.num_replicas} engine(s)",
+        actors=f"{engine.most} engine(s)",
         num_gpus=engine_gpus(engine, section) if has_gpu else 0,
-        setting=f"{section}.num_replicas",
+        num_cpus=0 if has_gpu else math.ceil(engine.most * engine.cpus_per_replica),
+        setting=f"{section}.{'num' if engine.max_replicas is None else 'max'}_replicas",
     )
 
 
@@ -166,14 +167,14 @@ def clustering_plan(config: RunConfig, has_gpu: bool, samples: str, *, is_up: bo
     what = f"cluster {samples} by meaning ({spg.clustering}), pair (gamma {spg.gamma:g})"
     embedders = serve_plan("synthesize", what, "embedders", config, has_gpu)
     if is_up:
-        embedders = replace(embedders, num_gpus=0)
+        embedders = replace(embedders, num_gpus=0, num_cpus=0)
     if spg.clustering == "embedding":
         return embedders
-    hardware = config.embedders.model_copy(update={"num_replicas": spg.num_replicas, "tensor_parallel_size": 1})
+    hardware = EngineConfig(num_replicas=spg.num_replicas, gpus_per_replica=config.embedders.gpus_per_replica)
     num_gpus = engine_gpus(hardware, "embedders") if has_gpu else 0
     actors = f"{spg.num_replicas} entailment model(s)"
-    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, setting="refresh.spg.num_replicas")
-    return max(entailment, embedders, key=lambda plan: plan.num_gpus)
+    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, num_cpus=0, setting="refresh.spg.num_replicas")
+    return max(entailment, embedders, key=lambda plan: (plan.num_gpus, plan.num_cpus))
 
 
 def _overlapping(config: RunConfig, has_gpu: bool, stages: dict[str, StagePlan]) -> dict[str, StagePlan]:
@@ -202,12 +203,15 @@ def _overlapping(config: RunConfig, has_gpu: bool, stages: dict[str, StagePlan])
 
 def engine_gpus(engine: EngineConfig, section: str) -> int:
     """Whole GPUs a fleet occupies: a replica never straddles two of them."""
-    each = engine.gpus_per_replica * engine.tensor_parallel_size
+    each = engine.num_gpus
     if each > 1 and each != int(each):
-        raise ConfigError(f"{section}.gpus_per_replica x tensor_parallel_size must be at most 1 or whole, got {each:g}")
+        raise ConfigError(
+            f"{section}.gpus_per_replica x tensor_parallel_size x pipeline_parallel_size must be at most 1 or whole, "
+            f"got {each:g}"
+        )
     if each >= 1:
-        return engine.num_replicas * int(each)
-    return math.ceil(engine.num_replicas / math.floor(1 / each + 1e-9)) if each > 0 else 0
+        return engine.most * int(each)
+    return math.ceil(engine.most / math.floor(1 / each + 1e-9)) if each > 0 else 0
 
 
 def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
@@ -217,7 +221,7 @@ def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
         what=training.what,
         actors=f"{training.actors}, beside {' and '.join(fleet.actors for fleet in fleets)}",
         num_gpus=training.num_gpus + sum(fleet.num_gpus for fleet in fleets),
-        num_cpus=training.num_cpus,
+        num_cpus=training.num_cpus + sum(fleet.num_cpus for fleet in fleets),
         setting=" or ".join(dict.fromkeys([training.setting, *(fleet.setting for fleet in fleets)])),
     )
 

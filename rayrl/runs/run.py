@@ -210,13 +210,13 @@ def _with_absolute_models(config: RunConfig) -> RunConfig:
 
 
 def differences(theirs: Any, mine: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the settings that differ between two resolved configs; where a run lives does not count."""
+    """Dotted names of the settings that differ between two resolved configs; not where a run is, or is shown."""
     if not (isinstance(theirs, dict) and isinstance(mine, dict)):
         return [] if theirs == mine else [f"{prefix} ({theirs!r} there, {mine!r} now)"]
     names = sorted(set(theirs) | set(mine))
     return [
         difference
         for name in names
-        if prefix or name not in ("run_dir", "reuse")
+        if prefix or name not in ("run_dir", "reuse", "tracking")
         for difference in differences(theirs.get(name), mine.get(name), f"{prefix}.{name}" if prefix else name)
     ]

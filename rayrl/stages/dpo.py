@@ -43,9 +43,7 @@ def dpo(run: Run, services: Services, m1: Checkpoint, pairs: Pairs) -> Checkpoin
         seed=config.seed,
         num_rows=pairs.num_done or pairs.num_planned,
     )
-    stream = stream_of(
-        pairs.table, config.seed, pairs.labelling.pair_block, concurrency=2 * config.generators.num_replicas
-    )
+    stream = stream_of(pairs.table, config.seed, pairs.labelling.pair_block, concurrency=2 * config.generators.most)
     metrics = fit_stage(run, services, "dpo", train_dpo, job, config.dpo, stream)
     pairs = finish_pairs(run, pairs)
     curve = read_metrics(storage.join(run.url, "metrics", "dpo.jsonl"))

@@ -46,7 +46,7 @@ def stream_of(
             number = int(blocks[position])
             return table.memoised(number, compute) if compute else table.read(number)
 
-        return stream_blocks(len(blocks), block, concurrency=concurrency)
+        return stream_blocks(len(blocks), block, concurrency=concurrency, name="train")
 
     return of_rank
 
@@ -65,7 +65,8 @@ def fit_stage(
         services.release()
     started = time.monotonic()
     with progress_of(run, stage, num_steps(job.num_rows, training)):
-        fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu)
+        name = f"{run.config.name}-{stage}"
+        fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu, name=name)
     seconds = time.monotonic() - started
     run.record_time(f"fit:{stage}", seconds)
     curve = [row for row in read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl")) if row["step"]]

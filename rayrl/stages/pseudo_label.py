@@ -26,6 +26,7 @@ from rayrl.stages.query import Judgements
 from rayrl.stages.score import Evaluator, Scored, Scorer
 from rayrl.stages.synthesize import synthesize_preferences
 from rayrl.stages.synthetic_pairs import BlockRewards
+from rayrl.telemetry import meters
 
 SCORED_SCHEMA = pa.schema(
     [
@@ -58,6 +59,7 @@ class Labelling:
         scored = self.scored.memoised(block, self.score_block).to_pylist()
         sampled = self.responses.read(block).to_pylist()
         pairs = [pair for s, row in zip(scored, sampled, strict=True) for pair in pairs_of(row, s, self.config)]
+        meters.PAIRS.add(len(pairs), source="labelled")
         return to_table(pairs, PreferencePair)
 
     def score_block(self, block: int) -> pa.Table:
@@ -83,6 +85,9 @@ class Labelling:
             }
             for row, of_row in zip(rows, said, strict=True)
         ]
+        for row in scored:
+            for score, source in zip(row["scores"], row["sources"], strict=True):
+                meters.SCORED.add(source="none" if score is None else source)
         return pa.Table.from_pylist(scored, schema=SCORED_SCHEMA)
 
     def _synthetic_block(self, block: int) -> pa.Table:

@@ -98,7 +98,9 @@ def _coreset(run: Run, services: Services, m1: Checkpoint, responses: Responses)
     vectors, num_items = embed(run, embedding, responses)
     embed_s = time.monotonic() - started
     centers = seed_centers(run, embedding) if config.seed_centers else None
-    selection = _select_on_shards(vectors, config, _num_units(run, num_items), centers, run.config.seed)
+    selection = _select_on_shards(
+        f"{run.config.name}-coreset", vectors, config, _num_units(run, num_items), centers, run.config.seed
+    )
     # In rlp every training is beside all fleets that are up, and this one may have done its work.
     if run.config.pipeline == "rlp" and not run.config.selects_by_rewarders:
         services.retire(embedding.fleet)
@@ -109,10 +111,10 @@ def _coreset(run: Run, services: Services, m1: Checkpoint, responses: Responses)
 
 
 def _select_on_shards(
-    vectors: BlockTable, config: SelectConfig, num: int, centers: np.ndarray | None, seed: int
+    name: str, vectors: BlockTable, config: SelectConfig, num: int, centers: np.ndarray | None, seed: int
 ) -> Selection:
     for attempt in range(MAX_ATTEMPTS):
-        shards = RayShards(vectors, config.num_shards)
+        shards = RayShards(f"{name}{'-again' * attempt}", vectors, config.num_shards)
         try:
             return k_center(shards, num, candidate_batch=config.candidate_batch, initial_centers=centers, seed=seed)
         except RayActorError as error:

@@ -11,6 +11,7 @@ from rayrl.data.blocks import BlockTable
 from rayrl.models.rewards import ServedReward
 from rayrl.records import PreferencePair, Scored, to_table
 from rayrl.stages.outcomes import Outcome, best_worst_outcome, synthesize_outcome
+from rayrl.telemetry import meters
 
 SCORED = pa.schema(
     [
@@ -101,6 +102,7 @@ class SyntheticPairs:
             for row, outcome, scores in zip(*(column.to_pylist() for column in columns), strict=True)
             if outcome["reason"] == "accepted"
         ]
+        meters.PAIRS.add(len(pairs), source="synthetic")
         return to_table(pairs, PreferencePair)
 
     def _pair(self, row: dict[str, Any], outcome: dict[str, Any], scores: list[float | None]) -> PreferencePair:

@@ -1,4 +1,4 @@
-"""Training curves: one JSON object per logged step, and the same numbers as TensorBoard scalars.
+"""Training curves: one JSON object per logged step, and the same numbers as TensorBoard scalars and as metrics.
 
 The JSON lines are the record; the report and the notebook read them. An interrupted stage logs some steps a
 second time: both readers (here and TensorBoard's) keep the later values. One process logs a stage: rank 0.
@@ -15,6 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rayrl.runs import storage
+from rayrl.telemetry import meters
 
 REMOTE_FLUSH_S = 10.0
 """Object stores cannot append: there the whole (small) file is written again, at most this often."""
@@ -61,6 +62,7 @@ class MetricLog:
             if time.monotonic() - self._flushed_at > REMOTE_FLUSH_S:
                 self._publish()
         self._log_events(step, numbers)
+        meters.show_step(self.stage, step, numbers)
         self._last_step = step
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs import storage
+from rayrl.telemetry import meters
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
 from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
@@ -80,10 +81,11 @@ def train_dpo(job: DpoJob, data: launch.Rows) -> None:
             batches = [batch.to(engine.device) for batch in collated(rows, job.dpo.micro_batch_tokens)]
             rewards.clear()
             loss = zero.train_step(engine, batches, loss_of, len(rows), idle, names_of(rows))
+            num_tokens = sum(batch.tokens.num_tokens for batch in batches)
+            meters.TRAINING_TOKENS.add(num_tokens, stage="dpo")
             if rewards:
                 margins = torch.cat(rewards)
                 padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
-                num_tokens = sum(int(batch.tokens.attention_mask.sum()) for batch in batches)
                 log(
                     step,
                     loss=loss,

@@ -12,6 +12,7 @@ from rayrl.config import EvaluatorConfig, PolicyConfig
 from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch
 from rayrl.data.tokenizing import load_tokenizer
+from rayrl.telemetry import meters
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
 from rayrl.training.reward_model import new_reward_model, sequence_batch
@@ -62,6 +63,7 @@ def train_scalar(job: ScalarJob, data: launch.Rows) -> None:
                 for batch, scores in collated(rows, job.evaluator.micro_batch_tokens)
             ]
             loss = zero.train_step(engine, micro, loss_of, len(rows), idle, names_of(rows))
+            meters.TRAINING_TOKENS.add(sum(batch.num_tokens for batch, _ in micro), stage=job.stage)
             log(
                 step,
                 loss=loss,

@@ -33,6 +33,7 @@ def fit(
     *,
     storage: str,
     on_gpu: bool,
+    name: str = "fit",
 ) -> dict[str, Any]:
     """Run a loop on every worker and return the metrics of its last report.
 
@@ -43,6 +44,7 @@ def fit(
         stream: the training rows of each rank.
         storage: folder of the fit's checkpoints (any fsspec URL).
         on_gpu: one GPU per worker, else one CPU.
+        name: what Ray's dashboard calls it, and the folder in `storage`.
     """
     started = time.monotonic()
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -56,7 +58,7 @@ def fit(
         ),
         torch_config=TorchConfig(backend=None if on_gpu else "gloo"),
         run_config=RunConfig(
-            name="fit",
+            name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

@@ -27,6 +27,7 @@ from rayrl.models.policy import add_lora, load_policy
 from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
+from rayrl.telemetry import meters
 from rayrl.training import engine as zero
 from rayrl.training import launch
 from rayrl.training.policy_sync import ServedPolicy
@@ -193,6 +194,7 @@ def learn(engine: Any, rollout: Experience, job: PpoJob, step: int) -> dict[str,
             micro = [(t.to(engine.device), of) for t, of in rollout.micro_batches(rows, config.micro_batch_tokens)]
             num_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in micro)
             zero.train_step(engine, micro, loss_of, num_tokens, idle, [rollout.ids[i] for i in rows])
+            meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in micro), stage=job.stage)
     learnt = means(sums, "num_tokens", engine)
     del learnt["num_tokens"]  # of all inner epochs
     return learnt | {"loss": learnt["policy_loss"] + config.value_coef * learnt["value_loss"]}

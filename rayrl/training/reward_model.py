@@ -21,6 +21,7 @@ from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.models.reward import RewardModel
 from rayrl.runs.storage import local_folder
+from rayrl.telemetry import meters
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
 from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
@@ -85,6 +86,7 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows) -> None:
                 batches.insert(0, next(views).weighted(share))
             moved = [batch.to(engine.device) for batch in batches]
             loss = zero.train_step(engine, moved, losses.of, len(rows), idle, names_of(rows))
+            meters.TRAINING_TOKENS.add(sum(batch.tokens.num_tokens for batch in batches), stage=job.stage)
             log(
                 step,
                 loss=loss,

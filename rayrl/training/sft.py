@@ -16,6 +16,7 @@ from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs.storage import local_folder
+from rayrl.telemetry import meters
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
 from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
@@ -58,6 +59,7 @@ def train_sft(job: SftJob, data: launch.Rows) -> None:
             batches = [batch.to(engine.device) for batch in collated(rows, job.training.micro_batch_tokens)]
             num_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
             loss = zero.train_step(engine, batches, loss_of, num_tokens, idle, names_of(rows))
+            meters.TRAINING_TOKENS.add(sum(batch.num_tokens for batch in batches), stage=job.stage)
             log(
                 step,
                 loss=loss,

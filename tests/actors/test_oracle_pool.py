@@ -71,6 +71,25 @@ def test_judgements_come_back_in_order(server, location):
     assert [judgement.response_id for judgement in judgements] == [f"p{i}-0" for i in range(20)]
 
 
+def test_how_many_questions_are_asked_at_once_may_change(server, location):
+    server.plan = lambda index, question: Reply(wait=True)
+
+    async def ask(pool):
+        asked = asyncio.create_task(pool.judge(items(*range(20)), "label"))
+        while server.num_active < 2:
+            await asyncio.sleep(0.01)
+        assert pool.resize(8, 8)["most"] == 8
+        while server.num_active < 8:
+            await asyncio.sleep(0.01)
+        server.gate.set()
+        return await asked
+
+    with opened(http(server, max_concurrency=2), location) as pool:
+        assert statuses(asyncio.run(asyncio.wait_for(ask(pool), 60))) == ["scored"] * 20
+        assert server.max_active == 8
+        assert (pool.resize(None, None)["most"], pool.state()["calls"]) == (2, 0)
+
+
 def test_the_same_text_is_paid_once_within_and_across_calls(server, location):
     same = [dict(item, response_id=f"r{n}") for n, item in enumerate(items(1, 1, 1, 2))]
     with opened(http(server), location, label=2, evaluate=0) as pool:

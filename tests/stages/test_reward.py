@@ -24,8 +24,10 @@ MEMBERS = tuple(Checkpoint(path=f"/{name}", version=name) for name in "ab")
 class Values(Fleet):
     """A fleet of one without a replica: member "a" counts tokens, "b" says ten times minus the first token."""
 
+    concurrency = 2  # of one replica
+
     def __init__(self):
-        super().__init__("values", [None], None)
+        super().__init__("values", None)
         self.calls = []
 
     def call(self, method, checkpoint, inputs, **_):

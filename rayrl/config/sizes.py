@@ -1,0 +1,47 @@
+"""Sizes that an operator gives the roles of a run while it goes on: `rayrl scale RUN generators=4`."""
+
+from dataclasses import dataclass
+
+from rayrl.errors import ConfigError
+
+ROLES = ("generators", "embedders", "evaluators", "entailment", "oracle")
+"""Fleets, and the oracle's concurrency. Evaluators are generators or embedders, as the evaluator is generative or
+scalar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Replicas of a role, or questions that the oracle is asked at once. None is what the config says."""
+
+    least: int | None
+    most: int | None
+
+
+def parse_sizes(arguments: list[str]) -> dict[str, Size]:
+    """Sizes by role, from `ROLE=N`, `ROLE=MIN-MAX` or `ROLE=auto`.
+
+    Raises:
+        ConfigError: names what is wrong with an argument.
+    """
+    return dict(map(_parse, arguments))
+
+
+def _parse(argument: str) -> tuple[str, Size]:
+    role, equals, text = argument.partition("=")
+    if role not in ROLES or not equals:
+        raise ConfigError(f"a size must be ROLE=N with a ROLE of {', '.join(ROLES)}, got {argument!r}")
+    if text == "auto":
+        return role, Size(least=None, most=None)
+    least, dash, most = text.partition("-")
+    bounds = [least, most if dash else least]
+    if not all(bound.isdecimal() and int(bound) > 0 for bound in bounds) or int(bounds[0]) > int(bounds[1]):
+        raise ConfigError(
+            f"the size of {role} must be a number above 0 ({role}=4), a range ({role}=2-8), or auto for what the "
+            f"config says, got {text!r}"
+        )
+    if role == "oracle" and dash:
+        raise ConfigError(
+            f"the size of oracle must be one number, got {text!r}: it is how many questions may be asked at once, and "
+            "how many are follows the queue by itself"
+        )
+    return role, Size(least=int(bounds[0]), most=int(bounds[1]))

@@ -1,0 +1,92 @@
+"""The control as a plain class; what it is shown remembers how it was resized."""
+
+import asyncio
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from rayrl.actors.control import Control
+from rayrl.config.sizes import Size
+
+
+class Call:
+    """What Ray makes of a method."""
+
+    def __init__(self, method):
+        self.remote = method
+
+
+class Shown:
+    """A router or an oracle pool."""
+
+    def __init__(self, name, error=None):
+        self.name, self.error, self.sizes = name, error, []
+        self.resize, self.state = Call(self._resize), Call(self._state)
+
+    async def _resize(self, least, most):
+        self.sizes.append((least, most))
+        return await self._state()
+
+    async def _state(self):
+        if self.error is not None:
+            raise self.error
+        return {"name": self.name, "sizes": list(self.sizes)}
+
+
+def size(least, most=None):
+    return Size(least=least, most=least if most is None else most)
+
+
+def test_a_role_is_resized_wherever_it_is_up():
+    control, mean, last, generators = Control("generators"), Shown("mean"), Shown("last"), Shown("generators")
+
+    async def scenario():
+        await control.show("embedders", "mean", mean)
+        await control.show("embedders", "last", last)
+        await control.show("generators", "generators", generators)
+        resized = await control.scale({"embedders": size(1, 4)})
+        assert [state["name"] for state in resized] == ["mean", "last"]
+        await control.scale({"evaluators": size(3)})
+        assert [state["name"] for state in await control.states()] == ["mean", "last", "generators"]
+
+    asyncio.run(scenario())
+    assert (mean.sizes, last.sizes, generators.sizes) == ([(1, 4)], [(1, 4)], [(3, 3)])
+
+
+def test_a_size_waits_for_its_role_to_come_up_and_for_it_to_come_again():
+    control, first, again = Control("embedders"), Shown("embedders"), Shown("embedders")
+
+    async def scenario():
+        assert await control.scale({"evaluators": size(2)}) == []
+        await control.show("embedders", "embedders", first)
+        await control.show("embedders", "embedders", again)
+        await control.scale({"embedders": Size(least=None, most=None)})
+
+    asyncio.run(scenario())
+    assert (first.sizes, again.sizes) == ([(2, 2)], [(2, 2), (None, None)])
+
+
+def test_what_was_released_is_left_out_and_other_errors_are_not():
+    control = Control("generators")
+
+    async def scenario():
+        await control.show("embedders", "gone", Shown("gone", ActorDiedError()))
+        await control.show("generators", "generators", Shown("generators"))
+        assert [state["name"] for state in await control.states()] == ["generators"]
+        await control.show("oracle", "oracle", Shown("oracle", RuntimeError("unknown")))
+        with pytest.raises(RuntimeError, match="unknown"):
+            await control.states()
+
+    asyncio.run(scenario())
+
+
+def test_the_driver_hears_of_a_stop():
+    async def scenario():
+        control = Control("generators")
+        driver = asyncio.create_task(control.stopped())
+        await asyncio.sleep(0)
+        assert not driver.done()
+        control.stop()
+        await asyncio.wait_for(driver, 5)
+
+    asyncio.run(scenario())
