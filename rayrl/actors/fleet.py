@@ -49,8 +49,8 @@ class Fleet:
     @property
     def replicas(self) -> list[Any]:
         """Handles of the replicas that are ready now."""
-        leases = self._ready(START_TIMEOUT_S)
-        self._release(leases)
+        leases = self.hold()
+        self.release(leases)
         return [lease.replica for lease in leases]
 
     def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
@@ -78,7 +78,7 @@ class Fleet:
                 if attempt == MAX_HUNG:
                     raise
             finally:
-                self._release([lease], is_suspect=is_suspect)
+                self.release([lease], is_suspect=is_suspect)
         raise StageTimeout(f"{self.name}: {MAX_HUNG} replicas gave no answer to {method} within {timeout_s:.0f} s")
 
     def map(self, num: int, call: Callable[[slice], list[Any]]) -> list[Any]:
@@ -110,7 +110,7 @@ class Fleet:
             logger.warning("%s: a replica is gone before it took %s", self.name, checkpoint.version)
             return
         finally:
-            self._release(leases)
+            self.release(leases)
         stale = {version for version in versions if version != checkpoint.version}
         if stale:
             raise WeightSyncError(f"{self.name}: replicas serve {stale} instead of {checkpoint.version}")
@@ -122,15 +122,41 @@ class Fleet:
             StageTimeout: they were not up in time; says how many are, and what the cluster has free.
             FleetError: one cannot start; says why.
         """
-        leases = self._ready(timeout_s)
+        leases = self.hold(timeout_s)
+        try:
+            return self.statuses(leases, timeout_s)
+        finally:
+            self.release(leases)
+
+    def hold(self, timeout_s: float = START_TIMEOUT_S) -> list[Lease]:
+        """Wait as `wait_ready` does; leases on all that are ready then, none of which ends before its release.
+
+        They run out unless they are renewed, by `renew` or by what waits for their replicas here.
+        """
+        found: Any = ray.get(self.router.ready.remote(timeout_s))
+        return found if isinstance(found, list) else self._refuse(found, timeout_s)
+
+    def statuses(self, leases: list[Lease], timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
+        """What each of these replicas says of itself.
+
+        Raises:
+            StageTimeout: one says nothing.
+        """
         statuses = [lease.replica.status.remote() for lease in leases]
         try:
             self._wait(leases, statuses, timeout_s)
             return ray.get(statuses)
         except GetTimeoutError:
             raise StageTimeout(f"{self.name}: a replica did not say how it is within {timeout_s:.0f} s") from None
-        finally:
-            self._release(leases)
+
+    def renew(self, leases: list[Lease]) -> None:
+        """Keep these leases."""
+        self.router.renew.remote([lease.id for lease in leases])
+
+    def release(self, leases: list[Lease], *, is_suspect: bool = False) -> None:
+        """Give these leases back; a suspect replica is asked how it is before it gets another call."""
+        for lease in leases:
+            self.router.release.remote(lease.id, is_suspect)
 
     def stop(self) -> None:
         """Release the replicas and what they hold."""
@@ -150,10 +176,6 @@ class Fleet:
             nobody = answer["failure"] is not None and answer["ready"] + answer["starting"] == 0
             if nobody or time.monotonic() >= deadline:
                 self._refuse(answer, timeout_s)
-
-    def _ready(self, timeout_s: float) -> list[Lease]:
-        found: Any = ray.get(self.router.ready.remote(timeout_s))
-        return found if isinstance(found, list) else self._refuse(found, timeout_s)
 
     def _refuse(self, state: FleetState, waited_s: float) -> NoReturn:
         """Say what a wait ended without: a replica that starts, resources to start it, or room in one."""
@@ -176,11 +198,7 @@ class Fleet:
                 raise GetTimeoutError(f"no answer within {timeout_s:.0f} s")
             pending = ray.wait(pending, num_returns=len(pending), timeout=min(left_s, LEASE_S / 4))[1]
             if pending:
-                self.router.renew.remote([lease.id for lease in leases])
-
-    def _release(self, leases: list[Lease], *, is_suspect: bool = False) -> None:
-        for lease in leases:
-            self.router.release.remote(lease.id, is_suspect)
+                self.renew(leases)
 
 
 def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Fleet:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rayrl.actors.fleet import START_TIMEOUT_S, Fleet
+from rayrl.actors.router import LEASE_S, Lease
 from rayrl.errors import StageTimeout
 from rayrl.records import Checkpoint
 
@@ -104,22 +105,21 @@ class Update:
             self.end(StageTimeout(f"{self.checkpoint.version} was not sent to every replica in time"))
 
 
-class Replicas:
-    """The fleet as vLLM's trainer engine drives it (its `VLLMWeightSyncClient`)."""
+class Receivers:
+    """The replicas of a group as vLLM's trainer engine drives them (its `VLLMWeightSyncClient`).
 
-    def __init__(self, fleet: Fleet, transport: Transport, update: Update):
-        self.update = update
+    Their leases are held while an update is under way: a fleet that shrinks then lets others go, or waits.
+    """
+
+    def __init__(self, fleet: Fleet, transport: Transport, update: Update, leases: list[Lease]):
+        self.update, self.leases = update, leases
         self._fleet, self._transport = fleet, transport
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Bring every replica into the group; its ranks follow those of the replicas before it."""
         each, timeout_s = self._transport.ranks_per_replica, self._transport.timeout_s
-        self._all(
-            {
-                _once(replica.join).remote(init_info | {"rank_offset": 1 + n * each}, timeout_s): replica
-                for n, replica in enumerate(self._fleet.replicas)
-            }
-        )
+        offsets = [1 + n * each for n in range(len(self.leases))]
+        self._all([("join", (init_info | {"rank_offset": offset}, timeout_s)) for offset in offsets])
 
     def start_weight_update(self) -> None:
         """Nothing yet: a replica's swap is one call, so that a trainer that dies leaves none paused."""
@@ -128,30 +128,34 @@ class Replicas:
         """The swap of every replica, while the trainer broadcasts."""
         of = self.update
         swap = of.checkpoint, of.probe, update_info, of.in_flight, self._transport.timeout_s
-        self._all({_once(replica.receive).remote(*swap): replica for replica in self._fleet.replicas})
+        self._all([("receive", swap)] * len(self.leases))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Nothing more: see above."""
 
-    def _all(self, calls: dict[Any, Any]) -> None:
-        """Wait for all calls; if one fails, the others wait in a broken group, and their replicas are ended."""
+    def _all(self, asked: list[tuple[str, tuple[Any, ...]]]) -> None:
+        """One call of each, and all answers; if one fails, the others, in a broken group, are ended with it.
+
+        A retry would meet a new replica, which is in no group.
+        """
+        calls = {
+            lease.replica.__getattr__(method).options(max_task_retries=0).remote(*arguments): lease.replica
+            for lease, (method, arguments) in zip(self.leases, asked, strict=True)
+        }
         pending, deadline = list(calls), time.monotonic() + 2 * self._transport.timeout_s
         try:
             while pending:
-                done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-                if not done:
+                wait_s = min(LEASE_S / 4, deadline - time.monotonic())
+                if wait_s <= 0:
                     raise StageTimeout(f"{self._fleet.name}: {len(pending)} replicas did not take part in time")
+                done, pending = ray.wait(pending, timeout=wait_s)
                 ray.get(done)
+                self._fleet.renew(self.leases)
         except Exception as error:
             self.update.end(error)  # vLLM's engine, which may hang in the broadcast, would not say so
             for call in pending:
                 ray.kill(calls[call], no_restart=False)
             raise
-
-
-def _once(method: Any) -> Any:
-    """A retry would meet a new replica, which is in no group."""
-    return method.options(max_task_retries=0)
 
 
 class Sender:
@@ -161,7 +165,7 @@ class Sender:
         self._fleet, self._transport, self._empty, self._device = fleet, transport, empty, device
         self._engine: Any = None
         self._client: Any = None
-        self._members: list[float] = []
+        self._members: list[tuple[str, float]] = []
 
     def send(self, checkpoint: Checkpoint, probe: dict[str, Any], *, in_flight: bool) -> Update:
         """Begin an update: put the buckets in, then None, then ask for its `error`."""
@@ -184,33 +188,38 @@ class Sender:
         return iter(self._client.update)
 
     def _run(self, update: Update) -> None:
+        leases: list[Lease] = []
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # every thread has its own
-            members = [status["started_at"] for status in self._fleet.wait_ready()]
+            leases = self._fleet.hold()
+            statuses = self._fleet.statuses(leases)
+            members = [(lease.name, status["started_at"]) for lease, status in zip(leases, statuses, strict=True)]
             update.go_on()
             if self._engine is None or members != self._members:
                 self.leave()
-                self._engine = self._group(update)
+                self._engine = self._group(update, leases)
                 self._members = members
-            self._client.update = update
+            self._client.update, self._client.leases = update, leases
             self._engine.send_weights()
         except BaseException as error:
             update.end(error)
+            self._fleet.release(leases, is_suspect=True)
         else:
             update.end()
+            self._fleet.release(leases)
 
-    def _group(self, update: Update) -> Any:
+    def _group(self, update: Update, leases: list[Lease]) -> Any:
         """The trainer's end of a new group, with all replicas in it."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.utils.network_utils import get_open_port
 
-        self._client = client = Replicas(self._fleet, self._transport, update)
+        self._client = client = Receivers(self._fleet, self._transport, update, leases)
         info = self._transport.init_info(
             rank=0,
             master_address=ray.util.get_node_ip_address(),
             master_port=get_open_port(),
-            world_size=1 + len(self._fleet.replicas) * self._transport.ranks_per_replica,
+            world_size=1 + len(leases) * self._transport.ranks_per_replica,
         )
         engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self)  # type: ignore[arg-type]
         try:
