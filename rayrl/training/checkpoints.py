@@ -73,16 +73,22 @@ def note(fit_url: str, name: str, files: list[str]) -> None:
 
 
 def tell(fit_url: str) -> None:
-    """Log what the workers have left word of, once."""
+    """Log what the workers have left word of, once, and remove it; the fit must be over.
+
+    Ray Train's list, which names it, goes too: the next fit looks at the folders.
+    """
     for file in storage.children(fit_url):
         if file.startswith(NOTE):
             url = storage.join(fit_url, file)
             found = storage.read_json(url)
+            damaged_url = storage.join(fit_url, found["checkpoint"])
             logger.warning(
-                "%s is damaged (%s); the fit went on from the checkpoint before it",
-                storage.join(fit_url, found["checkpoint"]),
+                "%s is damaged (%s); the fit went on from the checkpoint before it, and this one is removed",
+                damaged_url,
                 ", ".join(found["files"]),
             )
+            storage.remove(storage.join(fit_url, SNAPSHOT))
+            storage.remove_folder(damaged_url)
             storage.remove(url)
 
 

@@ -71,6 +71,8 @@ def test_tidying_makes_room_and_keeps_what_ray_train_has_listed(fit_url, tmp_pat
     checkpoints.tell(fit_url)
     assert f"{listed_and_cut} is damaged" in caplog.text
     caplog.clear()
+    checkpoints.tidy(fit_url)
+    assert storage.children(fit_url) == [names[2], names[3]], "the two newest, and nothing that Ray Train would miss"
     checkpoints.tell(fit_url)
     assert "damaged" not in caplog.text
 

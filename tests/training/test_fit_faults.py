@@ -63,6 +63,8 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_told(undisturbed, caplog):
     assert steps_logged(folder) == [*ALL_STEPS, 7], "from step 6 on"
     assert re.search(rf"{last} is damaged \(.*{file.name}\); the fit went on from the checkpoint before", caplog.text)
     assert_same_weights(weights(folder), before)
+    left = checkpoints.whole(f"{folder}/fit/fit")
+    assert last not in left and left[0].startswith("checkpoint_00000007")
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_and_the_earlier_one_goes_on(undisturbed, tmp_path):
