@@ -37,7 +37,7 @@ def wait_s(state: tenacity.RetryCallState) -> float:
 
 
 def retry_after_s(error: openai.APIStatusError) -> float | None:
-    """The Retry-After header: a number of seconds, or a date, which counts from the judge's own clock if it tells it."""
+    """The Retry-After header: a number of seconds, or a date, which counts from the judge's clock if it tells it."""
     header = error.response.headers.get("retry-after")
     if header is None:
         return None
