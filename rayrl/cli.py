@@ -74,18 +74,17 @@ def runs(
     folder: Annotated[str, typer.Argument(help="A folder of run directories.")] = "runs",
 ) -> None:
     """List the runs in a folder: how far they are, what they paid and what it bought."""
-    from fsspec.core import url_to_fs
-
     from rayrl.errors import RunDirectoryError
+    from rayrl.runs import storage
     from rayrl.telemetry.summary import gain, plus_minus, summarize_run
 
-    fs, path = url_to_fs(folder)
+    fs, path = storage.locate(folder)
     if not fs.isdir(path):
         raise RunDirectoryError(f"folder must be an existing folder of runs, got {folder}")
     table = Table(
         "run", "pipeline", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold"
     )
-    for config in sorted(fs.glob(f"{path}/*/config.json")):
+    for config in sorted(map(str, fs.glob(f"{path}/*/config.json"))):
         facts = summarize_run(fs.unstrip_protocol(config.rpartition("/")[0]))
         done = [stage["stage"] for stage in facts["stages"] if stage["state"] == "done"]
         table.add_row(

@@ -6,6 +6,7 @@
     |-- ResourceError      (RuntimeError)  the cluster lacks what a stage needs
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
+    |-- DiskFull           (OSError)       a disk has no room for what a run writes: the path, and what is free
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
     |-- FleetError         (RuntimeError)  no replica of a fleet can start
     |-- TrainingStopped    (RuntimeError)  a training went where it must not go, and was stopped
@@ -37,6 +38,10 @@ class BudgetExhausted(RayRLError, RuntimeError):
 
 class RunDirectoryError(RayRLError, ValueError):
     """The run directory belongs to another config, or cannot be written."""
+
+
+class DiskFull(RayRLError, OSError):
+    """A disk has no room left. The message names the path, the free bytes and what is still there."""
 
 
 class WeightSyncError(RayRLError, RuntimeError):

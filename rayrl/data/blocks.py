@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -46,8 +45,7 @@ class BlockTable:
         return storage.exists(self.part(block))
 
     def read(self, block: int) -> pa.Table:
-        with fsspec.open(self.part(block), "rb") as file:
-            return pq.read_table(io.BytesIO(file.read()))  # type: ignore[union-attr]
+        return pq.read_table(io.BytesIO(storage.read_bytes(self.part(block))))
 
     def write(self, block: int, table: pa.Table) -> None:
         sink = io.BytesIO()

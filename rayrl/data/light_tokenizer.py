@@ -8,7 +8,6 @@ import re
 from datetime import datetime
 from typing import Any
 
-import fsspec
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -41,8 +40,7 @@ def load_light_tokenizer(folder: str) -> LightTokenizer | None:
     path = storage.join(folder, "tokenizer.json")
     if not storage.exists(path):
         return None
-    with fsspec.open(path, "rb") as file:
-        tokenizer = Tokenizer.from_buffer(file.read())  # type: ignore[union-attr]
+    tokenizer = Tokenizer.from_buffer(storage.read_bytes(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     settings = storage.join(folder, "tokenizer_config.json")
@@ -58,8 +56,7 @@ def load_light_tokenizer(folder: str) -> LightTokenizer | None:
 def _chat_template(folder: str, config: dict[str, Any]) -> str | None:
     path = storage.join(folder, "chat_template.jinja")
     if storage.exists(path):
-        with fsspec.open(path, "r", encoding="utf-8") as file:
-            return file.read()  # type: ignore[union-attr]
+        return storage.read_bytes(path).decode()
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
         template = {item["name"]: item["template"] for item in template}.get("default")

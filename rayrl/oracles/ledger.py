@@ -24,10 +24,11 @@ from typing import Generic, TypeVar
 
 from rayrl.errors import BudgetExhausted, RunDirectoryError
 from rayrl.oracles import ledger_schema as sql
-from rayrl.oracles.ledger_file import is_remote, own, upload, working_copy
+from rayrl.oracles.ledger_file import is_remote, own, working_copy
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.queries import Outcome, PairQuery, Query, Question, comparison, judgement
 from rayrl.records import Comparison, Judgement
+from rayrl.runs import storage
 
 __all__ = ["Ledger", "PairQuery", "Query", "Reserved"]
 
@@ -188,7 +189,7 @@ class Ledger:
                 return
             with self._lock:
                 num_writes, snapshot = self._num_writes, self._db.serialize()
-            await asyncio.to_thread(upload, self._remote, snapshot)
+            await asyncio.to_thread(storage.write_bytes, self._remote, snapshot)
             self._num_uploaded = num_writes
 
     def close(self) -> None:

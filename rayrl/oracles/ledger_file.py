@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-import fsspec
-
 from rayrl.errors import RunDirectoryError
+from rayrl.runs import storage
 
 _POLL_S = 0.1
 
@@ -44,15 +43,6 @@ def is_remote(location: str) -> bool:
 def working_copy(url: str, folder: str) -> Path:
     """A local copy of a remote ledger, or the place for a new one, in `folder`."""
     path = Path(folder) / "ledger.sqlite"
-    filesystem, remote = fsspec.url_to_fs(url)
-    if filesystem.exists(remote):
-        path.write_bytes(filesystem.cat_file(remote))
+    if storage.exists(url):
+        path.write_bytes(storage.read_bytes(url))
     return path
-
-
-def upload(url: str, content: bytes) -> None:
-    """Replace the remote file; a crash in between leaves the old one whole."""
-    filesystem, remote = fsspec.url_to_fs(url)
-    filesystem.makedirs(remote.rpartition("/")[0], exist_ok=True)
-    filesystem.pipe_file(f"{remote}.part", content)
-    filesystem.mv(f"{remote}.part", remote)

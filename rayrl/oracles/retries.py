@@ -37,13 +37,19 @@ def wait_s(state: tenacity.RetryCallState) -> float:
 
 
 def retry_after_s(error: openai.APIStatusError) -> float | None:
-    """The Retry-After header: a number of seconds, or a date."""
+    """The Retry-After header: a number of seconds, or a date, which counts from the judge's clock if it tells it."""
     header = error.response.headers.get("retry-after")
     if header is None:
         return None
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", header):
         return float(header)
+    until_s, now_s = _date_s(header), _date_s(error.response.headers.get("date", ""))
+    return None if until_s is None else max(0.0, until_s - (time.time() if now_s is None else now_s))
+
+
+def _date_s(header: str) -> float | None:
+    """Unix time of an HTTP date; None if it is none."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+        return email.utils.parsedate_to_datetime(header).timestamp()
     except ValueError:
         return None

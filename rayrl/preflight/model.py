@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import LightTokenizer, load_light_tokenizer
 from rayrl.errors import ConfigError
@@ -91,7 +89,7 @@ def _check_head_dim(config: dict[str, Any], path: str) -> None:
 
 
 def _weights_bytes(folder: str, path: str) -> int | None:
-    fs, root = url_to_fs(folder)
+    fs, root = storage.locate(folder)
     sizes = {file["name"]: file["size"] for file in fs.ls(root, detail=True)}
     weights = [size for name, size in sizes.items() if name.endswith(".safetensors")]
     if weights:

@@ -46,6 +46,8 @@ def check_run_folder(config: RunConfig) -> None:
     if config.reuse is not None and not storage.exists(storage.join(storage.absolute(config.reuse), "config.json")):
         raise RunDirectoryError(f"reuse must be another run's folder (with a config.json), got {config.reuse}")
     url = storage.absolute(config.run_dir)
+    if not storage.is_local(url):
+        _check_reachable(url)
     saved = storage.join(url, "config.json")
     if storage.exists(saved):
         differing = differences(storage.read_json(saved), config.model_dump(mode="json"))
@@ -58,6 +60,26 @@ def check_run_folder(config: RunConfig) -> None:
         parent = existing_parent(url)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise RunDirectoryError(f"run_dir must be a folder that can be written, got {url}: {parent} cannot be")
+
+
+def _check_reachable(url: str) -> None:
+    """Refuse a remote place that does not answer, or whose bucket is not there.
+
+    Raises:
+        RunDirectoryError: says what the filesystem said.
+    """
+    fs, path = storage.locate(url)
+    bucket = path.partition("/")[0]  # empty on filesystems without buckets
+    remedy = "check the bucket's name, the endpoint (AWS_ENDPOINT_URL) and the keys, which no config holds"
+    try:
+        fs.exists(path)
+        found = not bucket or fs.exists(bucket)
+    except Exception as error:  # every filesystem has errors of its own
+        raise RunDirectoryError(f"run_dir must be a place that can be read, got {url}: {error}; {remedy}") from None
+    if not found:
+        raise RunDirectoryError(
+            f"run_dir must be in a bucket that exists and that these keys may list, got {url}; make it, or {remedy}"
+        )
 
 
 def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int | None:

@@ -6,7 +6,6 @@ policy's shape and its tokenizer, and a head with one output.
 
 from typing import Any
 
-import fsspec
 from tokenizers import Tokenizer
 
 from rayrl.config import RunConfig
@@ -79,8 +78,7 @@ def _check_head(folder: str, config: dict[str, Any]) -> None:
         labels = config.get("id2label")
         what = f"a classifier of {len(labels)} outputs" if labels else "a model without one"
         raise ConfigError(f"{_SETTING} must hold a head with one output in {_HEAD}, got {folder}, {what}; {_REMEDY}")
-    with fsspec.open(path, "rb") as file:
-        weight = load(file.read())["weight"]  # type: ignore[union-attr]
+    weight = load(storage.read_bytes(path))["weight"]
     if weight.shape[0] != 1:
         raise ConfigError(f"{_SETTING} must have a head with one output, got {weight.shape[0]} in {folder}; {_REMEDY}")
     if weight.shape[1] != config["hidden_size"]:
@@ -95,5 +93,4 @@ def _vocabulary(folder: str) -> dict[str, int] | None:
     path = storage.join(folder, "tokenizer.json")
     if not storage.exists(path):
         return None
-    with fsspec.open(path, "rb") as file:
-        return Tokenizer.from_buffer(file.read()).get_vocab(with_added_tokens=True)  # type: ignore[union-attr]
+    return Tokenizer.from_buffer(storage.read_bytes(path)).get_vocab(with_added_tokens=True)

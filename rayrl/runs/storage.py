@@ -1,30 +1,49 @@
-"""Files on any fsspec filesystem: atomic JSON, whole folders, and local copies of remote model folders."""
+"""Files on any fsspec filesystem: atomic JSON, whole folders, and local copies of remote model folders.
 
+Endpoints and keys are the filesystem's own business: s3fs reads AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and its like, the
+AWS config files, or the machine's role, in every process anew.
+"""
+
+import errno
 import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from rayrl.errors import DiskFull
 from rayrl.records import content_id
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, no quota, or a file larger than the system allows."""
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "memory"})
+"""They have no folders to make, and publish an object only when it is complete."""
+
+NUM_CACHED = 4
+"""Remote models of one folder that a machine keeps: those last used."""
+
+
+def locate(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URL and the path on it. Nothing is remembered of folders: other processes write there too."""
+    return url_to_fs(url, use_listings_cache=False)
 
 
 def is_local(url: str) -> bool:
     """Whether a URL is a path of the local filesystem (NFS included)."""
-    return isinstance(url_to_fs(url)[0], LocalFileSystem)
+    return isinstance(locate(url)[0], LocalFileSystem)
 
 
 def absolute(url: str) -> str:
     """A URL every process can open: a relative local path becomes absolute, anything else stays."""
-    return str(Path(url_to_fs(url)[1]).absolute()) if is_local(url) else url.rstrip("/")
+    return str(Path(locate(url)[1]).absolute()) if is_local(url) else url.rstrip("/")
 
 
 def join(url: str, *parts: str) -> str:
@@ -34,29 +53,80 @@ def join(url: str, *parts: str) -> str:
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     return bool(fs.exists(path))
 
 
 def write_bytes(url: str, content: bytes) -> None:
-    """Write a whole file or nothing: readers never see half of it."""
-    fs, path = url_to_fs(url)
-    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-    if not is_local(url):  # object stores publish an object only when it is complete
+    """Write a whole file or nothing: readers never see half of it.
+
+    Raises:
+        DiskFull: the disk has no room for it; what was there before is still there.
+    """
+    fs, path = locate(url)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    if not OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
         fs.pipe_file(path, content)
         return
-    unfinished = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    if not is_local(url):
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(temporary, content)
+        fs.mv(temporary, path)
+        return
+    unfinished = Path(temporary)
+    with refusing_full_disk(path):
+        try:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            with open(unfinished, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def refusing_full_disk(url: str, what: str = "") -> Iterator[None]:
+    """Around writing: says which disk is full, and what is free there.
+
+    Args:
+        url: where is written; it need not exist.
+        what: is written, for the message.
+
+    Raises:
+        DiskFull: what is written does not fit.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFull) or not _is_full(error):
+            raise
+        raise DiskFull(
+            f"{what + ': ' if what else ''}the disk of {url} must have room for what is written there, and has "
+            f"{_free(url)} free ({error}); free some, or put it on another disk, and run again: what was whole before "
+            "is still there"
+        ) from None
+
+
+def _free(url: str) -> str:
+    if not is_local(url):
+        return "too little"
+    path = Path(locate(url)[1])
+    return f"{shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free:,} bytes"
+
+
+def _is_full(error: Exception) -> bool:
+    """Libraries like torch write files outside of Python, and say in words what errno would say."""
+    words = ("PytorchStreamWriter failed writing", "No space left on device", "File too large", "Disk quota exceeded")
+    return getattr(error, "errno", None) in FULL or any(part in str(error) for part in words)
 
 
 def read_bytes(url: str) -> bytes:
     """Read a whole file."""
-    with fsspec.open(url, "rb") as file:
-        return file.read()  # type: ignore[union-attr]
+    fs, path = locate(url)
+    return fs.cat_file(path)  # type: ignore[return-value]
 
 
 def write_json(url: str, content: Any) -> None:
@@ -66,22 +136,22 @@ def write_json(url: str, content: Any) -> None:
 
 def read_json(url: str) -> Any:
     """Read a JSON file."""
-    with fsspec.open(url, "rb") as file:
-        return json.load(file)  # type: ignore[arg-type]
+    return json.loads(read_bytes(url))
 
 
 def copy_folder(source: str, target: str, *, last: str) -> None:
     """Replace a folder by a copy of another, its file `last` copied last; on one local disk by hard links, for free."""
-    fs, path = url_to_fs(target)
+    fs, path = locate(target)
     if fs.exists(path):
         fs.rm(path, recursive=True)
     if is_local(source) and is_local(target):
-        root = url_to_fs(source)[1]
+        root = locate(source)[1]
         shutil.copytree(root, path, copy_function=_link, ignore=lambda folder, _: [last] if folder == root else [])
         _link(join(root, last), join(path, last))
         return
     with tempfile.TemporaryDirectory() as local:
-        url_to_fs(source)[0].get(url_to_fs(source)[1], f"{local}/copy", recursive=True)
+        theirs, folder = locate(source)
+        theirs.get(folder, f"{local}/copy", recursive=True)
         os.rename(f"{local}/copy/{last}", f"{local}/{last}")
         fs.put(f"{local}/copy/", f"{path}/", recursive=True)
         fs.put_file(f"{local}/{last}", f"{path}/{last}")
@@ -101,41 +171,79 @@ def local_folder(url: str) -> str:
     if "://" not in url:
         return url
     if is_local(url):
-        return str(url_to_fs(url)[1])
-    fs, path = url_to_fs(url)
+        return str(locate(url)[1])
+    fs, path = locate(url)
     files = fs.find(path, detail=True)  # sizes, times, tags: a run made again has other weights at the same place
-    cache = Path(tempfile.gettempdir()) / "rayrl-models" / content_id(url, *(f"{n} {files[n]}" for n in sorted(files)))
+    caches = Path(tempfile.gettempdir()) / "rayrl-models" / content_id(url.rstrip("/").rpartition("/")[0])
+    cache = caches / content_id(url, *(f"{n} {files[n]}" for n in sorted(files)))
     if not cache.exists():
         unfinished = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
-        fs.get(path, str(unfinished), recursive=True)
+        with refusing_full_disk(str(cache)):
+            fs.get(path, str(unfinished), recursive=True)
         try:
             unfinished.rename(cache)
         except OSError:  # another process of this machine fetched it meanwhile
             shutil.rmtree(unfinished)
+        with suppress(FileNotFoundError):  # another process does the same
+            for old in sorted(caches.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-NUM_CACHED]:
+                shutil.rmtree(old, ignore_errors=True)  # PPO sends a model after every update
+    with suppress(FileNotFoundError):
+        os.utime(cache)
     return str(cache)
 
 
 @contextmanager
 def new_folder(url: str) -> Iterator[str]:
-    """A local folder to fill, which then takes its place in the run: whole, or, if filling it fails, not at all."""
-    fs, path = url_to_fs(url)
+    """A local folder to fill, which then takes its place in the run: whole, or, if filling it fails, not at all.
+
+    On an object store the files follow one by one: it is the stage's manifest that says that all are there.
+
+    Raises:
+        DiskFull: there is no room for it.
+    """
+    fs, path = locate(url)
     if is_local(url):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f"{Path(path).name}.") as unfinished:
+        parent, prefix = Path(path).parent, f"{Path(path).name}."
+        with refusing_full_disk(path), tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as unfinished:
             yield unfinished
             os.chmod(unfinished, 0o755)  # a temporary folder is its owner's alone
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
             os.mkdir(unfinished)  # for the one that removes it
         return
-    with tempfile.TemporaryDirectory() as unfinished:
+    with refusing_full_disk(tempfile.gettempdir()), tempfile.TemporaryDirectory() as unfinished:
         yield unfinished
         remove_folder(url)
         fs.put(unfinished + "/", path + "/", recursive=True)
 
 
+def children(url: str) -> list[str]:
+    """Names in a folder; none if it is not there."""
+    fs, path = locate(url)
+    try:
+        return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of every file in a folder and below, by its path in the folder."""
+    fs, path = locate(url)
+    root = path.strip("/")
+    found: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
+    return {name.strip("/")[len(root) + 1 :]: file["size"] for name, file in found.items()}
+
+
+def remove(url: str) -> None:
+    """Remove a file, if it is there."""
+    fs, path = locate(url)
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
 def remove_folder(url: str) -> None:
     """Remove a folder, if it is there."""
-    fs, path = url_to_fs(url)
+    fs, path = locate(url)
     if fs.exists(path):
         fs.rm(path, recursive=True)

@@ -2,14 +2,18 @@
 
 The JSON lines are the record; the report and the notebook read them. An interrupted stage logs some steps a
 second time: both readers (here and TensorBoard's) keep the later values. One process logs a stage: rank 0.
+
+Object stores cannot append. A remote run's curve is written whole again and again, and TensorBoard's events are written
+to a local folder and copied.
 """
 
 import json
 import math
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -18,7 +22,7 @@ from rayrl.runs import storage
 from rayrl.telemetry import meters
 
 REMOTE_FLUSH_S = 10.0
-"""Object stores cannot append: there the whole (small) file is written again, at most this often."""
+"""A remote run's (small) files are written again at most this often, and at the end."""
 
 
 class MetricLog:
@@ -31,18 +35,21 @@ class MetricLog:
         self._text = b""
         self._flushed_at = time.monotonic()
         self._last_step: int | None = None
-        self._events: EventFileWriter | None = None
-        fs, path = url_to_fs(self.url)
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        earlier = fs.cat_file(path) if fs.exists(path) else b""
+        earlier = storage.read_bytes(self.url) if storage.exists(self.url) else b""
         # a killed process may have left half a line: the next one must not be glued to it
         torn = b"\n" if earlier and not earlier.endswith(b"\n") else b""
+        self._events_url = storage.join(run_dir, "tensorboard", stage)
         if self._local:
+            path = Path(storage.locate(self.url)[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
             self._file.write(torn)
-            self._events = EventFileWriter(url_to_fs(storage.join(run_dir, "tensorboard", stage))[1])
+            self._events_folder = storage.locate(self._events_url)[1]
         else:
             self._text = earlier + torn
+            self._scratch = tempfile.TemporaryDirectory(prefix="rayrl-tensorboard-")
+            self._events_folder = self._scratch.name
+        self._events = EventFileWriter(self._events_folder)
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -56,31 +63,33 @@ class MetricLog:
         row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         line = json.dumps(row).encode() + b"\n"
         if self._local:
-            self._file.write(line)
+            with storage.refusing_full_disk(self.url):
+                self._file.write(line)
         else:
             self._text += line
-            if time.monotonic() - self._flushed_at > REMOTE_FLUSH_S:
-                self._publish()
         self._log_events(step, numbers)
         meters.show_step(self.stage, step, numbers)
         self._last_step = step
+        if not self._local and time.monotonic() - self._flushed_at > REMOTE_FLUSH_S:
+            self._events.flush()
+            self._publish()
 
     def close(self) -> None:
         """Make everything logged so far durable."""
+        self._events.close()
         if self._local:
             self._file.close()
         else:
             self._publish()
-        if self._events is not None:
-            self._events.close()
+            self._scratch.cleanup()
 
     def _publish(self) -> None:
         storage.write_bytes(self.url, self._text)
+        for file in Path(self._events_folder).iterdir():  # one: its name has this process's start and id in it
+            storage.write_bytes(storage.join(self._events_url, file.name), file.read_bytes())
         self._flushed_at = time.monotonic()
 
     def _log_events(self, step: int, numbers: dict[str, float]) -> None:
-        if self._events is None:
-            return
         now = time.time()
         if self._last_step is None or step <= self._last_step:
             # TensorBoard then drops what an interrupted process logged at this step and later
@@ -95,11 +104,10 @@ def read_metrics(url: str) -> list[dict[str, Any]]:
 
     A line supersedes every earlier line whose step is not smaller. No file is an empty curve.
     """
-    fs, path = url_to_fs(url)
-    if not fs.exists(path):
+    if not storage.exists(url):
         return []
     rows: list[dict[str, Any]] = []
-    for line in fs.cat_file(path).splitlines():
+    for line in storage.read_bytes(url).splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # the line a killed process was writing

@@ -8,13 +8,13 @@ import contextlib
 import logging
 import math
 import sqlite3
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from rayrl.errors import DataError, RunDirectoryError
+from rayrl.oracles.ledger_file import working_copy
 from rayrl.runs import storage
 from rayrl.telemetry.caveats import caveats
 from rayrl.telemetry.rlp_caveats import rlp_caveats
@@ -143,7 +143,7 @@ def _stage(run_dir: str, stage: str, manifest: dict[str, Any] | None) -> dict[st
     if manifest is not None:
         kept = {name: manifest.get(name) for name in ("seconds", "num_rows", "summary", "finished_at")}
         return {"stage": stage, "state": "done"} | kept
-    fs, path = url_to_fs(storage.join(run_dir, "stages", stage, "table"))
+    fs, path = storage.locate(storage.join(run_dir, "stages", stage, "table"))
     num_parts = len(fs.glob(f"{path}/part-*.parquet")) if fs.exists(path) else 0
     folders = (stage, f"{stage}-0")  # the second is the first member of an ensemble
     state = "started" if any(storage.exists(storage.join(run_dir, "stages", name)) for name in folders) else "not run"
@@ -162,16 +162,16 @@ def _add_up(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
-    """What the ledger itself counts, by purpose; empty where it cannot be read (a remote run)."""
-    path = Path(url_to_fs(storage.join(run_dir, "ledger.sqlite"))[1])
-    if not storage.is_local(run_dir) or not path.is_file():
+    """What the ledger itself counts, by purpose; empty where it cannot be read."""
+    url = storage.join(run_dir, "ledger.sqlite")
+    if not storage.exists(url):
         return {}
     sql = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as ledger:
+        with _opened(url) as ledger:
             rows = ledger.execute(sql).fetchall()
     except sqlite3.DatabaseError as error:
-        logger.warning("%s cannot be read (%s): spending is shown as of the last finished stage", path, error)
+        logger.warning("%s cannot be read (%s): spending is shown as of the last finished stage", url, error)
         return {}
     counts: dict[str, dict[str, Any]] = {}
     for purpose, state, num, usd in rows:
@@ -180,6 +180,14 @@ def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
         count["spent"] += num if state in ("scored", "abstained", "lost") else 0
         count["cost_usd"] = count.get("cost_usd", 0.0) + usd
     return counts
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[sqlite3.Connection]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(storage.locate(url)[1]) if storage.is_local(url) else working_copy(url, folder)
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as ledger:
+            yield ledger
 
 
 def _paid(config: dict[str, Any], rounds: list[dict[str, Any]], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:

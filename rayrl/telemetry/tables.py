@@ -1,18 +1,19 @@
 """Parquet tables of a run directory, whichever of them are there."""
 
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
+
+from rayrl.runs import storage
 
 
 def read_parquet(url: str) -> pa.Table | None:
     """A Parquet file, or all parts of a folder; None if there is nothing yet."""
-    fs, path = url_to_fs(url)
+    fs, path = storage.locate(url)
     parts = [path] if fs.isfile(path) else sorted(fs.glob(f"{path}/part-*.parquet"))
-    tables = []
-    for part in parts:
-        with fs.open(part, "rb") as file:
-            tables.append(pq.read_table(io.BytesIO(file.read())))
+    contents: Iterator[Any] = (fs.cat_file(part) for part in parts)
+    tables = [pq.read_table(io.BytesIO(content)) for content in contents]
     return pa.concat_tables(tables) if tables else None

@@ -1,28 +1,39 @@
 """One `fit()` of Ray Train around a training loop. The only importer of ray.train.
 
 A lost worker is Ray Train's to restart, and so is a lost driver: the same storage path continues the same fit.
+From which checkpoint is for the workers to say (rayrl/training/checkpoints.py): Ray Train knows the last one it was
+told of, and not whether it can be read.
 """
 
 import logging
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
 import ray.data
 import ray.train
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrl.config import TrainingConfig
+from rayrl.errors import RayRLError
+from rayrl.runs.storage import is_local, join, locate, refusing_full_disk
+from rayrl.training import checkpoints
 
 logger = logging.getLogger(__name__)
 
 Stream = Callable[[int, int], "ray.data.Dataset"]
 """(rank, world size) -> the rows of that rank, in an order that never changes."""
+_fit_url: ContextVar[str] = ContextVar("fit_url")
+"""In a worker: where this fit's checkpoints are."""
 
 
 def fit(
@@ -45,12 +56,17 @@ def fit(
         storage: folder of the fit's checkpoints (any fsspec URL).
         on_gpu: one GPU per worker, else one CPU.
         name: what Ray's dashboard calls it, and the folder in `storage`.
+
+    Raises:
+        RayRLError: a worker's own, DiskFull among them; the whole checkpoints are still there.
     """
     started = time.monotonic()
+    url = join(storage, name)
+    filesystem, path = _filesystem(storage)
     options = ray.data.ExecutionOptions(preserve_order=True)
     trainer = TorchTrainer(
         _run,
-        train_loop_config={"loop": loop, "job": job},
+        train_loop_config={"loop": loop, "job": job, "fit_url": url},
         scaling_config=ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=on_gpu,
@@ -59,21 +75,46 @@ def fit(
         torch_config=TorchConfig(backend=None if on_gpu else "gloo"),
         run_config=RunConfig(
             name=name,
-            storage_path=storage,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),
         ),
         datasets={f"rank{r}": stream(r, training.num_workers) for r in range(training.num_workers)},
         dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
     )
-    result = trainer.fit()
+    metrics = _fitted(trainer, url)
+    logger.debug("fit in %s took %.1f s", storage, time.monotonic() - started)
+    return metrics
+
+
+def _fitted(trainer: TorchTrainer, url: str) -> dict[str, Any]:
+    """Run it; before and after, the folder of its checkpoints is tidied. What a worker refused reaches the user."""
+    checkpoints.tidy(url)
+    try:
+        result = trainer.fit()
+    except ray.train.ControllerError:  # it writes Ray Train's list of checkpoints
+        with refusing_full_disk(url):
+            raise
+    except ray.train.WorkerGroupError as error:
+        causes = [cause for failure in error.worker_failures.values() for cause in (failure, *failure.args)]
+        raise next((cause for cause in causes if isinstance(cause, RayRLError)), error) from None
+    finally:
+        checkpoints.tidy(url)
+        checkpoints.tell(url)
     if result.error is not None:
         raise result.error
-    logger.debug("fit in %s took %.1f s", storage, time.monotonic() - started)
     return dict(result.metrics or {})
 
 
+def _filesystem(url: str) -> tuple[FileSystem | None, str]:
+    """For Ray Train: a remote place by fsspec, so that endpoint and keys come from one source; and the path on it."""
+    fs, path = locate(url)
+    return (None, url) if is_local(url) else (PyFileSystem(FSSpecHandler(fs)), path)
+
+
 def _run(config: dict[str, Any]) -> None:
+    _fit_url.set(config["fit_url"])
     config["loop"](config["job"], Rows(ray.train.get_dataset_shard(f"rank{rank()}")))
 
 
@@ -108,14 +149,42 @@ def world_size() -> int:
     return ray.train.get_context().get_world_size()
 
 
-def restored() -> AbstractContextManager[str | None]:
-    """Folder of the newest checkpoint of this fit, or None."""
-    checkpoint = ray.train.get_checkpoint()
-    return nullcontext(None) if checkpoint is None else checkpoint.as_directory()
+def whole_checkpoints() -> list[str]:
+    """Names of this fit's whole checkpoints, the newest first, the same on every rank. All ranks take part."""
+    names: list[str] = []
+    if rank() == 0:
+        checkpoints.tidy(_fit_url.get())
+        names = checkpoints.whole(_fit_url.get())[: checkpoints.NUM_KEPT]
+    return broadcast_from_rank_zero(names)
+
+
+def opened(name: str) -> AbstractContextManager[str]:
+    """A local folder with a checkpoint in it, fetched once per node. All ranks take part."""
+    filesystem, path = _filesystem(join(_fit_url.get(), name))
+    checkpoint = Checkpoint(path, filesystem) if rank() == 0 else None
+    return broadcast_from_rank_zero(checkpoint).as_directory()  # type: ignore[union-attr]  # one object, one download
+
+
+def damaged(name: str, folder: str) -> bool:
+    """Whether this rank's part of a checkpoint has changed since it was written; the driver will tell the user."""
+    files = checkpoints.damaged(folder, rank(), world_size())
+    if files:
+        checkpoints.note(_fit_url.get(), name, files)
+    return bool(files)
 
 
 def report(metrics: dict[str, Any], save: Callable[[str], None]) -> None:
-    """Save on every rank and register the checkpoint with Ray Train."""
+    """Save on every rank and register the checkpoint with Ray Train.
+
+    Raises:
+        DiskFull: the checkpoint does not fit; those before it are still there.
+    """
+    step = int(metrics["step"])
+    what = f"the checkpoint of step {step}"
     with tempfile.TemporaryDirectory() as folder:
-        save(folder)
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        with refusing_full_disk(folder, what):
+            save(folder)
+            checkpoints.seal(folder, step, rank(), world_size())
+        with refusing_full_disk(_fit_url.get(), what):
+            name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"  # rank 0's counts
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)

@@ -43,9 +43,12 @@ def steps(
 
 
 def restore(engine: Any) -> dict[str, float]:
-    """Load the fit's last checkpoint, if there is one; what was noted with it."""
-    with launch.restored() as folder:
-        return zero.load(engine, folder) if folder else {}
+    """Load the fit's last checkpoint that is whole on all ranks, if there is one; what was noted with it."""
+    for name in launch.whole_checkpoints():
+        with launch.opened(name) as folder:
+            if zero.largest(launch.damaged(name, folder), engine) == 0:
+                return zero.load(engine, folder)
+    return {}
 
 
 def names_of(rows: list[Row]) -> list[str]:

@@ -63,6 +63,19 @@ def test_a_remote_run_appends_too():
     fsspec.filesystem("memory").rm("/test_metrics", recursive=True)
 
 
+def test_a_remote_runs_tensorboard_is_copied_there(tmp_path):
+    fs = fsspec.filesystem("memory")
+    for steps, loss in ((range(1, 4), 1.0), (range(3, 5), 3.0)):
+        with MetricLog("memory://test_events", "dpo") as log:
+            for step in steps:
+                log.log(step, loss=loss)
+    fs.get("/test_events/tensorboard/dpo", f"{tmp_path}/dpo", recursive=True)
+    fs.rm("/test_events", recursive=True)
+    events = EventAccumulator(f"{tmp_path}/dpo")
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("dpo/loss")] == [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0)]
+
+
 def test_no_file_is_an_empty_curve(tmp_path):
     assert read_metrics(str(tmp_path / "metrics" / "sft.jsonl")) == []
 

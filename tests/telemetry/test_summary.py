@@ -1,9 +1,11 @@
 """The facts of a run, whatever it has reached."""
 
+import asyncio
 import contextlib
 import json
 import math
 
+import fsspec
 import pytest
 
 from rayrl.errors import DataError, RunDirectoryError
@@ -66,6 +68,19 @@ def test_the_ledger_itself_knows_best(run_dir):
         paid = summarize_run(str(run_dir))["paid"]  # while its owner has it open
     for purpose in ("label", "evaluate"):
         assert {name: paid[purpose].get(name, 0) for name in expected[purpose]} == pytest.approx(expected[purpose])
+
+
+def test_a_remote_runs_ledger_is_read_as_of_its_last_upload(run_dir):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(run_dir), "/test_summary", recursive=True)
+    question = {"prompt_id": "p", "response_id": "p-0", "prompt": "x", "response": "y", "oracle": "o", "rubric": "r"}
+    with contextlib.closing(Ledger("memory://test_summary/ledger.sqlite", {"label": 128})) as ledger:
+        reserved = ledger.reserve(Query(**question), "label", 0.01)
+        ledger.commit(reserved, Verdict(score=3.0, rationale="", billed=True, cost_usd=0.01))
+        asyncio.run(ledger.sync())
+        paid = summarize_run("memory://test_summary")["paid"]["label"]
+    memory.rm("/test_summary", recursive=True)
+    assert (paid["spent"], paid["scored"], paid["cost_usd"]) == (1, 1, 0.01)
 
 
 def test_a_damaged_ledger_leaves_the_manifests_counts(run_dir, caplog):
