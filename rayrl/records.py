@@ -11,7 +11,8 @@ import hashlib
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -246,19 +247,34 @@ def arrow_schema(record: type) -> pa.Schema:
 
 def to_table(records: typing.Sequence[Any], record: type) -> pa.Table:
     """Records as an Arrow table of exactly the class's schema, empty tables included."""
-    return pa.Table.from_pylist([asdict(r) for r in records], schema=arrow_schema(record))
+    return pa.Table.from_pylist([to_row(r) for r in records], schema=arrow_schema(record))
+
+
+def to_row(record: Any) -> dict[str, Any]:
+    """A record as a table row, nested records included. Lists of numbers are the record's own, not copies."""
+    return {
+        name: getattr(record, name) if inner is None else [to_row(item) for item in getattr(record, name)]
+        for name, inner in _columns(type(record)).items()
+    }
 
 
 def from_row(row: dict[str, Any], record: type[R]) -> R:
     """One table row back as a record, nested records included."""
-    hints = typing.get_type_hints(record)
     values = dict(row)
-    for name, annotation in hints.items():
-        if typing.get_origin(annotation) is list:
-            (inner,) = typing.get_args(annotation)
-            if isinstance(inner, type) and is_dataclass(inner):
-                values[name] = [from_row(item, inner) for item in row[name]]
+    for name, inner in _columns(record).items():
+        if inner is not None:
+            values[name] = [from_row(item, inner) for item in row[name]]
     return record(**values)
+
+
+@cache
+def _columns(record: type) -> dict[str, type | None]:
+    """The fields of a record class, and where one is a list of records, their class."""
+    columns: dict[str, type | None] = {}
+    for name, annotation in typing.get_type_hints(record).items():
+        inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
+        columns[name] = inner if isinstance(inner, type) and is_dataclass(inner) else None
+    return columns
 
 
 def from_table(table: pa.Table, record: type[R]) -> list[R]:

@@ -145,7 +145,7 @@ class Services:
             way = "nccl" if trained and self.run.config.ppo.weight_transfer == "nccl" else None
             spec = dataclasses.replace(spec, pooling=pooling, weight_transfer=way)
             self._fleets[name] = start_fleet(f"{self.run.config.name}-{name}", engine, spec)
-        return self._shown("generators" if engine is Generator else "embedders", self._fleets[name])
+        return self._shown("generators" if pooling is None else "embedders", self._fleets[name])
 
     def _shown(self, role: str, fleet: Fleet) -> Fleet:
         """Let an operator see the fleet, and give it the size that was asked for by hand before it was up."""

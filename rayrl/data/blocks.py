@@ -8,11 +8,13 @@ Resume, the second epoch of a streamed training and "never scored twice" are thi
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 
 from rayrl.records import to_table
@@ -24,6 +26,10 @@ TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""
 MAX_TASKS = 1000
 """Tasks of one map; a larger table gives a task several blocks."""
+MIN_PROCESSES = 4
+"""Tasks at once, each a process, that are not too many for any machine."""
+BLOCKS_PER_THREAD = 4
+"""Of a task that works on several blocks at once: its last ones end with idle threads."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,23 @@ def stream_blocks(
 ) -> "ray.data.Dataset":
     """A lazy Ray Dataset of `function(block)` for every block, in block order, at most `concurrency` at once.
 
-    Retries of a lost task are Ray's. Its dashboard shows the tasks as MapBatches(`name`).
+    A block mostly waits for actors, and a task is a process: where there are fewer CPUs than blocks to keep in flight,
+    a task works on several of them in threads. Retries of a lost task are Ray's, whose dashboard shows the tasks as
+    MapBatches(`name`).
     """
+    num_tasks = min(concurrency, max(MIN_PROCESSES, int(ray.cluster_resources().get("CPU", 0))))
+    num_threads = -(-concurrency // num_tasks)
+    num_rounds = -(-num_blocks // (concurrency * BLOCKS_PER_THREAD))
+    num_groups = min(num_blocks, MAX_TASKS, num_blocks if num_threads == 1 else num_tasks * num_rounds)
 
-    def of_batch(batch: Any) -> pa.Table:
-        return pa.concat_tables([function(int(block)) for block in batch["item"]])
+    def of_group(group: Any) -> pa.Table:
+        with ThreadPoolExecutor(num_threads) as threads:
+            return pa.concat_tables(threads.map(function, map(int, group["item"])))
 
-    of_batch.__name__ = name
-    blocks = ray.data.from_items(list(range(num_blocks)), override_num_blocks=min(num_blocks, MAX_TASKS) or None)
-    blocks.context.execution_options.preserve_order = True
-    mapped = blocks.map_batches(
-        of_batch, batch_size=1, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(concurrency)
-    )
+    of_group.__name__ = name
+    groups = ray.data.from_items(list(range(num_blocks)), override_num_blocks=num_groups or None)
+    groups.context.execution_options.preserve_order = True
+    mapped = groups.map_batches(of_group, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(num_tasks))
     mapped.set_name(name)
     return mapped
 

@@ -119,11 +119,18 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_fo
 
     Plain text gets a BOS if the tokenizer adds one, and never an EOS. A chat template writes its own BOS.
     """
-    token_ids = tokenizer.encode(rendered, add_special_tokens=False)
+    return encode_prompts(tokenizer, [rendered], prompt_format)[0]
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", rendered: list[str], prompt_format: str = "auto"
+) -> list[list[int]]:
+    """`encode_prompt` of each of at least one text; together they are much faster."""
+    tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     if resolve_format(tokenizer, prompt_format) == "chat" or tokenizer.bos_token_id is None:
-        return token_ids
+        return tokens  # type: ignore[return-value]
     adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *token_ids] if adds_bos else token_ids  # type: ignore[list-item]
+    return [[tokenizer.bos_token_id, *of_text] for of_text in tokens] if adds_bos else tokens  # type: ignore
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
 from rayrl.data.reading import PromptCounts, read_prompts
-from rayrl.data.tokenizing import encode_prompt, load_tokenizer, render
+from rayrl.data.tokenizing import encode_prompts, load_tokenizer, render
 from rayrl.records import Prompt, content_id
 from rayrl.runs.run import Run
 
@@ -74,7 +74,7 @@ def _lay_out(run: Run, key: str) -> Any:
         table, num_prompts[name] = BlockTable(run.folder("pool", name), 0), 0
         block = -1
         for block, rows in enumerate(_chunks(chosen, config.generate.block_size)):
-            tokens = [encode_prompt(tokenizer, p.rendered, config.policy.prompt_format) for p in rows]
+            tokens = encode_prompts(tokenizer, [p.rendered for p in rows], config.policy.prompt_format)
             records = [{"id": p.id, "text": p.text, "token_ids": t} for p, t in zip(rows, tokens, strict=True)]
             table.write(block, pa.Table.from_pylist(records, schema=SCHEMA))
             num_prompts[name] += len(rows)

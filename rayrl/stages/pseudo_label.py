@@ -28,6 +28,8 @@ from rayrl.stages.synthesize import synthesize_preferences
 from rayrl.stages.synthetic_pairs import BlockRewards
 from rayrl.telemetry import meters
 
+CONCURRENCY = 4
+"""Blocks in flight where nobody has to be asked."""
 SCORED_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -173,9 +175,12 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
         return pairs
     started = time.monotonic()
     labelling = pairs.labelling
-    counts = map_blocks(pairs.table, labelling.pair_block, concurrency=4, describe=_count_pairs, progress="pair")
+    concurrency = labelling.scorer.concurrency if labelling.scorer else CONCURRENCY
+    counts = map_blocks(
+        pairs.table, labelling.pair_block, concurrency=concurrency, describe=_count_pairs, progress="pair"
+    )
     scored = map_blocks(
-        labelling.scored, labelling.score_block, concurrency=4, describe=_count_scores, progress="count"
+        labelling.scored, labelling.score_block, concurrency=CONCURRENCY, describe=_count_scores, progress="count"
     )
     labelled, added = counts[: len(scored)], counts[len(scored) :]
     num_synthetic = sum(count["num_pairs"] for count in added)

@@ -36,6 +36,11 @@ class Scorer:
     max_tokens: int
     seed: int
 
+    @property
+    def concurrency(self) -> int:
+        """Blocks to score at once."""
+        return self.fleet.concurrency
+
     def score(self, items: list[Scored]) -> list[float | None]:
         """One score per item on the rubric's scale; None where the evaluator abstains."""
         if not items:

@@ -79,6 +79,32 @@ def test_a_stream_keeps_the_order_of_blocks(ray_cluster):
     assert [row["block"] for row in rows] == list(range(6))
 
 
+def test_more_blocks_than_cpus_are_in_flight_in_few_processes(ray_cluster):
+    def waiting(block):
+        import os
+        import time
+
+        began = time.time()
+        time.sleep(0.3)
+        return pa.table({"block": [block], "pid": [os.getpid()], "began": [began], "ended": [time.time()]})
+
+    rows = list(stream_blocks(50, waiting, concurrency=12).iter_rows())
+    assert [row["block"] for row in rows] == list(range(50))
+    at_once = [[r for r in rows if r["began"] <= row["began"] < r["ended"]] for row in rows]
+    assert 4 < max(map(len, at_once)) <= 12
+    assert max(len({r["pid"] for r in running}) for running in at_once) <= 4
+
+
+def test_a_block_that_fails_among_others_is_heard_of(ray_cluster):
+    def failing(block):
+        if block == 7:
+            raise ValueError("block 7 is broken")
+        return pa.table({"block": [block]})
+
+    with pytest.raises(Exception, match="block 7 is broken"):
+        list(stream_blocks(20, failing, concurrency=12).iter_rows())
+
+
 def test_map_blocks_of_an_empty_table(ray_cluster, tmp_path):
     table = BlockTable(str(tmp_path / "table"), 0)
     assert map_blocks(table, counting(tmp_path), concurrency=2, describe=describe, progress="test") == []

@@ -7,7 +7,7 @@ from tokenizers import decoders as tokenizer_decoders
 
 from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import load_light_tokenizer
-from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render, resolve_format
+from rayrl.data.tokenizing import encode_prompt, encode_prompts, encode_response, load_tokenizer, render, resolve_format
 from rayrl.errors import ConfigError, DataError
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
@@ -89,6 +89,16 @@ def test_plain_prompts_get_a_bos_only_from_a_tokenizer_that_adds_one(tmp_path):
     adds_none = load_tokenizer(save_tokenizer(tmp_path / "b", characters(sentencepiece=False)))
     assert encode_prompt(adds, "x").count(adds.bos_token_id) == 1
     assert encode_prompt(adds_none, "x").count(adds_none.bos_token_id) == 0
+
+
+@pytest.mark.parametrize("sentencepiece", [True, False])
+def test_texts_have_the_same_tokens_together_and_alone(tmp_path, sentencepiece):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path / "a", characters(sentencepiece=sentencepiece)))
+    texts = ["x", "a longer text", " y"]
+    assert encode_prompts(tokenizer, texts) == [encode_prompt(tokenizer, text) for text in texts]
+    assert [len(tokens) for tokens in encode_prompts(tokenizer, texts)] == [
+        len(tokenizer.encode(text, add_special_tokens=False)) + sentencepiece for text in texts
+    ]
 
 
 def test_chats_have_one_bos_and_end_with_the_assistants_turn(tmp_path):

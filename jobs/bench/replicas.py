@@ -1,0 +1,111 @@
+"""Throughput of stage `generate` with 1 to 64 replicas: what rayrl itself costs as a fleet grows.
+
+    python jobs/bench/replicas.py                  # a minute per size
+    python jobs/bench/replicas.py --sizes 1 4 --requests-per-replica 320
+
+The replicas are simulated (jobs/bench/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
+machine and what is lost is lost around them: the router, the blocks' tasks, the tables, the driver. Every size is a
+fresh process with a fresh Ray, and the same number of requests for each replica; the fleet is up before the clock runs.
+A replica's best is 64 requests/s; linear is what one replica did, times their number.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+from hardware import hardware
+from simulated import SimulatedServices
+
+from rayrl.config import RunConfig, load_config
+from rayrl.records import Checkpoint
+from rayrl.runs.run import open_run
+from rayrl.stages.generate import generate
+from rayrl.stages.pool import read_pool
+
+K = 2
+BLOCK_SIZE = 16
+"""Prompts: with K responses each, as many requests as a replica works on at once."""
+BOUND = 0.9
+
+
+def config_of(folder: str, num_replicas: int, num_requests: int, request_s: float) -> RunConfig:
+    """The quickstart's config, for a pool of made-up prompts."""
+    prompts = Path(folder) / "prompts.jsonl"
+    with prompts.open("w") as file:
+        for i in range(num_requests // K):
+            file.write(json.dumps({"prompt": f"What is the answer to question number {i}?"}) + "\n")
+    changes = {
+        "run_dir": f"{folder}/run", "pool.path": str(prompts), "pool.limit": num_requests, "pool.num_eval": 0,
+        "generate.k": K, "generate.block_size": BLOCK_SIZE, "generators.num_replicas": num_replicas,
+        "generators.max_num_seqs": 32,
+    }  # fmt: skip
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    return load_config(
+        "jobs/configs/quickstart.toml", [*overrides, f"generators.engine_args={{request_s={request_s}}}"]
+    )
+
+
+def cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def one_size(arguments: argparse.Namespace) -> None:
+    """Run the stage in this process and print what it took as JSON."""
+    num_requests = arguments.only * arguments.requests_per_replica
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(folder, arguments.only, num_requests, arguments.request_s)
+        ray.init(include_dashboard=False, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        run = open_run(config)
+        pool = read_pool(run)
+        services = SimulatedServices(run, mode="overlap", reference="generation")
+        m1 = Checkpoint(path=config.policy.path, version="m1")
+        services.ready(services.generators(m1))
+        started, before = time.monotonic(), cpu_s()
+        responses = generate(run, services, m1, pool)
+        seconds, cpu = time.monotonic() - started, cpu_s() - before
+        services.stop()
+        assert responses.num_responses == num_requests, responses
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "driver_cpu_s": cpu, "driver_peak_mb": peak_mb, "requests": num_requests}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--requests-per-replica", type=int, default=2560)
+    parser.add_argument("--request-s", type=float, default=0.5)
+    parser.add_argument("--only", type=int, help="run one size in this process")
+    arguments = parser.parse_args()
+    if arguments.only:
+        one_size(arguments)
+        return
+    print(f"\n{hardware()}; {arguments.requests_per_replica} requests of {arguments.request_s} s for each replica\n")
+    print("| replicas | seconds | requests/s | of linear | driver CPU, s | driver peak, MB |")
+    print("|---|---|---|---|---|---|", flush=True)
+    options = ["--requests-per-replica", arguments.requests_per_replica, "--request-s", arguments.request_s]
+    alone = None
+    for size in arguments.sizes:
+        command = [sys.executable, __file__, "--only", size, *options]
+        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rate = row["requests"] / row["seconds"]
+        alone = alone or rate / size
+        print(
+            f"| {size} | {row['seconds']:.1f} | {rate:.0f} | {rate / size / alone:.3f} | {row['driver_cpu_s']:.1f} "
+            f"| {row['driver_peak_mb']:.0f} |",
+            flush=True,
+        )
+    last = rate / size / alone
+    print(f"\nbound at {size}: {BOUND} of linear, {'holds' if last >= BOUND else 'BROKEN'}")
+
+
+if __name__ == "__main__":
+    main()

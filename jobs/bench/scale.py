@@ -1,0 +1,123 @@
+"""From a pool of prompts to preference pairs at 10,000, 100,000 and 1,000,000 prompts: seconds per stage, memory.
+
+    python jobs/bench/scale.py                     # about 15 minutes on two cores
+    python jobs/bench/scale.py --sizes 2000 --budget 50
+
+Every stage of the pipeline but the trainings, k = 2 responses a prompt, k-center on 64-d embeddings, 2,000 queries to a
+scripted expert. The engines are simulated (jobs/bench/simulated.py) and take no time to speak of, and an evaluator is
+given, not fitted: what is left is what rayrl does with the rows. Every size is a fresh process with a fresh Ray.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+from hardware import hardware
+from simulated import SimulatedServices
+
+from rayrl.actors.oracle_pool import start_oracle_pool
+from rayrl.config import RunConfig, load_config
+from rayrl.models.judge import load_rubric
+from rayrl.records import Checkpoint
+from rayrl.runs import storage
+from rayrl.runs.run import Run, open_run
+from rayrl.stages.generate import generate
+from rayrl.stages.pool import read_pool
+from rayrl.stages.pseudo_label import pseudo_label
+from rayrl.stages.query import query
+from rayrl.stages.select import select
+
+STAGES = ("pool", "generate", "select", "query", "pseudo_label")
+BOUND_S = 20 * 60
+BOUND_MB = 1500
+
+
+def config_of(folder: str, num_prompts: int, budget: int) -> RunConfig:
+    """The quickstart's config, for a pool of made-up prompts."""
+    prompts = Path(folder) / "prompts.jsonl"
+    with prompts.open("w") as file:
+        for i in range(num_prompts):
+            file.write(json.dumps({"prompt": f"How do I answer question number {i}?"}) + "\n")
+    changes = {
+        "run_dir": f"{folder}/run", "pool.path": str(prompts), "pool.limit": num_prompts, "pool.num_eval": 0,
+        "generate.k": 2, "generate.block_size": 1000, "select.budget": budget, "select.num_shards": 2,
+        "evaluator.type": "scalar", "generators.num_replicas": 2, "embedders.num_replicas": 2,
+    }  # fmt: skip
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    instant = [f"{fleet}.engine_args={{request_s=0.001}}" for fleet in ("generators", "embedders")]
+    return load_config("jobs/configs/quickstart.toml", [*overrides, *instant])
+
+
+def all_stages(run: Run) -> int:
+    """The stages in their order; the number of pairs."""
+    config = run.config
+    services = SimulatedServices(run, mode="alternate", reference="generation")
+    oracle = start_oracle_pool(
+        config.name,
+        config.oracle,
+        rubric=load_rubric(config.rubric),
+        ledger=storage.join(run.url, "ledger.sqlite"),
+        budgets={"label": config.select.budget},
+    )
+    m1, evaluator = (Checkpoint(path=config.policy.path, version=version) for version in ("m1", "evaluator"))
+    pool = read_pool(run)
+    responses = generate(run, services, m1, pool)
+    judgements = query(run, oracle, select(run, services, m1, responses))
+    pairs = pseudo_label(run, services, m1, evaluator, responses, [judgements])
+    services.stop()
+    ray.kill(oracle)
+    return pairs.num_done or 0
+
+
+def one_size(arguments: argparse.Namespace) -> None:
+    """Run the stages in this process and print what they took as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(folder, arguments.only, arguments.budget)
+        ray.init(include_dashboard=False, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        run = open_run(config)
+        started = time.monotonic()
+        num_pairs = all_stages(run)
+        seconds = time.monotonic() - started
+        manifests = {stage: run.manifest(stage) for stage in STAGES}
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    row = {stage: manifest.seconds for stage, manifest in manifests.items() if manifest}
+    row |= {"all": seconds, "num_pairs": num_pairs, "peak_mb": usage.ru_maxrss / 1024}
+    print(json.dumps(row | {"driver_cpu_s": usage.ru_utime + usage.ru_stime}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--budget", type=int, default=2000)
+    parser.add_argument("--only", type=int, help="run one size in this process")
+    arguments = parser.parse_args()
+    if arguments.only:
+        one_size(arguments)
+        return
+    print(f"\n{hardware()}; seconds\n")
+    print(f"| prompts | {' | '.join(STAGES)} | all | us per prompt | pairs | driver CPU, s | driver peak, MB |")
+    print("|---" * (len(STAGES) + 6) + "|", flush=True)
+    row: dict[str, float] = {}
+    for size in arguments.sizes:
+        command = [sys.executable, __file__, "--only", size, "--budget", arguments.budget]
+        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        seconds = " | ".join(f"{row[stage]:.1f}" for stage in (*STAGES, "all"))
+        print(
+            f"| {size} | {seconds} | {1e6 * row['all'] / size:.0f} | {row['num_pairs']} | {row['driver_cpu_s']:.1f} "
+            f"| {row['peak_mb']:.0f} |",
+            flush=True,
+        )
+    holds = row["all"] <= BOUND_S and row["peak_mb"] <= BOUND_MB
+    print(f"\nbounds, largest size: {BOUND_S} s and {BOUND_MB} MB: {'hold' if holds else 'BROKEN'}")
+
+
+if __name__ == "__main__":
+    main()
