@@ -8,6 +8,7 @@ no stage ever needs a groupby.
 """
 
 import hashlib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -185,6 +186,34 @@ class PreferencePair:
     rejected_reference_logprob: float
     source: str
     """Who scored the two responses ("evaluator", "expert" or "mixed"), or who preferred one: "data" or "oracle"."""
+
+    @classmethod
+    def of_responses(
+        cls,
+        row: dict[str, Any],
+        chosen: dict[str, Any],
+        rejected: dict[str, Any],
+        *,
+        source: str,
+        scores: tuple[float, float] = (math.nan, math.nan),
+    ) -> "PreferencePair":
+        """Two `Response`s of a row of a responses table; `scores` are the chosen one's and the rejected one's."""
+        return cls(
+            prompt_id=row["prompt_id"],
+            prompt=row["prompt"],
+            prompt_token_ids=row["prompt_token_ids"],
+            chosen_id=chosen["id"],
+            rejected_id=rejected["id"],
+            chosen=chosen["text"],
+            rejected=rejected["text"],
+            chosen_token_ids=chosen["token_ids"],
+            rejected_token_ids=rejected["token_ids"],
+            chosen_score=scores[0],
+            rejected_score=scores[1],
+            chosen_reference_logprob=chosen["logprob"],
+            rejected_reference_logprob=rejected["logprob"],
+            source=source,
+        )
 
 
 _ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}

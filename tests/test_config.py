@@ -160,6 +160,28 @@ def test_a_dollar_budget_needs_prices(small):
     assert isinstance(load_config(small, [http % prices]).oracle, HttpOracleConfig)
 
 
+HTTP, REPLAY = 'oracle={type="http", base_url="http://x", model="m"}', "oracle={type='replay', path='j'%s}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "scores"),
+        (["oracle.compare_function=judges:better"], "random"),
+        (["oracle.compare_function=judges:better", "evaluate.reference_answers.order=both"], "both"),
+        ([HTTP], "random"),
+        ([HTTP, "rubric.template=mine"], "scores"),
+        ([HTTP, "rubric.template=mine", "rubric.pairwise_template=mine-too"], "random"),
+        ([REPLAY % ""], "scores"),
+        ([REPLAY % ", comparisons_path='c'"], "random"),
+    ],
+)
+def test_answers_compete_with_references_by_comparisons_where_the_expert_compares(small, overrides, expected):
+    assert load_config(small, ["evaluate.reference_answers.path=a.jsonl", *overrides]).competes_by == expected
+    without = [item for item in overrides if "reference_answers" not in item]
+    assert load_config(small, without).competes_by is None
+
+
 def test_every_mistake_is_told_at_once(small):
     message = refusal(small, "select.budget=-1", "generate.k=-1", "nonsense=1")
     assert all(field in message for field in ("select.budget", "generate.k", "nonsense"))

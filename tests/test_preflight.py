@@ -276,6 +276,8 @@ def test_judges_that_cannot_be_asked_are_refused(tree, monkeypatch):
     assert "cannot be reached" in message and "secret" not in message
     scripted = {"type": "scripted", "function": "no_such_module:judge"}
     assert "no module no_such_module" in refusal(ConfigError, changed(tree, oracle=scripted))
+    message = refusal(ConfigError, changed(tree, oracle__compare_function="no_such_module:compare"))
+    assert message.startswith("oracle.compare_function must be importable")
 
 
 def test_a_full_disk_is_refused(tree):
@@ -343,14 +345,46 @@ def test_a_check_writes_nothing(tree, tmp_path):
             "stage generate .* needs GPU: 3",
         ),
         (
-            {"pseudo_label__mode": "overlap", "policy__dtype": "float32"},
-            {"CPU": 9.0, "GPU": 1.0},
-            'stage dpo .*beside 1 engine.* needs GPU: 3, .*pseudo_label.mode = "alternate"',
+            {"pseudo_label__mode": "overlap", "policy__dtype": "float32", "dpo__num_workers": 2},
+            {"CPU": 9.0, "GPU": 3.0},
+            'stage dpo .*beside 1 engine.* needs GPU: 4, .*pseudo_label.mode = "alternate"',
+        ),
+        (
+            {"pseudo_label__mode": "overlap", "policy__dtype": "float32", "evaluator__num_workers": 2},
+            {"CPU": 9.0, "GPU": 3.0},
+            "stage fit_evaluator .*beside 1 engine.* needs GPU: 4, .* lower evaluator.num_workers or generators",
         ),
     ],
 )
 def test_a_cluster_that_is_too_small_is_refused(tree, changes, cluster, message):
     assert re.search(message, refusal(ResourceError, changed(tree, **changes), cluster))
+
+
+def test_entailment_replicas_are_counted_where_they_run(tree, tmp_path):
+    labels = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}
+    tree |= {"refresh": {"spg": {"entailment_model": save_model(tmp_path / "nli", id2label=labels), "num_replicas": 3}}}
+    tree |= {"pseudo_label": {"synthetic": True}}
+    tree["policy"]["dtype"] = "float32"
+    two, four, five = ({"CPU": 9.0, "GPU": float(num)} for num in (2, 4, 5))
+    message = refusal(ResourceError, changed(tree), two)
+    assert "stage synthesize (3 entailment model(s)) needs GPU: 3, and the cluster has 2; lower refresh.spg" in message
+    assert check(changed(tree), cluster=four).mode == "alternate", "alone they have room"
+    message = refusal(ResourceError, changed(tree, pseudo_label__mode="overlap"), four)
+    assert "stage synthesize (3 entailment model(s), beside 1 engine(s) and 1 engine(s)) needs GPU: 5" in message
+    assert check(changed(tree), cluster=five).mode == "overlap"
+    for fewer in ({"num_replicas": 2}, {"clustering": "embedding"}):
+        spg = changed(tree, **{f"refresh__spg__{name}": value for name, value in fewer.items()})
+        assert check(spg, cluster=four).mode == "overlap"
+
+
+def test_every_model_that_embeds_has_a_fleet_of_its_own(tree, tmp_path):
+    tree |= {"pseudo_label": {"synthetic": True}, "refresh": {"spg": {"clustering": "embedding"}}}
+    tree["policy"]["dtype"] = "float32"
+    three, four = ({"CPU": 9.0, "GPU": float(num)} for num in (3, 4))
+    assert check(changed(tree), cluster=three).mode == "overlap", "one fleet selects and clusters"
+    other = changed(tree, refresh__spg__embedder=save_model(tmp_path / "sentences"))
+    assert check(other, cluster=three).mode == "alternate"
+    assert check(other, cluster=four).mode == "overlap"
 
 
 def test_gpu_settings_ray_cannot_give_are_refused(tree):

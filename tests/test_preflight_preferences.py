@@ -11,7 +11,6 @@ from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.preferences import inspect_preferences
 
 PAIRS = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in ("p", "q", "q")]
-COMPARED = [{"prompt": "p", "first": "a", "second": "b", "preference": "tie"}]
 ORACLE = {"source": "oracle"}
 
 
@@ -83,8 +82,7 @@ def test_no_preferences_and_a_good_expert_pass(tmp_path):
     assert inspect(ORACLE | {"order": "random"}, budget=2) is None
     endpoint = {"type": "http", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None}
     assert inspect(ORACLE, oracle=endpoint) is None
-    table = save(tmp_path / "pairs.jsonl", COMPARED)
-    assert inspect(ORACLE, oracle={"type": "replay", "comparisons_path": table}) is None
+    assert inspect(ORACLE, oracle={"type": "replay", "comparisons_path": "pairs.jsonl"}) is None
     dpo = config_of(ORACLE).model_copy(update={"preferences": None})
     assert inspect_preferences(dpo, ModelFacts()) is None
 
@@ -106,20 +104,14 @@ def test_one_response_cannot_be_compared():
 
 
 @pytest.mark.parametrize(
-    ("oracle", "error", "text"),
+    ("oracle", "text"),
     [
-        ({"type": "scripted", "function": "json:dumps"}, ConfigError, "oracle.compare_function is missing"),
-        (
-            {"type": "scripted", "function": "json:dumps", "compare_function": "nowhere_at_all:f"},
-            ConfigError,
-            "oracle.compare_function must be importable",
-        ),
-        ({"type": "replay", "path": "judgements.jsonl"}, ConfigError, "oracle.comparisons_path is missing"),
-        ({"type": "replay", "comparisons_path": "gone.jsonl"}, DataError, "gone.jsonl does not exist"),
+        ({"type": "scripted", "function": "json:dumps"}, "oracle.compare_function is missing"),
+        ({"type": "replay", "path": "judgements.jsonl"}, "oracle.comparisons_path is missing"),
     ],
 )
-def test_an_expert_that_cannot_compare_is_refused(oracle, error, text):
-    assert text in refusal(error, ORACLE, oracle=oracle)
+def test_an_expert_that_cannot_compare_is_refused(oracle, text):
+    assert text in refusal(ConfigError, ORACLE, oracle=oracle)
 
 
 def test_comparisons_by_another_rubric_than_the_evaluations_are_refused():
@@ -129,14 +121,6 @@ def test_comparisons_by_another_rubric_than_the_evaluations_are_refused():
     assert "rubric.pairwise_template is missing" in message and "rubric.template mine.txt" in message
     assert inspect(ORACLE, oracle=endpoint, rubric=own | {"pairwise_template": "pairs.txt"}) is None
     assert inspect(ORACLE, rubric=own) is None  # a function has its own idea of better
-
-
-def test_a_table_of_comparisons_needs_its_columns(tmp_path):
-    table = save(tmp_path / "pairs.jsonl", COMPARED)
-    message = refusal(
-        DataError, ORACLE, oracle={"type": "replay", "comparisons_path": table, "preference_column": "winner"}
-    )
-    assert "has no column winner; the columns there are prompt, first, second, preference" in message
 
 
 def test_what_only_files_need_is_not_asked_of_experts_and_the_other_way_round(tmp_path):

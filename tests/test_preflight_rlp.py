@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayrl.config import RubricConfig, RunConfig
-from rayrl.errors import ConfigError, ResourceError
+from rayrl.errors import ConfigError, DataError, ResourceError
 from rayrl.models.judge import ADDITIVE_RUBRIC, ANSWER_FORMAT, evaluator_prompt, load_rubric
 from rayrl.models.pairwise import PAIRWISE_RUBRIC
 from rayrl.preflight import check, render_plan
@@ -100,16 +100,35 @@ def test_the_diagnosis_is_paid_beside_the_evaluation(tree):
     assert any("judges 1 of the 2 held-out prompts, at 3 queries each" in warning for warning in plan.warnings)
 
 
+def test_comparisons_with_references_are_paid_beside_the_scores(tree, tmp_path):
+    path = save_rows(tmp_path / "answers.jsonl", [{"prompt": "p 1", "response": "a"}])
+
+    def references(order, **changes):
+        return plan_of(tree, evaluate__reference_answers={"path": path, "order": order}, **changes)
+
+    whole = references("random", evaluate__budget=12)
+    assert (whole.num_eval_queries, whole.num_eval_comparisons) == (2 * (3 + 3), 6)
+    assert "12 evaluation queries (6 comparisons with references)" in render_plan(whole)
+    short = references("both", evaluate__budget=17)
+    assert (short.num_eval_queries, short.num_eval_comparisons) == (3 + 6, 6)
+    assert any("judges 1 of the 2 held-out prompts, at 9 queries each" in warning for warning in short.warnings)
+    scored = references("both", oracle__compare_function=None, **FUNCTION)
+    assert (scored.num_eval_queries, scored.num_eval_comparisons) == (2 * (2 + 1), 0)
+    assert "comparisons with" not in render_plan(scored)
+
+
 def test_a_budget_for_more_pairs_than_prompts_is_told(tree):
     (warning,) = [w for w in plan_of(tree, select__budget=31).warnings if "select.budget" in w]
     assert "select.budget = 31 is not spent whole" in warning and "make 20 comparisons" in warning
     assert not [w for w in plan_of(tree, select__budget=20).warnings if "select.budget" in w]
 
 
-def test_comparisons_are_priced_as_such(tree):
+def test_comparisons_are_priced_as_such(tree, tmp_path):
     """Price per input token only: two prompts of their own lengths, with two responses and one."""
     prices = {"usd_per_1m_input": 1e6, "usd_per_1m_output": 0.0}
     both = plan_of(tree, oracle=JUDGE | prices).usd
+    answers = {"path": save_rows(tmp_path / "answers.jsonl", [{"prompt": "p 1", "response": "a"}])}
+    with_references = plan_of(tree, oracle=JUDGE | prices, evaluate={"budget": 12, "reference_answers": answers}).usd
     labels = plan_of(tree, oracle=JUDGE | prices, evaluate__budget=0).usd
     judged = plan_of(tree, oracle=JUDGE | prices, evaluate__budget=0, **EVALUATOR).usd
 
@@ -117,7 +136,9 @@ def test_comparisons_are_priced_as_such(tree):
         return len(text.replace("{prompt}", "").replace("{first}", "").replace("{second}", "").split())
 
     pointwise = words((ADDITIVE_RUBRIC + ANSWER_FORMAT).replace("{response}", "")) + 2 + 16
-    assert labels == pytest.approx(10 * (words(PAIRWISE_RUBRIC) + 2 + 2 * 16))
+    pairwise = words(PAIRWISE_RUBRIC) + 2 + 2 * 16
+    assert labels == pytest.approx(10 * pairwise)
+    assert with_references == pytest.approx(both + 6 * pairwise)
     assert judged == pytest.approx(10 * pointwise)
     assert both == pytest.approx(labels + 6 * pointwise)
 
@@ -289,9 +310,32 @@ def test_pairs_without_room_in_the_context_are_refused_and_cut_ones_counted(tree
     assert not [w for w in plan_of(tree, **prompts(5, 16)).warnings if "preferences" in w]
 
 
+def test_nccl_needs_a_gpu_for_each_of_its_ranks(tree):
+    nccl = {"ppo__weight_transfer": "nccl"}
+    assert "ppo.weight_transfer must be" in refusal(ConfigError, changed(tree, **nccl))
+    gpus = {"CPU": 8.0, "GPU": 8.0}
+    shared = changed(tree, **nccl, generators={"gpus_per_replica": 0.5})
+    message = refusal(ConfigError, shared, cluster=gpus)
+    assert "generators.gpus_per_replica must be at least 1" in message and "got 0.5" in message
+    plan_of(tree, cluster=gpus, **nccl)
+    plan_of(tree, cluster=gpus, generators={"gpus_per_replica": 0.5})
+    plan_of(tree, ppo__weight_transfer="folder")
+
+
 def test_a_function_that_is_not_there_is_refused(tree):
     message = refusal(ConfigError, changed(tree, **FUNCTION | {"ppo__function": "no_such_module:reward"}))
     assert "ppo.function must be importable" in message and "there is no module no_such_module" in message
+
+
+@pytest.mark.parametrize("function", ["builtins:len", "math:dist", "os:getpid"])
+def test_a_function_without_text_is_refused_before_work_starts(tree, function):
+    config = changed(tree, **FUNCTION | {"ppo__function": function})
+    plan_of(tree, **FUNCTION | {"ppo__function": function})  # a plan does not import the user's code
+    message = refusal(ConfigError, config, contact_oracle=True)
+    assert "ppo.function must be written in Python" in message and f'got "{function}"' in message
+    check(changed(tree, **FUNCTION), cluster=TWO_CPUS, contact_oracle=True)
+    message = refusal(ConfigError, changed(tree, **FUNCTION | {"ppo__function": "json:nothing"}), contact_oracle=True)
+    assert "module json has no function nothing" in message
 
 
 def test_a_table_of_comparisons_cannot_judge(tree, tmp_path):
@@ -299,6 +343,10 @@ def test_a_table_of_comparisons_cannot_judge(tree, tmp_path):
     oracle = {"type": "replay", "comparisons_path": save_rows(tmp_path / "compared.jsonl", rows)}
     assert "oracle.path is missing" in refusal(ConfigError, changed(tree, oracle=oracle))
     plan_of(tree, oracle=oracle, evaluate__budget=0)
+    gone, unnamed = oracle | {"comparisons_path": "gone.jsonl"}, oracle | {"preference_column": "winner"}
+    assert "gone.jsonl does not exist" in refusal(DataError, changed(tree, oracle=gone, evaluate__budget=0))
+    message = refusal(DataError, changed(tree, oracle=unnamed, evaluate__budget=0))
+    assert "has no column winner; the columns there are prompt, first, second, preference" in message
     for judged in ({"evaluate__diagnosis_budget": 36}, EVALUATOR, {"pipeline": "proxy_dpo"}):
         config = changed(tree, oracle=oracle, evaluate__budget=0, **judged)
         assert "oracle.path is missing" in refusal(ConfigError, config)

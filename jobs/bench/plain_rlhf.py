@@ -11,7 +11,7 @@ from rayrl.stages.fit_reward_model import fit_reward_model
 from rayrl.stages.pool import Pool, read_pool
 from rayrl.stages.ppo import ppo
 from rayrl.stages.preferences import gather_preferences
-from rayrl.stages.reward import RewardScorer, make_reward_scorer
+from rayrl.stages.reward import RewardModels
 from rayrl.stages.sft import sft
 
 
@@ -21,7 +21,7 @@ class PlainRlhf:
 
     pool: Pool
     m1: Checkpoint
-    reward: RewardScorer
+    r: RewardModels
     policy: Checkpoint
     """pi."""
 
@@ -32,5 +32,4 @@ def plain_rlhf(run: Run, services: Services, oracle: ActorHandle) -> PlainRlhf:
     m1 = sft(run, services)
     preferences = gather_preferences(run, services, oracle, m1, pool)
     r = fit_reward_model(run, services, m1, [preferences])
-    reward = make_reward_scorer(run, services, m1, r)
-    return PlainRlhf(pool=pool, m1=m1, reward=reward, policy=ppo(run, services, m1, reward, r.key, pool))
+    return PlainRlhf(pool=pool, m1=m1, r=r, policy=ppo(run, services, m1, r, pool))

@@ -47,12 +47,13 @@ def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argpar
     curve = read_metrics(storage.join(run.url, "metrics", "ppo.jsonl"))
     found.append(split([row for row in curve if row["step"]]))  # at 0 M1 was measured
     fleet, sampling = services.ready(services.generators(done.m1)), rollout_sampling(run.config)
+    reward = done.r.serve(services)
     prompts = [row for block in done.pool.train.blocks() for row in block.to_pylist()][: run.config.ppo.rollout_size]
     seeds = [f"bench {call}" for call in range(arguments.calls)]
     llm = start_raw(done.m1.path, run.config.generators)
 
     def through_fleet(seed: str) -> Round:
-        answers = sample(fleet, done.m1, prompts, sampling, done.reward, (0, seed))
+        answers = sample(fleet, done.m1, prompts, sampling, reward, (0, seed))
         return answers.generate_s, [said.token_ids for said in answers.continuations]
 
     def through_raw(seed: str) -> Round:

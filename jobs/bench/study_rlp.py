@@ -40,7 +40,7 @@ def first_ppo_only(run: Run, services: Services, oracle: ActorHandle) -> Manifes
     """Plain RLHF and its evaluation: for what changes the first reward, without a refresh."""
     done = plain_rlhf(run, services, oracle)
     policies = {"m1": done.m1, "ppo": done.policy}
-    return evaluate_policies(run, services, oracle, done.pool, policies, {"r": done.reward})
+    return evaluate_policies(run, services, oracle, done.pool, policies, {"r": done.r})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,9 @@ def ensemble(objective: str, shared: str = "ensemble-mean") -> Variant:
 VARIANTS: dict[str, Variant] = {
     BASE: Variant(title="RLP-SPG", overrides=("refresh.method=spg",), shared=None),
     "uml": refreshed("RLP-UML", "refresh.method=uml"),
+    "uml-paper": refreshed(
+        "RLP-UML, divergence weighted 1 as in the paper", "refresh.method=uml", "refresh.uml.skl_weight=1"
+    ),
     "second-ppo": refreshed("second PPO, old reward model", "refresh.method=none"),
     "reward-pairs": refreshed("pairs ranked by the old reward model", "refresh.method=reward_pairs"),
     "select-all": refreshed("SPG without selection (gamma 0)", "refresh.method=spg", "refresh.spg.gamma=0"),
@@ -103,10 +106,10 @@ def run(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """What one run says of its policy and its reward models, beside M1 and the plain PPO of the same seed."""
     policy = VARIANTS[name].policy
     base, folder = finished(options, BASE, seed), finished(options, name, seed)
-    plain, tracked = stage_metrics(base, "evaluate")["policies"], stage_metrics(folder, "track_rewards")
+    plain, tracked = rows_of(stage_metrics(base, "evaluate")), stage_metrics(folder, "track_rewards")
     evaluated = stage_metrics(folder, "evaluate")
     validated = {"r": "fit_reward_model", "refreshed": "refit_reward_model"}
-    return evaluated["policies"][policy] | {
+    return rows_of(evaluated)[policy] | {
         "plain": {name: plain.get(name) for name in PLAIN},
         "over_ppo": paired(expert_scores(folder, policy), expert_scores(base, "ppo")),
         "agreement": {
@@ -115,6 +118,15 @@ def run(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
             OF_PPO: at_the_end(tracked, "ppo"),
             OF_REFRESHED: at_the_end(tracked, "ppo_refreshed"),
         },
+    }
+
+
+def rows_of(evaluated: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured of every policy, with its win rate against the reference answers, if there are any."""
+    beside = evaluated.get("references", {}).get("policies", {})
+    return {
+        name: row | {"against_references": beside.get(name, {}).get("win_rate")}
+        for name, row in evaluated["policies"].items()
     }
 
 
@@ -153,14 +165,15 @@ def policy_row(title: str, rows: list[dict[str, Any]], over_ppo: str = "-") -> l
     scores, wins = [r["score"] for r in rows], [r["win_rate"] for r in rows]
     cells = [title, f"{mean_of(scores, 'mean'):.3f}", plus_minus([r["difference"] for r in rows], "+.3f"), over_ppo]
     at_most = "<= " if rows[0].get("kl_is_bound") else ""
-    cells += [plus_minus(wins, ".1%"), f"{at_most}{mean_of([r['kl'] for r in rows], 'mean'):.2f}"]
+    cells += [plus_minus(wins, ".1%"), plus_minus([r["against_references"] for r in rows], ".1%")]
+    cells += [f"{at_most}{mean_of([r['kl'] for r in rows], 'mean'):.2f}"]
     return cells + [f"{mean_of(rows, name):.3g}" for name in ("perplexity", "distinct2", "length")]
 
 
 def policies(results: Results) -> str:
     """M1, its best of n, plain PPO, and a row per variant."""
-    titles = ["policy", "expert score", "gain over M1", "over plain PPO", "win rate", "KL (nats)"]
-    titles += ["perplexity under M1", "distinct-2", "tokens"]
+    titles = ["policy", "expert score", "gain over M1", "over plain PPO", "win rate", "against references"]
+    titles += ["KL (nats)", "perplexity under M1", "distinct-2", "tokens"]
     plain = [result["plain"] for result in next(iter(results.values()))]
     rows = [policy_row(title, [p[name] for p in plain]) for name, title in PLAIN.items() if plain[0][name]]
     for name, runs in results.items():

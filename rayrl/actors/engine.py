@@ -13,12 +13,13 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrl.actors.weight_folder import PROBE_FILE, until_there, with_tied_head
 from rayrl.config import EngineConfig
 from rayrl.errors import WeightSyncError
 from rayrl.records import Checkpoint
@@ -26,7 +27,6 @@ from rayrl.runs.storage import local_folder
 
 logger = logging.getLogger(__name__)
 
-PROBE_FILE = "probe.json"
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a log-probability (nats) or head value between trainer and engine, by dtype."""
 
@@ -48,6 +48,8 @@ class EngineSpec:
     on_gpu: bool
     pooling: str | None = None
     """None is a generation engine; "mean" or "last" an embedding engine."""
+    weight_transfer: str | None = None
+    """vLLM's engine by which a trainer can send weights; None leaves the folder."""
 
 
 def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
@@ -65,7 +67,7 @@ def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
 def start_engine(spec: EngineSpec) -> Any:
     """Start an `AsyncLLM`. Takes 10-30 s."""
     from vllm import AsyncEngineArgs
-    from vllm.config import PoolerConfig
+    from vllm.config import PoolerConfig, WeightTransferConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments: dict[str, Any] = {
@@ -88,35 +90,12 @@ def start_engine(spec: EngineSpec) -> Any:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, spec.max_model_len or 0),
         }
+    if spec.weight_transfer is not None:
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=spec.weight_transfer)
     if spec.pooling is not None:
         pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
         arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)))
-
-
-def with_tied_head(folder: Path, scratch: Path) -> Path:
-    """The folder, or one of links in `scratch` that also names the tied output head.
-
-    vLLM on CPU keeps a packed copy of a tied head; a reload renews it only from a weight of its own name.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    embedding = None
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            names = set(opened.keys())
-            if "lm_head.weight" in names:
-                return folder
-            if "model.embed_tokens.weight" in names:
-                embedding = opened.get_tensor("model.embed_tokens.weight")
-    if embedding is None:
-        return folder
-    for file in folder.iterdir():
-        if not file.name.endswith(".index.json"):  # it would hide the file added here
-            (scratch / file.name).symlink_to(file.resolve())
-    save_file({"lm_head.weight": embedding}, scratch / "tied-head.safetensors")
-    return scratch
 
 
 class ServedEngine:
@@ -130,6 +109,7 @@ class ServedEngine:
         self.started_at = time.time()
         self.version = spec.checkpoint.version
         self.swaps_s: list[float] = []
+        self._num_received = 0
         self._running = 0
         self._idle = asyncio.Condition()
         self._swap = asyncio.Lock()
@@ -139,13 +119,14 @@ class ServedEngine:
         raise NotImplementedError
 
     async def status(self) -> dict[str, Any]:
-        """Version, start-up seconds and swap seconds of this replica; also the health check."""
+        """Version, start-up, swaps and how many came without a folder of this replica; also the health check."""
         await self.engine.check_health()
         return {
             "version": self.version,
             "start_s": self.start_s,
             "started_at": self.started_at,
             "swaps_s": self.swaps_s,
+            "num_received": self._num_received,
             "pid": os.getpid(),
         }
 
@@ -170,8 +151,7 @@ class ServedEngine:
 
         async with self._swap:
             if checkpoint.version != self.version:
-                async with self._idle:
-                    await self._idle.wait_for(lambda: self._running == 0)
+                await self._until_idle()
                 await self._swap_or_die(checkpoint)
             self._running += 1
         try:
@@ -184,34 +164,82 @@ class ServedEngine:
             async with self._idle:
                 self._idle.notify_all()
 
-    async def _swap_or_die(self, checkpoint: Checkpoint) -> None:
-        """A replica that cannot load is of no use to anybody, and may hold half of the weights: Ray starts another."""
-        try:
-            await self.swap(checkpoint)
-        except WeightSyncError:
-            raise  # `swap` ends this replica, once the error has left
-        except Exception:
-            logger.exception("loading %s failed; this replica ends, and Ray starts another", checkpoint.version)
-            os._exit(1)
+    async def join(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        """Enter a trainer's transfer group, and leave the one before."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-    async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
-        """Load a checkpoint in place and prove it. A replica that fails dies: half-loaded weights must not speak.
+        async with self._swap:
+            with or_die("joining a transfer group"):
+                async with asyncio.timeout(timeout_s):
+                    await self.engine.shutdown_weight_transfer_engine()
+                    await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def receive(
+        self, checkpoint: Checkpoint, probe: dict[str, Any], update_info: Any, in_flight: bool, timeout_s: float
+    ) -> None:
+        """Swap to weights that the trainer's group brings, and prove them.
 
         Raises:
             WeightSyncError: the engine's answer to the probe is not the trainer's.
         """
-        started = time.monotonic()
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        async def load() -> None:
+            async with asyncio.timeout(timeout_s):
+                await self.engine.start_weight_update()
+                await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+                await self.engine.finish_weight_update()
+
+        async with self._swap:
+            if not in_flight:
+                await self._until_idle()
+            with or_die(f"receiving {checkpoint.version}"):
+                await self._replace(checkpoint, probe, load)
+        self._num_received += 1
+
+    async def _until_idle(self) -> None:
+        async with self._idle:
+            await self._idle.wait_for(lambda: self._running == 0)
+
+    async def _swap_or_die(self, checkpoint: Checkpoint) -> None:
+        with or_die(f"loading {checkpoint.version}"):
+            await self.swap(checkpoint)
+
+    async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
+        """Load a folder in place and prove it. A replica that fails dies: half-loaded weights must not speak.
+
+        Raises:
+            WeightSyncError: the engine's answer to the probe is not the trainer's.
+        """
+        if self.spec.weight_transfer is not None:
+            await until_there(checkpoint.path)
         folder = Path(local_folder(checkpoint.path))
+        probe = json.loads((folder / PROBE_FILE).read_text()) if (folder / PROBE_FILE).exists() else None
+
+        async def load() -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                weights = with_tied_head(folder, Path(scratch))
+                await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+
+        await self._replace(checkpoint, probe, load, reset_cache=reset_cache)
+
+    async def _replace(
+        self,
+        checkpoint: Checkpoint,
+        probe: dict[str, Any] | None,
+        load: Callable[[], Awaitable[None]],
+        *,
+        reset_cache: bool = True,
+    ) -> None:
+        started = time.monotonic()
         self.version = f"{LOADING}{checkpoint.version}"
         await self.engine.pause_generation(mode="keep", clear_cache=False)
-        with tempfile.TemporaryDirectory() as scratch:
-            weights = with_tied_head(folder, Path(scratch))
-            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+        await load()
         if reset_cache:  # what running requests have read so far is read again, by the new weights
             await self.engine.reset_prefix_cache(reset_running_requests=self._running > 0)
         await self.engine.resume_generation()
-        if (folder / PROBE_FILE).exists():
-            difference = await self.probe(json.loads((folder / PROBE_FILE).read_text()), checkpoint)
+        if probe is not None:
+            difference = await self.probe(probe, checkpoint)
             if not difference <= PROBE_TOLERANCE[self.spec.dtype]:
                 threading.Timer(1.0, os._exit, (1,)).start()  # after the error has left; Ray starts a clean replica
                 raise WeightSyncError(
@@ -221,3 +249,15 @@ class ServedEngine:
         self.version = checkpoint.version
         self.swaps_s.append(time.monotonic() - started)
         logger.info("swapped to %s in %.3f s", checkpoint.version, self.swaps_s[-1])
+
+
+@contextmanager
+def or_die(doing: str) -> Iterator[None]:
+    """A replica that fails may hold half of the weights, or wait in a broken group: it ends, and Ray starts another."""
+    try:
+        yield
+    except WeightSyncError:
+        raise  # `_replace` ends this replica, once the error has left
+    except Exception:
+        logger.exception("%s failed; this replica ends, and Ray starts another", doing)
+        os._exit(1)

@@ -132,7 +132,9 @@ class Services:
                 trust_remote_code=self.run.config.policy.trust_remote_code,
                 on_gpu=self.on_gpu,
             )
-            spec = dataclasses.replace(spec, pooling=pooling)
+            trained = name == "generators" and self.run.config.pipeline == "rlp"
+            way = "nccl" if trained and self.run.config.ppo.weight_transfer == "nccl" else None
+            spec = dataclasses.replace(spec, pooling=pooling, weight_transfer=way)
             self._fleets[name] = start_fleet(f"{self.run.config.name}-{name}", engine, spec)
         return self._fleets[name]
 

@@ -15,6 +15,18 @@ def queries_per_pair(order: Order) -> int:
     return 2 if order == "both" else 1
 
 
+def queries_per_prompt(num_policies: int, competes_by: Order | Literal["scores"] | None) -> int:
+    """Paid queries that an evaluation takes at most per prompt: a score of every policy's answer, and its references.
+
+    Args:
+        num_policies: each answers once.
+        competes_by: a reference answer is compared with every policy's, or scored itself; None if there is none.
+    """
+    if competes_by is None:
+        return num_policies
+    return num_policies + (1 if competes_by == "scores" else num_policies * queries_per_pair(competes_by))
+
+
 def num_pairs_asked(budget: int, order: Order, num_pairs: int) -> int:
     """Pairs that a budget of comparisons pays for, of those there are."""
     return min(budget // queries_per_pair(order), num_pairs)

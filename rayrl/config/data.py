@@ -31,7 +31,7 @@ class DataConfig(Table):
     split: str = "train"
     prompt_column: str = "prompt"
     messages_column: str | None = None
-    """A column of chat messages ({"role", "content"}); replaces `prompt_column`."""
+    """A column of chats in any shape that `rayrl.data.chats` reads; replaces `prompt_column`."""
     limit: int | None = Field(default=None, gt=0)
     """Use only the first `limit` rows."""
 
@@ -63,3 +63,6 @@ class ReferenceAnswersConfig(DataConfig):
     """A fixed table of reference answers to compete with."""
 
     response_column: str = "response"
+    order: Literal["both", "random"] = "random"
+    """An expert that compares is asked about each answer and the reference in one drawn order, recorded, or in both
+    (two queries; a disagreement is a tie)."""

@@ -120,5 +120,19 @@ class ReplayOracleConfig(OracleLimits):
             raise ValueError("path or comparisons_path is missing: name a table of judgements, of comparisons, or both")
         return self
 
+    @property
+    def judgement_columns(self) -> list[str]:
+        """What the table of judgements must have; the rationale's column, if there is one, is the last."""
+        return [self.prompt_column, self.response_column, self.score_column, *self._rationale]
+
+    @property
+    def comparison_columns(self) -> list[str]:
+        """The same of the table of comparisons."""
+        return [self.prompt_column, self.first_column, self.second_column, self.preference_column, *self._rationale]
+
+    @property
+    def _rationale(self) -> list[str]:
+        return [] if self.rationale_column is None else [self.rationale_column]
+
 
 OracleConfig = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]

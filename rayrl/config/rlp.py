@@ -104,6 +104,9 @@ class PpoConfig(TrainingConfig):
     overlap: bool = False
     """Sample the next rollout while this one trains: at most one update behind, corrected by the importance ratio. What
     is being written when the weights change goes on under the new ones."""
+    weight_transfer: Literal["auto", "folder", "nccl"] = Field(default="auto", exclude_if=lambda way: way == "auto")
+    """How weights reach the generators: through a folder, or over NCCL by vLLM's transfer, the folder behind it. "auto"
+    is the folder: NCCL has never been run."""
     importance_cap: float = Field(default=2.0, ge=1)
     evaluate_every: int = Field(default=10, gt=0)
     """Rollouts between two measurements of the reward on the held-out prompts."""

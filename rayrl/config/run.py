@@ -6,7 +6,14 @@ from pydantic import Field, model_validator
 
 from rayrl.config.data import PolicyConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
 from rayrl.config.engines import EngineConfig, GenerateConfig
-from rayrl.config.expert import OracleConfig, RubricConfig, SelectConfig
+from rayrl.config.expert import (
+    HttpOracleConfig,
+    OracleConfig,
+    ReplayOracleConfig,
+    RubricConfig,
+    ScriptedOracleConfig,
+    SelectConfig,
+)
 from rayrl.config.rlp import PpoConfig, PreferencesConfig, RefreshConfig, RewardModelConfig
 from rayrl.config.rounds import refusals
 from rayrl.config.table import Table
@@ -29,7 +36,9 @@ class EvaluateConfig(Table):
     """M2 against M1 on held-out prompts, under a budget of its own."""
 
     budget: int = Field(default=128, ge=0)
-    """Paid evaluation queries; two per prompt (three with reference answers). 0 skips the expert."""
+    """Paid evaluation queries: a score of every policy's answer to a prompt, and with reference answers a comparison of
+    each with the reference (two with order = "both"), or a score of the reference. As many prompts are judged as it
+    pays for whole; 0 skips the expert."""
     diagnosis_budget: int = Field(default=0, ge=0)
     """rlp: paid queries beyond `budget` for what the paper leaves open: half for the reward models' accuracy on the
     policies' own samples along PPO, half for the quality of the synthetic pairs at each gamma."""
@@ -38,6 +47,8 @@ class EvaluateConfig(Table):
     0 leaves it out."""
     temperature: float = Field(default=0.7, ge=0)
     reference_answers: ReferenceAnswersConfig | None = None
+    """What all policies compete with, where it answers a held-out prompt. An expert that cannot compare (no
+    `oracle.compare_function` or `comparisons_path`; `rubric.template` without `pairwise_template`) scores both."""
     lm_eval: LmEvalConfig = LmEvalConfig()
 
     @model_validator(mode="after")
@@ -187,6 +198,21 @@ class RunConfig(Table):
     def clusters_by_rewarders(self) -> bool:
         """rlp: whether what embeds for the clustering is the fleet that serves the reward model, which stays."""
         return self.refresh.spg.embedder is None and self.select.pooling == "last"
+
+    @property
+    def competes_by(self) -> Literal["both", "random", "scores"] | None:
+        """What ranks an answer and the reference: the expert's comparison, in both orders or a drawn one, or its scores
+        of the two if it cannot compare; None if there are no references.
+        """
+        references, rubric = self.evaluate.reference_answers, self.rubric
+        match self.oracle:
+            case HttpOracleConfig():  # the built-in comparison asks for something else than one's own rubric
+                compares = rubric.template is None or rubric.pairwise_template is not None
+            case ScriptedOracleConfig():
+                compares = self.oracle.compare_function is not None
+            case ReplayOracleConfig():
+                compares = self.oracle.comparisons_path is not None
+        return None if references is None else references.order if compares else "scores"
 
     @property
     def asks_for_judgements(self) -> bool:

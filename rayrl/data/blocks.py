@@ -15,10 +15,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from rich.progress import track
 
 from rayrl.records import to_table
 from rayrl.runs import storage
+from rayrl.telemetry.progress import track
 
 TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""
@@ -107,4 +107,4 @@ def map_blocks(
         return pa.Table.from_pylist([describe(table.memoised(block, compute))])
 
     counted = stream_blocks(table.num_blocks, count, concurrency=concurrency)
-    return list(track(counted.iter_rows(), description=progress, total=table.num_blocks, transient=True))
+    return list(track(counted.iter_rows(), progress, total=table.num_blocks))

@@ -1,4 +1,4 @@
-"""Chats in the shapes in which preference data are published.
+"""Chats in the shapes in which they are published.
 
 Messages are {"role", "content"}, {"from", "value"} (LLaMA-Factory, ShareGPT) or {"role", "text"} (Open Assistant), and
 whole chats may be dialogues in one string, "Human: ... Assistant: ..." (Anthropic's HH). All become
@@ -9,8 +9,9 @@ import json
 import re
 from typing import Any
 
-from rayrl.data.reading import Messages
 from rayrl.errors import DataError
+
+Messages = list[dict[str, str]]
 
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}
 
@@ -61,3 +62,10 @@ def read_message(cell: Any, where: str) -> dict[str, str]:
     if text is None or not isinstance(role, str):
         raise DataError(f'{where}: a message must be {{"role": text, "content": text}}, got {str(cell)[:80]}')
     return {"role": _ROLES.get(role, role), "content": text}
+
+
+def split_reply(messages: Messages) -> tuple[Messages, str]:
+    """A chat's prompt, and the assistant's message after it; "" if the chat ends without one."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, ""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayrl.config import PreferenceDataConfig
-from rayrl.data.chats import read_chat, read_list, read_message
-from rayrl.data.reading import Render, text_cell
+from rayrl.data.chats import read_chat, read_list, read_message, split_reply
+from rayrl.data.reading import Render, prompt_of, text_cell
 from rayrl.data.rows import Row, rows_with
 from rayrl.errors import DataError
-from rayrl.records import Prompt, content_id
+from rayrl.records import Prompt
 
 _MAX_NAMED_ROWS = 5
 
@@ -98,16 +98,8 @@ def read_pairs(
 
 def _prompt(row: Row, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
     if config.messages_column is None:
-        text = source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
-    else:
-        source = read_chat(row.get(config.messages_column), where)
-        if source and source[-1]["role"] == "assistant":
-            source = source[:-1]
-        text = next((m["content"] for m in reversed(source) if m["role"] == "user"), "")
-    if not text.strip():
-        return None
-    rendered = render(source)
-    return Prompt(id=content_id(rendered), text=text, rendered=rendered)
+        return prompt_of(text_cell(row.get(config.prompt_column), config.prompt_column, where), render)
+    return prompt_of(split_reply(read_chat(row.get(config.messages_column), where))[0], render)
 
 
 def _answers(row: Row, config: PreferenceDataConfig, number: int, where: str) -> list[Answer]:

@@ -5,12 +5,12 @@ callers hand in `render`, which turns a text or a list of chat messages into wha
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rayrl.config import DataConfig, ReferenceAnswersConfig, SeedDataConfig
+from rayrl.data.chats import Messages, read_chat, split_reply
 from rayrl.data.rows import Row, read_rows, require_columns, rows_with
 from rayrl.errors import DataError
 from rayrl.records import Prompt, content_id
@@ -18,6 +18,7 @@ from rayrl.records import Prompt, content_id
 __all__ = [
     "PromptCounts",
     "columns_of",
+    "prompt_of",
     "read_prompts",
     "read_reference_answers",
     "read_rows",
@@ -26,7 +27,6 @@ __all__ = [
     "text_cell",
 ]
 
-Messages = list[dict[str, str]]
 Render = Callable[[str | Messages], str]
 
 
@@ -111,18 +111,29 @@ def _cells(
         if isinstance(config, SeedDataConfig) and not _scores_enough(row, config, where):
             counts.num_below_score += 1
             continue
+        source: str | Messages
         if config.messages_column is not None:
-            messages, response = _split_reply(_messages(row.get(config.messages_column), where))
-            text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-            source: str | Messages = messages
+            source, response = split_reply(read_chat(row.get(config.messages_column), where))
         else:
-            text = source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
+            source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
             response = text_cell(row.get(response_column), response_column, where) if response_column else ""
-        if not text.strip():
+        prompt = prompt_of(source, render)
+        if prompt is None:
             counts.num_empty += 1
             continue
-        rendered = render(source)
-        yield Prompt(id=content_id(rendered), text=text, rendered=rendered), response
+        yield prompt, response
+
+
+def prompt_of(source: str | Messages, render: Render) -> Prompt | None:
+    """A text, or a chat without its reply, as a prompt; None if it asks nothing."""
+    if isinstance(source, str):
+        text = source
+    else:
+        text = next((m["content"] for m in reversed(source) if m["role"] == "user"), "")
+    if not text.strip():
+        return None
+    rendered = render(source)
+    return Prompt(id=content_id(rendered), text=text, rendered=rendered)
 
 
 def _scores_enough(row: Row, config: SeedDataConfig, where: str) -> bool:
@@ -147,22 +158,3 @@ def text_cell(cell: Any, column: str, where: str) -> str:
         hint = "; a chat belongs into messages_column" if isinstance(cell, list) else ""
         raise DataError(f"{where}: column {column} must be text, got {type(cell).__name__}{hint}")
     return cell or ""
-
-
-def _messages(cell: Any, where: str) -> Messages:
-    if isinstance(cell, str):  # CSV has no lists
-        try:
-            cell = json.loads(cell) if cell.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: messages must be a JSON list: {error}") from None
-    for message in cell or []:
-        texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise DataError(f'{where}: a message must be {{"role": text, "content": text}}, got {str(message)[:80]}')
-    return [{"role": m["role"], "content": m["content"]} for m in cell or []]
-
-
-def _split_reply(messages: Messages) -> tuple[Messages, str]:
-    if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    return messages, ""

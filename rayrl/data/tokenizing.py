@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rayrl.config import PolicyConfig
+from rayrl.data.chats import Messages
 from rayrl.errors import ConfigError, DataError
 from rayrl.runs import storage
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Format = Literal["plain", "chat"]
-Messages = list[dict[str, str]]
 
 _ANCHORS = ("\n", "a", ":")
 

@@ -61,8 +61,7 @@ class ReplayOracle:
         return _NOT_THERE
 
     def _read_judgements(self, config: ReplayOracleConfig, path: str) -> None:
-        needed = [config.prompt_column, config.response_column, config.score_column]
-        for row in _rows(path, needed, config.rationale_column, "oracle.path"):
+        for row in _rows(path, config.judgement_columns, "oracle.path"):
             key = content_id(str(row[config.prompt_column]), str(row[config.response_column]))
             self._scores.setdefault(key, (_number(row[config.score_column]), _rationale(row, config)))
         if not self._scores:
@@ -70,9 +69,9 @@ class ReplayOracle:
 
     def _read_comparisons(self, config: ReplayOracleConfig, path: str) -> None:
         """Rows whose preference is none of the three words are not there."""
-        needed = [config.prompt_column, config.first_column, config.second_column, config.preference_column]
-        for row in _rows(path, needed, config.rationale_column, "oracle.comparisons_path"):
-            prompt, first, second, preference = (str(row[column]) for column in needed)
+        columns = config.comparison_columns
+        for row in _rows(path, columns, "oracle.comparisons_path"):
+            prompt, first, second, preference = (str(row[column]) for column in columns[:4])
             for word, share in PREFERENCE_SHARES.items():
                 if preference.strip().lower() == word:
                     self._shares.setdefault(content_id(prompt, first, second), (share, _rationale(row, config)))
@@ -91,8 +90,7 @@ def _rationale(row: dict[str, Any], config: ReplayOracleConfig) -> str:
     return str(row.get(config.rationale_column) or "") if config.rationale_column else ""
 
 
-def _rows(path: str, needed: list[str], rationale_column: str | None, setting: str) -> Iterable[dict[str, Any]]:
-    needed = needed if rationale_column is None else [*needed, rationale_column]
+def _rows(path: str, needed: list[str], setting: str) -> Iterable[dict[str, Any]]:
     for number, row in enumerate(_read(path, setting), start=1):
         missing = [column for column in needed if column not in row]
         if missing:

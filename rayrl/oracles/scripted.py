@@ -115,3 +115,19 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f'{setting}: module {module_name} has no function {function_name}, got "{path}"')
     return function
+
+
+def source_of(path: str, setting: str) -> str:
+    """Text of the module that defines the function of a setting: it names what the function does.
+
+    Raises:
+        ConfigError: there is no such function, or it has no text.
+    """
+    module = getattr(load_function(path, setting), "__module__", None)
+    try:
+        return inspect.getsource(sys.modules[module or ""])
+    except (KeyError, OSError, TypeError):
+        raise ConfigError(
+            f'{setting} must be written in Python, for its text tells its results from those of another, got "{path}", '
+            f"which has none ({module or 'builtins'}); call it from a function of your own"
+        ) from None

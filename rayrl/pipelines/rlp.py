@@ -3,8 +3,6 @@
 from ray.actor import ActorHandle
 
 from rayrl.actors.services import Services
-from rayrl.data.tokenizing import context_length
-from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run, round_name
 from rayrl.stages.audit_pairs import audit_pairs
@@ -17,9 +15,9 @@ from rayrl.stages.pool import Pool, read_pool
 from rayrl.stages.ppo import FunctionReward, ppo
 from rayrl.stages.preferences import Preferences, gather_preferences
 from rayrl.stages.query import Judgements, query
-from rayrl.stages.refresh import Learnt, refresh
-from rayrl.stages.reward import make_reward_scorer
-from rayrl.stages.score import make_scorer
+from rayrl.stages.refresh import refresh
+from rayrl.stages.reward import Reward, RewardModels
+from rayrl.stages.score import Evaluator
 from rayrl.stages.select import select
 from rayrl.stages.sft import sft
 from rayrl.stages.track_rewards import track_rewards
@@ -36,25 +34,21 @@ def rlp(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
     m1 = policy = sft(run, services)  # pi_SFT
     if run.config.ppo.reward != "reward_model":
         return ppo_alone(run, services, oracle, m1, pool)
-    policies, rewards = {"m1": m1}, dict[str, Rewards]()
+    policies, rewards = {"m1": m1}, dict[str, Reward]()
     preferences: Preferences | None = None
-    learnt: Learnt | None = None
+    r: RewardModels | None = None
     for number, now in enumerate(run.rounds(), start=1):
-        if preferences is None or learnt is None or asks_expert(run):
+        if preferences is None or r is None or asks_expert(run):
             preferences = gather_preferences(now, services, oracle, policy, pool, preferences)  # D
             r = fit_reward_model(now, services, m1, [preferences])  # r, Bradley-Terry on D
-            reward = make_reward_scorer(now, services, m1, r)
-            policy = ppo(now, services, m1, reward, r.key, pool)  # pi = PPO(pi_SFT, r)
-            learnt = r, reward, pool
-            policies[round_name("ppo", number)], rewards[round_name("r", number)] = policy, reward
-        refreshed = refresh(now, services, m1, policy, preferences, learnt)  # r^ on D and pi's samples
-        reward = make_reward_scorer(now, services, m1, refreshed)
-        policy = ppo(now, services, m1, reward, refreshed.key, pool, "ppo_refreshed")  # pi^ = PPO(pi_SFT, r^)
-        learnt = refreshed, reward, pool
-        policies[round_name("rlp", number)], rewards[round_name("refreshed", number)] = policy, reward
+            policy = ppo(now, services, m1, r, pool)  # pi = PPO(pi_SFT, r)
+            policies[round_name("ppo", number)], rewards[round_name("r", number)] = policy, r
+        r = refresh(now, services, m1, policy, preferences, r, pool)  # r^ on D and pi's samples
+        policy = ppo(now, services, m1, r, pool, "ppo_refreshed")  # pi^ = PPO(pi_SFT, r^)
+        policies[round_name("rlp", number)], rewards[round_name("refreshed", number)] = policy, r
         if number == 1:  # what the paper leaves open is asked of the paper's own round
             ppos = {"ppo": policies["ppo"], "ppo_refreshed": policy}
-            track_rewards(now, oracle, ppos, rewards)  # does r degrade? does r^ repair it?
+            track_rewards(now, services, oracle, ppos, rewards)  # does r degrade? does r^ repair it?
             audit_pairs(now, oracle)  # gamma against the quality of the synthetic pairs
     return evaluate_policies(run, services, oracle, pool, policies, rewards)
 
@@ -73,9 +67,9 @@ def ppo_alone(run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint,
     function = run.config.ppo.function
     if function is not None:
         by_function = FunctionReward(function)
-        pi = ppo(run, services, m1, by_function, by_function.key, pool)
+        pi = ppo(run, services, m1, by_function, pool)
         return evaluate_policies(run, services, oracle, pool, {"m1": m1, "ppo": pi}, {"reward": by_function})
-    policy, policies, rewards = m1, {"m1": m1}, dict[str, Rewards]()
+    policy, policies, rewards = m1, {"m1": m1}, dict[str, Reward]()
     judgements: list[Judgements] = []
     for number, now in enumerate(run.rounds(), start=1):
         responses = generate(now, services, policy, pool)  # Y ~ M1
@@ -83,7 +77,7 @@ def ppo_alone(run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint,
         judgements.append(query(now, oracle, query_set))  # E; costs budget
         evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval
         assert evaluator is not None, 'labels = "direct" and "expert" fit no evaluator, and are refused'
-        reward = make_scorer(now, services, m1, evaluator, context_length(run.config.policy))
-        policy = ppo(now, services, m1, reward, evaluator.version, pool)
+        reward = Evaluator(checkpoint=evaluator, m1=m1, config=now.config)
+        policy = ppo(now, services, m1, reward, pool)
         policies[round_name("ppo", number)], rewards[round_name("reward", number)] = policy, reward
     return evaluate_policies(run, services, oracle, pool, policies, rewards)

@@ -4,7 +4,7 @@ from rayrl.config import HttpOracleConfig, RunConfig
 from rayrl.errors import ConfigError
 from rayrl.models.judge import Rubric, evaluator_prompt, expert_prompt, load_rubric
 from rayrl.models.pairwise import pairwise_prompt
-from rayrl.preflight.counts import Counts, count_proxy_dpo, count_rlp, num_sides
+from rayrl.preflight.counts import Counts, count_proxy_dpo, count_rlp, queries_per_eval_prompt
 from rayrl.preflight.inputs import PoolFacts, count_tokens, inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.place import check_disk, check_run_folder
@@ -12,7 +12,7 @@ from rayrl.preflight.plan import Plan
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.resources import cluster_resources, plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
-from rayrl.preflight.rlp import check_room, plan_rlp_stages
+from rayrl.preflight.rlp import check_room, check_transfer, plan_rlp_stages
 from rayrl.preflight.rounds import describe_rounds
 from rayrl.preflight.synthesis import inspect_synthesis
 
@@ -26,7 +26,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     Args:
         config: the run.
         cluster: `ray.cluster_resources()`; None asks the cluster of RAY_ADDRESS, or looks at this machine.
-        contact_oracle: also ask the judge whether it is there, and the hub for a policy not cached yet.
+        contact_oracle: also import ppo.function, ask the judge if it is there, and the hub for a policy not cached yet.
 
     Raises:
         ConfigError, DataError, RunDirectoryError, ResourceError: one message: field, rule, value, remedy.
@@ -42,9 +42,8 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
     inspect_others(config)
     inspect_synthesis(config, online=contact_oracle)
     num_kept, num_seed = pool.counts.num_kept, seed.num_kept if seed else 0
-    pairs = None
+    pairs = _inspect_rlp(config, model, cluster, online=contact_oracle) if config.pipeline == "rlp" else None
     if config.pipeline == "rlp":
-        pairs = _inspect_rlp(config, model, online=contact_oracle)
         counts = count_rlp(config, num_kept, num_seed, pairs.counts.num_pairs if pairs else None)
         stages, mode, reference = plan_rlp_stages(config, cluster), "overlap", "generation"
     else:
@@ -68,6 +67,7 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
         num_responses=counts.num_responses,
         label_queries=counts.label_queries,
         num_eval_queries=counts.num_eval_queries,
+        num_eval_comparisons=counts.num_eval_comparisons,
         num_pairs=counts.num_pairs,
         usd=None if usd is None else sum(usd),
         disk_bytes=disk_bytes,
@@ -84,11 +84,15 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
 
 def _contact(config: RunConfig, rubric: Rubric) -> None:
     from rayrl.oracles.build import build_oracle
+    from rayrl.oracles.scripted import source_of
 
     build_oracle(config.oracle, rubric).check()
+    if config.pipeline == "rlp" and config.ppo.function is not None:
+        source_of(config.ppo.function, "ppo.function")
 
 
-def _inspect_rlp(config: RunConfig, model: ModelFacts, *, online: bool) -> PairFacts | None:
+def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: dict[str, float], *, online: bool) -> PairFacts | None:
+    check_transfer(config, cluster)
     check_room(config, model)
     inspect_reward_model(config, online=online)
     return inspect_preferences(config, model)
@@ -107,9 +111,10 @@ def _usd(
         num_input = asked + pool.mean_tokens + num_responses * config.generate.max_tokens
         return (num_input * (oracle.usd_per_1m_input or 0) + oracle.max_tokens * (oracle.usd_per_1m_output or 0)) / 1e6
 
-    judgement = price(expert_prompt(rubric, "", ""), 1)
-    label = price(pairwise_prompt(rubric, "", "", ""), 2) if config.asks_for_comparisons else judgement
-    return label * counts.num_label_queries, judgement * counts.num_eval_queries
+    judgement, comparison = price(expert_prompt(rubric, "", ""), 1), price(pairwise_prompt(rubric, "", "", ""), 2)
+    label = comparison if config.asks_for_comparisons else judgement
+    num_judgements = counts.num_eval_queries - counts.num_eval_comparisons
+    return label * counts.num_label_queries, judgement * num_judgements + comparison * counts.num_eval_comparisons
 
 
 def _check_evaluator_context(config: RunConfig, rubric: Rubric, model: ModelFacts) -> int:
@@ -184,10 +189,10 @@ def _money_warnings(config: RunConfig, counts: Counts, usd: tuple[float, float] 
             f"select.budget = {config.select.budget} is not spent whole: one pair for each of {counts.num_prompts} "
             f"prompts and whole pairs only make {counts.num_label_queries} comparisons; add prompts, or lower it"
         )
-    if 0 < config.evaluate.budget < num_sides(config) * config.pool.num_eval:
+    if 0 < config.evaluate.budget < queries_per_eval_prompt(config) * config.pool.num_eval:
         found.append(
             f"evaluate.budget = {config.evaluate.budget} judges {counts.num_judged_prompts} "
-            f"of the {config.pool.num_eval} held-out prompts, at {num_sides(config)} queries each"
+            f"of the {config.pool.num_eval} held-out prompts, at {queries_per_eval_prompt(config)} queries each"
         )
     return found
 

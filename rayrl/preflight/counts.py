@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from rayrl.algorithms.comparisons import queries_per_pair
+from rayrl.algorithms.comparisons import queries_per_pair, queries_per_prompt
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError
 from rayrl.preflight.rounds import label_queries, num_policies
@@ -20,6 +20,8 @@ class Counts:
     """Held-out prompts on which every policy is judged."""
     num_eval_queries: int
     """For those, and for the diagnosis."""
+    num_eval_comparisons: int
+    """Of those: with reference answers."""
     num_pairs: int
 
     @property
@@ -54,13 +56,11 @@ def count_proxy_dpo(config: RunConfig, num_kept: int, num_seed: int) -> Counts:
         raise ConfigError(f"select.budget must be at most the {of_what}, got {budget}; lower it, or add prompts")
     queries = label_queries(config, num_prompts, num_seed if config.generate.source == "seed" else num_prompts * k)
     paired = sum(queries) // k if config.labels == "direct" else num_prompts
-    num_judged = _num_judged_prompts(config)
     return Counts(
         num_prompts=num_prompts,
         num_responses=num_responses,
         label_queries=queries,
-        num_judged_prompts=num_judged,
-        num_eval_queries=num_judged * num_sides(config),
+        **_evaluated(config),
         num_pairs=num_pairs_planned(config.pseudo_label.pairing, paired, k) * config.rounds,
     )
 
@@ -79,13 +79,12 @@ def count_rlp(config: RunConfig, num_kept: int, num_seed: int, num_pairs: int | 
     """
     if config.ppo.reward == "evaluator":
         return replace(count_proxy_dpo(config, num_kept, num_seed), num_pairs=0)
-    num_prompts, num_judged = _num_prompts(config, num_kept), _num_judged_prompts(config)
+    num_prompts = _num_prompts(config, num_kept)
     counts = Counts(
         num_prompts=num_prompts,
         num_responses=0,
         label_queries=(),
-        num_judged_prompts=num_judged,
-        num_eval_queries=num_judged * num_sides(config),
+        **_evaluated(config),
         num_pairs=num_pairs or 0,
     )
     if config.ppo.reward == "function":
@@ -103,13 +102,20 @@ def count_rlp(config: RunConfig, num_kept: int, num_seed: int, num_pairs: int | 
     )
 
 
-def num_sides(config: RunConfig) -> int:
-    """Answers judged per held-out prompt: every policy's, and the reference's."""
-    return num_policies(config) + bool(config.evaluate.reference_answers)
+def queries_per_eval_prompt(config: RunConfig) -> int:
+    """What judging all policies on one held-out prompt takes."""
+    return queries_per_prompt(num_policies(config), config.competes_by)
 
 
-def _num_judged_prompts(config: RunConfig) -> int:
-    return min(config.pool.num_eval, config.evaluate.budget // num_sides(config))
+def _evaluated(config: RunConfig) -> dict[str, int]:
+    each = queries_per_eval_prompt(config)
+    num_judged = min(config.pool.num_eval, config.evaluate.budget // each)
+    num_compared = each - num_policies(config) if config.competes_by in ("both", "random") else 0
+    return {
+        "num_judged_prompts": num_judged,
+        "num_eval_queries": num_judged * each,
+        "num_eval_comparisons": num_judged * num_compared,
+    }
 
 
 def _num_sampled(config: RunConfig, num_prompts: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rayrl.config import DataConfig, HttpOracleConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
 from rayrl.data import tokenizing
+from rayrl.data.chats import Messages
 from rayrl.data.reading import (
     PromptCounts,
     Render,
@@ -97,7 +98,7 @@ def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], 
 def renderer(config: RunConfig, model: ModelFacts) -> Render:
     """What the policy reads of a prompt; an approximation where its tokenizer is unknown."""
 
-    def render(source: str | tokenizing.Messages) -> str:
+    def render(source: str | Messages) -> str:
         if model.tokenizer is not None:
             return tokenizing.render(model.tokenizer, config.policy.prompt_format, source)
         return source if isinstance(source, str) else "\n".join(m["content"] for m in source)
@@ -148,16 +149,18 @@ def inspect_others(config: RunConfig) -> None:
             read_key(config.oracle.api_key_env)
         case ScriptedOracleConfig():
             check_module(config.oracle.function, "oracle.function")
+            if config.oracle.compare_function is not None:
+                check_module(config.oracle.compare_function, "oracle.compare_function")
         case ReplayOracleConfig(path=None) if config.asks_for_judgements:
             raise ConfigError(
                 "oracle.path is missing: single responses are judged here (to label them, or to evaluate), and a table "
                 "of comparisons judges none; name a table of judgements, or set evaluate.budget = 0 if only that asks"
             )
-        case ReplayOracleConfig() as replay if replay.path is not None:
-            needed = [replay.prompt_column, replay.response_column, replay.score_column]
-            if replay.rationale_column is not None:
-                needed.append(replay.rationale_column)
-            require_columns(replay.path, needed)
+        case ReplayOracleConfig() as replay:
+            if replay.path is not None:
+                require_columns(replay.path, replay.judgement_columns)
+            if replay.comparisons_path is not None:
+                require_columns(replay.comparisons_path, replay.comparison_columns)
 
 
 def check_module(function: str, setting: str) -> None:

@@ -39,6 +39,8 @@ class Plan:
     label_queries: tuple[int, ...]
     """Paid in each round, at most; empty if nothing is asked."""
     num_eval_queries: int
+    num_eval_comparisons: int
+    """Of those: with reference answers."""
     num_pairs: int
     """Before ties are dropped."""
     usd: float | None
@@ -61,11 +63,13 @@ class Plan:
 def render_plan(plan: Plan) -> str:
     """The plan as plain text, for a terminal or a log."""
     price = "no prices given" if plan.usd is None else f"at most about {plan.usd:,.2f} USD"
+    beside = f" ({plan.num_eval_comparisons:,} comparisons with references)" if plan.num_eval_comparisons else ""
     disk = "unknown" if plan.disk_bytes is None else f"about {plan.disk_bytes / 2**30:,.2f} GiB"
     facts = {
         "run": f"{plan.name} -> {plan.run_dir}",
         **(_of_rlp(plan) if plan.pipeline == "rlp" else _of_proxy_dpo(plan)),
-        "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries; {price}",
+        "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries{beside}; "
+        f"{price}",
         "disk": disk,
         "cluster": f"{plan.cluster.get('CPU', 0):g} CPU, {plan.cluster.get('GPU', 0):g} GPU",
     }

@@ -8,9 +8,8 @@ from rayrl.algorithms.budget import round_share
 from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.config import HttpOracleConfig, PreferencesConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
 from rayrl.data.pairs import PairCounts, read_pairs
-from rayrl.data.reading import require_columns
 from rayrl.errors import ConfigError, DataError
-from rayrl.preflight.inputs import check_module, count_tokens, renderer
+from rayrl.preflight.inputs import count_tokens, renderer
 from rayrl.preflight.model import ModelFacts
 
 _MEASURED_PAIRS = 2000
@@ -134,16 +133,8 @@ def _check_expert(config: RunConfig) -> None:
                 'oracle.compare_function is missing: preferences.source = "oracle" asks which of two responses is '
                 'better; name a "module:function" of (prompt, first, second) that returns "first", "second" or "tie"'
             )
-        case ScriptedOracleConfig(compare_function=str(function)):
-            check_module(function, "oracle.compare_function")
         case ReplayOracleConfig(comparisons_path=None):
             raise ConfigError(
                 'oracle.comparisons_path is missing: preferences.source = "oracle" asks which of two responses is '
                 "better; name a table with both responses and a preference"
             )
-        case ReplayOracleConfig() as replay:
-            assert replay.comparisons_path is not None
-            needed = [replay.prompt_column, replay.first_column, replay.second_column, replay.preference_column]
-            if replay.rationale_column is not None:
-                needed.append(replay.rationale_column)
-            require_columns(replay.comparisons_path, needed)

@@ -8,6 +8,7 @@ says.
 import math
 import os
 import re
+from dataclasses import replace
 
 from rayrl.config import EngineConfig, RunConfig, TrainingConfig
 from rayrl.errors import ConfigError, ResourceError
@@ -61,7 +62,7 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
         require(stage, cluster)
     if "pseudo_label" not in stages:
         return tuple(stages.values()), "alternate", reference
-    both = _overlapped(_fleets(config, has_gpu), stages["dpo"])
+    overlapping = _overlapping(config, has_gpu, stages)
     mode = config.pseudo_label.mode
     if mode == "overlap":
         if reference == "pass":
@@ -70,11 +71,13 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
                 'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32), '
                 'got "overlap"'
             )
-        require(both, cluster)
+        for stage in overlapping.values():
+            require(stage, cluster)
     elif mode == "auto":
-        mode = "overlap" if reference == "generation" and _missing(both, cluster) is None else "alternate"
+        fits = all(_missing(stage, cluster) is None for stage in overlapping.values())
+        mode = "overlap" if reference == "generation" and fits else "alternate"
     if mode == "overlap":
-        stages["dpo"] = both
+        stages |= overlapping
     return tuple(stages.values()), mode, reference
 
 
@@ -109,7 +112,7 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
         what = f"{evaluator.type} evaluator on the paid judgements"
         stages += [
             fit_plan("fit_evaluator", what, "evaluator", evaluator, has_gpu),
-            *([_synthesize_plan(config, has_gpu)] if config.pseudo_label.synthetic else []),
+            *([clustering_plan(config, has_gpu, "the responses of a prompt")] if config.pseudo_label.synthetic else []),
             serve_plan(
                 "pseudo_label",
                 f"score the rest, pair {config.pseudo_label.pairing}",
@@ -124,13 +127,6 @@ def _stages(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
         serve_plan("evaluate", "M2 against M1 on held-out prompts", "generators", config, has_gpu),
         StagePlan(name="report", what="HTML and JSON"),
     ]
-
-
-def _synthesize_plan(config: RunConfig, has_gpu: bool) -> StagePlan:
-    """Synthetic pairs beside the labelled ones; an entailment model takes an embedding replica's place."""
-    spg = config.refresh.spg
-    what = f"cluster the responses of a prompt by meaning ({spg.clustering}), pair (gamma {spg.gamma:g})"
-    return serve_plan("synthesize", what, "embedders", config, has_gpu)
 
 
 def fit_plan(name: str, what: str, section: str, training: TrainingConfig, has_gpu: bool) -> StagePlan:
@@ -157,18 +153,51 @@ def serve_plan(name: str, what: str, section: str, config: RunConfig, has_gpu: b
     )
 
 
-def _fleets(config: RunConfig, has_gpu: bool) -> StagePlan:
-    """Every fleet of the run at once: in mode `overlap` none makes room for another."""
-    fleets = [serve_plan("fleets", "", "generators", config, has_gpu)]
-    if config.select.strategy == "k_center" or config.evaluator.type == "scalar" or config.pseudo_label.synthetic:
-        fleets.append(serve_plan("fleets", "", "embedders", config, has_gpu))
-    return StagePlan(
-        name="fleets",
-        what="",
-        actors=" and ".join(fleet.actors for fleet in fleets),
-        num_gpus=sum(fleet.num_gpus for fleet in fleets),
-        setting=" or ".join(fleet.setting for fleet in fleets),
-    )
+def clustering_plan(config: RunConfig, has_gpu: bool, samples: str, *, is_up: bool = False) -> StagePlan:
+    """What says which responses mean the same. Entailment makes room for the embeddings that are tried where it fails.
+
+    Args:
+        config: the run.
+        has_gpu: whether engines take GPUs.
+        samples: what is clustered, for humans.
+        is_up: the embedding replicas of the clustering are there already, and counted with what is beside.
+    """
+    spg = config.refresh.spg
+    what = f"cluster {samples} by meaning ({spg.clustering}), pair (gamma {spg.gamma:g})"
+    embedders = serve_plan("synthesize", what, "embedders", config, has_gpu)
+    if is_up:
+        embedders = replace(embedders, num_gpus=0)
+    if spg.clustering == "embedding":
+        return embedders
+    hardware = config.embedders.model_copy(update={"num_replicas": spg.num_replicas, "tensor_parallel_size": 1})
+    num_gpus = engine_gpus(hardware, "embedders") if has_gpu else 0
+    actors = f"{spg.num_replicas} entailment model(s)"
+    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, setting="refresh.spg.num_replicas")
+    return max(entailment, embedders, key=lambda plan: plan.num_gpus)
+
+
+def _overlapping(config: RunConfig, has_gpu: bool, stages: dict[str, StagePlan]) -> dict[str, StagePlan]:
+    """The stages of mode `overlap` beside the fleets that are up then: those stay, into later rounds too.
+
+    Every model that embeds has a fleet of its own; the entailment model's is stopped when it has done its work.
+    """
+    generators, embedders = (serve_plan("fleets", "", name, config, has_gpu) for name in ("generators", "embedders"))
+    select, clusterer = config.select, config.refresh.spg.embedder or "policy"
+    selecting = {select.embedder} if select.strategy == "k_center" else set[str]()
+    scoring = selecting | ({"policy"} if config.evaluator.type == "scalar" else set())
+    every = scoring | ({clusterer} if config.pseudo_label.synthetic else set())
+    up = {"fit_evaluator": selecting, "synthesize": scoring, "dpo": every}
+    if config.rounds > 1:
+        up = dict.fromkeys(up, every)
+    alone = dict(stages)
+    if config.pseudo_label.synthetic:
+        is_up = clusterer in up["synthesize"]
+        alone["synthesize"] = clustering_plan(config, has_gpu, "the responses of a prompt", is_up=is_up)
+    return {
+        name: _overlapped(alone[name], generators, *[embedders] * len(models))
+        for name, models in up.items()
+        if name in alone
+    }
 
 
 def engine_gpus(engine: EngineConfig, section: str) -> int:
@@ -189,19 +218,13 @@ def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
         actors=f"{training.actors}, beside {' and '.join(fleet.actors for fleet in fleets)}",
         num_gpus=training.num_gpus + sum(fleet.num_gpus for fleet in fleets),
         num_cpus=training.num_cpus,
-        setting=" or ".join([training.setting, *(fleet.setting for fleet in fleets)]),
+        setting=" or ".join(dict.fromkeys([training.setting, *(fleet.setting for fleet in fleets)])),
     )
 
 
-def _overlapped(scoring: StagePlan, dpo: StagePlan) -> StagePlan:
-    return StagePlan(
-        name=dpo.name,
-        what=dpo.what,
-        actors=f"{dpo.actors}, beside {scoring.actors}",
-        num_gpus=dpo.num_gpus + scoring.num_gpus,
-        num_cpus=dpo.num_cpus + scoring.num_cpus,
-        setting=f'{dpo.setting} or {scoring.setting}, or set pseudo_label.mode = "alternate"',
-    )
+def _overlapped(stage: StagePlan, *fleets: StagePlan) -> StagePlan:
+    both = beside(stage, *fleets)
+    return replace(both, setting=f'{both.setting}, or set pseudo_label.mode = "alternate"')
 
 
 def _missing(stage: StagePlan, cluster: dict[str, float]) -> str | None:

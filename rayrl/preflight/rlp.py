@@ -6,7 +6,7 @@ from rayrl.config import RunConfig
 from rayrl.errors import ConfigError
 from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.plan import StagePlan
-from rayrl.preflight.resources import beside, engine_gpus, fit_plan, require, serve_plan
+from rayrl.preflight.resources import beside, clustering_plan, fit_plan, require, serve_plan
 
 REFRESHES = {
     "spg": "refit on D and the synthetic pairs",
@@ -56,7 +56,9 @@ def _rewarded(config: RunConfig, has_gpu: bool) -> list[StagePlan]:
         stages.append(_beside_labels(fit, config, has_gpu) if config.asks_for_comparisons else fit)
     stages.append(_ppo("ppo", f"M1 -> pi, rollouts of {config.ppo.rollout_size}", config, has_gpu))
     if refresh.method == "spg":
-        stages.append(beside(_clustering(config, has_gpu), generators, embedders))
+        samples = f"{refresh.n} samples a prompt"
+        cluster = clustering_plan(config, has_gpu, samples, is_up=config.clusters_by_rewarders)
+        stages.append(beside(cluster, generators, embedders))
     what = REFRESHES[refresh.method].format(n=refresh.n)
     if refresh.method == "none":
         stages.append(StagePlan(name="refresh", what=what))
@@ -115,20 +117,24 @@ def _ppo(name: str, what: str, config: RunConfig, has_gpu: bool) -> StagePlan:
     return beside(trainer, generators, *[embedders] * config.rewards_by_embedders)
 
 
-def _clustering(config: RunConfig, has_gpu: bool) -> StagePlan:
-    """What says which samples mean the same. Entailment makes room for the embeddings that are tried where it fails."""
-    spg = config.refresh.spg
-    what = f"cluster {config.refresh.n} samples a prompt by meaning, pair (gamma {spg.gamma:g})"
-    embedders = replace(_fleets(config, has_gpu)[1], name="synthesize", what=what)
-    if config.clusters_by_rewarders:
-        embedders = replace(embedders, num_gpus=0)
-    if spg.clustering == "embedding":
-        return embedders
-    hardware = config.embedders.model_copy(update={"num_replicas": spg.num_replicas, "tensor_parallel_size": 1})
-    num_gpus = engine_gpus(hardware, "embedders") if has_gpu else 0
-    actors = f"{spg.num_replicas} entailment model(s)"
-    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, setting="refresh.spg.num_replicas")
-    return max(entailment, embedders, key=lambda plan: plan.num_gpus)
+def check_transfer(config: RunConfig, cluster: dict[str, float]) -> None:
+    """Refuse NCCL where it cannot be.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if config.ppo.weight_transfer != "nccl":
+        return
+    if cluster.get("GPU", 0) == 0:
+        raise ConfigError(
+            'ppo.weight_transfer must be "auto" or "folder" on a cluster without GPUs, got "nccl"; leave it out'
+        )
+    if config.generators.gpus_per_replica < 1:
+        raise ConfigError(
+            'generators.gpus_per_replica must be at least 1 when ppo.weight_transfer is "nccl", which gives each of '
+            f"its ranks a GPU of its own, got {config.generators.gpus_per_replica:g}; raise it, or set "
+            'ppo.weight_transfer = "folder"'
+        )
 
 
 def check_room(config: RunConfig, model: ModelFacts) -> None:

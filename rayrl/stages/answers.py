@@ -8,9 +8,7 @@ from ray.actor import ActorHandle
 from rayrl.actors.services import Services
 from rayrl.config import GenerateConfig
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.reading import read_reference_answers
-from rayrl.data.tokenizing import load_tokenizer, render
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint, Response, Sampled, Scored, from_row
 from rayrl.runs.run import Run
 from rayrl.stages.generate import sample_block
@@ -37,7 +35,7 @@ def answers_of(run: Run, services: Services, m1: Checkpoint, policy: Checkpoint,
     return [_answer(row, row.responses[:1]) for row in _sampled(run, services, m1, policy, pool, name, 1)]
 
 
-def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, rewards: Rewards) -> list[Answer]:
+def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, rewards: ServedReward) -> list[Answer]:
     """Of n answers of M1 to each held-out prompt the one of the highest reward; the first one is M1's answer."""
     n = run.config.evaluate.best_of_n
     rows = _sampled(run, services, m1, m1, pool, f"best_of_{n}", n)
@@ -95,31 +93,3 @@ def judge(oracle: ActorHandle, answers: list[Answer]) -> None:
     texts = [(a.prompt_id, a.prompt, a.text) for a in answers]
     for answer, score in zip(answers, expert_scores(oracle, texts, describe="evaluating"), strict=True):
         answer.score = score
-
-
-def reference_answers(run: Run) -> dict[str, str]:
-    """The fixed table's answer to each prompt it has, by prompt id."""
-    config = run.config
-    if config.evaluate.reference_answers is None:
-        return {}
-    tokenizer = load_tokenizer(config.policy)
-    renderer = partial(render, tokenizer, config.policy.prompt_format)
-    return {p.id: answer for p, answer in read_reference_answers(config.evaluate.reference_answers, renderer)}
-
-
-def reference_scores(oracle: ActorHandle, references: dict[str, str], answered: list[Answer]) -> dict[str, float]:
-    """The expert's scores of the fixed table's answers to the prompts that were answered, by prompt id."""
-    fixed = [
-        Answer(
-            prompt_id=a.prompt_id,
-            prompt=a.prompt,
-            prompt_token_ids=[],
-            text=references[a.prompt_id],
-            token_ids=[],
-            logprob=0.0,
-        )
-        for a in answered
-        if a.prompt_id in references
-    ]
-    judge(oracle, fixed)
-    return {a.prompt_id: a.score for a in fixed if a.score is not None}

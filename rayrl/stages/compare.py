@@ -6,17 +6,16 @@ The policy is M1, and in a later round the last one; its pairs then join those o
 import dataclasses
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 from ray.actor import ActorHandle
 
 from rayrl.actors.oracle_pool import PairItem
 from rayrl.actors.services import Services
-from rayrl.algorithms.comparisons import TURNED, Order, agreed, num_disjoint, num_pairs_asked, queries_per_pair
+from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
 from rayrl.records import (
@@ -25,15 +24,15 @@ from rayrl.records import (
     Preference,
     PreferencePair,
     Sampled,
-    content_id,
     from_row,
     from_table,
     to_table,
 )
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.generate import Responses
-from rayrl.stages.query import compare, spending
+from rayrl.stages.query import spending
 from rayrl.stages.select import select
+from rayrl.stages.verdicts import ask_about, drawn, tally
 
 if TYPE_CHECKING:
     from rayrl.stages.preferences import Preferences
@@ -62,14 +61,11 @@ def compare_responses(
     there = pairs_of_prompts(responses, preferences.pairs_per_prompt)
     num_without = there.count(0)
     num_pairs = num_pairs_asked(run.config.select.budget, order, sum(there))
-    drawn = drawn_pairs(run, chosen(run, services, policy, responses, num_pairs, sum(there)), num_pairs)
+    two = drawn_pairs(run, chosen(run, services, policy, responses, num_pairs, sum(there)), num_pairs)
     known = asked_before(earlier.compared if earlier else ())
-    pairs = [pair for pair in drawn if texts_of(pair) not in known]
-    items = [item for pair in pairs for item in questions(pair, order)]
-    answers = compare(oracle, items, "label", describe="asking the expert")
+    pairs = [pair for pair in two if texts_of(pair) not in known]
+    answers, verdicts = ask_about(oracle, [in_order(p) for p in pairs], order, "label", describe="asking the expert")
     BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
-    size = queries_per_pair(order)
-    verdicts: list[Preference | None] = [verdict(answers[at : at + size]) for at in range(0, len(answers), size)]
     decided = zip(pairs, verdicts, strict=True)
     made = [preferred(pair, winner) for pair, winner in decided if winner in ("first", "second")]
     before = (pair for block in earlier.table.blocks() for pair in from_table(block, PreferencePair)) if earlier else ()
@@ -88,7 +84,7 @@ def compare_responses(
     metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
     metrics |= {"num_asked": len(pairs), "num_without_two_responses": num_without} | counts | summary
     if earlier:
-        metrics |= {"num_new_pairs": len(made), "num_asked_before": len(drawn) - len(pairs)}
+        metrics |= {"num_new_pairs": len(made), "num_asked_before": len(two) - len(pairs)}
     return run.finish(
         "preferences",
         key,
@@ -145,74 +141,33 @@ def drawn_pairs(run: Run, prompts: Iterable[Sampled], num_pairs: int) -> list[Sa
     """At most `num_pairs` pairs of these prompts' responses."""
     assert run.config.preferences is not None
     most = run.config.preferences.pairs_per_prompt
-    drawn = chain.from_iterable(draw_pairs(sampled, run.config.seed, most) for sampled in prompts)
-    return list(islice(drawn, num_pairs))
+    pairs = chain.from_iterable(draw_pairs(sampled, run.config.seed, most) for sampled in prompts)
+    return list(islice(pairs, num_pairs))
 
 
 def draw_pairs(sampled: Sampled, seed: int, most: int = 1) -> list[Sampled]:
     """Disjoint pairs of a prompt's (distinct) responses in a random order, a function of the seed."""
-    drawn = sorted(sampled.responses, key=lambda response: content_id("pair", str(seed), response.id))
-    num = num_disjoint(len(drawn), most)
-    return [dataclasses.replace(sampled, responses=drawn[2 * i : 2 * i + 2]) for i in range(num)]
+    responses = sorted(sampled.responses, key=lambda said: drawn(seed, said.id))
+    num = num_disjoint(len(responses), most)
+    return [dataclasses.replace(sampled, responses=responses[2 * i : 2 * i + 2]) for i in range(num)]
 
 
-def questions(pair: Sampled, order: Order) -> list[PairItem]:
-    """What is asked about a pair: its drawn order, and with "both" the other one after it."""
+def in_order(pair: Sampled) -> PairItem:
+    """A drawn pair as a question."""
     first, second = pair.responses
-    orders = [(first, second), (second, first)] if order == "both" else [(first, second)]
-    return [
-        PairItem(
-            prompt_id=pair.prompt_id,
-            first_id=a.id,
-            second_id=b.id,
-            prompt=pair.prompt,
-            first=a.text,
-            second=b.text,
-        )
-        for a, b in orders
-    ]
-
-
-def verdict(answers: list[Comparison]) -> Preference | None:
-    """What the answers to `questions` say of the pair; None if they decide nothing because one abstained."""
-    asked, *turned = answers
-    return agreed(asked.preference, turned[0].preference) if turned else asked.preference
+    return PairItem(
+        prompt_id=pair.prompt_id,
+        first_id=first.id,
+        second_id=second.id,
+        prompt=pair.prompt,
+        first=first.text,
+        second=second.text,
+    )
 
 
 def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
     """The pair with its winner chosen. There are no scores; the policy's log-probabilities are generation's."""
-    first, second = pair.responses
+    row = dataclasses.asdict(pair)
+    first, second = row["responses"]
     chosen, rejected = (first, second) if winner == "first" else (second, first)
-    return PreferencePair(
-        prompt_id=pair.prompt_id,
-        prompt=pair.prompt,
-        prompt_token_ids=pair.prompt_token_ids,
-        chosen_id=chosen.id,
-        rejected_id=rejected.id,
-        chosen=chosen.text,
-        rejected=rejected.text,
-        chosen_token_ids=chosen.token_ids,
-        rejected_token_ids=rejected.token_ids,
-        chosen_score=math.nan,
-        rejected_score=math.nan,
-        chosen_reference_logprob=chosen.logprob,
-        rejected_reference_logprob=rejected.logprob,
-        source="oracle",
-    )
-
-
-def tally(answers: list[Comparison], verdicts: list[Preference | None], order: Order) -> dict[str, Any]:
-    """What became of the questions, with the reasons of abstentions and the share of wins of the first position."""
-    said = Counter(answer.preference for answer in answers)
-    reasons = Counter(answer.rationale[:80] for answer in answers if answer.preference is None)
-    decided = said["first"] + said["second"]
-    both = zip(answers[::2], answers[1::2], strict=True) if order == "both" else ()
-    return {
-        "num_ties": verdicts.count("tie"),
-        "num_abstained": verdicts.count(None),
-        "num_disagreements": sum(
-            b.preference is not None and a.preference not in (None, TURNED[b.preference]) for a, b in both
-        ),
-        "first_position_share": said["first"] / decided if decided else None,
-        "abstentions": dict(reasons.most_common(5)),
-    }
+    return PreferencePair.of_responses(row, chosen, rejected, source="oracle")

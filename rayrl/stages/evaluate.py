@@ -10,16 +10,17 @@ from ray.actor import ActorHandle
 
 from rayrl.actors.services import Services
 from rayrl.algorithms import statistics
+from rayrl.algorithms.comparisons import queries_per_prompt
 from rayrl.data.blocks import BlockTable
-from rayrl.data.tokenizing import context_length
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.answers import Answer, answers_of, judge, reference_answers, reference_scores, sampling_of
+from rayrl.stages.answers import Answer, answers_of, judge, sampling_of
 from rayrl.stages.benchmark import benchmark
-from rayrl.stages.measure import against, against_references, nats, spoken
+from rayrl.stages.measure import against, nats, spoken
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import expert_of
-from rayrl.stages.score import Scored, make_scorer
+from rayrl.stages.references import against_references, comparer_of
+from rayrl.stages.score import Evaluator, Scored
 
 
 def evaluate(
@@ -34,28 +35,25 @@ def evaluate(
 ) -> Manifest:
     """Compare M2 with M1 and write the table of both answers to every held-out prompt."""
     config = run.config
-    key = run.key("evaluate", config.evaluate, expert_of(run), sampling_of(run), pool.key, m1.version, m2.version)
+    judged_by = [expert_of(run), *comparer_of(run)]
+    key = run.key("evaluate", config.evaluate, *judged_by, sampling_of(run), pool.key, m1.version, m2.version)
     if done := run.finished("evaluate", key):
         return done
     started = time.monotonic()
     services.ready(services.generators(m1))
     answers2 = answers_of(run, services, m1, m2, pool, "m2")
     answers1 = answers_of(run, services, m1, m1, pool, "m1")
-    references = reference_answers(run)
-    sides = 3 if references else 2
-    num_judged = min(len(answers1), config.evaluate.budget // sides)
-    judge(oracle, answers1[:num_judged] + answers2[:num_judged])
+    num_judged = min(len(answers1), config.evaluate.budget // queries_per_prompt(2, config.competes_by))
+    judged = {"m1": answers1[:num_judged], "m2": answers2[:num_judged]}
+    judge(oracle, judged["m1"] + judged["m2"])
     of1, of2 = spoken(services, m1, answers1), spoken(services, m1, answers2)
     metrics: dict[str, Any] = {"kl": of2.pop("kl")}
     metrics |= {f"{name}_m{n}": of[name] for n, of in ((1, of1), (2, of2)) for name in of2}
     scores = against(answers1, answers2)
     metrics |= {"score_m1": scores.pop("base_score"), "score_m2": scores.pop("score")} | scores
-    if references:
-        fixed = reference_scores(oracle, references, answers1[:num_judged])
-        for name, answers in (("m1", answers1), ("m2", answers2)):
-            metrics[f"win_rate_reference_{name}"] = against_references(fixed, answers[:num_judged])
+    metrics["references"] = against_references(run, oracle, judged)
     if evaluator is not None:
-        metrics["evaluator_spearman"] = _rank_correlation(run, services, m1, evaluator, answers2[:num_judged])
+        metrics["evaluator_spearman"] = _rank_correlation(run, services, m1, evaluator, judged["m2"])
     if config.evaluate.lm_eval.tasks:
         metrics["lm_eval"] = benchmark(run, services, {"m1": m1, "m2": m2})
     BlockTable(run.folder("evaluate", "table"), 1).write(0, _table(answers1, answers2))
@@ -79,7 +77,7 @@ def _rank_correlation(
 ) -> dict[str, Any] | None:
     """Does the evaluator still rank well where the policy went?"""
     scored = [a for a in answers if a.score is not None and a.token_ids]
-    scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
+    scorer = Evaluator(checkpoint=evaluator, m1=m1, config=run.config).serve(services)
     items = [Scored(prompt=a.prompt, response=a.text, token_ids=a.prompt_token_ids + a.token_ids) for a in scored]
     both = [(p, a.score) for p, a in zip(scorer.score(items), scored, strict=True) if p is not None]
     if len(both) < 3:

@@ -11,23 +11,18 @@ import ray
 from ray.actor import ActorHandle
 
 from rayrl.actors.services import Services
+from rayrl.algorithms.comparisons import queries_per_prompt
 from rayrl.algorithms.statistics import Estimate, best_of_n_kl, order_agreement
 from rayrl.data.blocks import BlockTable
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint, Scored
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.answers import (
-    Answer,
-    answers_of,
-    best_of_n,
-    judge,
-    reference_answers,
-    reference_scores,
-    sampling_of,
-)
-from rayrl.stages.measure import against, against_references, nats, spoken
+from rayrl.stages.answers import Answer, answers_of, best_of_n, judge, sampling_of
+from rayrl.stages.measure import against, nats, spoken
 from rayrl.stages.pool import Pool
 from rayrl.stages.query import expert_of
+from rayrl.stages.references import against_references, comparer_of
+from rayrl.stages.reward import Reward
 
 M1, BEST_OF_N = "m1", "best_of_n"
 
@@ -38,7 +33,7 @@ def evaluate_policies(
     oracle: ActorHandle,
     pool: Pool,
     policies: Mapping[str, Checkpoint],
-    rewards: Mapping[str, Rewards],
+    rewards: Mapping[str, Reward],
 ) -> Manifest:
     """One row per policy: gain over M1, win rates, KL, perplexity, variety; and how well each reward model ranks.
 
@@ -52,27 +47,26 @@ def evaluate_policies(
     """
     config = run.config
     versions = [policy.version for policy in policies.values()]
-    key = run.key("evaluate", config.evaluate, expert_of(run), sampling_of(run), pool.key, *versions)
+    key = run.key("evaluate", config.evaluate, expert_of(run), sampling_of(run), pool.key, *versions, *comparer_of(run))
     if done := run.finished("evaluate", key):
         return done
     started = time.monotonic()
     m1 = policies[M1]
     services.ready(services.generators(m1))
+    served = {name: reward.serve(services) for name, reward in rewards.items()}
     answers = {name: answers_of(run, services, m1, policy, pool, name) for name, policy in policies.items()}
     if config.evaluate.best_of_n:
-        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(rewards.values())))
-    references = reference_answers(run)
-    num_judged = min(len(answers[M1]), config.evaluate.budget // (len(answers) + bool(references)))
-    judge(oracle, [answer for of_policy in answers.values() for answer in of_policy[:num_judged]])
-    fixed = reference_scores(oracle, references, answers[M1][:num_judged]) if references else {}
+        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(served.values())))
+    num_judged = min(len(answers[M1]), config.evaluate.budget // queries_per_prompt(len(answers), config.competes_by))
+    judged = {name: of_policy[:num_judged] for name, of_policy in answers.items()}
+    judge(oracle, [answer for of_policy in judged.values() for answer in of_policy])
+    references = against_references(run, oracle, judged)
     rows: dict[str, Any] = {}
     for name, of_policy in answers.items():
         rows[name] = spoken(services, m1, of_policy) | against(answers[M1], of_policy)
         if name == BEST_OF_N:  # M1's own log-probabilities say nothing of it
             bound = Estimate(best_of_n_kl(config.evaluate.best_of_n), 0.0, len(of_policy))
             rows[name] |= {"kl": asdict(bound), "kl_is_bound": True}
-        if fixed:
-            rows[name]["win_rate_reference"] = against_references(fixed, of_policy[:num_judged])
     _write(run, answers)
     ledger: Any = ray.get(oracle.summary.remote())
     return run.finish(
@@ -82,18 +76,19 @@ def evaluate_policies(
         num_rows=num_judged * len(answers),
         metrics={
             "policies": rows,
-            "reward_accuracy": {name: _agreement(reward, answers) for name, reward in rewards.items()},
+            "reward_accuracy": {name: _agreement(reward, answers) for name, reward in served.items()},
             "num_judged": num_judged,
+            "references": references,
             "ledger": ledger,
         },
         summary="; ".join(f"{name} {_gain(row)}" for name, row in rows.items() if name != M1),
     )
 
 
-def _agreement(rewards: Rewards, answers: Mapping[str, list[Answer]]) -> dict[str, Any]:
+def _agreement(reward: ServedReward, answers: Mapping[str, list[Answer]]) -> dict[str, Any]:
     """By policy: how often a reward orders its answer and M1's to a prompt as the expert does; ties are left out."""
     values = {
-        name: np.array(rewards.score([_scored(a) for a in of_policy]), float) for name, of_policy in answers.items()
+        name: np.array(reward.score([_scored(a) for a in of_policy]), float) for name, of_policy in answers.items()
     }
     experts = {name: np.array([a.score for a in of_policy], float) for name, of_policy in answers.items()}
     shares: dict[str, Any] = {}

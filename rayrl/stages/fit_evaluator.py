@@ -21,7 +21,7 @@ from rayrl.records import Checkpoint, Judgement, Said, content_id
 from rayrl.runs.run import Run
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.query import Judgements
-from rayrl.stages.score import Scored, judge_prompt_tokens, make_scorer
+from rayrl.stages.score import Evaluator, Scored, judge_prompt_tokens
 from rayrl.training.evaluator import ScalarJob, train_scalar
 from rayrl.training.reward_model import RewardModelJob, train_reward_model
 from rayrl.training.sft import SftJob, train_sft
@@ -191,7 +191,7 @@ def _validate(
     held_out: list[Judgement],
     tokens: Mapping[Said, list[int]],
 ) -> dict[str, Any]:
-    scorer = make_scorer(run, services, m1, evaluator, context_length(run.config.policy))
+    scorer = Evaluator(checkpoint=evaluator, m1=m1, config=run.config).serve(services)
     items = [Scored(prompt=j.prompt, response=j.response, token_ids=tokens[j.said]) for j in held_out]
     predicted = scorer.score(items)
     both = [(p, j.score) for p, j in zip(predicted, held_out, strict=True) if p is not None and j.score is not None]

@@ -22,7 +22,7 @@ from rayrl.stages.generate import Responses
 from rayrl.stages.preferences import Preferences
 from rayrl.stages.reward import RewardModels
 from rayrl.stages.reward_rows import PairWeights, TrainingData, training_data
-from rayrl.stages.validate_reward import finish, measure, reward_models
+from rayrl.stages.validate_reward import finish, measure, measured
 from rayrl.training.reward_model import RewardModelJob, train_reward_model
 from rayrl.training.views import Views, prompts_with_views
 
@@ -63,6 +63,7 @@ def fit_reward_model(
     member_key, key = run.key(f"{stage}-member", *inputs), run.key(stage, config, *inputs)
     names = [f"{stage}-{i}" for i in range(config.num_members)]
     members = [Checkpoint(path=run.folder(name, "checkpoint"), version=f"{name}-{member_key}") for name in names]
+    models = RewardModels(key=key, checkpoints=tuple(members), m1=m1, config=run.config)
     fitted = [run.finished(name, member_key) for name in names]
     done = run.finished(stage, key) if all(fitted) else None
     if done is None:
@@ -74,10 +75,10 @@ def fit_reward_model(
             job = replace(job, stage=name, checkpoint_url=members[i].path, seed=member_seed(run.config.seed, i))
             done = fitted[i] or _fit_member(run, services, job, data, member_key)
             curves.append(done.metrics)
-        measured = measure(run, services, m1, members, data)
-        measured["members"] = [curve | member for curve, member in zip(curves, measured["members"], strict=True)]
-        done = finish(run, stage, key, started, measured)
-    return reward_models(key, members, done)
+        metrics = measure(run, services, models, data)
+        metrics["members"] = [curve | member for curve, member in zip(curves, metrics["members"], strict=True)]
+        done = finish(run, stage, key, started, metrics)
+    return measured(models, done)
 
 
 def adopt_reward_model(
@@ -91,12 +92,13 @@ def adopt_reward_model(
     model = Checkpoint(path=path, version=f"reward-model-{content_id(path, head)}")
     sources = [source.key for source in preferences]
     key = run.key(stage, model.version, run.config.reward_model, run.config.policy.max_model_len, *sources)
+    models = RewardModels(key=key, checkpoints=(model,), m1=m1, config=run.config)
     done = run.finished(stage, key)
     if done is None:
         started = time.monotonic()
         data = training_data(run, stage, preferences, None)
-        done = finish(run, stage, key, started, measure(run, services, m1, [model], data))
-    return reward_models(key, [model], done)
+        done = finish(run, stage, key, started, measure(run, services, models, data))
+    return measured(models, done)
 
 
 def member_seed(seed: int, member: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.progress import Progress
 
 from rayrl.actors.services import Services
 from rayrl.config import TrainingConfig
@@ -16,6 +15,7 @@ from rayrl.data.blocks import BlockTable, stream_blocks
 from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.telemetry.metrics import read_metrics
+from rayrl.telemetry.progress import progress_bars
 from rayrl.training.launch import Rows, Stream, fit
 from rayrl.training.steps import num_steps
 
@@ -82,7 +82,7 @@ def progress_of(run: Run, stage: str, total: int) -> Iterator[None]:
     """A progress bar that follows the curve rank 0 writes."""
     url = storage.join(run.url, "metrics", f"{stage}.jsonl")
     over = threading.Event()
-    with Progress(transient=True) as bars:
+    with progress_bars() as bars:
         bar = bars.add_task(stage, total=total)
 
         def follow() -> None:

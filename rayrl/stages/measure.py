@@ -62,12 +62,3 @@ def against(base: list[Answer], ours: list[Answer]) -> dict[str, Any]:
         else None,
     ]
     return {name: asdict(value) if value else None for name, value in zip(names, values, strict=True)}
-
-
-def against_references(fixed: dict[str, float], ours: list[Answer]) -> dict[str, Any] | None:
-    """Win rate against a fixed table of reference answers, by their scores, on the prompts it answers."""
-    both = [(a.score, fixed[a.prompt_id]) for a in ours if a.score is not None and a.prompt_id in fixed]
-    if len(both) < 2:
-        return None
-    mine, theirs = (np.array(side, float) for side in zip(*both, strict=True))
-    return asdict(statistics.win_rate(mine, theirs))

@@ -1,8 +1,6 @@
 """Stage ppo: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
 
-import inspect
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +10,16 @@ import numpy as np
 
 from rayrl.actors.generator import Sampling
 from rayrl.actors.services import Services
+from rayrl.actors.weight_transfer import Transport, nccl_init_info
 from rayrl.config import PpoConfig, RunConfig
 from rayrl.errors import TrainingStopped
-from rayrl.models.rewards import Rewards
-from rayrl.oracles.scripted import load_function
+from rayrl.oracles.scripted import load_function, source_of
 from rayrl.records import Checkpoint, Scored, content_id
 from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.pool import Pool
+from rayrl.stages.reward import Reward
 from rayrl.telemetry.metrics import read_metrics
 from rayrl.training.ppo import PpoJob, train_ppo
 
@@ -40,9 +39,17 @@ class FunctionReward:
     @property
     def key(self) -> str:
         """Another text of the function's module is another reward."""
-        return content_id(
-            self.path, inspect.getsource(sys.modules[load_function(self.path, "ppo.function").__module__])
-        )
+        return content_id(self.path, source_of(self.path, "ppo.function"))
+
+    @property
+    def value_path(self) -> None:
+        """A value function starts from M1."""
+        return None
+
+    def serve(self, services: Services) -> "FunctionReward":
+        """Itself: it needs no engine."""
+        del services
+        return self
 
     def score(self, items: list[Scored]) -> list[float | None]:
         """The function's value of each response."""
@@ -51,17 +58,14 @@ class FunctionReward:
         return [None if value is None else float(value) for value in values]
 
 
-def ppo(
-    run: Run, services: Services, m1: Checkpoint, rewards: Rewards, reward_key: str, pool: Pool, stage: str = "ppo"
-) -> Checkpoint:
-    """pi: PPO from M1 against `rewards`; the last policy, or the best on the held-out prompts (`ppo.keep`).
+def ppo(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool, stage: str = "ppo") -> Checkpoint:
+    """pi: PPO from M1 against a reward; the last policy, or the best on the held-out prompts (`ppo.keep`).
 
     Args:
         run: the run.
         services: fleets; the generators answer the rollouts while the training goes on.
         m1: start and reference.
-        rewards: who says what a response is worth.
-        reward_key: names the rewards' work, so that another reward is another stage.
+        reward: who says what a response is worth.
         pool: prompts to answer, and those on which the reward is measured.
         stage: name of the stage; a second PPO has its own.
 
@@ -69,15 +73,16 @@ def ppo(
         TrainingStopped: the policy ran away from M1.
     """
     config = run.config.ppo
-    same = config.model_copy(update={"keep": "last"})  # both policies are there, whichever goes on
+    # Both policies are there, whichever goes on, and they are the same by whatever way they reach the replicas.
+    same = config.model_copy(update={"keep": "last", "weight_transfer": "auto"})
     sampling = [run.config.generate.max_tokens, *run.config.generate.stop]
-    key = run.key(stage, same, reward_key, pool.key, m1.version, services.dtype, *sampling)
+    key = run.key(stage, same, reward.key, pool.key, m1.version, services.dtype, *sampling)
     kept = "best" if config.keep == "best" else "checkpoint"
     checkpoint = Checkpoint(path=run.folder(stage, kept), version=f"{stage}-{key}-{kept}")
     if run.finished(stage, key):
         return checkpoint
     started = time.monotonic()
-    job = _job(run, services, m1, rewards, pool, stage, key)
+    job = _job(run, services, m1, reward, pool, stage, key)
     by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
     try:
         curve = fit_stage(run, services, stage, train_ppo, job, by_rollout, stream_of(pool.train, job.seed))
@@ -104,9 +109,10 @@ def ppo(
     return checkpoint
 
 
-def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: Pool, stage: str, key: str) -> PpoJob:
+def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool, stage: str, key: str) -> PpoJob:
     config = run.config
     held_out = [row for block in pool.held_out.blocks() for row in block.to_pylist()]
+    fleet = services.generators(m1)  # if they are not up, these engines and the reward's come up side by side
     return PpoJob(
         stage=stage,
         run_url=run.url,
@@ -114,18 +120,26 @@ def _job(run: Run, services: Services, m1: Checkpoint, rewards: Rewards, pool: P
         best_url=run.folder(stage, "best"),
         held_out_url=run.folder(stage, HELD_OUT),
         sync_url=sync_folder(run, stage, key, m1, on_gpu=services.on_gpu),
+        transport=transport(config),
         m1=m1,
         policy=config.policy,
-        value_path=getattr(rewards, "value_path", None) or m1.path,
+        value_path=reward.value_path or m1.path,
         ppo=config.ppo,
         sampling=rollout_sampling(config),
-        fleet=services.ready(services.generators(m1)),
-        rewards=rewards,
+        rewards=reward.serve(services),
+        fleet=services.ready(fleet),
         held_out=held_out[:MAX_HELD_OUT],
         dtype=services.dtype,
         seed=int(content_id(stage, str(config.seed)), 16) >> 1,  # a second PPO on the same reward is another run
         num_rows=pool.num_prompts,
     )
+
+
+def transport(config: RunConfig) -> Transport | None:
+    """What brings weights to the generators, None for a folder."""
+    if config.ppo.weight_transfer != "nccl":
+        return None
+    return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.tensor_parallel_size)
 
 
 def rollout_sampling(config: RunConfig) -> Sampling:

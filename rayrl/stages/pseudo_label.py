@@ -18,13 +18,12 @@ from rayrl.actors.services import Services
 from rayrl.algorithms.pairing import best_worst, margin_pairs, num_pairs_planned
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.tokenizing import context_length
 from rayrl.records import Checkpoint, PreferencePair, Said, arrow_schema, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.fit_evaluator import labels
 from rayrl.stages.generate import Responses
 from rayrl.stages.query import Judgements
-from rayrl.stages.score import Scored, Scorer, make_scorer
+from rayrl.stages.score import Evaluator, Scored, Scorer
 from rayrl.stages.synthesize import synthesize_preferences
 from rayrl.stages.synthetic_pairs import BlockRewards
 
@@ -135,7 +134,7 @@ def pseudo_label(
     done = run.finished("pseudo_label", key)
     scorer = None
     if done is None and evaluator is not None:
-        scorer = make_scorer(run, services, policy, evaluator, context_length(run.config.policy))
+        scorer = Evaluator(checkpoint=evaluator, m1=policy, config=config).serve(services)
     folder = run.folder("pseudo_label")
     num_blocks = responses.table.num_blocks
     labelling = Labelling(
@@ -148,8 +147,8 @@ def pseudo_label(
     )
     num_planned = num_pairs_planned(config.pseudo_label.pairing, responses.num_prompts, config.generate.k)
     if config.pseudo_label.synthetic:
-        rewards = BlockRewards(table=labelling.scored, compute=labelling.score_block)
-        synthetic = synthesize_preferences(run, services, policy, rewards, responses, reward_key=key)
+        rewards = BlockRewards(key=key, table=labelling.scored, compute=labelling.score_block)
+        synthetic = synthesize_preferences(run, services, policy, rewards, responses)
         labelling = replace(labelling, synthetic=synthetic.table)
         num_planned += synthetic.num_pairs
     pairs = Pairs(
@@ -207,23 +206,13 @@ def pairs_of(row: dict[str, Any], scored: dict[str, Any], config: PseudoLabelCon
 
 
 def _pair(row: dict[str, Any], scored: dict[str, Any], chosen: int, rejected: int) -> PreferencePair:
-    better, worse = row["responses"][chosen], row["responses"][rejected]
     sources = {scored["sources"][chosen], scored["sources"][rejected]}
-    return PreferencePair(
-        prompt_id=row["prompt_id"],
-        prompt=row["prompt"],
-        prompt_token_ids=row["prompt_token_ids"],
-        chosen_id=better["id"],
-        rejected_id=worse["id"],
-        chosen=better["text"],
-        rejected=worse["text"],
-        chosen_token_ids=better["token_ids"],
-        rejected_token_ids=worse["token_ids"],
-        chosen_score=scored["scores"][chosen],
-        rejected_score=scored["scores"][rejected],
-        chosen_reference_logprob=better["logprob"],
-        rejected_reference_logprob=worse["logprob"],
+    return PreferencePair.of_responses(
+        row,
+        row["responses"][chosen],
+        row["responses"][rejected],
         source=sources.pop() if len(sources) == 1 else "mixed",
+        scores=(scored["scores"][chosen], scored["scores"][rejected]),
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
-from rich.progress import track
 
 from rayrl.actors.oracle_pool import PairItem
 from rayrl.data.blocks import BlockTable
@@ -19,6 +18,7 @@ from rayrl.models.judge import load_rubric
 from rayrl.records import Comparison, Judgement, Said, content_id, from_table, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.select import QuerySet
+from rayrl.telemetry.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _chunks(items: list[Any]) -> Iterator[list[Any]]:
 
 def _collect(pending: list[Any], describe: str) -> list[Any]:
     answers: list[Any] = []
-    for chunk in track(pending, description=describe, transient=True):
+    for chunk in track(pending, describe):
         try:
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
         except GetTimeoutError:

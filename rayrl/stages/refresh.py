@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from rayrl.actors.services import Services
 from rayrl.data.blocks import BlockTable
-from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 from rayrl.stages.fit_reward_model import fit_reward_model
@@ -19,7 +18,13 @@ STAGE = "refit_reward_model"
 
 
 def refresh(
-    run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, preferences: Preferences, learnt: "Learnt"
+    run: Run,
+    services: Services,
+    m1: Checkpoint,
+    policy: Checkpoint,
+    preferences: Preferences,
+    r: RewardModels,
+    pool: Pool,
 ) -> RewardModels:
     """r^ by `refresh.method`; "none" is the old r, the control of a second PPO on it.
 
@@ -29,19 +34,19 @@ def refresh(
         m1: where every reward model starts.
         policy: pi, trained with r; its samples are what r^ must fit.
         preferences: D.
-        learnt: r, as models and as rewards, and the prompts U.
+        r: what pi was trained with.
+        pool: the prompts U.
     """
     method = run.config.refresh.method
-    models, rewards, pool = learnt
     if method == "none":
-        return models
+        return r
     if method == "ocrm":
         weights = importance_weights(run, services, m1, policy, preferences)
         return fit_reward_model(run, services, m1, [preferences], stage=STAGE, weights=weights)
     samples = sample_policy(run, services, policy, pool)
     if method == "uml":
         return fit_reward_model(run, services, m1, [preferences], stage=STAGE, views=samples)
-    judge = self_judge(run, services, policy) if method == "self_judged" else rewards
+    judge = self_judge(run, policy) if method == "self_judged" else r
     synthetic = synthesize_preferences(run, services, m1, judge, samples)
     return fit_reward_model(run, services, m1, [preferences, synthetic], stage=STAGE)
 
@@ -56,7 +61,3 @@ def sample_policy(run: Run, services: Services, policy: Checkpoint, pool: Pool) 
     num_blocks = min(pool.train.num_blocks, -(-wanted // config.generate.block_size))
     part = replace(pool, key=f"{pool.key}-{num_blocks}", train=BlockTable(pool.train.url, num_blocks))
     return generate(run, services, policy, part, stage="samples", config=sampling)
-
-
-Learnt = tuple[RewardModels, Rewards, Pool]
-"""r, r as it is asked, and the prompts U."""

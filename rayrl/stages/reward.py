@@ -1,8 +1,10 @@
-"""Rewards from reward models, served by the embedding fleet; and how often they prefer what somebody else preferred."""
+"""What a stage is given as a reward; and reward models as one: served, combined, and how often they prefer what
+somebody else preferred.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,10 +14,28 @@ from rayrl.actors.fleet import Fleet
 from rayrl.actors.services import Services
 from rayrl.algorithms.rewards import ensemble_reward
 from rayrl.algorithms.statistics import expected_calibration_error, paired_difference, spearman
-from rayrl.config import RewardModelConfig
+from rayrl.config import RewardModelConfig, RunConfig
 from rayrl.data.tokenizing import context_length
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint, PreferencePair, Scored
-from rayrl.runs.run import Run
+
+
+class Reward(Protocol):
+    """Who says what a response is worth, by name. A stage serves it when it has work, and not before."""
+
+    @property
+    def key(self) -> str:
+        """Names the reward's work, so that a stage on another reward is another stage."""
+        ...
+
+    @property
+    def value_path(self) -> str | None:
+        """The model whose backbone a value function starts from; None: M1's."""
+        ...
+
+    def serve(self, services: Services) -> ServedReward:
+        """The reward, ready to be asked; starts the engines it needs if they are not up."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,25 +44,41 @@ class RewardModels:
 
     key: str
     checkpoints: tuple[Checkpoint, ...]
+    m1: Checkpoint
+    """What the engines start from if they are not up."""
+    config: RunConfig
     means: tuple[float, ...] = ()
     """Each member's mean reward of the responses it learnt from: only differences within a member mean anything."""
     stds: tuple[float, ...] = ()
+
+    @property
+    def value_path(self) -> str:
+        """The first member."""
+        return self.checkpoints[0].path
+
+    def serve(self, services: Services) -> "RewardScorer":
+        """On the embedding fleet."""
+        return RewardScorer(
+            members=self.checkpoints,
+            means=self.means,
+            stds=self.stds,
+            fleet=services.ready(services.embedders(self.m1, "last")),
+            config=self.config.reward_model,
+            max_tokens=context_length(self.config.policy),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScorer:
     """Reward models and the fleet that serves them; travels to tasks and training workers."""
 
-    models: RewardModels
+    members: tuple[Checkpoint, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
     fleet: Fleet
     config: RewardModelConfig
     max_tokens: int
     """Longer sequences lose their ends, as they did in training."""
-
-    @property
-    def value_path(self) -> str:
-        """The model whose backbone a value function starts from."""
-        return self.models.checkpoints[0].path
 
     def score(self, items: list[Scored]) -> list[float | None]:
         """One reward per item: the model's own value, or the ensemble's, in standard deviations of its members."""
@@ -54,28 +90,18 @@ class RewardScorer:
         All items with one member before the next: a replica holds the weights of one.
         """
         inputs = [item.token_ids[: self.max_tokens] for item in items]
-        return np.stack([member_values(self.fleet, member, inputs) for member in self.models.checkpoints])
+        return np.stack([member_values(self.fleet, member, inputs) for member in self.members])
 
     def combine(self, values: np.ndarray) -> np.ndarray:
         """(members, items) -> (items,); a single member's values stay as they are."""
         if len(values) == 1:
             return values[0]
-        spread = np.array([std or 1.0 for std in self.models.stds])
-        standard = (values - np.array(self.models.means)[:, None]) / spread[:, None]
+        spread = np.array([std or 1.0 for std in self.stds])
+        standard = (values - np.array(self.means)[:, None]) / spread[:, None]
         combined = ensemble_reward(
             torch.from_numpy(standard), self.config.objective, variance_coef=self.config.variance_coef
         )
         return combined.numpy()
-
-
-def make_reward_scorer(run: Run, services: Services, m1: Checkpoint, models: RewardModels) -> RewardScorer:
-    """The reward models on the embedding fleet; its engines start from M1 if they are not up."""
-    return RewardScorer(
-        models=models,
-        fleet=services.ready(services.embedders(m1, "last")),
-        config=run.config.reward_model,
-        max_tokens=context_length(run.config.policy),
-    )
 
 
 def member_values(fleet: Fleet, member: Checkpoint, inputs: list[list[int]]) -> np.ndarray:

@@ -15,11 +15,10 @@ from rayrl.actors.fleet import Fleet
 from rayrl.actors.generator import Continuation, Sampling
 from rayrl.actors.services import Services
 from rayrl.algorithms.scoring import expected_score, mean_of_samples
-from rayrl.config import EvaluatorConfig, PolicyConfig
-from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render, resolve_format
+from rayrl.config import EvaluatorConfig, PolicyConfig, RunConfig
+from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render, resolve_format
 from rayrl.models.judge import Rubric, evaluator_prompt, load_rubric, score_texts, upto_score
 from rayrl.records import Checkpoint, Scored, content_id
-from rayrl.runs.run import Run
 
 MIN_MASS = 0.1
 """An evaluator that gives all scores together less probability than this has not understood: it abstains."""
@@ -99,20 +98,40 @@ class Scorer:
         ]
 
 
-def make_scorer(run: Run, services: Services, m1: Checkpoint, evaluator: Checkpoint, max_tokens: int) -> Scorer:
-    """The evaluator on the fleet of its kind; the fleet's engines start from M1 if they are not up."""
-    config = run.config
-    scalar = config.evaluator.type == "scalar"
-    fleet = services.embedders(m1, config.select.pooling) if scalar else services.generators(m1)
-    return Scorer(
-        checkpoint=evaluator,
-        fleet=services.ready(fleet),
-        evaluator=config.evaluator,
-        policy=config.policy,
-        rubric=load_rubric(config.rubric),
-        max_tokens=max_tokens,
-        seed=config.seed,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A trained evaluator that is not served yet: a reward too."""
+
+    checkpoint: Checkpoint
+    m1: Checkpoint
+    """What the engines start from if they are not up."""
+    config: RunConfig
+    """Of the round it was fitted in."""
+
+    @property
+    def key(self) -> str:
+        """Its weights."""
+        return self.checkpoint.version
+
+    @property
+    def value_path(self) -> None:
+        """A value function starts from M1."""
+        return None
+
+    def serve(self, services: Services) -> Scorer:
+        """On the fleet of its kind."""
+        config = self.config
+        scalar = config.evaluator.type == "scalar"
+        fleet = services.embedders(self.m1, config.select.pooling) if scalar else services.generators(self.m1)
+        return Scorer(
+            checkpoint=self.checkpoint,
+            fleet=services.ready(fleet),
+            evaluator=config.evaluator,
+            policy=config.policy,
+            rubric=load_rubric(config.rubric),
+            max_tokens=context_length(config.policy),
+            seed=config.seed,
+        )
 
 
 def judge_prompt_tokens(

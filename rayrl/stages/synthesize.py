@@ -14,16 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 from rayrl.actors.services import Services
-from rayrl.data.blocks import map_blocks
-from rayrl.data.tokenizing import context_length
+from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.models.judge import load_rubric
-from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.cluster import cluster
 from rayrl.stages.generate import Responses
 from rayrl.stages.preferences import Preferences
-from rayrl.stages.score import Scorer, make_scorer
+from rayrl.stages.reward import Reward
+from rayrl.stages.score import Evaluator
 from rayrl.stages.synthetic_pairs import BlockRewards, SyntheticPairs
 from rayrl.stages.tally import count_lengths, mean_lengths, merge, tally
 
@@ -36,37 +35,39 @@ def synthesize_preferences(
     run: Run,
     services: Services,
     m1: Checkpoint,
-    rewards: Rewards | BlockRewards,
+    reward: Reward | BlockRewards,
     samples: Responses,
-    *,
-    reward_key: str | None = None,
 ) -> Preferences:
     """D^: at most one pair for every prompt of the samples.
 
     Args:
         run: the run; `refresh.method` and `refresh.spg` say how.
-        services: fleets; `rewards` holds one of them already, and in mode `alternate` may find it gone afterwards.
+        services: fleets; in mode `alternate` the one that serves the reward may be gone afterwards.
         m1: embeds the responses, if embeddings are clustered and no other embedder is named; in a later round of
             DPO the policy that wrote them.
-        rewards: the reward model that the policy behind the samples was trained with; for the method "self_judged",
+        reward: the reward model that the policy behind the samples was trained with; for the method "self_judged",
             `self_judge`; or the scores another stage makes of these samples.
         samples: n responses of the policy for each prompt.
-        reward_key: names the rewards' work, unless it is in the version of the policy behind the samples.
     """
     config = run.config.refresh
+    is_kept = isinstance(reward, BlockRewards)
+    reward_key = reward.key if is_kept else None  # a reward to be served is in the version of the policy behind samples
     key = run.key(STAGE, config.method, *_settings(run), reward_key, m1.version, samples.key)
-    pairs = SyntheticPairs(
-        method=config.method,
-        clustering=config.spg.clustering if config.method == "spg" else None,
-        gamma=config.spg.gamma,
-        seed=run.config.seed,
-        m1_version=m1.version,
-        rewards=rewards,
-        samples=samples.table,
-        folder=run.folder(STAGE, key),
-    )
-    done = run.finished(STAGE, key) or _synthesize(run, services, m1, pairs, key)
-    return Preferences(key=key, table=pairs.table, num_pairs=done.num_rows)
+    folder = run.folder(STAGE, key)
+    done = run.finished(STAGE, key)
+    if done is None:
+        pairs = SyntheticPairs(
+            method=config.method,
+            clustering=config.spg.clustering if config.method == "spg" else None,
+            gamma=config.spg.gamma,
+            seed=run.config.seed,
+            m1_version=m1.version,
+            rewards=reward if is_kept else reward.serve(services),
+            samples=samples.table,
+            folder=folder,
+        )
+        done = _synthesize(run, services, m1, pairs, key)
+    return Preferences(key=key, table=BlockTable(f"{folder}/table", samples.table.num_blocks), num_pairs=done.num_rows)
 
 
 def _settings(run: Run) -> list[str]:
@@ -82,14 +83,14 @@ def _settings(run: Run) -> list[str]:
             return []
 
 
-def self_judge(run: Run, services: Services, policy: Checkpoint) -> Scorer:
+def self_judge(run: Run, policy: Checkpoint) -> Evaluator:
     """The policy as its own judge: the run's rubric read as by a generative evaluator, with the policy's weights.
 
     Pointwise, as `evaluator.scoring` says: n answers per prompt instead of the n (n - 1) that comparisons in both
     orders would take. A policy that gives the scores no weight abstains.
     """
     config = run.config.model_copy(update={"evaluator": run.config.evaluator.model_copy(update={"type": "generative"})})
-    return make_scorer(replace(run, config=config), services, policy, policy, context_length(config.policy))
+    return Evaluator(checkpoint=policy, m1=policy, config=config)
 
 
 def _synthesize(run: Run, services: Services, m1: Checkpoint, pairs: SyntheticPairs, key: str) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import PreferencePair, Scored, to_table
 from rayrl.stages.outcomes import Outcome, best_worst_outcome, synthesize_outcome
 
@@ -24,6 +24,8 @@ SCORED = pa.schema(
 class BlockRewards:
     """Rewards that another stage keeps: a table with the `scores` of each prompt's responses, and what fills it."""
 
+    key: str
+    """Names that stage's work."""
     table: BlockTable
     compute: Callable[[int], pa.Table]
 
@@ -38,7 +40,7 @@ class SyntheticPairs:
     gamma: float
     seed: int
     m1_version: str
-    rewards: Rewards | BlockRewards
+    rewards: ServedReward | BlockRewards
     samples: BlockTable
     folder: str
     """Where the tables are."""
@@ -102,28 +104,14 @@ class SyntheticPairs:
         return to_table(pairs, PreferencePair)
 
     def _pair(self, row: dict[str, Any], outcome: dict[str, Any], scores: list[float | None]) -> PreferencePair:
-        chosen, rejected = outcome["chosen"], outcome["rejected"]
-        better, worse = row["responses"][chosen], row["responses"][rejected]
-        return PreferencePair(
-            prompt_id=row["prompt_id"],
-            prompt=row["prompt"],
-            prompt_token_ids=row["prompt_token_ids"],
-            chosen_id=better["id"],
-            rejected_id=worse["id"],
-            chosen=better["text"],
-            rejected=worse["text"],
-            chosen_token_ids=better["token_ids"],
-            rejected_token_ids=worse["token_ids"],
-            chosen_score=float(scores[chosen]),
-            rejected_score=float(scores[rejected]),
-            chosen_reference_logprob=self._reference(better),
-            rejected_reference_logprob=self._reference(worse),
-            source=self.method,
-        )
+        sides = outcome["chosen"], outcome["rejected"]
+        chosen, rejected = (self._by_m1(row["responses"][side]) for side in sides)
+        better, worse = (float(scores[side]) for side in sides)
+        return PreferencePair.of_responses(row, chosen, rejected, source=self.method, scores=(better, worse))
 
     def _table(self, name: str) -> BlockTable:
         return BlockTable(f"{self.folder}/{name}", self.samples.num_blocks)
 
-    def _reference(self, response: dict[str, Any]) -> float:
-        """Log p under M1, known where M1 wrote it."""
-        return response["logprob"] if response["policy_version"] == self.m1_version else math.nan
+    def _by_m1(self, response: dict[str, Any]) -> dict[str, Any]:
+        """The response with its log p under M1, which is known where M1 wrote it."""
+        return response if response["policy_version"] == self.m1_version else response | {"logprob": math.nan}

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from ray.actor import ActorHandle
 
+from rayrl.actors.services import Services
 from rayrl.algorithms.statistics import order_agreement, paired_difference, spearman
 from rayrl.data.blocks import BlockTable
-from rayrl.models.rewards import Rewards
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id, from_row
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
 from rayrl.stages.ppo import HELD_OUT
 from rayrl.stages.query import expert_of, expert_scores
+from rayrl.stages.reward import Reward
 from rayrl.telemetry.metrics import read_metrics
 
 STAGE = "track_rewards"
@@ -40,12 +41,13 @@ class Point:
 
 
 def track_rewards(
-    run: Run, oracle: ActorHandle, ppos: Mapping[str, Checkpoint], rewards: Mapping[str, Rewards]
+    run: Run, services: Services, oracle: ActorHandle, ppos: Mapping[str, Checkpoint], rewards: Mapping[str, Reward]
 ) -> Manifest | None:
     """At each point the expert's mean score, and each reward's mean, accuracy and rank correlation; None if unpaid.
 
     Args:
         run: the run.
+        services: serve the rewards.
         oracle: scores the answers.
         ppos: the policies they ended in, by stage.
         rewards: by name.
@@ -64,7 +66,8 @@ def track_rewards(
     scores = expert_scores(oracle, texts, describe="asking about answers along PPO")
     expert = np.array(scores, float).reshape(shape)
     items = [Scored(prompt=a.prompt, response=a.response, token_ids=a.prompt_token_ids + a.token_ids) for a in answers]
-    predicted = {name: np.array(reward.score(items), float).reshape(shape) for name, reward in rewards.items()}
+    served = {name: reward.serve(services) for name, reward in rewards.items()}
+    predicted = {name: np.array(reward.score(items), float).reshape(shape) for name, reward in served.items()}
     measured = [
         {"ppo": point.ppo, "step": point.step, "kl": point.kl}
         | measure_point(expert[i], {name: values[i] for name, values in predicted.items()})

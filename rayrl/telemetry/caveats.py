@@ -27,6 +27,7 @@ def caveats(facts: dict[str, Any]) -> list[str]:
     return [
         *of_gain(evaluated),
         *of_policy(m1, m2 | {"kl": evaluated.get("kl")}, "M2", "a larger dpo.beta or a smaller dpo.learning_rate"),
+        *of_references(evaluated),
         *of_evaluator(facts["metrics"]),
         *of_money(facts, "label queries"),
         *_of_leverage(facts),
@@ -90,6 +91,20 @@ def of_evaluator(metrics: dict[str, Any]) -> Iterator[str]:
         if estimate and not significant(estimate):
             yield (
                 f"The evaluator's rank correlation with the expert on {where} is not above zero by two standard errors."
+            )
+
+
+def of_references(evaluated: dict[str, Any]) -> Iterator[str]:
+    """About reference answers that are not there, and about those that the expert did not rank."""
+    references = evaluated.get("references") or {}
+    num = references.get("num_prompts")
+    if num == 0:
+        yield "No judged prompt has a reference answer: evaluate.reference_answers must answer prompts of the pool."
+    for name, policy in references.get("policies", {}).items():
+        if num and policy["num_abstained"] / num > MAX_EMPTY_SHARE:
+            yield (
+                f"The expert did not rank {policy['num_abstained']} of {num} answers of {name} and the references: "
+                "that win rate is of the others alone."
             )
 
 

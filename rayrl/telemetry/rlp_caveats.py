@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rayrl.telemetry.caveats import of_evaluator, of_gain, of_money, of_policy, of_responses, significant
+from rayrl.telemetry.caveats import of_evaluator, of_gain, of_money, of_policy, of_references, of_responses, significant
 from rayrl.telemetry.rlp_summary import policy_row
 
 MIN_JUDGED = 100
@@ -25,6 +25,7 @@ def rlp_caveats(facts: dict[str, Any]) -> list[str]:
         *_of_pairs(metrics["synthesize"]),
         *_of_policies(metrics, rlp),
         *of_gain({"difference": rlp["gain_over_ppo"]}, f" of {trained.get('rlp')} over {trained['ppo']}"),
+        *of_references(metrics["evaluate"]),
         *_of_reward_models(rlp["reward_models"]),
         *of_evaluator(metrics),
         *_of_reward_accuracy(metrics["evaluate"].get("reward_accuracy", {}), rlp),

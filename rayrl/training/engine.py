@@ -171,18 +171,20 @@ def train_step(
     return mean
 
 
-def gathered_state(engine: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Full weights of a module on rank 0 (empty elsewhere), one parameter at a time, whatever the ZeRO stage."""
+def gathered(engine: Any, parameters: dict[str, nn.Parameter], device: Any = "cpu") -> dict[str, Tensor]:
+    """Copies of some parameters, whole, on rank 0 (empty elsewhere), whatever the ZeRO stage. All ranks take part."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    state: dict[str, Tensor] = {}
-    rank = dist.get_rank() if dist.is_initialized() else 0
     sharded = engine.zero_optimization_stage() == 3
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        with GatheredParameters([parameter], enabled=sharded):
-            if rank == 0:
-                state[name] = parameter.detach().to("cpu", copy=True)
-    return state
+    with GatheredParameters(list(parameters.values()), enabled=sharded):
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return {}
+        return {name: p.detach().to(device, copy=True) for name, p in parameters.items()}
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where this rank holds a shard of it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def save(engine: Any, folder: str, position: dict[str, float]) -> None:

@@ -1,17 +1,20 @@
 """From training state to a model folder that vLLM serves, with a probe of what it must answer."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
+from rayrl.actors.weight_folder import PROBE_FILE
 from rayrl.models.reward import RewardModel
-from rayrl.runs.storage import new_folder
+from rayrl.runs import storage
 from rayrl.training import engine as zero
 from rayrl.training import launch
+from rayrl.training.weights import Weights
 
 PROBE_TOKENS = 300
 """Longer than any KV block: a replica that kept its prefix cache answers the probe wrongly."""
@@ -24,6 +27,11 @@ def export_policy(engine: Any, policy: Any, tokenizer: Any, url: str) -> None:
 
     Without a tokenizer the folder is for replicas that run already.
     """
+    write(Weights(engine, policy), tokenizer, url, policy_probe(engine, policy), head=None)
+
+
+def policy_probe(engine: Any, policy: Any) -> dict[str, Any]:
+    """A fixed prompt, and what whoever serves the policy must answer. Every rank takes part."""
     prompt = probe_prompt(policy.config)
     engine.eval()
     with torch.no_grad():
@@ -32,10 +40,13 @@ def export_policy(engine: Any, policy: Any, tokenizer: Any, url: str) -> None:
     engine.train()
     logprobs, hidden = out.logits[0, -1].float().log_softmax(-1), out.hidden_states[-1][0].float()
     top = logprobs.topk(PROBE_CANDIDATES)
-    probe = {"prompt_token_ids": prompt, "token_ids": top.indices.tolist(), "logprobs": top.values.tolist()}
     pooled = {"mean": hidden.mean(0), "last": hidden[-1]}  # for the embedding replicas
-    probe["embedding"] = {pooling: vector[:PROBE_DIMENSIONS].tolist() for pooling, vector in pooled.items()}
-    _write(engine, policy, tokenizer, url, probe, head=None)
+    return {
+        "prompt_token_ids": prompt,
+        "token_ids": top.indices.tolist(),
+        "logprobs": top.values.tolist(),
+        "embedding": {pooling: vector[:PROBE_DIMENSIONS].tolist() for pooling, vector in pooled.items()},
+    }
 
 
 def export_reward_model(engine: Any, reward_model: RewardModel, tokenizer: Any, url: str) -> None:
@@ -46,8 +57,10 @@ def export_reward_model(engine: Any, reward_model: RewardModel, tokenizer: Any, 
         tokens = torch.tensor([prompt], device=engine.device)
         positions = torch.arange(len(prompt), device=engine.device)[None]
         value = engine(tokens, torch.ones_like(tokens), positions).item()
-    head = {name: weight.float() for name, weight in zero.gathered_state(engine, reward_model.head).items()}
-    _write(engine, reward_model.backbone, tokenizer, url, {"prompt_token_ids": prompt, "value": value}, head=head)
+    head = zero.gathered(engine, dict(reward_model.head.named_parameters()))
+    head = {name: weight.float() for name, weight in head.items()}
+    weights = Weights(engine, reward_model.backbone)
+    write(weights, tokenizer, url, {"prompt_token_ids": prompt, "value": value}, head=head)
 
 
 def probe_prompt(config: Any) -> list[int]:
@@ -58,44 +71,41 @@ def probe_prompt(config: Any) -> list[int]:
     return torch.randint(config.get_text_config().vocab_size, (length,), generator=generator).tolist()
 
 
-def _write(
-    engine: Any, model: Any, tokenizer: Any, url: str, probe: dict[str, Any], *, head: dict[str, Any] | None
-) -> None:
-    state = zero.gathered_state(engine, model)
+def write(weights: Weights, tokenizer: Any, url: str, probe: dict[str, Any], *, head: dict[str, Any] | None) -> None:
+    """Write the model folder and its probe, on rank 0; every rank takes part."""
     if launch.rank() != 0:
+        for _ in weights.gathered():
+            pass
         return
-    with new_folder(url) as folder:
-        _save_pretrained(model, state, folder)
+    with storage.new_folder(url) as folder:
+        save_weights(weights, Path(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (Path(folder) / "probe.json").write_text(json.dumps(probe))
+        if storage.is_local(url):
+            (Path(folder) / PROBE_FILE).write_text(json.dumps(probe))
         if head is not None:
             (Path(folder) / "head").mkdir()
             save_file(head, Path(folder) / "head" / "head.safetensors")
+    if not storage.is_local(url):  # files arrive one by one; who waits for the folder waits for this one
+        storage.write_json(storage.join(url, PROBE_FILE), probe)
 
 
-def _save_pretrained(model: Any, state: dict[str, torch.Tensor], folder: str) -> None:
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+def save_weights(weights: Weights, folder: Path) -> None:
+    """Write configuration and weights: one file, or one for each bucket and an index of them."""
+    if len(weights) == 1:
+        (state,) = weights.gathered()
+        weights.base.save_pretrained(folder, state_dict=state, safe_serialization=True)
         return
-    base: Any = model.get_base_model()
-    base.save_pretrained(folder, state_dict=merge_adapters(model, state), safe_serialization=True)
-
-
-def merge_adapters(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W + (alpha / rank) B A for every adapted layer, under the base model's own names."""
-    prefix = "base_model.model."
-    merged = {}
-    for name, weight in state.items():
-        if ".lora_" in name:
-            continue
-        plain = name.removeprefix(prefix).replace(".base_layer.", ".")
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name:
-            a, b = state[f"{stem}.lora_A.default.weight"], state[f"{stem}.lora_B.default.weight"]
-            layer: nn.Module = model.get_submodule(stem)
-            weight = (weight.float() + layer.scaling["default"] * b.float() @ a.float()).to(weight.dtype)  # type: ignore[index, operator]
-        merged[plain] = weight
-    return merged
+    places: dict[str, str] = {}
+    num_bytes = 0
+    for number, state in enumerate(weights.gathered(), 1):
+        shard = f"model-{number:05}-of-{len(weights):05}.safetensors"
+        num_bytes += sum(weight.nbytes for weight in state.values())
+        with tempfile.TemporaryDirectory(dir=folder) as alone:  # it would remove the shards that are there
+            weights.base.save_pretrained(alone, state_dict=state, safe_serialization=True)
+            for file in Path(alone).iterdir():
+                file.replace(folder / (shard if file.suffix == ".safetensors" else file.name))
+        with safe_open(folder / shard, "pt") as written:
+            places |= dict.fromkeys(written.keys(), shard)
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -12,6 +12,7 @@ from rayrl.runs import storage
 from rayrl.training import engine as zero
 from rayrl.training import export, launch
 from rayrl.training.rollout import Answers, held_out_answers, sample
+from rayrl.training.weight_sync import weight_sync
 
 NUM_HELD_OUT_ANSWERS = 2
 """To each held-out prompt: two, so that they can be compared."""
@@ -28,6 +29,7 @@ class ServedPolicy:
         self._before = 0  # a retried request may still name these weights
         self._served: Checkpoint = job.m1
         self._measured_at = -1
+        self._sync = weight_sync(job, engine)
 
     def answers(self, prompts: list[Row], step: int) -> Answers:
         """This rank's answers to the prompts of a step, by the weights that are served when it is called."""
@@ -42,13 +44,17 @@ class ServedPolicy:
         checkpoint = Checkpoint(
             path=f"{self.job.sync_url}/{step}", version=f"{self.job.m1.version}-{self.job.stage}-{step}"
         )
-        export.export_policy(self.engine, self.engine.module.policy, None, checkpoint.path)
+        self._sync.publish(checkpoint)
         if launch.rank() == 0:
-            self.job.fleet.adopt(checkpoint, in_flight=self.job.ppo.overlap)
             storage.remove_folder(f"{self.job.sync_url}/{self._before}")
         zero.largest(0.0, self.engine)  # nobody asks for these weights before they are there
         self._before, self._served, self._step = self._step, checkpoint, step
         return time.monotonic() - started
+
+    def keep(self) -> None:
+        """See that a replica that restarts finds the published weights. All ranks take part, before the next update."""
+        if self._step:
+            self._sync.keep(self._served)
 
     def measure(self, step: int, *, always: bool = False) -> dict[str, float]:
         """Mean reward of answers to the held-out prompts when its turn has come; they and the best policy are kept."""

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.generator import Sampling
+from rayrl.actors.weight_transfer import Transport
 from rayrl.algorithms import ppo
 from rayrl.config import PolicyConfig, PpoConfig
 from rayrl.data.batches import Row, optimizer_batches
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import add_lora, load_policy
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import engine as zero
@@ -47,7 +48,9 @@ class PpoJob:
     held_out_url: str
     """Where the answers to the held-out prompts are kept, by step."""
     sync_url: str
-    """Folder through which weights reach the replicas: shared memory on one machine."""
+    """Folder through which weights reach the replicas, or those that restart: shared memory on one machine."""
+    transport: Transport | None = None
+    """What brings weights to the replicas without a folder."""
     m1: Checkpoint
     """The start and the reference."""
     policy: PolicyConfig
@@ -56,7 +59,7 @@ class PpoJob:
     ppo: PpoConfig
     sampling: Sampling
     fleet: Fleet
-    rewards: Rewards
+    rewards: ServedReward
     held_out: list[Row]
     """Prompts on which the reward is measured along the way."""
     dtype: str
@@ -86,6 +89,7 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
             log(0, **served.measure(0))
         goes_on = zero.largest(len(prompts), engine) > 0
         asked = ahead.submit(served.answers, prompts, step + 1)
+        served.keep()
         while goes_on:
             step, started = step + 1, time.monotonic()
             answers = asked.result()
@@ -102,6 +106,7 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
             ran_away = not seen["kl"] <= config.max_kl
             if not config.overlap:
                 asked = ahead.submit(served.answers, [] if ran_away else prompts, step + 1)
+            served.keep()
             times = {"generate_s": answers.generate_s, "reward_s": answers.reward_s, "train_s": train_s}
             times |= {"sync_s": sync_s, "waited_s": waited_s, "seconds": time.monotonic() - started}
             log(

@@ -22,7 +22,7 @@ from rayrl.config import PpoConfig
 from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.models.actor_critic import ActorCritic, policy_logprobs
-from rayrl.models.rewards import Rewards
+from rayrl.models.rewards import ServedReward
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id
 from rayrl.training import engine as zero
 
@@ -45,7 +45,7 @@ def sample(
     policy: Checkpoint,
     prompts: list[Row],
     sampling: Sampling,
-    rewards: Rewards,
+    rewards: ServedReward,
     step_and_seed: tuple[int, str],
 ) -> Answers:
     """One response to each prompt, and its reward. A response's random stream follows from the seed and its prompt.

@@ -2,7 +2,14 @@
 
 import pytest
 
-from rayrl.algorithms.comparisons import TURNED, agreed, num_disjoint, num_pairs_asked, queries_per_pair
+from rayrl.algorithms.comparisons import (
+    TURNED,
+    agreed,
+    num_disjoint,
+    num_pairs_asked,
+    queries_per_pair,
+    queries_per_prompt,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,3 +44,8 @@ def test_what_a_budget_pays_for(order, each):
 @pytest.mark.parametrize(("num_responses", "most", "there"), [(0, 1, 0), (1, 1, 0), (2, 1, 1), (5, 1, 1), (5, 3, 2)])
 def test_no_response_is_in_two_pairs(num_responses, most, there):
     assert num_disjoint(num_responses, most) == there
+
+
+@pytest.mark.parametrize(("competes_by", "expected"), [(None, 3), ("scores", 4), ("random", 6), ("both", 9)])
+def test_references_are_scored_once_or_compared_with_every_policy(competes_by, expected):
+    assert queries_per_prompt(3, competes_by) == expected

@@ -167,7 +167,20 @@ def test_a_prompt_of_the_wrong_type_is_refused(tmp_path, cell, message):
         list(read_prompts(DataConfig(path=path), plain))
 
 
-@pytest.mark.parametrize("messages", [[{"from": "human", "value": "x"}], ["x"], "[broken"])
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [{"from": "system", "value": "S"}, {"from": "human", "value": "ask"}, {"from": "gpt", "value": "A"}],
+        [{"role": "system", "text": "S"}, {"role": "prompter", "text": "ask"}],
+    ],
+)
+def test_chats_of_a_pool_come_in_the_shapes_that_pairs_do(tmp_path, chat):
+    path = write(tmp_path / "a.jsonl", [{"messages": chat}, {"messages": "\n\nHuman: two\n\nAssistant: B"}])
+    prompts = list(read_prompts(DataConfig(path=path, messages_column="messages"), plain))
+    assert [prompt.rendered for prompt in prompts] == ["[system]S[user]ask", "[user]two"]
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user"}], ["x"], "[broken", 3])
 def test_messages_of_the_wrong_shape_are_refused(tmp_path, messages):
     path = write(tmp_path / "a.jsonl", [{"messages": messages}])
     with pytest.raises(DataError, match="row 1: "):

@@ -29,7 +29,7 @@ SMALL = [
     "refresh.num_prompts=32",
     "refresh.spg.threshold=0.999",
     "refresh.spg.gamma=0.0",
-    "evaluate.budget=48",
+    "evaluate.budget=96",  # of 12 prompts and 4 policies: a score, and a comparison with the reference
     "evaluate.diagnosis_budget=72",
     "evaluate.best_of_n=2",
 ]
@@ -40,7 +40,11 @@ def run(folder, overrides):
     from rayrl.pipelines.launch import run_pipeline
     from rayrl.pipelines.rlp import rlp
 
-    settings = [*SMALL, f"run_dir={folder}", f"name={folder.name}", *overrides]
+    references = folder.with_name("answers.jsonl")
+    prompts = (ROOT / "jobs/quickstart/prompts.jsonl").read_text().splitlines()
+    references.write_text("".join(json.dumps(json.loads(row) | {"response": "Go slowly."}) + "\n" for row in prompts))
+    settings = [*SMALL, f"run_dir={folder}", f"name={folder.name}"]
+    settings += [f"evaluate.reference_answers.path={references}", *overrides]
     config = load_config(ROOT / "jobs/configs/rlp_quickstart.toml", settings)
     run_pipeline(config, check(config, cluster={"CPU": 4.0}), rlp, ray_start_s=0.0)
     return folder
@@ -70,7 +74,11 @@ def test_every_policy_is_judged_on_the_same_prompts(finished):
     with sqlite3.connect(f"file:{finished / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
         paid = dict(ledger.execute("select purpose, count(*) from attempts where state != 'refunded' group by purpose"))
     assert paid["label"] == manifest(finished, "preferences")["metrics"]["label"]["spent"] == 40
-    assert paid["evaluate"] <= 48 + 72
+    assert paid["evaluate"] <= 96 + 72
+    references = metrics["references"]
+    assert (references["by"], references["num_prompts"]) == ("random", 12)
+    assert set(references["policies"]) == set(metrics["policies"])
+    assert all(policy["win_rate"]["num"] == 12 for policy in references["policies"].values())
 
 
 def test_the_refreshed_reward_model_learnt_from_the_synthetic_pairs_too(finished):
@@ -103,8 +111,13 @@ def test_the_report_misses_nothing(finished):
 
 
 def test_a_second_run_does_nothing_again(finished):
+    def engines():
+        return [t for t in json.loads((finished / "timings.json").read_text()) if t["what"].startswith("engine:")]
+
     before = {path: path.stat().st_mtime_ns for path in (finished / "stages").rglob("*") if path.is_file()}
+    started = engines()
     run(finished, [])
+    assert engines() == started != []
     assert {path: path.stat().st_mtime_ns for path in (finished / "stages").rglob("*") if path.is_file()} == before
 
 

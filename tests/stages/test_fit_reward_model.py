@@ -22,7 +22,7 @@ from rayrl.runs.run import Run
 from rayrl.stages.fit_reward_model import fit_reward_model, member_seed
 from rayrl.stages.generate import Responses
 from rayrl.stages.preferences import Preferences
-from rayrl.stages.reward import make_reward_scorer, pair_items, pair_metrics
+from rayrl.stages.reward import pair_items, pair_metrics
 from rayrl.stages.reward_rows import (
     TrainingRows,
     held_out_pairs,
@@ -241,13 +241,14 @@ def test_a_second_call_finds_the_work_done(refreshed):
 
 
 @pytest.mark.slow
-def test_served_rewards_are_the_trainers(refreshed, tiny_policy):
+def test_served_rewards_are_the_trainers(refreshed):
     items = [Scored(prompt="?", response="!", token_ids=[1, 60, 90 + n, GOOD, 91]) for n in range(5)]
     sequences = [item.token_ids for item in items]
-    scorer = make_reward_scorer(refreshed.run, refreshed.services, tiny_policy.checkpoint, refreshed.models)
+    scorer = refreshed.models.serve(refreshed.services)
     expected = np.array([trainers_values(member.path, sequences) for member in refreshed.models.checkpoints])
     np.testing.assert_allclose(scorer.values(items), expected, atol=1e-4)
-    single = replace(scorer, models=replace(refreshed.models, checkpoints=refreshed.models.checkpoints[:1]))
+    single = replace(scorer, members=scorer.members[:1])
+    assert refreshed.models.value_path == scorer.members[0].path
     np.testing.assert_allclose(single.score(items), expected[0], atol=1e-4)
     means, stds = (np.array(v)[:, None] for v in (refreshed.models.means, refreshed.models.stds))
     np.testing.assert_allclose(scorer.score(items), ((expected - means) / stds).min(0), atol=1e-3)

@@ -42,7 +42,7 @@ STAGES = {
     "select": lambda run: select(run, None, M1, RESPONSES),
     "evaluate": lambda run: evaluate(run, None, None, POOL, m1=M1, m2=M2, evaluator=None),
     "evaluate_policies": lambda run: evaluate_policies(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
-    "track_rewards": lambda run: track_rewards(run, None, {"ppo": M2}, {}),
+    "track_rewards": lambda run: track_rewards(run, None, None, {"ppo": M2}, {}),
     "audit_pairs": lambda run: audit_pairs(run, None),
     "preferences": lambda run: gather_preferences(run, None, None, M1, POOL),
     "synthesize": lambda run: synthesize_preferences(run, None, M1, None, RESPONSES),
@@ -94,6 +94,19 @@ def test_comparisons_are_named_by_their_own_rubric(tmp_path):
         (tmp_path / name).write_text(text)
         keys.append(key_of(tmp_path, "preferences", rubric__pairwise_template=str(tmp_path / name)))
     assert keys[1] == keys[2] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "evaluate_policies"])
+def test_an_evaluation_is_named_by_the_wording_of_its_comparisons_if_it_has_any(tmp_path, stage):
+    (tmp_path / "mine").write_text("{prompt} {first} {second}")
+    mine = {"rubric__pairwise_template": str(tmp_path / "mine")}
+    references = {"evaluate__reference_answers": {"path": "answers.jsonl"}}
+    compares = {"oracle__compare_function": "a:c"}
+    assert key_of(tmp_path, stage, **references, **compares) != key_of(
+        tmp_path, stage, **references, **compares, **mine
+    )
+    for without in ({}, references, compares):
+        assert key_of(tmp_path, stage, **without) == key_of(tmp_path, stage, **without, **mine)
 
 
 @pytest.mark.parametrize(

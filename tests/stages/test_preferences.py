@@ -18,15 +18,14 @@ from rayrl.stages.compare import (
     chosen,
     draw_pairs,
     drawn_pairs,
+    in_order,
     pairs_of_prompts,
     preferred,
-    questions,
-    tally,
     texts_of,
-    verdict,
 )
 from rayrl.stages.generate import Responses
 from rayrl.stages.preferences import gather_preferences
+from rayrl.stages.verdicts import questions, tally, verdict
 
 
 def run_in(folder, policy, preferences, max_model_len=None, **tables):
@@ -160,7 +159,7 @@ def answered(pair, order, *preferences):
     rest = {"key": "k", "oracle": "o", "rationale": "silent", "purpose": "label", "cost_usd": 0.0}
     return [
         Comparison(**item, **rest, preference=said, status="scored" if said else "abstained")
-        for item, said in zip(questions(pair, order), preferences, strict=True)
+        for item, said in zip(questions(in_order(pair), order), preferences, strict=True)
     ]
 
 
@@ -218,7 +217,7 @@ def test_only_prompts_with_two_responses_are_asked_about(tmp_path, tiny_policy, 
 def test_both_orders_are_two_questions_and_a_drawn_order_is_one():
     pair = draw_pairs(sampled(3), 0)[0]
     a, b = pair.responses
-    both, one = questions(pair, "both"), questions(pair, "random")
+    both, one = questions(in_order(pair), "both"), questions(in_order(pair), "random")
     assert [(q["first_id"], q["first"], q["second_id"], q["second"]) for q in both] == [
         (a.id, a.text, b.id, b.text),
         (b.id, b.text, a.id, a.text),

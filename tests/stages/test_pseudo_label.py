@@ -180,7 +180,7 @@ def test_the_scores_of_the_labelling_are_the_synthetic_pairs_rewards(tmp_path):
         gamma=0.0,
         seed=0,
         m1_version="m1",
-        rewards=BlockRewards(table=made.scored, compute=made.score_block),
+        rewards=BlockRewards(key="k", table=made.scored, compute=made.score_block),
         samples=made.responses,
         folder=str(tmp_path / "spg"),
     )

@@ -1,6 +1,7 @@
 """Rewards of one model and of an ensemble, and what they make of pairs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from rayrl.errors import ConfigError
 from rayrl.records import Checkpoint, PreferencePair, Scored
 from rayrl.stages.ppo import FunctionReward
 from rayrl.stages.reward import (
-    RewardModels,
     RewardScorer,
     pair_items,
     pair_metrics,
@@ -41,8 +41,14 @@ def item(*token_ids):
 
 
 def scorer(members=MEMBERS, max_tokens=100, **config):
-    models = RewardModels(key="k", checkpoints=members, means=(2.0, -20.0)[: len(members)], stds=(0.5, 10.0))
-    return RewardScorer(models=models, fleet=Values(), config=RewardModelConfig(**config), max_tokens=max_tokens)
+    return RewardScorer(
+        members=members,
+        means=(2.0, -20.0)[: len(members)],
+        stds=(0.5, 10.0),
+        fleet=Values(),
+        config=RewardModelConfig(**config),
+        max_tokens=max_tokens,
+    )
 
 
 ITEMS = [item(1, 1, 1), item(3), item(2, 2)]
@@ -68,8 +74,7 @@ def test_members_are_standardised_before_they_are_combined(config, expected):
 
 
 def test_a_member_that_says_nothing_counts_as_nothing():
-    models = RewardModels(key="k", checkpoints=MEMBERS, means=(2.0, -20.0), stds=(0.5, 0.0))
-    silent = RewardScorer(models=models, fleet=Values(), config=RewardModelConfig(), max_tokens=100)
+    silent = replace(scorer(), stds=(0.5, 0.0))
     assert all(math.isfinite(reward) for reward in silent.score(ITEMS))
 
 
@@ -83,7 +88,6 @@ def test_all_items_are_scored_with_one_member_before_the_next():
 def test_sequences_are_cut_and_nothing_is_scored_as_nothing():
     assert scorer(MEMBERS[:1], max_tokens=2).score(ITEMS) == [2.0, 1.0, 2.0]
     assert scorer().score([]) == []
-    assert scorer().value_path == "/a"
 
 
 def pair(prompt_id, chosen_tokens, rejected_tokens):
@@ -151,3 +155,5 @@ def test_a_python_function_rewards_abstains_and_is_found_or_refused():
     assert rewards.key != FunctionReward("tests.oracles.length_expert:judge").key
     with pytest.raises(ConfigError, match="has no function nobody"):
         FunctionReward("tests.oracles.length_expert:nobody").score(said)
+    with pytest.raises(ConfigError, match=r"must be written in Python.*call it from a function of your own"):
+        _ = FunctionReward("math:dist").key

@@ -201,8 +201,13 @@ def test_the_policy_judges_itself(generators, tiny_policy, samples, tmp_path):
     scalar = run.config.evaluator.model_copy(update={"type": "scalar"})
     run = replace(run, config=run.config.model_copy(update={"evaluator": scalar}))
     services = WithFleets(run, generators=generators)
-    judge = self_judge(run, services, tiny_policy.checkpoint)
-    assert (judge.evaluator.type, judge.checkpoint, judge.fleet) == ("generative", tiny_policy.checkpoint, generators)
+    judge = self_judge(run, tiny_policy.checkpoint)
+    served = judge.serve(services)
+    assert (served.evaluator.type, served.checkpoint, served.fleet) == (
+        "generative",
+        tiny_policy.checkpoint,
+        generators,
+    )
     made = synthesize_preferences(run, services, tiny_policy.checkpoint, judge, samples)
     outcomes = metrics_of(run)["outcomes"]
     assert sum(outcomes.values()) == 6 and made.num_pairs == outcomes.get("accepted", 0)

@@ -46,7 +46,6 @@ def policy_row(score: float, gain: float, kl: float, **spoken: float) -> dict[st
         "difference": estimate(gain, 0.09 if gain else 0.0, NUM_JUDGED),
         "win_rate": estimate(0.5 + gain / 4, 0.04 if gain else 0.0, NUM_JUDGED),
         "length_controlled_win_rate": estimate(0.5 + gain / 5, 0.043 if gain else 0.0, NUM_JUDGED),
-        "win_rate_reference": estimate(0.31 + gain / 10, 0.042, NUM_JUDGED),
     } | spoken
 
 
@@ -173,6 +172,14 @@ def rlp_metrics() -> dict[str, dict[str, Any]]:
                 },
             },
             "num_judged": NUM_JUDGED,
+            "references": {
+                "by": "random",
+                "num_prompts": NUM_JUDGED,
+                "policies": {
+                    name: {"win_rate": estimate(mean, 0.042, NUM_JUDGED - 2), "num_abstained": 2}
+                    for name, mean in (("m1", 0.31), ("ppo", 0.347), ("rlp", 0.389), ("best_of_n", 0.36))
+                },
+            },
         },
     }
 

@@ -97,13 +97,20 @@ def test_optional_benchmarks_and_references_are_shown_when_there(run_dir):
     manifest = json.loads(path.read_text())
     manifest["metrics"] |= {
         "lm_eval": {"mmlu": {"acc,none": 0.2512}},
-        "win_rate_reference_m1": {"mean": 0.3, "standard_error": 0.05, "num": 64},
-        "win_rate_reference_m2": {"mean": 0.4, "standard_error": 0.05, "num": 64},
+        "references": {
+            "by": "scores",
+            "num_prompts": 64,
+            "policies": {
+                "m1": {"win_rate": {"mean": 0.3, "standard_error": 0.05, "num": 64}, "num_abstained": 0},
+                "m2": {"win_rate": {"mean": 0.4, "standard_error": 0.05, "num": 64}, "num_abstained": 0},
+            },
+        },
     }
     path.write_text(json.dumps(manifest))
     page = report(run_dir)
     assert "mmlu acc,none 0.2512" in page.text
-    assert "win rate against the reference answers, by pointwise scores 30.0% \u00b1 5.0 40.0% \u00b1 5.0" in page.text
+    assert "win rate against the references, by scores 30.0% \u00b1 5.0 40.0% \u00b1 5.0" in page.text
+    assert "references compare scores: this expert compares no answers itself; it abstained on 0 of 128" in page.text
 
 
 def test_a_remote_run_directory(run_dir):

@@ -65,7 +65,9 @@ def test_a_finished_run_shows_everything(rlp_run_dir):
         "rlp says: the fox <b>ran</b> home.",
         "gamma 0.5",
         "KL is to M1, per response, answers sampled at temperature 0.7;",
-        "Win rates compare the expert's scores of single answers, those against the reference answers too.",
+        "Win rates compare the expert's scores of single answers. Win rates against the references are the expert's "
+        "verdicts on an answer and the reference side by side, asked about in one drawn order; it abstained on 8 of "
+        "480, which are left out.",
     ):
         assert expected in page.text
     assert "not run" not in page.text
@@ -218,6 +220,20 @@ def test_ppo_on_another_reward_has_a_report_at_every_moment(rlp_run_dir, reward,
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report(rlp_run_dir)
     assert "RLP" not in page.text and ("not run" in page.text or missing == "config.json")
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [("both", "in both orders, a disagreement being a tie;"), ("scores", "this expert compares no answers itself;")],
+)
+def test_win_rates_against_references_say_what_they_compare(rlp_run_dir, by, expected):
+    references = rlp_metrics()["evaluate"]["references"]
+    edit_metrics(rlp_run_dir, "evaluate", references=references | {"by": by})
+    assert expected in report(rlp_run_dir).text
+    edit_metrics(rlp_run_dir, "evaluate", references={})
+    text = report(rlp_run_dir).text
+    assert "against references" not in text and "the references" not in text
+    assert "scores of single answers. KL is" in text
 
 
 def test_a_policy_that_said_nothing_has_no_kl(rlp_run_dir):

@@ -55,6 +55,12 @@ def test_a_good_run_is_one_seed_all_the_same(good):
         ("fit_reward_model", {"validation": {"accuracy": estimate(0.55, 0.05)}}, "no better than chance"),
         ("fit_reward_model", {"validation": {"length_correlation": estimate(-0.8, 0.05)}}, "r goes by length: rank"),
         ("fit_reward_model", {"validation": {"accuracy": estimate(0.95, 0.01)}}, "0.950 -> 0.740"),
+        (
+            "evaluate",
+            {"references": {"num_prompts": 20, "policies": {"m1": {"num_abstained": 2}, "rlp": {"num_abstained": 3}}}},
+            "did not rank 3 of 20 answers of rlp and the references",
+        ),
+        ("evaluate", {"references": {"num_prompts": 0, "policies": {}}}, "No judged prompt has a reference answer"),
         ("synthesize", {"num_pairs": 0}, "No synthetic pair was accepted"),
         ("synthesize", {"num_pairs": 0, "embedding_acceptance_rate": 0.4}, "would accept 40%"),
         ("generate", {"num_empty": 700}, "700 of 958 responses are empty"),

@@ -61,18 +61,18 @@ def write(folder, rows):
     return table
 
 
-def run_dpo(folder, table, policy, dpo, reference="generation"):
+def run_dpo(folder, table, policy, dpo, reference="generation", on_gpu=False):
     job = DpoJob(
         run_url=str(folder),
         checkpoint_url=f"{folder}/checkpoint",
         policy=PolicyConfig(path=policy.path),
         dpo=dpo,
         reference=reference,
-        dtype="float32",
+        dtype="bfloat16" if on_gpu else "float32",
         seed=0,
         num_rows=NUM_ROWS,
     )
-    fit(train_dpo, job, dpo, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=False)
+    fit(train_dpo, job, dpo, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=on_gpu)
     return read_metrics(f"{folder}/metrics/dpo.jsonl")
 
 

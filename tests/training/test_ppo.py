@@ -39,7 +39,11 @@ class Wanted:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    table = BlockTable(str(tmp_path_factory.mktemp("prompts")), 3)
+    return write_prompts(tmp_path_factory.mktemp("prompts"))
+
+
+def write_prompts(folder):
+    table = BlockTable(str(folder), 3)
     for block in range(3):
         numbers = range(block * 16, block * 16 + 16)
         rows = [{"id": f"p{n}", "text": f"prompt {n}", "token_ids": [1, 20 + n, 30 + n]} for n in numbers]
@@ -47,7 +51,7 @@ def prompts(tmp_path_factory):
     return table
 
 
-def train(folder, prompts, policy, fleet, **settings):
+def train(folder, prompts, policy, fleet, transport=None, on_gpu=False, **settings):
     config = PpoConfig(
         **{"rollout_size": 16, "batch_size": 8, "learning_rate": 3e-4, "epochs": 2, "kl_coef": 0.01, "value_coef": 0.5}
         | {"evaluate_every": 3, "checkpoint_every": 2, "max_kl": 1000.0}
@@ -60,6 +64,7 @@ def train(folder, prompts, policy, fleet, **settings):
         best_url=f"{folder}/best",
         held_out_url=f"{folder}/held_out",
         sync_url=f"{folder}/weights",
+        transport=transport,
         m1=policy.checkpoint,
         policy=PolicyConfig(path=policy.path),
         value_path=policy.path,
@@ -68,12 +73,12 @@ def train(folder, prompts, policy, fleet, **settings):
         fleet=fleet,
         rewards=Wanted(),
         held_out=prompts.read(0).to_pylist(),
-        dtype="float32",
+        dtype="bfloat16" if on_gpu else "float32",
         seed=0,
         num_rows=NUM_PROMPTS,
     )
     by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
-    fit(train_ppo, job, by_rollout, stream_of(prompts, 0), storage=f"{folder}/fit", on_gpu=False)
+    fit(train_ppo, job, by_rollout, stream_of(prompts, 0), storage=f"{folder}/fit", on_gpu=on_gpu)
     m1, *curve = read_metrics(f"{folder}/metrics/ppo.jsonl")
     assert set(m1) == {"step", "held_out_reward"} and m1["step"] == 0
     return curve
