@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -67,14 +68,14 @@ class Cluster:
         port, http = self.gcs.rpartition(":")[2], self.dashboard.rpartition(":")[2]
         self._raylets = [
             self._start("--head", f"--port={port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
-                        f"--dashboard-port={http}", f"--temp-dir={folder / 'ray'}")
+                        f"--dashboard-port={http}", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}")
         ]  # fmt: skip
         until(self._answers, START_S, "the job API")
         self._raylets += [self._start(f"--address={self.gcs}", "--num-cpus=2") for _ in range(2)]
 
     def _start(self, *arguments):
         output = (self.folder / f"raylet{len(list(self.folder.glob('raylet*')))}").open("w")
-        command = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+        command = [*RAY, "start", "--block", "--disable-usage-stats"]
         return subprocess.Popen(
             [*command, *arguments], env=self.environment, stdout=output, stderr=output, start_new_session=True
         )
