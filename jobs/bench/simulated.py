@@ -10,6 +10,7 @@ A swap loads nothing and is proved against nothing.
 import asyncio
 import heapq
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,11 +30,12 @@ from rayrl.records import Checkpoint
 DIMENSION = 64
 """Of the embeddings."""
 FIRST_TOKEN = 100
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "a and as at be but by can day do each for from get give good have he her his how if in into is it just know like "
     "look make many may more my new no not now of on one or other out people see she so some take than that the their "
-    "them then there these they think this time to up use way we well what"
-).split()
+    "them then there these they think this time to up use way we well what",
+)
 """What token FIRST_TOKEN + n says, n below 70."""
 _CHUNK = 128  # inputs whose tokens' vectors stay in a core's cache
 _TOKEN_VECTORS = np.random.default_rng(0).standard_normal((4096, DIMENSION), np.float32)
