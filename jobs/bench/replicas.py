@@ -91,20 +91,22 @@ def main() -> None:
     print("| replicas | seconds | requests/s | of linear | driver CPU, s | driver peak, MB |")
     print("|---|---|---|---|---|---|", flush=True)
     options = ["--requests-per-replica", arguments.requests_per_replica, "--request-s", arguments.request_s]
-    alone = None
+    shares: list[float] = []
+    alone = 0.0
     for size in arguments.sizes:
         command = [sys.executable, __file__, "--only", size, *options]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         rate = row["requests"] / row["seconds"]
         alone = alone or rate / size
+        shares.append(rate / size / alone)
         print(
-            f"| {size} | {row['seconds']:.1f} | {rate:.0f} | {rate / size / alone:.3f} | {row['driver_cpu_s']:.1f} "
+            f"| {size} | {row['seconds']:.1f} | {rate:.0f} | {shares[-1]:.3f} | {row['driver_cpu_s']:.1f} "
             f"| {row['driver_peak_mb']:.0f} |",
             flush=True,
         )
-    last = rate / size / alone
-    print(f"\nbound at {size}: {BOUND} of linear, {'holds' if last >= BOUND else 'BROKEN'}")
+    holds = shares[-1] >= BOUND
+    print(f"\nbound at {arguments.sizes[-1]}: {BOUND} of linear, {'holds' if holds else 'BROKEN'}")
 
 
 if __name__ == "__main__":

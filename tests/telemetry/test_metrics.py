@@ -1,6 +1,7 @@
 """Curves survive kills, resumes and object stores."""
 
 import json
+import time
 
 import fsspec
 import numpy as np
@@ -9,6 +10,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayrl.telemetry.metrics import MetricLog, read_metrics
+
+
+def log_and_resume(run_dir):
+    """Steps 1 to 5, then a new process that begins again at 3; its events file is named after another second."""
+    for steps, loss in ((range(1, 6), 1.0), (range(3, 5), 3.0)):
+        with MetricLog(run_dir, "dpo") as log:
+            for step in steps:
+                log.log(step, loss=loss)
+        time.sleep(1.1)
 
 
 def test_one_json_object_per_step(tmp_path):
@@ -65,10 +75,7 @@ def test_a_remote_run_appends_too():
 
 def test_a_remote_runs_tensorboard_is_copied_there(tmp_path):
     fs = fsspec.filesystem("memory")
-    for steps, loss in ((range(1, 4), 1.0), (range(3, 5), 3.0)):
-        with MetricLog("memory://test_events", "dpo") as log:
-            for step in steps:
-                log.log(step, loss=loss)
+    log_and_resume("memory://test_events")
     fs.get("/test_events/tensorboard/dpo", f"{tmp_path}/dpo", recursive=True)
     fs.rm("/test_events", recursive=True)
     events = EventAccumulator(f"{tmp_path}/dpo")
@@ -81,10 +88,7 @@ def test_no_file_is_an_empty_curve(tmp_path):
 
 
 def test_tensorboard_shows_the_resumed_curve(tmp_path):
-    for steps, loss in ((range(1, 6), 1.0), (range(3, 5), 3.0)):
-        with MetricLog(str(tmp_path), "dpo") as log:
-            for step in steps:
-                log.log(step, loss=loss)
+    log_and_resume(str(tmp_path))
     events = EventAccumulator(str(tmp_path / "tensorboard" / "dpo"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("dpo/loss")] == [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0)]
