@@ -1,0 +1,27 @@
+"""A pipeline whose engines are simulated, and all else real: `python -m jobs.bench.simulated_job CONFIG [key=value]`.
+
+The pipeline is the one that the config names.
+"""
+
+import sys
+import time
+
+from jobs.bench.simulated import SimulatedServices
+from jobs.experts import quickstart
+from rayrl.config import load_config
+from rayrl.pipelines import launch
+from rayrl.pipelines.job import main
+
+JUDGE_S = 0.2
+
+
+def judge(prompt: str, response: str) -> tuple[float | None, str]:
+    """The quickstart's expert, who needs a moment."""
+    time.sleep(JUDGE_S)
+    return quickstart.judge(prompt, response)
+
+
+if __name__ == "__main__":
+    launch.Services = SimulatedServices  # type: ignore[misc]
+    arguments = sys.argv[1:]
+    sys.exit(main(load_config(arguments[0], arguments[1:]).pipeline, arguments, __doc__ or ""))
