@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from rayrl.errors import DiskFull
 from rayrl.runs import storage
@@ -117,6 +120,55 @@ def test_a_machine_keeps_the_few_models_it_used_last(bucket, tmp_path, monkeypat
     kept = sorted(file.stat().st_size for file in tmp_path.rglob("model.bin"))
     assert kept == list(range(3, storage.NUM_CACHED + 3))
     assert Path(storage.local_folder(f"{weights}/0"), "model.bin").stat().st_size == 1, "fetched again"
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch):
+    """Names of the models that were fetched into a machine's empty cache, each of which took a while."""
+    names = []
+
+    class Slow(MemoryFileSystem):
+        def get(self, rpath, lpath, **options):
+            names.append(rpath.rpartition("/")[2])
+            super().get(rpath, lpath, **options)
+            time.sleep(0.5)
+            os.utime(lpath, (0, 0))  # when its last file was begun
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(storage, "locate", lambda url: (Slow(), url.removeprefix("memory:/")))
+    return names
+
+
+def test_a_machine_fetches_a_model_once_whoever_asks_for_it(fetched):
+    url = f"memory://{uuid.uuid4().hex}"
+    for name in ("a", "b"):
+        fill(f"{url}/{name}")
+    asked = [f"{url}/{name}" for name in "aabb" * 2]
+    with ThreadPoolExecutor(len(asked)) as processes:
+        folders = list(processes.map(storage.local_folder, asked))
+    assert sorted(fetched) == ["a", "b"] and len(set(folders)) == 2
+    assert all(Path(folder, "deep", "weights.bin").exists() for folder in folders)
+
+
+def test_the_model_that_was_just_fetched_is_not_the_one_that_goes(fetched, tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    for n in range(storage.NUM_CACHED + 1):
+        fill(f"{url}/{n}")
+        assert Path(storage.local_folder(f"{url}/{n}"), "config.json").exists()
+    assert len(list(tmp_path.rglob("config.json"))) == storage.NUM_CACHED
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_what_a_killed_process_has_fetched_in_part_is_no_model(fetched, tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    fill(f"{url}/a")
+    parent = Path(storage.local_folder(f"{url}/a")).parent
+    unfinished = Path(f"{parent}.unfinished")
+    unfinished.mkdir()
+    (unfinished / "half.bin").write_bytes(b"half")
+    fill(f"{url}/b")
+    assert content(storage.local_folder(f"{url}/b")).keys() == {"config.json", "deep/weights.bin"}
+    assert not unfinished.exists()
 
 
 def test_a_hub_id_stays_as_it_is():
