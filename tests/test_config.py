@@ -241,4 +241,5 @@ def test_a_fleet_has_one_size_or_three(small):
 
 def test_a_replica_takes_a_gpu_per_rank(small):
     ranks = ["generators.tensor_parallel_size=4", "generators.pipeline_parallel_size=2"]
-    assert load_config(small, ranks).generators.num_gpus == 8
+    generators = load_config(small, ranks).generators
+    assert (generators.num_ranks, generators.num_gpus) == (8, 8)

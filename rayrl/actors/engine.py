@@ -90,7 +90,7 @@ def start_engine(spec: EngineSpec, name: str) -> Any:
     }
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
-        if spec.config.tensor_parallel_size * spec.config.pipeline_parallel_size > 1:
+        if spec.config.num_ranks > 1:
             # In a placement group vLLM would start Ray actors of its own; this one holds all of the group's GPUs.
             arguments["distributed_executor_backend"] = "mp"
     else:

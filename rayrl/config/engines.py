@@ -56,9 +56,14 @@ class EngineConfig(Table):
         return self.num_replicas if self.max_replicas is None else self.max_replicas
 
     @property
+    def num_ranks(self) -> int:
+        """Processes that hold a part of the model, of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def num_gpus(self) -> float:
         """GPUs of one replica, on a machine that has some."""
-        return self.gpus_per_replica * self.tensor_parallel_size * self.pipeline_parallel_size
+        return self.gpus_per_replica * self.num_ranks
 
 
 class GenerateConfig(Table):

@@ -24,11 +24,12 @@ def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> 
     if services.on_gpu:
         services.release()
     variables = {"env_vars": environment(config.generators, services.on_gpu)}
-    num_gpus = config.generators.tensor_parallel_size if services.on_gpu else 0
+    num_gpus = config.generators.num_ranks if services.on_gpu else 0
     task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_calls=1, runtime_env=variables)(_evaluate)
     arguments: dict[str, Any] = {
         "dtype": services.dtype,
         "tensor_parallel_size": config.generators.tensor_parallel_size,
+        "pipeline_parallel_size": config.generators.pipeline_parallel_size,
     }
     if config.policy.max_model_len:
         arguments["max_model_len"] = config.policy.max_model_len

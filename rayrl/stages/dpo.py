@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from rayrl.actors.services import Services
+from rayrl.algorithms.scaling import CALLS_PER_REPLICA
 from rayrl.errors import DataError
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
@@ -43,7 +44,8 @@ def dpo(run: Run, services: Services, m1: Checkpoint, pairs: Pairs) -> Checkpoin
         seed=config.seed,
         num_rows=pairs.num_done or pairs.num_planned,
     )
-    stream = stream_of(pairs.table, config.seed, pairs.labelling.pair_block, concurrency=2 * config.generators.most)
+    concurrency = CALLS_PER_REPLICA * config.generators.most
+    stream = stream_of(pairs.table, config.seed, pairs.labelling.pair_block, concurrency=concurrency)
     metrics = fit_stage(run, services, "dpo", train_dpo, job, config.dpo, stream)
     pairs = finish_pairs(run, pairs)
     curve = read_metrics(storage.join(run.url, "metrics", "dpo.jsonl"))

@@ -139,7 +139,7 @@ def transport(config: RunConfig) -> Transport | None:
     """What brings weights to the generators, None for a folder."""
     if config.ppo.weight_transfer != "nccl":
         return None
-    return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.tensor_parallel_size)
+    return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.num_ranks)
 
 
 def rollout_sampling(config: RunConfig) -> Sampling:

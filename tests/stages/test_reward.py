@@ -8,10 +8,10 @@ import pytest
 from scipy.special import expit
 
 from rayrl.actors.fleet import MAX_PART, Fleet
-from rayrl.config import RewardModelConfig
+from rayrl.config import RewardModelConfig, load_config
 from rayrl.errors import ConfigError
 from rayrl.records import Checkpoint, PreferencePair, Scored
-from rayrl.stages.ppo import FunctionReward
+from rayrl.stages.ppo import FunctionReward, transport
 from rayrl.stages.reward import (
     RewardScorer,
     pair_items,
@@ -159,3 +159,10 @@ def test_a_python_function_rewards_abstains_and_is_found_or_refused():
         FunctionReward("tests.oracles.length_expert:nobody").score(said)
     with pytest.raises(ConfigError, match=r"must be written in Python.*call it from a function of your own"):
         _ = FunctionReward("math:dist").key
+
+
+def test_every_rank_of_a_replica_is_in_the_trainers_group():
+    ranks = ["generators.tensor_parallel_size=2", "generators.pipeline_parallel_size=3"]
+    config = load_config("jobs/configs/rlp_quickstart.toml", [*ranks, 'ppo.weight_transfer="nccl"'])
+    sent = transport(config)
+    assert sent is not None and sent.ranks_per_replica == 6
