@@ -7,13 +7,13 @@ the training nothing, and its key is needed on the driver's node only. `tracking
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
-from fsspec.core import url_to_fs
-
 from rayrl.config import MlflowConfig, WandbConfig
+from rayrl.errors import ConfigError
 from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.run import Run
@@ -22,6 +22,8 @@ from rayrl.telemetry.metrics import read_metrics
 logger = logging.getLogger(__name__)
 
 POLL_S = 10.0
+END_S = 300.0
+"""For how long a run that is over waits for its trackers."""
 MLFLOW_BATCH = 100
 """MLflow takes that many parameters at once, and more metrics than that."""
 
@@ -118,26 +120,32 @@ class Follower:
         self._sent: dict[str, int] = storage.read_json(self._kept) if storage.exists(self._kept) else {}
 
     def pass_on(self) -> None:
-        """Log what is new; what could not be logged is tried again at the next call.
+        """Log what is new; what could not be read or logged is tried again at the next call.
 
         A step that an interrupted stage does again is not logged a second time: trackers only append.
         """
-        for stage, url in curves(self._run_url):
-            new = [row for row in read_metrics(url) if row["step"] > self._sent.get(stage, -1)]
-            if not new:
-                continue
-            try:
-                self.tracker.log(stage, new)
-            except Exception as error:  # whatever it is, it is no reason to end the run
-                logger.warning("tracking.%s: %d steps of %s are kept back: %s", self.name, len(new), stage, error)
-                return
-            self._sent[stage] = new[-1]["step"]
-            storage.write_json(self._kept, self._sent)
+        try:
+            for stage, url in curves(self._run_url):
+                new = [row for row in read_metrics(url) if row["step"] > self._sent.get(stage, -1)]
+                if new:
+                    self.tracker.log(stage, new)
+                    self._sent[stage] = new[-1]["step"]
+                    storage.write_json(self._kept, self._sent)
+        except Exception as error:  # whatever it is, it is no reason to end the run
+            logger.warning("tracking.%s: new steps are kept back: %s", self.name, error)
+
+    def close(self, *, failed: bool) -> None:
+        """Pass on what is left, and end."""
+        self.pass_on()
+        try:
+            self.tracker.close(failed=failed)
+        except Exception as error:  # the run has its results; they must not go down with a tracker
+            logger.warning("tracking.%s did not end well: %s", self.name, error)
 
 
 def curves(run_url: str) -> list[tuple[str, str]]:
     """(stage, URL) of every curve there is; a later round's stage is called <stage>-<round>."""
-    fs, path = url_to_fs(run_url)
+    fs, path = storage.locate(run_url)
     found = []
     for pattern in ("metrics/*.jsonl", "rounds/*/metrics/*.jsonl"):
         for file in sorted(fs.glob(f"{path}/{pattern}")):
@@ -150,13 +158,17 @@ def curves(run_url: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Have the trackers that the config names follow the run meanwhile."""
-    config = run.config.tracking
-    followers = []
-    if config.wandb is not None:
-        followers.append(Follower(run.url, "wandb", WandbTracker(run, config.wandb)))
-    if config.mlflow is not None:
-        followers.append(Follower(run.url, "mlflow", MlflowTracker(run, config.mlflow)))
+    """Have the trackers that the config names follow the run meanwhile.
+
+    Raises:
+        ConfigError: one cannot be reached.
+    """
+    asked, trackers = run.config.tracking, {}
+    if asked.wandb is not None:
+        trackers["wandb"] = started("wandb", partial(WandbTracker, run, asked.wandb))
+    if asked.mlflow is not None:
+        trackers["mlflow"] = started("mlflow", partial(MlflowTracker, run, asked.mlflow))
+    followers = [Follower(run.url, name, tracker) for name, tracker in trackers.items()]
     if not followers:
         yield
         return
@@ -164,28 +176,44 @@ def tracked(run: Run) -> Iterator[None]:
         yield
 
 
+def started(name: str, start: Callable[[], Tracker]) -> Tracker:
+    """A tracker, started.
+
+    Raises:
+        ConfigError: it cannot be reached.
+    """
+    try:
+        return start()
+    except Exception as error:
+        raise ConfigError(
+            f"tracking.{name} must name a tracker that can be reached when a run starts, and starting it failed with "
+            f"{error!r}; correct the table, or leave it out: the run keeps its curves anyway"
+        ) from error
+
+
 @contextmanager
-def following(followers: list[Follower], *, poll_s: float = POLL_S) -> Iterator[None]:
-    """Pass on every `poll_s` seconds, and once more at the end."""
+def following(followers: list[Follower], *, poll_s: float = POLL_S, end_s: float = END_S) -> Iterator[None]:
+    """Pass on every `poll_s` seconds, and once more at the end, for which the run waits `end_s` seconds at most."""
     over = threading.Event()
+    failed = True
 
     def follow() -> None:
         while not over.wait(poll_s):
             for follower in followers:
                 follower.pass_on()
+        for follower in followers:
+            follower.close(failed=failed)
 
     thread = threading.Thread(target=follow, daemon=True, name="rayrl-tracking")
     thread.start()
-    failed = True
     try:
         yield
         failed = False
     finally:
         over.set()
-        thread.join()
-        for follower in followers:
-            follower.pass_on()
-            _close(follower, failed=failed)
+        thread.join(end_s)
+        if thread.is_alive():
+            logger.warning("trackers did not end within %.0f s; what they lack is in the run's metrics", end_s)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -195,10 +223,3 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _close(follower: Follower, *, failed: bool) -> None:
-    try:
-        follower.tracker.close(failed=failed)
-    except Exception as error:  # the run has its results; they must not go down with a tracker
-        logger.warning("tracking.%s did not end well: %s", follower.name, error)

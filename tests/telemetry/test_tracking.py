@@ -1,13 +1,15 @@
 """Trackers follow the curves: every step once, whatever fails; and what cannot work is refused before."""
 
+import threading
 import time
 
 import pytest
 
 from rayrl.config import RunConfig
+from rayrl.errors import ConfigError
 from rayrl.runs.run import open_run
 from rayrl.telemetry.metrics import MetricLog
-from rayrl.telemetry.tracking import Follower, curves, flat, following, tracked
+from rayrl.telemetry.tracking import Follower, curves, flat, following, started, tracked
 
 
 class Notebook:
@@ -78,7 +80,7 @@ def test_a_tracker_that_is_away_gets_the_steps_later(tmp_path, caplog):
     write(tmp_path, "sft", 1, 2)
     tracker.away = True
     follower.pass_on()
-    assert "tracking.notebook: 2 steps of sft are kept back: no route to the tracker" in caplog.text
+    assert "tracking.notebook: new steps are kept back: no route to the tracker" in caplog.text
     tracker.away = False
     follower.pass_on()
     assert [step for _, step, _ in tracker.steps] == [1, 2]
@@ -101,6 +103,44 @@ def test_following_passes_on_meanwhile_and_at_the_end(tmp_path):
         write(tmp_path, "sft", 2)
     assert [step for _, step, _ in tracker.steps] == [1, 2]
     assert tracker.failed is False
+
+
+def test_a_curve_that_cannot_be_read_ends_neither_the_following_nor_the_run(tmp_path, caplog):
+    tracker = Notebook()
+    write(tmp_path, "sft", 1)
+    curve = tmp_path / "metrics" / "sft.jsonl"
+    whole = curve.read_text()
+    curve.write_text(whole.replace('"step"', '"stop"'))
+    with following([Follower(str(tmp_path), "notebook", tracker)], poll_s=0.01):
+        until = time.monotonic() + 20
+        while "kept back" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not tracker.steps
+        curve.write_text(whole)
+        while not tracker.steps and time.monotonic() < until:
+            time.sleep(0.01)
+        assert tracker.steps == [("sft", 1, 0.1)]
+        curve.write_text("no JSON\n" + whole.replace('"step"', '"stop"'))
+    assert tracker.failed is False
+
+
+def test_a_run_does_not_wait_for_ever_for_a_tracker(tmp_path, caplog):
+    tracker, away = Notebook(), threading.Event()
+    tracker.log = lambda stage, rows: away.wait(20)
+    write(tmp_path, "sft", 1)
+    started = time.monotonic()
+    with following([Follower(str(tmp_path), "notebook", tracker)], poll_s=0.01, end_s=0.1):
+        pass
+    assert time.monotonic() - started < 10 and "did not end within" in caplog.text
+    away.set()
+
+
+def test_a_tracker_that_cannot_be_reached_is_named_with_its_table():
+    def start():
+        raise ConnectionError("no route to the tracker")
+
+    with pytest.raises(ConfigError, match=r"tracking.wandb must .* no route to the tracker"):
+        started("wandb", start)
 
 
 def test_a_failed_run_is_told_and_its_error_stays(tmp_path):
