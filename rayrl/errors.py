@@ -8,7 +8,7 @@
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
     |-- DiskFull           (OSError)       a disk has no room for what a run writes: the path, and what is free
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
-    |-- FleetError         (RuntimeError)  no replica of a fleet can start
+    |-- FleetError         (RuntimeError)  no replica of a fleet can start, or survives a call
     |-- TrainingStopped    (RuntimeError)  a training went where it must not go, and was stopped
     `-- StageTimeout       (TimeoutError)  a wait ended; says what it waited for
 
@@ -49,7 +49,7 @@ class WeightSyncError(RayRLError, RuntimeError):
 
 
 class FleetError(RayRLError, RuntimeError):
-    """No replica of a fleet can start. The message says why the last one did not."""
+    """No replica of a fleet can start, or survives a call. The message says why the last one did not."""
 
 
 class TrainingStopped(RayRLError, RuntimeError):

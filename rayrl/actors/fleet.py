@@ -1,7 +1,7 @@
 """A fleet: replicas of one kind behind one router. Which replica answers is the router's; everything else is Ray's.
 
 Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names, and
-so does one that joins. A call that outlives its timeout has met a hung replica: it is killed, and Ray does the rest.
+so does one that joins. A call that outlives its timeout has met a hung replica: it is given up, and the router told.
 """
 
 import logging
@@ -11,21 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.actors.engine import EngineSpec, ServedEngine, environment
 from rayrl.actors.replicas import Replicas
-from rayrl.actors.router import LEASE_S, WAIT_S, FleetState, Lease, Router
+from rayrl.actors.router import LEASE_S, WAIT_S, FleetState, Lease, Outcome, Router
 from rayrl.algorithms.scaling import CALLS_PER_REPLICA, ScaleRule
 from rayrl.errors import FleetError, StageTimeout, WeightSyncError
 from rayrl.records import Checkpoint
-from rayrl.telemetry import meters
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
+ROUTER_S = 60.0
+"""For a router's answer, beside what it is asked to wait for; Ray starts one that died again within seconds."""
 STOP_TIMEOUT_S = 30.0
 MAX_PART = 256
 """Items of one call to a replica: one that dies loses no more work than that."""
@@ -43,8 +44,7 @@ class Fleet:
     @property
     def concurrency(self) -> int:
         """Blocks to keep in flight: two per replica, also of those that may join."""
-        most: Any = ray.get(self.router.most.remote())
-        return CALLS_PER_REPLICA * most
+        return CALLS_PER_REPLICA * self._ask("most")
 
     @property
     def replicas(self) -> list[Any]:
@@ -57,29 +57,30 @@ class Fleet:
         """Run a method on the least busy replica and wait for its answer. Its size is that of its first list.
 
         Raises:
-            StageTimeout: several replicas in turn gave no answer in time, or none had room.
-            FleetError: there is no replica, because none can start.
+            StageTimeout: several replicas in turn gave no answer in time, or none was ready.
+            FleetError: there is no replica, because none can start, or none survives the call.
         """
         num_items = next((len(argument) for argument in arguments if isinstance(argument, list)), 1)
-        for attempt in range(1, MAX_HUNG + 1):
-            lease, is_suspect = self._lease(num_items, timeout_s), False
+        failure: Exception = FleetError(self.name)
+        for _ in range(MAX_HUNG):
+            lease, outcome = self._lease(num_items, timeout_s), "unasked"
+            answer = lease.replica.__getattr__(method).remote(*arguments)
             try:
-                answer = lease.replica.__getattr__(method).remote(*arguments)
                 self._wait([lease], [answer], timeout_s)
-                return ray.get(answer)
+                outcome = "answered"
+                return ray.get(answer, timeout=timeout_s)
             except GetTimeoutError:
-                is_suspect = True
-                logger.warning("%s hung in %s for %.0f s; killing it", lease.name, method, timeout_s)
-                meters.HUNG.add(fleet=self.name)
-                ray.kill(lease.replica, no_restart=False)
-            except ActorDiedError:
-                is_suspect = True
+                outcome = "hung"
+                ray.cancel(answer)  # or Ray repeats it, for nobody, on the process that takes this one's place
+                logger.warning("%s gave no answer to %s within %.0f s", lease.name, method, timeout_s)
+                failure = StageTimeout(f"{self.name}: replicas gave no answer to {method} within {timeout_s:.0f} s")
+            except RayActorError as error:  # for good, or as often as Ray repeats a call
+                outcome = "suspect"
                 logger.warning("%s is gone; another replica is asked to %s", lease.name, method)
-                if attempt == MAX_HUNG:
-                    raise
+                failure = FleetError(f"{self.name}: replicas do not survive {method}; the last one: {error}")
             finally:
-                self.release([lease], is_suspect=is_suspect)
-        raise StageTimeout(f"{self.name}: {MAX_HUNG} replicas gave no answer to {method} within {timeout_s:.0f} s")
+                self.release([lease], outcome)
+        raise failure
 
     def map(self, num: int, call: Callable[[slice], list[Any]]) -> list[Any]:
         """The joined answers of calls on parts of `num` items, so many at once that every replica is busy."""
@@ -96,23 +97,24 @@ class Fleet:
         that is not ready, or joins later, is brought to the checkpoint by the first request that names it.
 
         Raises:
-            WeightSyncError: a replica serves another version.
+            WeightSyncError: a replica serves another version, or does not answer as the trainer does.
             StageTimeout: a replica gave no answer in time.
         """
-        leases = ray.get(self.router.hold.remote())
+        leases = self.hold_ready()
         adopted = [lease.replica.adopt.remote(checkpoint, in_flight) for lease in leases]
+        versions = set()
         try:
             self._wait(leases, adopted, timeout_s)
-            versions = ray.get(adopted)
+            for lease, answer in zip(leases, adopted, strict=True):
+                try:
+                    versions.add(ray.get(answer, timeout=timeout_s))
+                except RayActorError:  # another takes its place, and swaps when it is first asked
+                    logger.warning("%s is gone before it took %s", lease.name, checkpoint.version)
         except GetTimeoutError:
             raise StageTimeout(f"{self.name}: a replica took no weights within {timeout_s:.0f} s") from None
-        except ActorDiedError:  # another takes its place, and swaps when it is first asked; the others have swapped
-            logger.warning("%s: a replica is gone before it took %s", self.name, checkpoint.version)
-            return
         finally:
             self.release(leases)
-        stale = {version for version in versions if version != checkpoint.version}
-        if stale:
+        if stale := versions - {checkpoint.version}:
             raise WeightSyncError(f"{self.name}: replicas serve {stale} instead of {checkpoint.version}")
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
@@ -133,30 +135,37 @@ class Fleet:
 
         They run out unless they are renewed, by `renew` or by what waits for their replicas here.
         """
-        found: Any = ray.get(self.router.ready.remote(timeout_s))
+        found = self._ask("ready", timeout_s, wait_s=timeout_s)
         return found if isinstance(found, list) else self._refuse(found, timeout_s)
+
+    def hold_ready(self) -> list[Lease]:
+        """Leases on all that are ready now, as those of `hold`; it may be none."""
+        return self._ask("hold")
 
     def statuses(self, leases: list[Lease], timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
         """What each of these replicas says of itself.
 
         Raises:
             StageTimeout: one says nothing.
+            FleetError: one is gone.
         """
         statuses = [lease.replica.status.remote() for lease in leases]
         try:
             self._wait(leases, statuses, timeout_s)
-            return ray.get(statuses)
+            return ray.get(statuses, timeout=timeout_s)
         except GetTimeoutError:
             raise StageTimeout(f"{self.name}: a replica did not say how it is within {timeout_s:.0f} s") from None
+        except RayActorError as error:
+            raise FleetError(f"{self.name}: a replica ended before it said how it is: {error}") from None
 
     def renew(self, leases: list[Lease]) -> None:
         """Keep these leases."""
         self.router.renew.remote([lease.id for lease in leases])
 
-    def release(self, leases: list[Lease], *, is_suspect: bool = False) -> None:
-        """Give these leases back; a suspect replica is asked how it is before it gets another call."""
+    def release(self, leases: list[Lease], outcome: Outcome = "unasked") -> None:
+        """Give these leases back, and say what came of them."""
         for lease in leases:
-            self.router.release.remote(lease.id, is_suspect)
+            self.router.release.remote(lease.id, outcome)
 
     def stop(self) -> None:
         """Release the replicas and what they hold."""
@@ -167,15 +176,34 @@ class Fleet:
         ray.kill(self.router, no_restart=True)
 
     def _lease(self, num_items: int, timeout_s: float) -> Lease:
+        """A lease. Behind others that are answered it waits for its turn, however long; for a replica, `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
             wait_s = min(WAIT_S, max(0.0, deadline - time.monotonic()))
-            answer: Any = ray.get(self.router.lease.remote(num_items, wait_s))
+            answer = self._ask("lease", num_items, wait_s, wait_s=wait_s)
             if isinstance(answer, Lease):
                 return answer
-            nobody = answer["failure"] is not None and answer["ready"] + answer["starting"] == 0
-            if nobody or time.monotonic() >= deadline:
+            if answer["ready"]:
+                deadline = time.monotonic() + timeout_s
+            elif answer["has_given_up"] or time.monotonic() >= deadline:
                 self._refuse(answer, timeout_s)
+
+    def _ask(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
+        """The router's answer, which it may take `wait_s` seconds to find.
+
+        Raises:
+            StageTimeout: it gives none.
+            FleetError: it is gone.
+        """
+        try:
+            return ray.get(self.router.__getattr__(method).remote(*arguments), timeout=wait_s + ROUTER_S)
+        except GetTimeoutError:
+            raise StageTimeout(
+                f"{self.name}: its router, on the driver's node, has not answered {method} within "
+                f"{wait_s + ROUTER_S:.0f} s"
+            ) from None
+        except RayActorError as error:
+            raise FleetError(f"{self.name}: its router has ended, perhaps with its run: {error}") from None
 
     def _refuse(self, state: FleetState, waited_s: float) -> NoReturn:
         """Say what a wait ended without: a replica that starts, resources to start it, or room in one."""

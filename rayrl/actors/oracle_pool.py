@@ -127,6 +127,7 @@ class OraclePool:
             most=self._slots.num,
             needs="0 GPU, 0 CPU",
             failure=None,
+            has_given_up=False,
         )
 
     def close(self) -> None:

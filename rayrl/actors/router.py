@@ -14,8 +14,8 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict
 
 from rayrl.actors.members import Member, Members, Starter
 from rayrl.algorithms.scaling import CALLS_PER_REPLICA, FleetLoad, ScaleRule, scale_decision
@@ -29,6 +29,10 @@ LEASE_S = 90.0
 """A lease that was not renewed for so long is lost with its caller."""
 WAIT_S = 30.0
 """For how long a request for a lease waits at most; its caller then learns the fleet's state, and asks again."""
+
+Outcome = Literal["unasked", "answered", "suspect", "hung"]
+"""Of a lease. An answer, whatever it says, shows that the replica is well; a suspect gets no calls before its next
+check; one that did not answer in time is killed."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Lease:
 class _Held:
     member: Member
     num_items: int
+    taken_at: float
     renewed_at: float
 
 
@@ -65,6 +70,8 @@ class FleetState(TypedDict):
     """What Ray sets aside for each replica."""
     failure: str | None
     """`Members.failure`."""
+    has_given_up: bool
+    """`Members.has_given_up`."""
 
 
 class Router:
@@ -103,11 +110,14 @@ class Router:
 
     async def run(self) -> None:
         """Keep the fleet until it is stopped."""
+        said = ""
         while not self._is_stopped:
             try:
                 self.step()
-            except Exception:  # as a name that is not free yet: the next look tries again
-                logger.exception("%s: a look at the fleet failed", self._name)
+            except Exception as error:  # as a name that is not free yet: the next look tries again
+                if str(error) != said:
+                    logger.exception("%s: a look at the fleet failed", self._name)
+                said = str(error)
             await asyncio.sleep(STEP_S)
         self._is_over.set()
 
@@ -119,13 +129,15 @@ class Router:
         for lease_id, held in list(self._held.items()):
             if now - held.renewed_at > LEASE_S:
                 logger.warning("the caller of a call to %s is gone", held.member.name)
-                self.release(lease_id, is_suspect=True)
-        self._scale(now)
-        for member in self._members:
-            if member.is_draining and not member.num_calls:
-                self._members.remove(member)
-        self._serve()
-        self._show()
+                self.release(lease_id, "suspect")
+        try:
+            self._scale(now)
+        finally:  # whatever Ray has against a new replica, the others go on
+            for member in self._members:
+                if member.is_draining and not member.num_calls:
+                    self._members.remove(member)
+            self._serve()
+            self._show()
 
     async def lease(self, num_items: int = 1, wait_s: float = WAIT_S) -> Lease | FleetState:
         """A lease on the least busy ready replica; the fleet's state if none has room in time, or none can start."""
@@ -148,42 +160,45 @@ class Router:
         for lease_id in self._held.keys() & set(lease_ids):
             self._held[lease_id].renewed_at = self._clock()
 
-    def release(self, lease_id: str, is_suspect: bool = False) -> None:
-        """Give a lease back; one that was lost already is ignored.
-
-        An answer, whatever it says, shows that the replica is well; a suspect gets no calls before its next check.
-        """
+    def release(self, lease_id: str, outcome: Outcome = "unasked") -> None:
+        """Give a lease back, and say what came of it; one that was lost already is ignored."""
         held = self._held.pop(lease_id, None)
         if held is None:
             return
-        member = held.member
+        member, now = held.member, self._clock()
         member.num_calls -= 1
         member.num_items -= held.num_items
-        member.freed_at = self._clock()
-        member.is_ready = not is_suspect
+        member.freed_at = now
+        if outcome == "answered":
+            member.is_ready, member.seen_at = True, now
+        elif outcome == "suspect":
+            member.is_ready = False
+        elif outcome == "hung" and held.taken_at >= member.down_at:  # by the process that is up now
+            self._members.restart(member, "a call got no answer", now)
         self._serve()
 
     async def ready(self, timeout_s: float) -> list[Lease] | FleetState:
         """Leases on the ready replicas once there are as many as there are to be at least.
 
-        The fleet's state if there are not in time, or once one could not start. Who asked for more by hand does not
-        make the run wait for them.
+        The fleet's state if there are not in time, or once several in a row could not start. Who asked for more by
+        hand does not make the run wait for them.
         """
         deadline = self._clock() + timeout_s
         while True:
             state = self.state()
             if state["ready"] >= min(self._rule.least, self._configured.least):
                 return self.hold()
-            if state["failure"] is not None or self._clock() >= deadline:
+            if state["has_given_up"] or self._clock() >= deadline:
                 return state
             await asyncio.sleep(STEP_S)
 
     def resize(self, least: int | None, most: int | None) -> FleetState:
         """Scale between other bounds from now on; None is the configured one."""
-        rule = self._configured
-        least, most = rule.least if least is None else least, rule.most if most is None else most
-        self._rule = ScaleRule(least=least, most=most, queue_s=rule.queue_s, idle_s=rule.idle_s)
-        logger.info("%s: %d to %d replicas from now on", self._name, least, most)
+        given = {"least": least, "most": most}
+        rule = replace(self._configured, **{name: size for name, size in given.items() if size is not None})
+        if rule != self._rule:
+            logger.info("%s: %d to %d replicas from now on", self._name, rule.least, rule.most)
+        self._rule = rule
         return self.state()
 
     def most(self) -> int:
@@ -205,6 +220,7 @@ class Router:
             most=self._rule.most,
             needs=self._members.starter.needs,
             failure=self._members.failure,
+            has_given_up=self._members.has_given_up,
         )
 
     async def stop(self) -> None:
@@ -245,7 +261,7 @@ class Router:
         """Hand out leases, first come first served, as long as there is room; the bad news if there never will be."""
         while self._waiting:
             num_items, turn = self._waiting[0]
-            if not turn.done() and self._members.failure is not None and not self._members.staying():
+            if not turn.done() and self._members.has_given_up and not self._members.staying():
                 turn.set_result(self.state())
             elif not turn.done():
                 room = [member for member in self._members.staying() if self._has_room(member)]
@@ -260,8 +276,8 @@ class Router:
         return member.is_ready and not is_busy
 
     def _lease(self, member: Member, num_items: int) -> Lease:
-        lease = Lease(uuid.uuid4().hex, member.name, member.replica)
-        self._held[lease.id] = _Held(member, num_items, self._clock())
+        lease, now = Lease(uuid.uuid4().hex, member.name, member.replica), self._clock()
+        self._held[lease.id] = _Held(member, num_items, taken_at=now, renewed_at=now)
         member.num_calls += 1
         member.num_items += num_items
         return lease

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from rayrl.actors.embedder import Embedder
 from rayrl.actors.engine import EngineSpec, ServedEngine
@@ -13,10 +14,14 @@ from rayrl.actors.entailment import EntailmentSpec, start_entailment
 from rayrl.actors.fleet import Fleet, start_fleet
 from rayrl.actors.generator import Generator
 from rayrl.config import EngineConfig, RunConfig, SpgConfig
+from rayrl.errors import RayRLError
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 
 logger = logging.getLogger(__name__)
+
+STATUS_S = 30.0
+"""For what the replicas of a fleet that is to end say of themselves."""
 
 
 class Services:
@@ -102,10 +107,14 @@ class Services:
     def release(self) -> None:
         """Stop the fleets, for a training that needs their GPUs (mode `alternate`), or at the end."""
         for name, fleet in self._fleets.items():
-            swaps = [s for status in fleet.wait_ready() for s in status["swaps_s"]]
-            for seconds in swaps:
-                self.run.record_time(f"swap:{name}", seconds)
-            fleet.stop()
+            try:
+                for status in fleet.statuses(fleet.hold_ready(), STATUS_S):
+                    for seconds in status["swaps_s"]:
+                        self.run.record_time(f"swap:{name}", seconds)
+            except (RayError, RayRLError) as error:
+                logger.warning("%s: how long its swaps took is not known: %s", fleet.name, error)
+            finally:
+                fleet.stop()
         self._timed -= {fleet.name for fleet in self._fleets.values()}
         self._fleets.clear()
 

@@ -204,7 +204,7 @@ class Sender:
             self._engine.send_weights()
         except BaseException as error:
             update.end(error)
-            self._fleet.release(leases, is_suspect=True)
+            self._fleet.release(leases, "suspect")
         else:
             update.end()
             self._fleet.release(leases)

@@ -21,7 +21,7 @@ PAIRS = Counter("pairs", "pairs", "Preference pairs made; source: labelled, synt
 FLEET_REPLICAS = Gauge("fleet_replicas", "replicas", "By state: ready, starting, draining", ("fleet", "state"))
 QUEUE_DEPTH = Gauge("queue_depth", "calls", "Calls that wait for room in a replica", ("fleet",))
 CALLS = Counter("calls", "calls", "Calls given to replicas", ("fleet",))
-HUNG = Counter("hung_replicas", "replicas", "Replicas killed because a call got no answer", ("fleet",))
+HUNG = Counter("hung_replicas", "replicas", "Replicas killed: no answer to a call or check, or a bad one", ("fleet",))
 
 # fleets: the replicas
 OF_REPLICA = ("fleet", "replica")

@@ -7,24 +7,28 @@ from functools import wraps
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from rayrl.actors.members import BACKOFF_S, CHECK_S, SILENT_S
+from rayrl.actors.fleet import Fleet
+from rayrl.actors.members import BACKOFF_S, CHECK_S, HUNG_S, MAX_FAILURES, SILENT_S
 from rayrl.actors.router import LEASE_S, Lease, Router
 from rayrl.algorithms.scaling import ScaleRule
+from rayrl.errors import FleetError
 from rayrl.telemetry import meters
 
 
 class Replica:
-    """Its health checks are answered by the test."""
+    """Its health checks are answered by the test. It is up from its first good answer until it crashes."""
 
     def __init__(self):
         self.status = self
         self.checks = []
+        self.is_up = False
 
     def remote(self):
         self.checks.append(asyncio.get_running_loop().create_future())
         return self.checks[-1]
 
     def answer(self, error=None):
+        self.is_up = self.is_up or error is None
         for check in self.checks:
             if not check.done():
                 check.set_result({}) if error is None else check.set_exception(error)
@@ -34,14 +38,22 @@ class Starter:
     needs = "1 GPU, 0 CPU"
 
     def __init__(self):
-        self.started, self.ended, self.restarted = {}, [], []
+        self.started, self.ended, self.restarted, self.cleared = {}, [], [], []
+
+    def clear(self, fleet):
+        assert not self.started
+        self.cleared.append(fleet)
 
     def start(self, name):
         self.started[name] = Replica()
         return self.started[name]
 
+    def is_up(self, replica):
+        return replica.is_up
+
     def restart(self, replica):
         self.restarted.append(replica)
+        replica.is_up = False
 
     def end(self, name, replica):
         assert self.started[name] is replica
@@ -122,7 +134,7 @@ async def test_the_least_busy_replica_answers_and_the_rest_waits():
     calls = await waiting(world, num=2, num_items=4)
     assert not any(call.done() for call in calls) and world.router.state()["waiting"] == 2
     leases = list(world.router._held)
-    world.router.release(leases[1])
+    world.router.release(leases[1], "answered")
     await settled()
     assert [call.done() for call in calls] == [True, False], "first come, first served"
     assert (await calls[0]).name == "f-1"
@@ -259,13 +271,79 @@ async def test_an_ended_call_is_a_sign_of_life():
     first, second = await world.lease(4), await world.lease(4)
     await world.after(CHECK_S + 1, answering=False)
     await world.after(SILENT_S - 1, answering=False)
-    world.router.release(first.id)
+    world.router.release(first.id, "answered")
     await world.after(SILENT_S - 1, answering=False)
     assert (await world.lease(4)).name == "f-0"
-    world.router.release(second.id, True)
+    world.router.release(second.id, "suspect")
     assert world.router.state()["ready"] == 0, "a suspect waits for its next check"
     await world.after(1)
     assert world.router.state()["ready"] == 1
+
+
+@in_a_loop
+async def test_a_lease_that_was_given_back_unasked_says_nothing():
+    world = World()
+    await world.after(0)
+    leases = world.router.hold()
+    await world.after(CHECK_S + 1, answering=False)
+    await world.after(SILENT_S + 1, answering=False)
+    for lease in leases:
+        world.router.release(lease.id)
+    assert world.router.state()["ready"] == 0
+
+
+@in_a_loop
+async def test_a_hung_replica_is_killed_once_whatever_it_works_on():
+    world, num_before = World(), meters.HUNG.value(fleet="f")
+    await world.after(0)
+    await world.lease()
+    await world.after(CHECK_S + 1, answering=False)
+    await world.after(HUNG_S - 1, answering=False)
+    assert world.starter.restarted == []
+    await world.after(2, answering=False)
+    assert world.starter.restarted == [world.replica(0)]
+    await world.after(10 * HUNG_S, answering=False)
+    await world.after(10 * HUNG_S, answering=False)
+    assert len(world.starter.restarted) == 1, "it is starting, for however long that takes"
+    await world.after(0)
+    assert world.router.state()["ready"] == 1
+    assert meters.HUNG.value(fleet="f") - num_before == 1
+
+
+@in_a_loop
+async def test_a_replica_that_crashed_between_two_checks_is_starting_and_not_hung():
+    world = World()
+    await world.after(0)
+    assert world.router.state()["ready"] == 1
+    world.replica(0).is_up = False
+    await world.after(1, answering=False)
+    assert world.router.state()["ready"] == 0
+    for _ in range(5):
+        await world.after(HUNG_S, answering=False)
+    assert world.starter.restarted == []
+    world.replica(0).is_up = True
+    await world.after(HUNG_S - 1, answering=False)
+    assert world.starter.restarted == []
+    await world.after(2, answering=False)
+    assert world.starter.restarted == [world.replica(0)], "it came up, and does not answer"
+
+
+@in_a_loop
+async def test_calls_without_an_answer_kill_the_process_that_they_met_and_no_other():
+    world = World(max_items=8)
+    await world.after(0)
+    first, second, third = [await world.lease() for _ in range(3)]
+    await world.after(1)
+    world.router.release(first.id, "hung")
+    assert len(world.starter.restarted) == 1 and world.router.state()["ready"] == 0
+    await world.after(1, answering=False)
+    world.router.release(second.id, "hung")
+    await world.after(1)
+    world.router.release(third.id, "hung")
+    assert len(world.starter.restarted) == 1, "that process is gone"
+    await world.after(1)
+    world.router.release((await world.lease()).id, "hung")
+    assert len(world.starter.restarted) == 2
 
 
 @in_a_loop
@@ -276,11 +354,11 @@ async def test_a_replica_that_is_not_well_is_restarted():
     world.replica(0).answer(RuntimeError("the engine is dead"))
     world.router.step()
     assert world.starter.restarted == [world.replica(0)] and world.router.state()["ready"] == 0
-    await world.after(CHECK_S + 1, answering=False)
+    await world.after(1, answering=False)
     world.replica(0).answer(ActorUnavailableError("it is being restarted", None))
     world.router.step()
     assert len(world.starter.restarted) == 1
-    await world.after(CHECK_S + 1, answering=False)
+    await world.after(1, answering=False)
     await world.after(0)
     assert world.router.state()["ready"] == 1
 
@@ -292,7 +370,7 @@ async def test_a_replica_that_cannot_start_says_why_and_is_tried_again_later():
     world.replica(0).answer(ActorDiedError())
     world.router.step()
     assert world.starter.ended == ["f-0"] and len(world.starter.started) == 2
-    state = await world.router.ready(60)
+    state = await world.router.ready(0)
     assert isinstance(state, dict) and "died" in state["failure"] and state["ready"] == 1
     await world.after(BACKOFF_S - 1)
     assert len(world.starter.started) == 2
@@ -303,20 +381,41 @@ async def test_a_replica_that_cannot_start_says_why_and_is_tried_again_later():
 
 
 @in_a_loop
+async def test_one_start_that_fails_is_no_end():
+    world = World(num=3)
+    ready, (call,) = asyncio.create_task(world.router.ready(1000)), await waiting(world)
+    for n in range(3):
+        world.replica(n).answer(ActorDiedError())
+    world.router.step()
+    await settled()
+    assert world.router.state()["failure"] and not call.done() and not ready.done(), "three of one attempt"
+    await world.after(BACKOFF_S)
+    await world.after(0)
+    assert (await call).name == "f-3" and len(await ready) == 3
+    assert world.router.state()["failure"] is None
+
+
+@in_a_loop
 async def test_nobody_waits_for_a_fleet_that_cannot_start():
     world = World()
-    (call,) = await waiting(world)
-    world.replica(0).answer(ActorDiedError())
-    world.router.step()
+    ready, (call,) = asyncio.create_task(world.router.ready(1000)), await waiting(world)
+    for n in range(MAX_FAILURES):
+        assert not call.done() and not ready.done()
+        world.replica(n).answer(ActorDiedError())
+        world.router.step()
+        await settled()
+        if n + 1 < MAX_FAILURES:
+            await world.after(BACKOFF_S, answering=False)
     state = await call
-    assert isinstance(state, dict) and "died" in state["failure"]
+    assert isinstance(state, dict) and "died" in state["failure"] and state["has_given_up"]
+    assert isinstance(await ready, dict)
     state = await world.router.lease()
     assert isinstance(state, dict) and (state["ready"], state["starting"]) == (0, 0)
-    await world.after(BACKOFF_S)
+    await world.after(BACKOFF_S, answering=False)
     (call,) = await waiting(world)
     assert not call.done(), "it is tried again"
     await world.after(0)
-    assert (await call).name == "f-1"
+    assert (await call).name == f"f-{MAX_FAILURES}" and not world.router.state()["has_given_up"]
 
 
 @in_a_loop
@@ -365,7 +464,7 @@ async def test_a_size_given_before_the_first_look_holds():
 @in_a_loop
 async def test_the_loop_survives_a_name_that_is_not_free_and_ends_with_the_fleet(caplog):
     starter = Starter()
-    start, taken = starter.start, [True, False]
+    start, taken = starter.start, [True, True, True, False]
 
     def start_once_free(name):
         if taken.pop(0):
@@ -377,10 +476,32 @@ async def test_the_loop_survives_a_name_that_is_not_free_and_ends_with_the_fleet
     loop = asyncio.create_task(router.run())
     while not starter.started:
         await asyncio.sleep(0.01)
-    assert "f-0 is taken" in caplog.text
+    assert caplog.text.count("a look at the fleet failed") == 1 and "f-0 is taken" in caplog.text
+    assert set(starter.cleared) == {"f"}
     await asyncio.wait_for(router.stop(), 5)
     assert loop.done()
     assert starter.ended == ["f-0"] and router.state()["ready"] == 0
+
+
+@in_a_loop
+async def test_a_fleet_that_cannot_grow_goes_on_serving():
+    world = World(num=2)
+    await world.after(0)
+    leases = [await world.lease(4) for _ in range(4)]
+    world.router.resize(1, 1)
+    await world.after(0)
+    world.router.resize(4, 4)
+    (call,) = await waiting(world, num_items=4)
+
+    def refuse(name):
+        raise ValueError(f"{name} is taken")
+
+    world.starter.start = refuse
+    for lease in leases:
+        world.router.release(lease.id, "answered")
+    with pytest.raises(ValueError, match="is taken"):
+        world.router.step()
+    assert (await call).name == "f-1" and world.starter.ended == ["f-0"], "the one that drained has ended"
 
 
 @pytest.mark.parametrize("num_callers", [1, 3])
@@ -404,3 +525,25 @@ async def test_every_call_is_answered_while_the_fleet_grows_and_shrinks(num_call
         await world.after(1)
     await asyncio.gather(*callers)
     assert sorted(answered) == [(n, i) for n in range(4 * num_callers) for i in range(20)]
+
+
+class Answered(Fleet):
+    """A fleet whose router's answers are given."""
+
+    def __init__(self, answers):
+        super().__init__("f", None)
+        self.answers = answers
+
+    def _ask(self, method, *arguments, wait_s=0.0):
+        return self.answers.pop(0)
+
+
+@in_a_loop
+async def test_a_call_waits_for_its_turn_while_others_are_answered_and_not_for_a_fleet_without_replicas():
+    world = World()
+    await world.after(0)
+    working, lease = world.router.state(), await world.lease()
+    assert Answered([working, working, working, lease])._lease(1, 0.0) == lease
+    failed = working | {"ready": 0, "failure": "no such weights", "has_given_up": True}
+    with pytest.raises(FleetError, match="f: a replica cannot start: no such weights"):
+        Answered([working, failed])._lease(1, 60.0)
