@@ -73,6 +73,8 @@ class Raylets:
             "RAY_AUTH_MODE": "disabled",
             "RAY_API_SERVER_ADDRESS": self.dashboard,
             "RAY_worker_niceness": "0",
+            "RAY_idle_worker_killing_time_threshold_ms": "600000",  # on few cores a new process is what costs most
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
