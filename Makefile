@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart rlp-quickstart test check test-slow dashboard-tools test-dashboard bench lock
+.PHONY: install quickstart rlp-quickstart test check test-slow test-faults chaos dashboard-tools test-dashboard bench lock
 
 install: $(VENV)/.installed
 
@@ -31,10 +31,18 @@ check: install
 	$(BIN)/basedpyright
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu and not slow and not dashboard" -q
+	$(BIN)/python -m pytest -m "not gpu and not slow and not faults and not dashboard" -q
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
+
+# Every fault of a cluster, in every stage; half an hour.
+test-faults: install
+	$(BIN)/python -m pytest -m faults -q
+
+# Random ones.
+chaos: install
+	$(BIN)/python -m jobs.bench.chaos
 
 # As root, on Debian and its relatives; elsewhere install Prometheus and Chromium by hand.
 dashboard-tools:

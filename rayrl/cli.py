@@ -5,6 +5,7 @@ A user's mistake ends in one message on stderr and exit code 2. Heavy imports wa
 
 import logging
 import os
+import time
 from typing import Annotated, Any
 
 import typer
@@ -51,8 +52,11 @@ def report(run_dir: RunDir) -> None:
 
 
 @app.command()
-def status(run_dir: RunDir) -> None:
-    """Show how far a run is, what it has paid and what it has gained."""
+def status(
+    run_dir: RunDir,
+    live: Annotated[bool, typer.Option("--live", help="Ask the cluster for the run's replicas, too.")] = False,
+) -> None:
+    """Show how far a run is and how fast it goes, what it has paid and what it has gained."""
     from rayrl.telemetry.summary import summarize_run
 
     facts = summarize_run(run_dir)
@@ -64,7 +68,14 @@ def status(run_dir: RunDir) -> None:
     console = Console()
     console.print(Text(facts["name"], style="bold"), Text("; ".join(facts["control"]), style="yellow"))
     console.print(table)
+    for stage in facts["stages"]:
+        if stage.get("pace"):
+            console.print(Text(f"{stage['stage']}: {going(stage['pace'], time.time())}"), soft_wrap=True)
     console.print(Text(_headline(facts)), soft_wrap=True)
+    if spent := _usd(facts):
+        console.print(Text(spent), soft_wrap=True)
+    if live:
+        console.print(_replicas(run_dir))
     for caveat in facts["caveats"]:
         console.print(Text(f"! {caveat}", style="yellow"), soft_wrap=True)
 
@@ -138,6 +149,14 @@ def stop(run: LiveRun) -> None:
         ) from None
 
 
+def going(pace: dict[str, Any], now: float) -> str:
+    """How a stage goes (rayrl/telemetry/pace.py), for humans; `now` is a Unix time."""
+    done = f"{pace['done']:,}" + (f" of {pace['total']:,}" if pace["total"] is not None else "") + f" {pace['unit']}"
+    rate = "-" if pace["per_s"] is None else f"{pace['per_s']:,.3g}"
+    eta = "-" if pace["eta_s"] is None else _duration(pace["eta_s"])
+    return f"{done}, {rate} {pace['items']}/s, ETA {eta}; last sign {_duration(max(0.0, now - pace['at']))} ago"
+
+
 def fleet_table(states: list[dict[str, Any]]) -> Table:
     """Fleets as rows: what is ready, starting and draining, who works and who waits, and the bounds."""
     table = Table(
@@ -153,6 +172,18 @@ def fleet_table(states: list[dict[str, Any]]) -> Table:
         if state["failure"]:
             table.add_row(Text(f"! {state['failure'].strip().splitlines()[-1]}", style="yellow"))
     return table
+
+
+def _replicas(run: str) -> Table | Text:
+    """The fleets of a run that is alive in the cluster; else why they cannot be shown, which is no reason to fail."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        states: Any = ray.get(_control(run).states.remote(), timeout=CALL_TIMEOUT_S)
+    except (RayRLError, RayError) as error:
+        return Text(f"replicas: {error}", style="dim")
+    return fleet_table(states)
 
 
 def _control(run: str) -> Any:
@@ -195,6 +226,21 @@ def _headline(facts: dict[str, Any]) -> str:
         f"paid {rlp['asked']} {_paid(facts)}, evaluation queries {_paid(facts, 'evaluate')}, "
         f"gain over M1 {plus_minus(gain(facts), signed=True)}{over_ppo}"
     )
+
+
+def _usd(facts: dict[str, Any]) -> str:
+    """What all queries have cost, of what they may; empty where the expert is free."""
+    spent = sum(facts["paid"][purpose].get("cost_usd") or 0.0 for purpose in ("label", "evaluate"))
+    limit = facts["config"].get("oracle", {}).get("budget_usd")
+    if not spent and limit is None:
+        return ""
+    return f"spent {spent:,.2f} USD" + ("" if limit is None else f" / {limit:,.2f}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _paid(facts: dict[str, Any], purpose: str = "label") -> str:

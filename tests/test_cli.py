@@ -9,6 +9,7 @@ from rich.console import Console
 
 from rayrl.cli import fleet_table, main
 from rayrl.config.sizes import parse_sizes
+from rayrl.errors import ResourceError
 from tests.telemetry.rlp_run import write_rlp_run
 
 
@@ -156,3 +157,26 @@ def test_fleets_as_a_table(capsys):
     assert head.split() == ["fleet", "ready", "starting", "draining", "calls", "waiting", "size"]
     assert first.split() == ["first-generators", "1", "3", "0", "2", "6", "4"]
     assert second.split()[-1] == "1-4" and failure.strip() == "! OSError: no weights"
+
+
+def test_status_shows_how_the_stage_under_way_goes_and_what_it_cost(run_dir, capsys):
+    config = {"name": "first", "oracle": {"budget_usd": 5.0}, "dpo": {"batch_size": 16}}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    (run_dir / "stages" / "dpo").mkdir()
+    (run_dir / "metrics").mkdir()
+    (run_dir / "metrics" / "dpo.json").write_text('{"num_steps": 40}')
+    steps = "".join(json.dumps({"step": n, "at": 1000.0 + n}) + "\n" for n in range(1, 11))
+    (run_dir / "metrics" / "dpo.jsonl").write_text(steps)
+    printed = output(capsys, "status", str(run_dir))
+    assert "\ndpo: 10 of 40 steps, 16 pairs/s, ETA 30 s; last sign " in printed
+    assert "\nspent 0.00 USD / 5.00\n" in printed and "replicas" not in printed
+
+
+def test_status_without_a_cluster_says_so_and_goes_on(run_dir, capsys, monkeypatch):
+    def no_cluster(run):
+        raise ResourceError("RAY_ADDRESS must name a running cluster, got auto")
+
+    monkeypatch.setattr("rayrl.cli._control", no_cluster)
+    printed = output(capsys, "status", str(run_dir), "--live")
+    assert "replicas: RAY_ADDRESS must name a running cluster" in printed
+    assert "! The gain" in printed

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, DataError, ResourceError, RunDirectoryError
-from rayrl.preflight import check, cluster_resources, render_plan
+from rayrl.preflight import check, find_cluster, render_plan
 from rayrl.preflight.model import CPU_HEAD_DIMS
 from rayrl.runs.run import open_run
 
@@ -282,7 +282,7 @@ def test_judges_that_cannot_be_asked_are_refused(tree, monkeypatch):
 
 def test_a_full_disk_is_refused(tree):
     os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**42)  # sparse: 4 TiB that take no room
-    assert "GiB (weights, optimizer, tables), and its disk has" in refusal(ResourceError, changed(tree))
+    assert "GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, changed(tree))
 
 
 def test_a_run_directory_of_another_config_is_refused(tree):
@@ -417,9 +417,11 @@ def test_the_mode_follows_the_cluster_and_the_reference(tree):
 def test_resources_of_this_machine(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    assert cluster_resources() == {"CPU": float(os.cpu_count() or 1), "GPU": 2.0}
+    (here,) = find_cluster().nodes
+    assert (here["CPU"], here["GPU"]) == (float(os.cpu_count() or 1), 2.0)
+    assert 2**28 < here["memory"] <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert cluster_resources()["GPU"] == 0.0
+    assert find_cluster().has("GPU") == 0.0
 
 
 def test_a_plan_loads_nothing_heavy(tree):

@@ -59,11 +59,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
-    print(f"\n{hardware()}; seed {arguments.seed}; a head without work and three worker nodes\n")
+    print(f"\n{hardware()}; seed {arguments.seed}; a head without work and two worker nodes\n")
     made, finished, num_runs, found = Counter[str](), 0, 0, list[Damage]()
     kinds = [("real", REAL, REAL_SHORT)] * arguments.real_runs
     kinds += [("simulated", SIMULATED, SHORT)] * (arguments.runs - arguments.real_runs)
-    with tempfile.TemporaryDirectory(prefix="rayrl-chaos-") as name, Raylets(Path(name), num_workers=3) as cluster:
+    with tempfile.TemporaryDirectory(prefix="rayrl-chaos-") as name, Raylets(Path(name), num_workers=2) as cluster:
         references = {
             kind: undisturbed(cluster, Path(name) / f"undisturbed-{kind}", [*command, *settings])
             for kind, command, settings in dict.fromkeys((k, tuple(c), tuple(s)) for k, c, s in kinds)

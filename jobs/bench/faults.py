@@ -27,13 +27,12 @@ REPLACED_AFTER_S = 3.0
 """A node that is lost is replaced by a new one, which joins late."""
 SIMULATED = [sys.executable, "-m", "jobs.bench.simulated_job", "jobs/configs/quickstart.toml"]
 SHORT = [
-    "pool.limit=240", "pool.num_eval=24", "generate.k=2", "generate.block_size=8", "generate.max_tokens=16",
-    "generators.num_replicas=2", "generators.max_num_seqs=8", "generators.engine_args={request_s=0.3}",
+    "pool.limit=216", "pool.num_eval=16", "generate.k=2", "generate.block_size=8", "generate.max_tokens=16",
+    "generators.num_replicas=2", "generators.max_num_seqs=8", "generators.engine_args={request_s=0.2}",
     "embedders.num_replicas=2", "embedders.engine_args={request_s=0.02}", "select.budget=40", "select.num_shards=2",
-    "sft.batch_size=64", "sft.checkpoint_every=5", "sft.max_failures=20",
-    "oracle.function=jobs.bench.simulated_job:judge",
-    "oracle.max_concurrency=2", "evaluator.type=scalar", "evaluator.epochs=6", "evaluator.checkpoint_every=5",
-    "evaluator.max_failures=20", "dpo.epochs=2", "dpo.checkpoint_every=2", "dpo.max_failures=20", "evaluate.budget=48",
+    "sft.enabled=false", "oracle.function=jobs.bench.simulated_job:judge", "oracle.max_concurrency=2",
+    "evaluator.type=scalar", "evaluator.epochs=6", "evaluator.checkpoint_every=15", "evaluator.max_failures=20",
+    "dpo.epochs=2", "dpo.checkpoint_every=4", "dpo.max_failures=20", "evaluate.budget=32",
 ]  # fmt: skip
 """Of the quickstart: under 90 seconds with simulated engines."""
 

@@ -27,8 +27,9 @@ from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run, open_run
 from rayrl.stages.generate import Responses
+from rayrl.stages.labelling import Labelling
 from rayrl.stages.pool import read_pool
-from rayrl.stages.pseudo_label import Labelling, Pairs, finish_pairs
+from rayrl.stages.pseudo_label import Pairs, finish_pairs
 from rayrl.stages.select import select
 
 K = 4

@@ -26,8 +26,14 @@ ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_S = 90.0
 STOP_S = 30.0
-SETTINGS = {"RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "1000"}
-"""Ray's, so that a lost node is noticed after some five seconds instead of half a minute."""
+SETTINGS = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+}
+"""Ray's: a lost node is noticed after some five seconds instead of half a minute, and processes, which are what costs
+most on few cores, are kept.
+"""
 
 T = TypeVar("T")
 
@@ -73,6 +79,7 @@ class Raylets:
             "RAY_AUTH_MODE": "disabled",
             "RAY_API_SERVER_ADDRESS": self.dashboard,
             "RAY_worker_niceness": "0",
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -129,6 +136,20 @@ class Raylets:
         )  # fmt: skip
         return done.stdout + done.stderr, done.returncode
 
+    def node_id(self, node: psutil.Popen) -> str:
+        """Ray's name of a node."""
+        raylet = next(p for p in processes(node) if p.name() == "raylet")
+        named = [part for part in raylet.cmdline() if part.startswith("--node_id=")]
+        return named[0].partition("=")[2]
+
+    def get(self, path: str, *, token: bool = True) -> bytes:
+        """What the dashboard's server answers, asked with the cluster's token if it has one."""
+        file = self.environment.get("RAY_AUTH_TOKEN_PATH")
+        headers = {"Authorization": f"Bearer {Path(file).read_text()}"} if file and token else {}
+        request = urllib.request.Request(self.dashboard + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.read()
+
     def run(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a driver on the head's node."""
         with log.open("ab") as out:
@@ -142,8 +163,8 @@ class Raylets:
             )
 
     def actors(self, name: str) -> list[psutil.Process]:
-        """Processes of the actors whose class has this name, or ends with it: `Generator`."""
-        pattern = re.compile(rf"ray::(\S+:)?\w*{name}\b")
+        """Processes of the actors whose class has this name, or ends with it: `Generator`; or of vLLM's."""
+        pattern = re.compile(rf"(ray|VLLM)::(\S+:)?\w*{name}\b")
         return [p for node in self._nodes for p in processes(node) if pattern.match(_title(p))]
 
     def _start(self, *arguments: str) -> psutil.Popen:
@@ -159,12 +180,8 @@ class Raylets:
     def _answers(self) -> Any:
         if self.head.poll() is not None:
             raise RuntimeError((self.folder / f"node-{self.head.pid}.log").read_text())
-        headers = {}
-        if token := self.environment.get("RAY_AUTH_TOKEN_PATH"):
-            headers["Authorization"] = f"Bearer {Path(token).read_text()}"
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            request = urllib.request.Request(f"{self.dashboard}/api/version", headers=headers)
-            return urllib.request.urlopen(request, timeout=10).read()
+            return self.get("/api/version")
 
 
 def processes(node: psutil.Popen) -> list[psutil.Process]:

@@ -31,17 +31,18 @@ class Services:
         run: whose.
         mode: "overlap" or "alternate".
         reference: "generation" or "pass".
+        on_gpu: whether engines and training take GPUs, which may be still to come; None is whether there are any now.
         control: the run's `Control` actor, through which the fleets are resized by hand; None is nobody's hand.
     """
 
-    def __init__(self, run: Run, *, mode: str, reference: str, control: Any = None):
+    def __init__(self, run: Run, *, mode: str, reference: str, on_gpu: bool | None = None, control: Any = None):
         self.run = run
         self._control = control
         self.mode = mode
         """"overlap" or "alternate"."""
         self.reference = reference
         """Where DPO's reference log-probabilities come from: "generation" or "pass"."""
-        self.on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        self.on_gpu = ray.cluster_resources().get("GPU", 0) > 0 if on_gpu is None else on_gpu
         self.dtype = resolve_dtype(run.config, self.on_gpu)
         self._fleets: dict[str, Fleet] = {}
         self._timed: set[str] = set()

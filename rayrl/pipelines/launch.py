@@ -53,7 +53,7 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         )
         ends.callback(ray.kill, oracle)
         ray.get(control.show.remote("oracle", "oracle", oracle))
-        services = Services(run, mode=plan.mode, reference=plan.reference, control=control)
+        services = Services(run, mode=plan.mode, reference=plan.reference, on_gpu=plan.on_gpu, control=control)
         ends.callback(services.stop)
         ends.enter_context(tracked(run))
         pipeline(run, services, oracle)

@@ -5,7 +5,7 @@ seconds. What only shows at run time, such as a model too large for its GPU, is 
 """
 
 from rayrl.preflight.check import check
+from rayrl.preflight.cluster import Cluster, find_cluster
 from rayrl.preflight.plan import Plan, StagePlan, render_plan
-from rayrl.preflight.resources import cluster_resources
 
-__all__ = ["Plan", "StagePlan", "check", "cluster_resources", "render_plan"]
+__all__ = ["Cluster", "Plan", "StagePlan", "check", "find_cluster", "render_plan"]

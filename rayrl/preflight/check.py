@@ -1,16 +1,18 @@
 """`check`: every refusal, in the order in which a user would want to hear it, and then the plan."""
 
 from rayrl.config import HttpOracleConfig, RunConfig
+from rayrl.data.reading import PromptCounts
 from rayrl.errors import ConfigError
 from rayrl.models.judge import Rubric, evaluator_prompt, expert_prompt, load_rubric
 from rayrl.models.pairwise import pairwise_prompt
+from rayrl.preflight.cluster import Cluster, find_cluster
 from rayrl.preflight.counts import Counts, count_proxy_dpo, count_rlp, queries_per_eval_prompt
 from rayrl.preflight.inputs import PoolFacts, count_tokens, inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.place import check_disk, check_run_folder
-from rayrl.preflight.plan import Plan
+from rayrl.preflight.plan import Plan, StagePlan
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
-from rayrl.preflight.resources import cluster_resources, plan_stages
+from rayrl.preflight.resources import plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
 from rayrl.preflight.rlp import check_room, check_transfer, plan_rlp_stages
 from rayrl.preflight.rounds import describe_rounds
@@ -20,36 +22,34 @@ PAIRS_PER_QUERY = 9
 """What the paper's label budget buys, and what a run aims at."""
 
 
-def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact_oracle: bool = False) -> Plan:
+def check(
+    config: RunConfig, *, cluster: Cluster | dict[str, float] | None = None, contact_oracle: bool = False
+) -> Plan:
     """Refuse a run that cannot end well, or say what it will do. Starts and writes nothing.
 
     Args:
         config: the run.
-        cluster: `ray.cluster_resources()`; None asks the cluster of RAY_ADDRESS, or looks at this machine.
+        cluster: what it has and may get, or the resources of its only node; None asks the cluster of RAY_ADDRESS, or
+            looks at this machine.
         contact_oracle: also import ppo.function, ask the judge if it is there, and the hub for a policy not cached yet.
 
     Raises:
         ConfigError, DataError, RunDirectoryError, ResourceError: one message: field, rule, value, remedy.
     """
-    cluster = cluster_resources() if cluster is None else cluster
+    cluster = Cluster(nodes=(cluster,)) if isinstance(cluster, dict) else cluster or find_cluster()
     check_run_folder(config)
     rubric = load_rubric(config.rubric)
-    model = inspect_model(config.policy, has_gpu=cluster.get("GPU", 0) > 0, online=contact_oracle)
+    model = inspect_model(config.policy, has_gpu=cluster.most("GPU") > 0, online=contact_oracle)
     if config.select.embedder != "policy":
         model_folder(config.select.embedder, None, online=contact_oracle, setting="select.embedder")
     pool = inspect_pool(config, model)
     seed = inspect_seed_data(config, model)
     inspect_others(config)
     inspect_synthesis(config, online=contact_oracle)
-    num_kept, num_seed = pool.counts.num_kept, seed.num_kept if seed else 0
     pairs = _inspect_rlp(config, model, cluster, online=contact_oracle) if config.pipeline == "rlp" else None
-    if config.pipeline == "rlp":
-        counts = count_rlp(config, num_kept, num_seed, pairs.counts.num_pairs if pairs else None)
-        stages, mode, reference = plan_rlp_stages(config, cluster), "overlap", "generation"
-    else:
-        counts = count_proxy_dpo(config, num_kept, num_seed)
-        stages, mode, reference = plan_stages(config, cluster)
-    disk_bytes = check_disk(config, model, counts.num_responses)
+    counts = _counted(config, pool, seed, pairs)
+    stages, mode, reference = _staged(config, model, cluster)
+    disk = check_disk(config, model, counts.num_responses)
     rubric_tokens = _check_evaluator_context(config, rubric, model)
     if contact_oracle:
         _contact(config, rubric)
@@ -70,16 +70,34 @@ def check(config: RunConfig, *, cluster: dict[str, float] | None = None, contact
         num_eval_comparisons=counts.num_eval_comparisons,
         num_pairs=counts.num_pairs,
         usd=None if usd is None else sum(usd),
-        disk_bytes=disk_bytes,
+        disk_bytes=disk.needed,
+        free_bytes=disk.free,
         warnings=(
             *_pool_warnings(config, pool, model),
             *_pairs_warnings(config, counts, pairs),
             *_money_warnings(config, counts, usd),
             *_evaluator_warnings(config, pool, model, rubric_tokens),
             *_cpu_warnings(config, cluster),
+            *disk.warnings(),
         ),
         rounds=describe_rounds(config, stages, counts.label_queries),
     )
+
+
+def _counted(config: RunConfig, pool: PoolFacts, seed: PromptCounts | None, pairs: PairFacts | None) -> Counts:
+    num_kept, num_seed = pool.counts.num_kept, seed.num_kept if seed else 0
+    if config.pipeline == "rlp":
+        return count_rlp(config, num_kept, num_seed, pairs.counts.num_pairs if pairs else None)
+    return count_proxy_dpo(config, num_kept, num_seed)
+
+
+def _staged(config: RunConfig, model: ModelFacts, cluster: Cluster) -> tuple[tuple[StagePlan, ...], str, str]:
+    """The stages, the mode, and where the reference log-probabilities come from. Without a GPU, weights take memory."""
+    width = 4 if config.policy.dtype in ("auto", "float32") else 2
+    copy_bytes = 0 if cluster.most("GPU") > 0 else width * (model.num_parameters or 0)
+    if config.pipeline == "rlp":
+        return plan_rlp_stages(config, cluster, copy_bytes), "overlap", "generation"
+    return plan_stages(config, cluster, copy_bytes)
 
 
 def _contact(config: RunConfig, rubric: Rubric) -> None:
@@ -91,7 +109,7 @@ def _contact(config: RunConfig, rubric: Rubric) -> None:
         source_of(config.ppo.function, "ppo.function")
 
 
-def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: dict[str, float], *, online: bool) -> PairFacts | None:
+def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: Cluster, *, online: bool) -> PairFacts | None:
     check_transfer(config, cluster)
     check_room(config, model)
     inspect_reward_model(config, online=online)
@@ -211,8 +229,8 @@ def _evaluator_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts, r
     ]
 
 
-def _cpu_warnings(config: RunConfig, cluster: dict[str, float]) -> list[str]:
+def _cpu_warnings(config: RunConfig, cluster: Cluster) -> list[str]:
     threads = config.generators.num_replicas * config.generators.threads
-    if cluster.get("GPU", 0) > 0 or threads <= cluster.get("CPU", 0):
+    if cluster.most("GPU") > 0 or threads <= cluster.most("CPU"):
         return []
-    return [f"generators: {threads} compute threads share {cluster.get('CPU', 0):g} CPUs; lower threads"]
+    return [f"generators: {threads} compute threads share {cluster.most('CPU'):g} CPUs; lower threads"]

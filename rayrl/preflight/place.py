@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from rayrl.config import RunConfig, TrainingConfig
@@ -9,6 +10,7 @@ from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
 from rayrl.preflight.model import ModelFacts
 from rayrl.runs import storage
 from rayrl.runs.run import differences
+from rayrl.training.checkpoints import NUM_KEPT
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
@@ -82,27 +84,53 @@ def _check_reachable(url: str) -> None:
         )
 
 
-def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> int | None:
-    """Bytes the run may write, an estimate; None when the model's size is unknown.
+@dataclass(frozen=True, kw_only=True)
+class DiskFacts:
+    """What a run still has to write, in bytes, and what its disk has free; None is unknown."""
+
+    needed: int | None = None
+    """At most, about: whole fits' checkpoints, and responses as long as they may be; less what is there."""
+    free: int | None = None
+
+    def warnings(self) -> list[str]:
+        """What may not fit; what cannot fit was refused."""
+        if self.needed is None or self.free is None or self.needed <= self.free:
+            return []
+        return [
+            f"run_dir: with all checkpoints of a fit, and responses as long as generate.max_tokens allows, it may take "
+            f"{_gib(self.needed)}, and its disk has {_gib(self.free)} free; free some, or put it on another disk"
+        ]
+
+
+def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> DiskFacts:
+    """What the run may write, an estimate, against what the disk of its folder has free, if that is a local one.
+
+    What an earlier attempt has written there is not needed again.
 
     Raises:
-        ResourceError: the disk of the run directory has less free.
+        ResourceError: the weights and one checkpoint's optimizer alone are more than is free.
     """
+    is_local = storage.is_local(config.run_dir)
+    url = storage.absolute(config.run_dir)
+    free = shutil.disk_usage(existing_parent(url)).free if is_local else None
     if model.weights_bytes is None or model.num_parameters is None:
-        return None
+        return DiskFacts(free=free)
     num_models, fits = _written(config)
     num_optimized = max((num for num, fit in fits if fit.lora is None), default=0)
-    needed = num_models * model.weights_bytes + num_optimized * _OPTIMIZER_BYTES * model.num_parameters
-    needed += num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
-    if not storage.is_local(config.run_dir):
-        return needed
-    free = shutil.disk_usage(existing_parent(storage.absolute(config.run_dir))).free
-    if needed > free:
+    optimizer = num_optimized * _OPTIMIZER_BYTES * model.num_parameters
+    there = sum(storage.sizes(url).values()) if is_local and storage.exists(url) else 0
+    least = max(0, num_models * model.weights_bytes + optimizer - there)
+    if free is not None and least > free:
         raise ResourceError(
-            f"run_dir {config.run_dir} needs about {needed / 2**30:,.1f} GiB (weights, optimizer, tables), "
-            f"and its disk has {free / 2**30:,.1f} GiB free; free some, or put run_dir on another disk"
+            f"run_dir {config.run_dir} needs {_gib(least)} at least (weights and optimizer), "
+            f"and its disk has {_gib(free)} free; free some, or put run_dir on another disk"
         )
-    return needed
+    tables = num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
+    return DiskFacts(needed=least + NUM_KEPT * optimizer + tables, free=free)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
 
 
 def _written(config: RunConfig) -> tuple[int, list[tuple[int, TrainingConfig]]]:

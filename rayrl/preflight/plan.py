@@ -2,6 +2,18 @@
 
 from dataclasses import dataclass
 
+from rayrl.preflight.cluster import Cluster, written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What one replica takes of a resource, all of it on one node."""
+
+    resource: str
+    amount: float
+    setting: str
+    """What to lower when no node has so much."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
@@ -14,6 +26,9 @@ class StagePlan:
     num_gpus: float = 0
     num_cpus: int = 0
     """Reserved CPUs: one per training worker; engines reserve none unless their config says so."""
+    num_copies: int = 0
+    """Of the policy's weights that its engines and workers hold in the nodes' memory, at least."""
+    whole: tuple[Whole, ...] = ()
     setting: str = ""
     """What to lower when the cluster has too little."""
 
@@ -26,7 +41,7 @@ class Plan:
     pipeline: str
     run_dir: str
     stages: tuple[StagePlan, ...]
-    cluster: dict[str, float]
+    cluster: Cluster
     mode: str
     """"overlap" or "alternate"."""
     reference: str
@@ -46,10 +61,17 @@ class Plan:
     usd: float | None
     """At most about this much for all paid queries; None without prices."""
     disk_bytes: int | None
-    """Estimate; None when the model's size is unknown."""
+    """Estimate of what is still to be written; None when the model's size is unknown."""
+    free_bytes: int | None = None
+    """Of the run directory's disk; None where it is remote."""
     warnings: tuple[str, ...] = ()
     rounds: str = ""
     """What they ask and repeat; empty if there is one."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether engines and training take GPUs: if the cluster has one, or may get one."""
+        return self.cluster.most("GPU") > 0
 
     @property
     def num_label_queries(self) -> int:
@@ -65,13 +87,14 @@ def render_plan(plan: Plan) -> str:
     price = "no prices given" if plan.usd is None else f"at most about {plan.usd:,.2f} USD"
     beside = f" ({plan.num_eval_comparisons:,} comparisons with references)" if plan.num_eval_comparisons else ""
     disk = "unknown" if plan.disk_bytes is None else f"about {plan.disk_bytes / 2**30:,.2f} GiB"
+    free = "" if plan.free_bytes is None else f"; {plan.free_bytes / 2**30:,.2f} GiB are free for run_dir"
     facts = {
         "run": f"{plan.name} -> {plan.run_dir}",
         **(_of_rlp(plan) if plan.pipeline == "rlp" else _of_proxy_dpo(plan)),
         "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries{beside}; "
         f"{price}",
-        "disk": disk,
-        "cluster": f"{plan.cluster.get('CPU', 0):g} CPU, {plan.cluster.get('GPU', 0):g} GPU",
+        "disk": disk + free,
+        "cluster": _of_cluster(plan.cluster),
     }
     if plan.rounds:
         facts["rounds"] = plan.rounds
@@ -85,6 +108,14 @@ def render_plan(plan: Plan) -> str:
         lines.append(f"{stage.name:<{name_width}}{stage.what:<{what_width + 2}}{reserves}".rstrip())
     lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
     return "\n".join(lines)
+
+
+def _of_cluster(cluster: Cluster) -> str:
+    has, most = (
+        ", ".join(f"{written(of(resource))} {resource}" for resource in ("CPU", "GPU"))
+        for of in (cluster.has, cluster.most)
+    )
+    return f"has {has}" + (f"; may grow to {most}" if most != has else "")
 
 
 def _of_proxy_dpo(plan: Plan) -> dict[str, str]:

@@ -2,64 +2,39 @@
 
 CPUs: a training worker reserves one, an engine what its config says (none unless it does), an oracle none, and one must
 stay free for Ray Data, which otherwise waits for ever without a word. GPUs: a training worker takes a whole one, an
-engine what its config says. A fleet that may grow is planned at its largest: it must not take what a training needs.
+engine what its config says, all of it on one node. Memory: on CPUs, the weights of every engine and worker, which is
+less than they take. A fleet that may grow is planned at its largest: it must not take what a training needs. The
+cluster counts as what its autoscaler may make of it.
 """
 
 import math
-import os
-import re
 from dataclasses import replace
 
 from rayrl.config import EngineConfig, RunConfig, TrainingConfig
 from rayrl.errors import ConfigError, ResourceError
-from rayrl.preflight.plan import StagePlan
+from rayrl.preflight.cluster import Cluster
+from rayrl.preflight.plan import StagePlan, Whole
 
 _FREE_CPUS = 1
 
 
-def cluster_resources() -> dict[str, float]:
-    """Resources of the Ray cluster that RAY_ADDRESS names, or of this machine if it names none.
-
-    Raises:
-        ResourceError: the cluster does not answer.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        return {"CPU": float(os.cpu_count() or 1), "GPU": float(_num_local_gpus())}
-    import ray
-
-    if ray.is_initialized():
-        return dict(ray.cluster_resources().items())
-    try:
-        ray.init(address, log_to_driver=False)
-    except ConnectionError as error:
-        raise ResourceError(
-            f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or unset RAY_ADDRESS"
-        ) from None
-    resources = ray.cluster_resources()
-    ray.shutdown()
-    return dict(resources.items())
-
-
-def _num_local_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
-    return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
-
-
-def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[StagePlan, ...], str, str]:
+def plan_stages(config: RunConfig, cluster: Cluster, copy_bytes: int = 0) -> tuple[tuple[StagePlan, ...], str, str]:
     """The stages with what they reserve, the mode, and where the reference log-probabilities come from.
+
+    Args:
+        config: the run.
+        cluster: what there is, and may be.
+        copy_bytes: memory of the policy's weights in an engine or worker; 0 is unknown, or not in the nodes' memory.
 
     Raises:
         ResourceError: a stage fits in no mode; names stage, resource, need and what there is.
         ConfigError: settings that exclude each other.
     """
-    has_gpu = cluster.get("GPU", 0) > 0
+    has_gpu = cluster.most("GPU") > 0
     reference = _reference(config, has_gpu)
     stages = {stage.name: stage for stage in _stages(config, has_gpu)}
     for stage in stages.values():
-        require(stage, cluster)
+        require(stage, cluster, copy_bytes)
     if "pseudo_label" not in stages:
         return tuple(stages.values()), "alternate", reference
     overlapping = _overlapping(config, has_gpu, stages)
@@ -72,9 +47,9 @@ def plan_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[tuple[Sta
                 'got "overlap"'
             )
         for stage in overlapping.values():
-            require(stage, cluster)
+            require(stage, cluster, copy_bytes)
     elif mode == "auto":
-        fits = all(_missing(stage, cluster) is None for stage in overlapping.values())
+        fits = all(_lacking(stage, cluster, copy_bytes) is None for stage in overlapping.values())
         mode = "overlap" if reference == "generation" and fits else "alternate"
     if mode == "overlap":
         stages |= overlapping
@@ -137,6 +112,7 @@ def fit_plan(name: str, what: str, section: str, training: TrainingConfig, has_g
         actors=f"{training.num_workers} worker(s), ZeRO-{training.zero_stage}" + ", LoRA" * (training.lora is not None),
         num_gpus=training.num_workers if has_gpu else 0,
         num_cpus=training.num_workers,
+        num_copies=0 if has_gpu else training.num_workers if training.zero_stage < 3 else 1,
         setting=f"{section}.num_workers",
     )
 
@@ -150,6 +126,8 @@ def serve_plan(name: str, what: str, section: str, config: RunConfig, has_gpu: b
         actors=f"{engine.most} engine(s)",
         num_gpus=engine_gpus(engine, section) if has_gpu else 0,
         num_cpus=0 if has_gpu else math.ceil(engine.most * engine.cpus_per_replica),
+        num_copies=engine.most if section == "generators" and not has_gpu else 0,  # embedders may serve a smaller model
+        whole=_whole(engine, section, has_gpu),
         setting=f"{section}.{'num' if engine.max_replicas is None else 'max'}_replicas",
     )
 
@@ -167,13 +145,14 @@ def clustering_plan(config: RunConfig, has_gpu: bool, samples: str, *, is_up: bo
     what = f"cluster {samples} by meaning ({spg.clustering}), pair (gamma {spg.gamma:g})"
     embedders = serve_plan("synthesize", what, "embedders", config, has_gpu)
     if is_up:
-        embedders = replace(embedders, num_gpus=0, num_cpus=0)
+        embedders = replace(embedders, num_gpus=0, num_cpus=0, num_copies=0)
     if spg.clustering == "embedding":
         return embedders
     hardware = EngineConfig(num_replicas=spg.num_replicas, gpus_per_replica=config.embedders.gpus_per_replica)
     num_gpus = engine_gpus(hardware, "embedders") if has_gpu else 0
     actors = f"{spg.num_replicas} entailment model(s)"
-    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, num_cpus=0, setting="refresh.spg.num_replicas")
+    entailment = replace(embedders, actors=actors, num_gpus=num_gpus, num_cpus=0, num_copies=0, whole=())
+    entailment = replace(entailment, setting="refresh.spg.num_replicas")
     return max(entailment, embedders, key=lambda plan: (plan.num_gpus, plan.num_cpus))
 
 
@@ -214,6 +193,14 @@ def engine_gpus(engine: EngineConfig, section: str) -> int:
     return math.ceil(engine.most / math.floor(1 / each + 1e-9)) if each > 0 else 0
 
 
+def _whole(engine: EngineConfig, section: str, has_gpu: bool) -> tuple[Whole, ...]:
+    """What a replica must find on one node. Ray keeps more than one GPU together by a placement group."""
+    if has_gpu:
+        sizes = f"{section}.tensor_parallel_size or {section}.pipeline_parallel_size"
+        return (Whole(resource="GPU", amount=engine.num_gpus, setting=sizes),) if engine.num_gpus > 1 else ()
+    return (Whole(resource="CPU", amount=engine.cpus_per_replica, setting=f"{section}.cpus_per_replica"),)
+
+
 def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
     """A training, or another fleet, and the fleets that are up then."""
     return StagePlan(
@@ -222,6 +209,8 @@ def beside(training: StagePlan, *fleets: StagePlan) -> StagePlan:
         actors=f"{training.actors}, beside {' and '.join(fleet.actors for fleet in fleets)}",
         num_gpus=training.num_gpus + sum(fleet.num_gpus for fleet in fleets),
         num_cpus=training.num_cpus + sum(fleet.num_cpus for fleet in fleets),
+        num_copies=training.num_copies + sum(fleet.num_copies for fleet in fleets),
+        whole=training.whole + tuple(part for fleet in fleets for part in fleet.whole),
         setting=" or ".join(dict.fromkeys([training.setting, *(fleet.setting for fleet in fleets)])),
     )
 
@@ -231,25 +220,38 @@ def _overlapped(stage: StagePlan, *fleets: StagePlan) -> StagePlan:
     return replace(both, setting=f'{both.setting}, or set pseudo_label.mode = "alternate"')
 
 
-def _missing(stage: StagePlan, cluster: dict[str, float]) -> str | None:
-    """Which resource is too little for a stage."""
-    if stage.num_gpus > cluster.get("GPU", 0):
-        return "GPU"
-    return "CPU" if stage.num_cpus + _FREE_CPUS > cluster.get("CPU", 0) else None
+def _lacking(stage: StagePlan, cluster: Cluster, copy_bytes: int) -> str | None:
+    """What a stage needs and the cluster neither has nor may get: resource, needed, present and remedy."""
+    lower = f"lower {stage.setting}" if stage.setting else "use a larger machine"
+    for resource, needed, said in (
+        ("GPU", stage.num_gpus, f"{stage.num_gpus:g}"),
+        ("CPU", stage.num_cpus + _FREE_CPUS, f"{stage.num_cpus} and {_FREE_CPUS} free for Ray Data"),
+    ):
+        if needed > cluster.most(resource):
+            return f"{resource}: {said}, and the cluster has {cluster.said(resource)}; {lower}"
+    for part in stage.whole:
+        if part.amount > (largest := cluster.largest(part.resource)):
+            return (
+                f"{part.resource}: {part.amount:g} on one node, and the largest that there is, or may be, has "
+                f"{largest:g}; lower {part.setting}, use larger nodes"
+            )
+    if stage.num_copies * copy_bytes > (memory := cluster.memory()):
+        return (
+            f"memory: over {stage.num_copies * copy_bytes / 2**30:,.1f} GiB (the weights {stage.num_copies} times), "
+            f"and the cluster has, or may get, {memory / 2**30:,.1f} GiB; {lower}"
+        )
+    return None
 
 
-def require(stage: StagePlan, cluster: dict[str, float]) -> None:
-    """Refuse a stage that does not fit the cluster.
+def require(stage: StagePlan, cluster: Cluster, copy_bytes: int = 0) -> None:
+    """Refuse a stage that does not fit the cluster, grown as far as it may.
 
     Raises:
-        ResourceError: names stage, resource, need, what there is, and the setting to lower.
+        ResourceError: names stage, resource, need, what there is and may be, and the setting to lower.
     """
-    resource = _missing(stage, cluster)
-    if resource is None:
-        return
-    needed = f"{stage.num_gpus:g}" if resource == "GPU" else f"{stage.num_cpus} and {_FREE_CPUS} free for Ray Data"
-    remedy = f"lower {stage.setting}" if stage.setting else "use a larger machine"
-    raise ResourceError(
-        f"stage {stage.name} ({stage.actors or 'driver'}) needs {resource}: {needed}, and the cluster has "
-        f"{cluster.get(resource, 0):g}; {remedy}, or use a larger cluster"
-    )
+    lack = _lacking(stage, cluster, copy_bytes)
+    if lack is not None:
+        remark = f"; {cluster.remark}" if cluster.remark else ""
+        raise ResourceError(
+            f"stage {stage.name} ({stage.actors or 'driver'}) needs {lack}, or use a larger cluster{remark}"
+        )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError
+from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.plan import StagePlan
 from rayrl.preflight.resources import beside, clustering_plan, fit_plan, require, serve_plan
@@ -18,13 +19,18 @@ REFRESHES = {
 }
 
 
-def plan_rlp_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[StagePlan, ...]:
+def plan_rlp_stages(config: RunConfig, cluster: Cluster, copy_bytes: int = 0) -> tuple[StagePlan, ...]:
     """The stages, in order. No fleet makes room for a training: whatever is up then is beside it.
+
+    Args:
+        config: the run.
+        cluster: what there is, and may be.
+        copy_bytes: memory of the policy's weights in an engine or worker; 0 is unknown, or not in the nodes' memory.
 
     Raises:
         ResourceError: a stage does not fit; names stage, resource, need and what there is.
     """
-    has_gpu = cluster.get("GPU", 0) > 0
+    has_gpu = cluster.most("GPU") > 0
     stages = []
     if config.sft.enabled:
         stages.append(fit_plan("sft", "M0 -> M1 on the seed data", "sft", config.sft, has_gpu))
@@ -34,7 +40,7 @@ def plan_rlp_stages(config: RunConfig, cluster: dict[str, float]) -> tuple[Stage
         StagePlan(name="report", what="HTML and JSON"),
     ]
     for stage in stages:
-        require(stage, cluster)
+        require(stage, cluster, copy_bytes)
     return tuple(stages)
 
 
@@ -117,7 +123,7 @@ def _ppo(name: str, what: str, config: RunConfig, has_gpu: bool) -> StagePlan:
     return beside(trainer, generators, *[embedders] * config.rewards_by_embedders)
 
 
-def check_transfer(config: RunConfig, cluster: dict[str, float]) -> None:
+def check_transfer(config: RunConfig, cluster: Cluster) -> None:
     """Refuse NCCL where it cannot be.
 
     Raises:
@@ -125,7 +131,7 @@ def check_transfer(config: RunConfig, cluster: dict[str, float]) -> None:
     """
     if config.ppo.weight_transfer != "nccl":
         return
-    if cluster.get("GPU", 0) == 0:
+    if cluster.most("GPU") == 0:
         raise ConfigError(
             'ppo.weight_transfer must be "auto" or "folder" on a cluster without GPUs, got "nccl"; leave it out'
         )

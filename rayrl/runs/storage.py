@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,21 @@ def sizes(url: str) -> dict[str, int]:
     root = path.strip("/")
     found: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
     return {name.strip("/")[len(root) + 1 :]: file["size"] for name, file in found.items()}
+
+
+def times(url: str) -> dict[str, float]:
+    """When every file in a folder and below was written, as Unix time, by its path in the folder."""
+    fs, path = locate(url)
+    root = path.strip("/")
+    found: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
+    written = {
+        name: file.get("mtime") or file.get("LastModified") or file.get("created") for name, file in found.items()
+    }
+    return {
+        name.strip("/")[len(root) + 1 :]: at.timestamp() if isinstance(at, datetime) else float(at)
+        for name, at in written.items()
+        if isinstance(at, datetime | float | int)
+    }
 
 
 def remove(url: str) -> None:

@@ -35,7 +35,9 @@ class Embedding:
     max_tokens: int
 
     def tokenizer(self) -> Any:
-        """The embedder's; a sentence-embedding model's need not know an end of sequence."""
+        """The embedder's; a sentence-embedding model's need not know an end of sequence. None where all is tokens."""
+        if self.select.embedder == "policy" and self.select.text != "judge_prompt":
+            return None
         from transformers import AutoTokenizer
 
         if self.select.embedder == "policy":

@@ -80,8 +80,9 @@ def fit_stage(
 
 @contextmanager
 def progress_of(run: Run, stage: str, total: int) -> Iterator[None]:
-    """A progress bar that follows the curve rank 0 writes."""
+    """A progress bar that follows the curve rank 0 writes; how long it will be is kept beside it for others to see."""
     url = storage.join(run.url, "metrics", f"{stage}.jsonl")
+    storage.write_json(storage.join(run.url, "metrics", f"{stage}.json"), {"num_steps": total})
     over = threading.Event()
     with progress_bars() as bars:
         bar = bars.add_task(stage, total=total)

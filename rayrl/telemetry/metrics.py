@@ -21,6 +21,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from rayrl.runs import storage
 from rayrl.telemetry import meters
 
+AT = "at"
+"""When a step was logged, as Unix time: for its rate, and no value of the curve."""
 REMOTE_FLUSH_S = 10.0
 """A remote run's (small) files are written again at most this often, and at the end."""
 
@@ -60,7 +62,9 @@ class MetricLog:
     def log(self, step: int, **values: Any) -> None:
         """Record all values of one step, once per step: numbers, or 0-d arrays and tensors."""
         numbers = {name: float(value) for name, value in values.items()}
-        row = {"step": step} | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        row = {"step": step, AT: round(time.time(), 3)} | {
+            name: x if math.isfinite(x) else None for name, x in numbers.items()
+        }
         line = json.dumps(row).encode() + b"\n"
         if self._local:
             with storage.refusing_full_disk(self.url):
@@ -104,6 +108,15 @@ def read_metrics(url: str) -> list[dict[str, Any]]:
 
     A line supersedes every earlier line whose step is not smaller. No file is an empty curve.
     """
+    return [{name: value for name, value in row.items() if name != AT} for row in _rows(url)]
+
+
+def read_times(url: str) -> dict[int, float]:
+    """When each step of a curve was logged, as Unix time; without those of before times were kept."""
+    return {row["step"]: row[AT] for row in _rows(url) if AT in row}
+
+
+def _rows(url: str) -> list[dict[str, Any]]:
     if not storage.exists(url):
         return []
     rows: list[dict[str, Any]] = []

@@ -4,28 +4,20 @@ Reads the config, the manifests, the timings and the ledger's counts, and change
 reached yet is None: a report can be made at any time, while the run goes on too.
 """
 
-import contextlib
-import logging
 import math
-import sqlite3
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from rayrl.errors import DataError, RunDirectoryError
-from rayrl.oracles.ledger_file import working_copy
 from rayrl.runs import storage
 from rayrl.telemetry.caveats import caveats
+from rayrl.telemetry.pace import pace
 from rayrl.telemetry.rlp_caveats import rlp_caveats
 from rayrl.telemetry.rlp_summary import rlp_controls, rlp_facts
 from rayrl.telemetry.rounds import num_rounds, round_folders, stages_by_round, titled
+from rayrl.telemetry.spending import spending
 from rayrl.telemetry.stages import STAGES, has_ready_pairs, left_out, nested, pipeline_of, reward_of
 from rayrl.telemetry.tables import read_parquet
-
-logger = logging.getLogger(__name__)
-
-COUNTS = ("spent", "scored", "abstained", "lost", "refunded")
 
 
 def summarize_run(run_dir: str) -> dict[str, Any]:
@@ -50,7 +42,9 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
     metrics = _metrics(manifests, pipeline, folders)
     absent = left_out(config)
     shown = {at: manifest for at, manifest in manifests.items() if manifest is not None or at[0] not in absent}
-    stages = [_stage(folders[n], stage, m) | {"stage": titled(stage, n)} for (stage, n), m in shown.items()]
+    stages = [
+        _stage(folders[n], stage, m, config, run_dir) | {"stage": titled(stage, n)} for (stage, n), m in shown.items()
+    ]
     inner = nested(config)
     outermost = [(m or {}).get("seconds", 0.0) for (stage, _), m in shown.items() if stage not in inner]
     facts = {
@@ -65,7 +59,7 @@ def summarize_run(run_dir: str) -> dict[str, Any]:
         "startup": _add_up(_read(run_dir, "timings.json") or []),
         "metrics": metrics,
         "rounds": rounds if num_rounds(config) > 1 else [],
-        "paid": _paid(config, rounds, _ledger(run_dir)),
+        "paid": _paid(config, rounds, spending(run_dir)),
     }
     if pipeline == "rlp":
         evaluated = read_parquet(storage.join(run_dir, "stages", "evaluate", "table"))
@@ -139,16 +133,18 @@ def _controls(config: dict[str, Any]) -> list[str]:
     return found
 
 
-def _stage(run_dir: str, stage: str, manifest: dict[str, Any] | None) -> dict[str, Any]:
+def _stage(
+    folder: str, stage: str, manifest: dict[str, Any] | None, config: dict[str, Any], run_dir: str
+) -> dict[str, Any]:
+    """A stage of the round in `folder`: what its manifest says; or whether it has begun, and how it goes."""
     if manifest is not None:
         kept = {name: manifest.get(name) for name in ("seconds", "num_rows", "summary", "finished_at")}
         return {"stage": stage, "state": "done"} | kept
-    fs, path = storage.locate(storage.join(run_dir, "stages", stage, "table"))
-    num_parts = len(fs.glob(f"{path}/part-*.parquet")) if fs.exists(path) else 0
-    folders = (stage, f"{stage}-0")  # the second is the first member of an ensemble
-    state = "started" if any(storage.exists(storage.join(run_dir, "stages", name)) for name in folders) else "not run"
-    summary = f"{num_parts} blocks written" if num_parts else None
-    return {"stage": stage, "state": state, "seconds": None, "num_rows": None, "summary": summary}
+    begun = (stage, f"{stage}-0")  # the second is the first member of an ensemble
+    state = "started" if any(storage.exists(storage.join(folder, "stages", name)) for name in begun) else "not run"
+    going = pace(folder, stage, config, run_dir) if state == "started" else None
+    summary = f"{going['done']} {going['unit']} done" if going else None
+    return {"stage": stage, "state": state, "seconds": None, "num_rows": None, "summary": summary, "pace": going}
 
 
 def _add_up(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,35 +155,6 @@ def _add_up(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
         total["num"] += 1
         total["seconds"] += timing["seconds"]
     return list(totals.values())
-
-
-def _ledger(run_dir: str) -> dict[str, dict[str, Any]]:
-    """What the ledger itself counts, by purpose; empty where it cannot be read."""
-    url = storage.join(run_dir, "ledger.sqlite")
-    if not storage.exists(url):
-        return {}
-    sql = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
-    try:
-        with _opened(url) as ledger:
-            rows = ledger.execute(sql).fetchall()
-    except sqlite3.DatabaseError as error:
-        logger.warning("%s cannot be read (%s): spending is shown as of the last finished stage", url, error)
-        return {}
-    counts: dict[str, dict[str, Any]] = {}
-    for purpose, state, num, usd in rows:
-        count = counts.setdefault(purpose, dict.fromkeys(COUNTS, 0))
-        count["in_flight" if state == "reserved" else state] = num
-        count["spent"] += num if state in ("scored", "abstained", "lost") else 0
-        count["cost_usd"] = count.get("cost_usd", 0.0) + usd
-    return counts
-
-
-@contextlib.contextmanager
-def _opened(url: str) -> Iterator[sqlite3.Connection]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(storage.locate(url)[1]) if storage.is_local(url) else working_copy(url, folder)
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as ledger:
-            yield ledger
 
 
 def _paid(config: dict[str, Any], rounds: list[dict[str, Any]], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def tell(fit_url: str) -> None:
 
 
 def _folders(fit_url: str) -> list[str]:
-    return [name for name in storage.children(fit_url) if name.startswith(PREFIX)]
+    return [name for name in storage.children(fit_url) if name.startswith(PREFIX) and name != SNAPSHOT]
 
 
 def _step(url: str) -> int | None:

@@ -1,18 +1,22 @@
 """One `fit()` of Ray Train around a training loop. The only importer of ray.train.
 
-A lost worker is Ray Train's to restart, and so is a lost driver: the same storage path continues the same fit.
+A lost worker is Ray Train's to restart, and so is a lost driver: the same storage path continues the same fit. Left to
+itself it would also wait for ever, a minute at a time, for room for its workers.
+
 From which checkpoint is for the workers to say (rayrl/training/checkpoints.py): Ray Train knows the last one it was
 told of, and not whether it can be read.
 """
 
 import logging
+import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,9 +26,10 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import TrainingConfig
-from rayrl.errors import RayRLError
+from rayrl.errors import RayRLError, StageTimeout
 from rayrl.runs.storage import is_local, join, locate, refusing_full_disk
 from rayrl.training import checkpoints
 
@@ -32,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 Stream = Callable[[int, int], "ray.data.Dataset"]
 """(rank, world size) -> the rows of that rank, in an order that never changes."""
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Ray Train's environment variable: seconds for which a fit, or a restart of its workers, waits for room."""
+START_TIMEOUT_S = 600.0
+"""Unless the environment says otherwise: as long as a fleet waits for its engines."""
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
 
@@ -59,12 +68,15 @@ def fit(
 
     Raises:
         RayRLError: a worker's own, DiskFull among them; the whole checkpoints are still there.
+        StageTimeout: there was no room for the workers in time; says what they take, and what there is.
     """
+    os.environ.setdefault(START_TIMEOUT, f"{START_TIMEOUT_S:g}")
     started = time.monotonic()
     url = join(storage, name)
     filesystem, path = _filesystem(storage)
     options = ray.data.ExecutionOptions(preserve_order=True)
-    trainer = TorchTrainer(
+    trainer = partial(
+        TorchTrainer,
         _run,
         train_loop_config={"loop": loop, "job": job, "fit_url": url},
         scaling_config=ScalingConfig(
@@ -77,23 +89,40 @@ def fit(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=training.max_failures),
+            failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),
         ),
         datasets={f"rank{r}": stream(r, training.num_workers) for r in range(training.num_workers)},
         dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
     )
-    metrics = _fitted(trainer, url)
+    try:
+        metrics = _fitted(trainer, url, training.max_failures)
+    except WorkerGroupStartupTimeoutError:
+        has, free = ray.cluster_resources(), ray.available_resources()
+        raise StageTimeout(no_room(name, training.num_workers, on_gpu, has, free)) from None
     logger.debug("fit in %s took %.1f s", storage, time.monotonic() - started)
     return metrics
 
 
-def _fitted(trainer: TorchTrainer, url: str) -> dict[str, Any]:
+def no_room(name: str, num_workers: int, on_gpu: bool, has: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """What a fit's workers waited for, given what the cluster has and what of it is free."""
+    resource = "GPU" if on_gpu else "CPU"
+    return (
+        f"{name}: waited {float(os.environ[START_TIMEOUT]):.0f} s for room for {num_workers} training worker(s); each "
+        f"takes 1 {resource}; the cluster has {has.get(resource, 0):g} {resource}, and {free.get(resource, 0):g} free "
+        "now; the same command continues once there is room, with a smaller fleet or a larger cluster; "
+        f"{START_TIMEOUT} waits longer"
+    )
+
+
+def _fitted(trainer: Callable[[], TorchTrainer], url: str, max_failures: int) -> dict[str, Any]:
     """Run it; before and after, the folder of its checkpoints is tidied. What a worker refused reaches the user."""
     checkpoints.tidy(url)
     try:
-        result = trainer.fit()
-    except ray.train.ControllerError:  # it writes Ray Train's list of checkpoints
+        result = _ended(trainer, max_failures)
+    except ray.train.ControllerError as error:  # it writes Ray Train's list of checkpoints
+        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise error.controller_failure from None
         with refusing_full_disk(url):
             raise
     except ray.train.WorkerGroupError as error:
@@ -105,6 +134,22 @@ def _fitted(trainer: TorchTrainer, url: str) -> dict[str, Any]:
     if result.error is not None:
         raise result.error
     return dict(result.metrics or {})
+
+
+def _ended(trainer: Callable[[], TorchTrainer], max_failures: int) -> Any:
+    """Run it to its end; again, if its workers were lost while they started.
+
+    Ray Train has one limit for that and for workers that find no room, which must not be waited for again.
+    """
+    for num_failures in range(max_failures + 1):
+        try:
+            return trainer().fit()
+        except ray.train.ControllerError as error:
+            is_lost = isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+            if not is_lost or num_failures == max_failures:
+                raise
+            logger.warning("the training workers were lost while they started; they are started again: %s", error)
+    raise AssertionError("a fit ends or raises")
 
 
 def _filesystem(url: str) -> tuple[FileSystem | None, str]:

@@ -50,6 +50,7 @@ import ray
 from rayrl.actors.fleet import start_replicas
 from rayrl.actors.replicas import Replicas
 from rayrl.algorithms.scaling import ScaleRule
+from rayrl.preflight import find_cluster
 from tests.actors.test_scaling import Sleeper
 
 ray.init(sys.argv[1], namespace="rayrl", log_to_driver=False)
@@ -70,7 +71,8 @@ def until(condition):
     return condition()
 
 
-seen = {"at first": num_nodes()}
+found = find_cluster()
+seen = {"has and may get": [found.has("CPU"), found.most("CPU")], "at first": num_nodes()}
 replicas = Replicas(replica=Sleeper, spec="", options={"num_cpus": 1, "max_concurrency": 10})
 fleet = start_replicas("f", replicas, 1, rule=ScaleRule(least=1, most=2, queue_s=1.0, idle_s=10.0))
 fleet.wait_ready(120)
@@ -122,11 +124,13 @@ def cluster(tmp_path):
 
 @pytest.mark.slow
 def test_demand_brings_nodes_and_idle_ones_go(cluster, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": cluster}
+    environment |= {"RAYRL_AUTOSCALING_CONFIG": str(tmp_path / "autoscaling.json")}
     command = [sys.executable, "-c", DRIVER, cluster]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:] + (tmp_path / "head.log").read_text()[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {
+        "has and may get": [0.0, 2.0],
         "at first": 1,
         "with a replica": 2,
         "asked": list(range(20)),

@@ -185,10 +185,11 @@ def test_absolute(tmp_path, monkeypatch):
 
 
 def test_files_are_listed_and_removed(base):
-    assert storage.children(base) == [] and storage.sizes(base) == {}
+    assert storage.children(base) == [] and storage.sizes(base) == storage.times(base) == {}
     fill(base)
     assert storage.children(base) == ["config.json", "deep"]
     assert storage.sizes(base)["deep/weights.bin"] == 7
+    assert abs(storage.times(base)["deep/weights.bin"] - time.time()) < 100
     storage.remove(storage.join(base, "config.json"))
     storage.remove(storage.join(base, "config.json"))
     assert not storage.exists(storage.join(base, "config.json"))

@@ -7,7 +7,7 @@ import pyarrow as pa
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import PreferencePair, Response, Sampled, from_table, to_table
-from rayrl.stages.pseudo_label import Labelling, pairs_of
+from rayrl.stages.labelling import Labelling, pairs_of
 from rayrl.stages.synthetic_pairs import BlockRewards, SyntheticPairs
 
 BEST_WORST = PseudoLabelConfig()

@@ -119,7 +119,7 @@ def test_a_run_that_just_began(tmp_path):
     facts = summarize_run(str(tmp_path))
     states = {stage["stage"]: (stage["state"], stage["summary"]) for stage in facts["stages"]}
     assert states["sft"] == ("not run", None)
-    assert states["generate"] == ("started", "1 blocks written")
+    assert states["generate"] == ("started", "1 blocks done")
     assert facts["paid"]["label"] == {"budget": 8}
     assert gain(facts) is None
 
