@@ -23,7 +23,7 @@ import pyarrow as pa
 import ray
 from hardware import hardware
 
-from rayrl.actors.engine import CPU_BATCHED_TOKENS, EngineSpec, environment
+from rayrl.actors.engine_start import CPU_BATCHED_TOKENS, EngineSpec, environment
 from rayrl.actors.fleet import Fleet, start_fleet
 from rayrl.actors.generator import Generator, Sampling
 from rayrl.config import EngineConfig, GenerateConfig, PolicyConfig

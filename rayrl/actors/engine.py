@@ -15,13 +15,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrl.actors.engine_start import EngineSpec, start_engine
 from rayrl.actors.weight_folder import PROBE_FILE, until_there, with_tied_head
-from rayrl.config import EngineConfig
-from rayrl.errors import WeightSyncError
+from rayrl.errors import StageTimeout, WeightSyncError
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
 from rayrl.telemetry import meters, prometheus
@@ -33,85 +32,8 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 LOADING = "loading "
 """Before the version of a replica that is between two."""
-CPU_BATCHED_TOKENS = 8192
-"""Tokens of one forward pass of a CPU engine; a context longer than this raises it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSpec:
-    """What an engine is started with. The kind (`runner`) never changes during its life."""
-
-    checkpoint: Checkpoint
-    config: EngineConfig
-    dtype: str
-    max_model_len: int | None
-    trust_remote_code: bool
-    on_gpu: bool
-    pooling: str | None = None
-    """None is a generation engine; "mean" or "last" an embedding engine."""
-    weight_transfer: str | None = None
-    """vLLM's engine by which a trainer can send weights; None leaves the folder."""
-
-
-def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
-    """Environment of an engine's process.
-
-    On CPU: threads set, and the model inside the core's process; vLLM's own worker process binds threads, and two bound
-    engines share core 0.
-    """
-    variables = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not on_gpu:
-        variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return variables
-
-
-def start_engine(spec: EngineSpec, name: str) -> Any:
-    """Start an `AsyncLLM`. Takes 10-30 s.
-
-    Args:
-        spec: what it is started with.
-        name: what vLLM's metrics call it (`model_name`): its fleet; empty is the model's path.
-    """
-    from vllm import AsyncEngineArgs
-    from vllm.config import PoolerConfig, WeightTransferConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments: dict[str, Any] = {
-        "model": local_folder(spec.checkpoint.path),
-        "dtype": spec.dtype,
-        "max_model_len": spec.max_model_len,
-        "max_num_seqs": spec.config.max_num_seqs,
-        "tensor_parallel_size": spec.config.tensor_parallel_size,
-        "pipeline_parallel_size": spec.config.pipeline_parallel_size,
-        "trust_remote_code": spec.trust_remote_code,
-        "seed": 0,
-        "disable_log_stats": True,  # vLLM's log lines; what they say is among the metrics
-        "served_model_name": name or None,
-    }
-    if spec.on_gpu:
-        arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
-        if spec.config.num_ranks > 1:
-            # In a placement group vLLM would start Ray actors of its own; this one holds all of the group's GPUs.
-            arguments["distributed_executor_backend"] = "mp"
-    else:
-        # A prefill in chunks would rewind a seeded request's generator, which torch's CPU generator cannot do.
-        arguments |= {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": spec.config.kv_cache_mb << 20,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, spec.max_model_len or 0),
-        }
-    if spec.weight_transfer is not None:
-        arguments["weight_transfer_config"] = WeightTransferConfig(backend=spec.weight_transfer)
-    if spec.pooling is not None:
-        pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
-        arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
-    loggers: list[Any] = []
-    if prometheus.connected():
-        from rayrl.actors.engine_stats import EngineStats
-
-        loggers = [EngineStats]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)), stat_loggers=loggers)
+CORE_S = 90.0
+"""For an answer of vLLM's core, which gives one between two steps."""
 
 
 class ServedEngine:
@@ -131,6 +53,7 @@ class ServedEngine:
         self._show_serving()
         self.swaps_s: list[float] = []
         self._num_received = 0
+        self._is_core_taken = False
         self._running = 0
         self._idle = asyncio.Condition()
         self._swap = asyncio.Lock()
@@ -140,8 +63,19 @@ class ServedEngine:
         raise NotImplementedError
 
     async def status(self) -> dict[str, Any]:
-        """Version, start-up, swaps and how many came without a folder of this replica; also the health check."""
+        """Version, start-up, swaps and how many came without a folder of this replica; also the health check.
+
+        Raises:
+            StageTimeout: vLLM's core does not answer, and it is no swap that keeps it.
+        """
         await self.engine.check_health()
+        try:
+            if not self._is_core_taken:
+                async with asyncio.timeout(CORE_S):
+                    await self.engine.is_sleeping()  # asked for the answer's sake: it comes from the core's process
+        except TimeoutError:
+            if not self._is_core_taken:
+                raise StageTimeout(f"the engine's core has not answered for {CORE_S:.0f} s") from None
         return {
             "version": self.version,
             "start_s": self.start_s,
@@ -192,7 +126,7 @@ class ServedEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         async with self._swap:
-            with or_die("joining a transfer group"):
+            with self._or_die("joining a transfer group"):
                 async with asyncio.timeout(timeout_s):
                     await self.engine.shutdown_weight_transfer_engine()
                     await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
@@ -216,7 +150,7 @@ class ServedEngine:
         async with self._swap:
             if not in_flight:
                 await self._until_idle()
-            with or_die(f"receiving {checkpoint.version}"):
+            with self._or_die(f"receiving {checkpoint.version}"):
                 await self._replace(checkpoint, probe, load)
         self._num_received += 1
 
@@ -225,8 +159,24 @@ class ServedEngine:
             await self._idle.wait_for(lambda: self._running == 0)
 
     async def _swap_or_die(self, checkpoint: Checkpoint) -> None:
-        with or_die(f"loading {checkpoint.version}"):
+        with self._or_die(f"loading {checkpoint.version}"):
             await self.swap(checkpoint)
+
+    @contextmanager
+    def _or_die(self, doing: str) -> Iterator[None]:
+        """Around what takes vLLM's core for long, and may leave half of the weights in it, or it in a broken group: a
+        replica that fails there ends, and Ray starts another.
+        """
+        self._is_core_taken = True
+        try:
+            yield
+        except WeightSyncError:
+            raise  # `_replace` ends this replica, once the error has left
+        except Exception:
+            logger.exception("%s failed; this replica ends, and Ray starts another", doing)
+            os._exit(1)
+        finally:
+            self._is_core_taken = False
 
     async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
         """Load a folder in place and prove it. A replica that fails dies: half-loaded weights must not speak.
@@ -236,12 +186,12 @@ class ServedEngine:
         """
         if self.spec.weight_transfer is not None:
             await until_there(checkpoint.path)
-        folder = Path(local_folder(checkpoint.path))
+        folder = Path(await asyncio.to_thread(local_folder, checkpoint.path))
         probe = json.loads((folder / PROBE_FILE).read_text()) if (folder / PROBE_FILE).exists() else None
 
         async def load() -> None:
             with tempfile.TemporaryDirectory() as scratch:
-                weights = with_tied_head(folder, Path(scratch))
+                weights = await asyncio.to_thread(with_tied_head, folder, Path(scratch))
                 await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
 
         await self._replace(checkpoint, probe, load, reset_cache=reset_cache)
@@ -280,15 +230,3 @@ class ServedEngine:
     def _show_serving(self) -> None:
         meters.show_state("serving", self.labels)
         meters.show_weights(self.version, self.labels)
-
-
-@contextmanager
-def or_die(doing: str) -> Iterator[None]:
-    """A replica that fails may hold half of the weights, or wait in a broken group: it ends, and Ray starts another."""
-    try:
-        yield
-    except WeightSyncError:
-        raise  # `_replace` ends this replica, once the error has left
-    except Exception:
-        logger.exception("%s failed; this replica ends, and Ray starts another", doing)
-        os._exit(1)

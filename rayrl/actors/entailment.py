@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens, padding included, of one forward pass."""
+
+MAX_CONCURRENCY = 10
+"""Calls that a replica has at once. They are read one after the other, while it says how it is."""
 
 Pair = tuple[str, str]
 """(premise, hypothesis)"""
@@ -58,6 +62,7 @@ class EntailmentModel:
         import torch
 
         started = time.monotonic()
+        self._turn = threading.Lock()
         self.labels = prometheus.replica()
         meters.RESTARTS.add(prometheus.was_restarted(), **self.labels)
         meters.show_state("starting", self.labels)
@@ -83,7 +88,8 @@ class EntailmentModel:
     def classify(self, pairs: Sequence[Pair]) -> Entailments:
         """A label per pair. Each distinct pair is read once, and two equal texts entail each other unread."""
         distinct = {pair: n for n, pair in enumerate(dict.fromkeys(p for p in pairs if p[0] != p[1]))}
-        labels, truncated = self._read(list(distinct))
+        with self._turn:
+            labels, truncated = self._read(list(distinct))
         meters.ENTAILED.add(len(distinct), **self.labels)
         which = np.array([distinct.get(pair, -1) for pair in pairs], np.int64)
         asked = np.zeros(len(pairs), bool)
@@ -127,5 +133,6 @@ def start_entailment(name: str, spec: EntailmentSpec, *, num_replicas: int, num_
     """
     label_order(spec.path)
     variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-    options = {"num_gpus": num_gpus if spec.on_gpu else 0, "runtime_env": {"env_vars": variables}}
+    options: dict[str, Any] = {"num_gpus": num_gpus if spec.on_gpu else 0, "runtime_env": {"env_vars": variables}}
+    options["max_concurrency"] = MAX_CONCURRENCY
     return start_replicas(name, Replicas(replica=EntailmentModel, spec=spec, options=options), num_replicas)

@@ -14,7 +14,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrl.actors.engine import EngineSpec, ServedEngine, environment
+from rayrl.actors.engine import EngineSpec, ServedEngine
+from rayrl.actors.engine_start import environment
 from rayrl.actors.replicas import Replicas
 from rayrl.actors.router import LEASE_S, WAIT_S, FleetState, Lease, Outcome, Router
 from rayrl.algorithms.scaling import CALLS_PER_REPLICA, ScaleRule

@@ -5,12 +5,10 @@ AWS config files, or the machine's role, in every process anew.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,18 +20,14 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from rayrl.errors import DiskFull, StageTimeout
+from rayrl.errors import DiskFull
 from rayrl.records import content_id
+from rayrl.runs.machine_cache import fetch_once
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, no quota, or a file larger than the system allows."""
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "memory"})
 """They have no folders to make, and publish an object only when it is complete."""
-
-NUM_CACHED = 4
-"""Remote models of one folder that a machine keeps: those last used."""
-FETCH_S = 3600.0
-"""For how long a process waits for another one that fetches a model."""
 
 
 def locate(url: str) -> tuple[AbstractFileSystem, str]:
@@ -185,54 +179,9 @@ def local_folder(url: str) -> str:
     files = fs.find(path, detail=True)  # sizes, times, tags: a run made again has other weights at the same place
     caches = Path(tempfile.gettempdir()) / "rayrl-models" / content_id(url.rstrip("/").rpartition("/")[0])
     cache = caches / content_id(url, *(f"{n} {files[n]}" for n in sorted(files)))
-    if not _used(cache):
-        with _alone(caches, url):
-            if not _used(cache):  # no other process fetched it meanwhile
-                _fetch(fs, path, cache)
+    with refusing_full_disk(str(cache)):
+        fetch_once(cache, lambda folder: fs.get(path, folder, recursive=True))
     return str(cache)
-
-
-def _used(cache: Path) -> bool:
-    """Note that a cached model was used just now; whether it is there."""
-    try:
-        os.utime(cache)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-@contextmanager
-def _alone(caches: Path, url: str) -> Iterator[None]:
-    """Let no other process of this machine fetch a model of this folder, or remove one; ends with the process too."""
-    caches.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + FETCH_S
-    with open(f"{caches}.lock", "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StageTimeout(
-                        f"{url}: waited {FETCH_S:.0f} s for another process of this machine that holds {lock.name}"
-                    ) from None
-                time.sleep(0.2)
-        yield
-
-
-def _fetch(fs: AbstractFileSystem, path: str, cache: Path) -> None:
-    """Fetch a model whole or not at all, and remove those used longest ago: PPO sends one after every update."""
-    unfinished = Path(f"{cache.parent}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    try:
-        with refusing_full_disk(str(cache)):
-            fs.get(path, str(unfinished), recursive=True)
-        unfinished.rename(cache)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    _used(cache)  # a large file is written for long after its folder
-    for old in sorted(cache.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-NUM_CACHED]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

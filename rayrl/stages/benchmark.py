@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from rayrl.actors.engine import environment
+from rayrl.actors.engine_start import environment
 from rayrl.actors.services import Services
 from rayrl.errors import ConfigError
 from rayrl.records import Checkpoint

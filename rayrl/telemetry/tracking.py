@@ -152,7 +152,7 @@ def curves(run_url: str) -> list[tuple[str, str]]:
             parts = str(file).split("/")
             stage = parts[-1].removesuffix(".jsonl")
             name = f"{stage}-{parts[-3]}" if pattern.startswith("rounds") else stage
-            found.append((name, fs.unstrip_protocol(file)))
+            found.append((name, fs.unstrip_protocol(str(file))))
     return found
 
 

@@ -18,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from rayrl.errors import DiskFull
 from rayrl.runs import storage
+from rayrl.runs.machine_cache import NUM_CACHED
 from tests.s3_server import new_bucket, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -112,13 +113,13 @@ def test_local_folder_reads_what_is_there_now(base):
 def test_a_machine_keeps_the_few_models_it_used_last(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     weights = f"{bucket}/{uuid.uuid4().hex}/weights"
-    for step in range(storage.NUM_CACHED + 2):
+    for step in range(NUM_CACHED + 2):
         storage.write_bytes(f"{weights}/{step}/model.bin", bytes(step + 1))
         folder = storage.local_folder(f"{weights}/{step}")
         os.utime(folder, (step, step))
         assert Path(folder, "model.bin").stat().st_size == step + 1
     kept = sorted(file.stat().st_size for file in tmp_path.rglob("model.bin"))
-    assert kept == list(range(3, storage.NUM_CACHED + 3))
+    assert kept == list(range(3, NUM_CACHED + 3))
     assert Path(storage.local_folder(f"{weights}/0"), "model.bin").stat().st_size == 1, "fetched again"
 
 
@@ -152,10 +153,10 @@ def test_a_machine_fetches_a_model_once_whoever_asks_for_it(fetched):
 
 def test_the_model_that_was_just_fetched_is_not_the_one_that_goes(fetched, tmp_path):
     url = f"memory://{uuid.uuid4().hex}"
-    for n in range(storage.NUM_CACHED + 1):
+    for n in range(NUM_CACHED + 1):
         fill(f"{url}/{n}")
         assert Path(storage.local_folder(f"{url}/{n}"), "config.json").exists()
-    assert len(list(tmp_path.rglob("config.json"))) == storage.NUM_CACHED
+    assert len(list(tmp_path.rglob("config.json"))) == NUM_CACHED
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
