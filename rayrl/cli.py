@@ -24,7 +24,6 @@ app = typer.Typer(
 )
 RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
 LiveRun = Annotated[str, typer.Argument(help="The name or the directory of a run that goes on.")]
-CALL_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 120.0
 
 
@@ -120,12 +119,11 @@ def scale(
 
     parsed = parse_sizes(sizes or [])
     control = _control(run)
-    import ray
+    from rayrl.actors.control import ask
 
     if parsed:
-        ray.get(control.scale.remote(parsed), timeout=CALL_TIMEOUT_S)
-    states: Any = ray.get(control.states.remote(), timeout=CALL_TIMEOUT_S)
-    Console().print(fleet_table(states))
+        ask(control, "scale", parsed)
+    Console().print(fleet_table(ask(control, "states")))
 
 
 @app.command()
@@ -133,20 +131,24 @@ def stop(run: LiveRun) -> None:
     """End a run. Nothing it has paid for is lost, and the same command continues it."""
     control = _control(run)
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
     from rayrl.errors import StageTimeout
 
-    ray.get(control.stop.remote(), timeout=CALL_TIMEOUT_S)
-    try:
-        ray.get(control.forever.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
-    except RayActorError:  # the last thing a run does is to end its control
-        Console().print(Text(f"{run} has ended; the command that started it continues it"), soft_wrap=True)
-    except GetTimeoutError:
-        raise StageTimeout(
-            f"{run} was told to stop and has not ended within {STOP_TIMEOUT_S:.0f} s; `ray job stop` or killing its "
-            "driver ends it at once"
-        ) from None
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while True:
+        told = control.stop.options(max_task_retries=0).remote()
+        try:
+            ray.get(told, timeout=max(0.0, deadline - time.monotonic()))
+        except ActorUnavailableError:  # Ray starts it again, and it is told again
+            continue
+        except ActorDiedError:  # the last thing a run does is to end its control
+            return Console().print(Text(f"{run} has ended; the command that started it continues it"), soft_wrap=True)
+        except GetTimeoutError:
+            raise StageTimeout(
+                f"{run} was told to stop and has not ended within {STOP_TIMEOUT_S:.0f} s; `ray job stop` or killing "
+                "its driver ends it at once"
+            ) from None
 
 
 def going(pace: dict[str, Any], now: float) -> str:
@@ -176,14 +178,14 @@ def fleet_table(states: list[dict[str, Any]]) -> Table:
 
 def _replicas(run: str) -> Table | Text:
     """The fleets of a run that is alive in the cluster; else why they cannot be shown, which is no reason to fail."""
-    import ray
     from ray.exceptions import RayError
 
+    from rayrl.actors.control import ask
+
     try:
-        states: Any = ray.get(_control(run).states.remote(), timeout=CALL_TIMEOUT_S)
+        return fleet_table(ask(_control(run), "states"))
     except (RayRLError, RayError) as error:
         return Text(f"replicas: {error}", style="dim")
-    return fleet_table(states)
 
 
 def _control(run: str) -> Any:
@@ -202,7 +204,7 @@ def _control(run: str) -> Any:
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError) as error:
             raise ResourceError(
                 f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or submit this command to "
                 "it with `ray job submit -- rayrl ...`"

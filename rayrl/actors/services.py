@@ -3,11 +3,11 @@
 import dataclasses
 import logging
 import time
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from rayrl.actors.control import Driver
 from rayrl.actors.embedder import Embedder
 from rayrl.actors.engine import EngineSpec, ServedEngine
 from rayrl.actors.entailment import EntailmentSpec, start_entailment
@@ -32,10 +32,12 @@ class Services:
         mode: "overlap" or "alternate".
         reference: "generation" or "pass".
         on_gpu: whether engines and training take GPUs, which may be still to come; None is whether there are any now.
-        control: the run's `Control` actor, through which the fleets are resized by hand; None is nobody's hand.
+        control: the driver's end of the control, by which the fleets are resized by hand; None is nobody's hand.
     """
 
-    def __init__(self, run: Run, *, mode: str, reference: str, on_gpu: bool | None = None, control: Any = None):
+    def __init__(
+        self, run: Run, *, mode: str, reference: str, on_gpu: bool | None = None, control: Driver | None = None
+    ):
         self.run = run
         self._control = control
         self.mode = mode
@@ -160,7 +162,7 @@ class Services:
     def _shown(self, role: str, fleet: Fleet) -> Fleet:
         """Let an operator see the fleet, and give it the size that was asked for by hand before it was up."""
         if self._control is not None:
-            ray.get(self._control.show.remote(role, fleet.name, fleet.router))
+            self._control.show(role, fleet.name, fleet.router)
         return fleet
 
 

@@ -4,14 +4,13 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import ray
 import ray.data
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
-from rayrl.actors.control import start_control
+from rayrl.actors.control import Driver, start_control
 from rayrl.actors.oracle_pool import start_oracle_pool
 from rayrl.actors.services import Services
 from rayrl.config import RunConfig
@@ -43,7 +42,8 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         ends.callback(meters.RUN.forget)
         control = start_control(config.name, evaluators="embedders" if scalar else "generators")
         ends.callback(ray.kill, control)  # last: a run is alive as long as its control is
-        interrupt_when_stopped(control)
+        driver = Driver(control)
+        interrupt_when_stopped(driver)
         oracle = start_oracle_pool(
             config.name,
             config.oracle,
@@ -52,8 +52,8 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
             budgets=budgets,
         )
         ends.callback(ray.kill, oracle)
-        ray.get(control.show.remote("oracle", "oracle", oracle))
-        services = Services(run, mode=plan.mode, reference=plan.reference, on_gpu=plan.on_gpu, control=control)
+        driver.show("oracle", "oracle", oracle)
+        services = Services(run, mode=plan.mode, reference=plan.reference, on_gpu=plan.on_gpu, control=driver)
         ends.callback(services.stop)
         ends.enter_context(tracked(run))
         pipeline(run, services, oracle)
@@ -62,22 +62,21 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
     return storage.join(run.url, "report.html")
 
 
-def interrupt_when_stopped(control: ActorHandle) -> None:
+def interrupt_when_stopped(driver: Driver) -> None:
     """Raise KeyboardInterrupt once an operator ends the run, if this is the main thread, which alone may be told.
 
     By SIGUSR1: what Ray Train does on SIGINT ends the process with exit code 0, as if the run had finished.
     """
-    driver = threading.current_thread()
-    if driver is not threading.main_thread():
+    main = threading.current_thread()
+    if main is not threading.main_thread():
         return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     def wait() -> None:
-        with suppress(RayError):  # the run is over, and its control gone
-            ray.get(control.stopped.options(max_task_retries=0).remote())
-            signal.pthread_kill(driver.ident or 0, signal.SIGUSR1)
+        if driver.follow():
+            signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, interrupt)
     threading.Thread(target=wait, name="stop", daemon=True).start()
