@@ -5,8 +5,10 @@ import asyncio
 import pytest
 from ray.exceptions import ActorDiedError
 
+from rayrl.actors import control as controls
 from rayrl.actors.control import Control
 from rayrl.config.sizes import Size
+from rayrl.errors import StageTimeout
 
 
 class Call:
@@ -80,13 +82,57 @@ def test_what_was_released_is_left_out_and_other_errors_are_not():
     asyncio.run(scenario())
 
 
-def test_the_driver_hears_of_a_stop():
+def test_the_driver_hears_of_a_stop_and_who_asked_for_it_hears_nothing():
     async def scenario():
         control = Control("generators")
-        driver = asyncio.create_task(control.stopped())
+        driver = asyncio.create_task(control.follow({}, {}))
         await asyncio.sleep(0)
         assert not driver.done()
-        control.stop()
-        await asyncio.wait_for(driver, 5)
+        operator = asyncio.create_task(control.stop())
+        assert await asyncio.wait_for(driver, 5) is None
+        assert await asyncio.wait_for(control.follow({}, {}), 5) is None
+        assert not operator.done()
+        operator.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_control_that_was_started_again_has_what_the_driver_tells_it(monkeypatch):
+    monkeypatch.setattr(controls, "FOLLOW_S", 0.01)
+    generators, embedders, again = Shown("generators"), Shown("embedders"), Shown("embedders")
+
+    async def scenario():
+        shown = {"generators": ("generators", generators), "embedders": ("embedders", embedders)}
+        control = Control("embedders")
+        await control.show("embedders", "embedders", embedders)
+        await control.scale({"evaluators": size(3)})
+        sizes = await control.follow(shown, {})
+        assert sizes == {"embedders": size(3)}
+        control = Control("embedders")
+        assert await control.follow(shown, sizes) == sizes
+        assert [state["name"] for state in await control.states()] == ["generators", "embedders"]
+        await control.show("embedders", "embedders", again)
+        await control.scale({"embedders": size(5)})
+        assert await control.follow(shown, sizes) == {"embedders": size(5)}, "the operator's last word"
+
+    asyncio.run(scenario())
+    assert generators.sizes == [] and again.sizes == [(3, 3), (5, 5)]
+    assert embedders.sizes[-1] == (5, 5) and (3, 3) in embedders.sizes, "told again: a router may have lost it"
+
+
+def test_a_router_that_says_nothing_is_named_and_keeps_no_driver_waiting(monkeypatch):
+    monkeypatch.setattr(controls, "FOLLOW_S", 0.01)
+    monkeypatch.setattr(controls, "_ANSWER_S", 0.05)
+
+    class Hung(Shown):
+        async def _state(self):
+            await asyncio.sleep(60)
+
+    async def scenario():
+        control = Control("generators")
+        hung = {"fleet": ("generators", Hung("fleet"))}
+        assert await asyncio.wait_for(control.follow(hung, {"generators": size(2)}), 5) == {"generators": size(2)}
+        with pytest.raises(StageTimeout, match="fleet has not answered"):
+            await asyncio.wait_for(control.states(), 5)
 
     asyncio.run(scenario())
