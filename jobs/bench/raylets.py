@@ -171,6 +171,7 @@ class Raylets:
 
     def _start(self, *arguments: str) -> psutil.Popen:
         command = [*RAY, "start", "--block", "--disable-usage-stats", *arguments]
+        command += [f"--dashboard-agent-listen-port={free_port()}"]  # through the head's, jobs come
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as output:
             node = psutil.Popen(
                 command, env=self.environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
