@@ -115,7 +115,9 @@ class Raylets:
 
     def add(self) -> psutil.Popen:
         """One more worker node; returns when its raylet has joined."""
-        node = self._start(f"--address={self.address}", f"--num-cpus={self._num_cpus}")
+        # A folder of its own, as on a machine of its own: in a shared one a node removes what a job's driver runs in.
+        temporary = f"--temp-dir={self._temporary}/{len(list(Path(self._temporary).iterdir()))}"
+        node = self._start(f"--address={self.address}", f"--num-cpus={self._num_cpus}", temporary)
         said = self.folder / f"node-{node.pid}.log"
         until(lambda: "Ray runtime started" in said.read_text(), START_S, f"a node to join; {said} is its output")
         return node
@@ -169,6 +171,7 @@ class Raylets:
 
     def _start(self, *arguments: str) -> psutil.Popen:
         command = [*RAY, "start", "--block", "--disable-usage-stats", *arguments]
+        command += [f"--dashboard-agent-listen-port={free_port()}"]  # through the head's, jobs come
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as output:
             node = psutil.Popen(
                 command, env=self.environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True

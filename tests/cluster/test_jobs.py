@@ -57,7 +57,7 @@ def logs(cluster, name):
 
 
 def status(cluster, name):
-    said, _ = cluster.ray("job", "status", name)
+    said = cluster.ray("job", "status", name)[0].upper()
     return next((word for word in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING") if word in said), said)
 
 
@@ -81,7 +81,8 @@ def test_a_stopped_job_leaves_nothing_and_the_same_command_goes_on(cluster, tmp_
     folder = tmp_path / "run"
     submit(cluster, "first", f"run_dir={folder}")
     generated = folder / "stages" / "generate" / "manifest.json"
-    until(generated.exists, RUN_S, "the first job's generation")
+    until(lambda: generated.exists() or status(cluster, "first") == "FAILED", RUN_S, "the first job's generation")
+    assert generated.exists(), logs(cluster, "first")
     assert status(cluster, "first") == "RUNNING" and {"Generator", "OraclePool", "Router"} <= set(alive(cluster))
     said, code = cluster.ray("job", "stop", "first")
     assert code == 0, said
