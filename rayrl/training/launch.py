@@ -41,6 +41,9 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Ray Train's environment variable: seconds for which a fit, or a restart of its workers, waits for room."""
 START_TIMEOUT_S = 600.0
 """Unless the environment says otherwise: as long as a fleet waits for its engines."""
+POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+POLL_S = 0.5
+"""Between two looks of Ray Train's controller at its workers. Each checkpoint waits for one, and so does the end."""
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
 
@@ -71,6 +74,7 @@ def fit(
         StageTimeout: there was no room for the workers in time; says what they take, and what there is.
     """
     os.environ.setdefault(START_TIMEOUT, f"{START_TIMEOUT_S:g}")
+    os.environ.setdefault(POLL, f"{POLL_S:g}")
     started = time.monotonic()
     url = join(storage, name)
     filesystem, path = _filesystem(storage)
