@@ -37,7 +37,9 @@ def parts(drive: Drive) -> int:
 
 
 def ready(router: Any) -> int:
-    return ray.get(router.state.remote(), timeout=WAIT_S)["ready"]
+    """Replicas that are."""
+    state: Any = ray.get(router.state.remote(), timeout=WAIT_S)
+    return state["ready"]
 
 
 def replica(drive: Drive) -> tuple[float, float]:

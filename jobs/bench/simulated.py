@@ -96,6 +96,14 @@ class SimulatedEngine:
         self.version = checkpoint.version
         self.swaps_s.append(self._swap_s)
 
+    async def join(self, init_info: dict[str, Any], timeout_s: float) -> None:
+        raise NotImplementedError("simulated engines take their weights by name")
+
+    async def receive(
+        self, checkpoint: Checkpoint, probe: dict[str, Any], update_info: Any, in_flight: bool, timeout_s: float
+    ) -> None:
+        raise NotImplementedError("simulated engines take their weights by name")
+
     async def probe(self, expected: dict[str, Any], checkpoint: Checkpoint) -> float:
         return 0.0
 
