@@ -122,6 +122,7 @@ class Driver:
                     self._control.follow.remote(dict(self._shown), self._sizes), timeout=FOLLOW_S + ASK_S
                 )
             except (ActorUnavailableError, GetTimeoutError):
+                time.sleep(1.0)
                 continue
             except RayError:  # its last act was to end its control
                 return False
