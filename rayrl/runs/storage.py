@@ -118,7 +118,8 @@ def _free(url: str) -> str:
 
 def _is_full(error: Exception) -> bool:
     """Libraries like torch write files outside of Python, and say in words what errno would say."""
-    words = ("PytorchStreamWriter failed writing", "No space left on device", "File too large", "Disk quota exceeded")
+    words = ("No space left on device", "File too large", "Disk quota exceeded")
+    words += ("PytorchStreamWriter failed writing", "iostream error", "inline_container")
     return getattr(error, "errno", None) in FULL or any(part in str(error) for part in words)
 
 

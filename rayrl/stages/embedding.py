@@ -34,10 +34,13 @@ class Embedding:
     numbering: Numbering
     max_tokens: int
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the selection needs a tokenizer; else all it sees is tokens already."""
+        return self.select.embedder != "policy" or self.select.text == "judge_prompt"
+
     def tokenizer(self) -> Any:
-        """The embedder's; a sentence-embedding model's need not know an end of sequence. None where all is tokens."""
-        if self.select.embedder == "policy" and self.select.text != "judge_prompt":
-            return None
+        """The embedder's; a sentence-embedding model's need not know an end of sequence."""
         from transformers import AutoTokenizer
 
         if self.select.embedder == "policy":
@@ -90,7 +93,7 @@ def embed(run: Run, embedding: Embedding, responses: Responses) -> tuple[BlockTa
 
 def embed_block(embedding: Embedding, responses: BlockTable, block: int) -> pa.Table:
     """Vectors of one block's items: `ordinal`, `vector`."""
-    tokenizer = embedding.tokenizer()
+    tokenizer = embedding.tokenizer() if embedding.reads_text else None
     ordinals, inputs = [], []
     for row, sampled in enumerate(responses.read(block).to_pylist()):
         for ordinal, index in embedding.numbering.units(block, row, len(sampled["responses"])):
@@ -106,7 +109,7 @@ def seed_centers(run: Run, embedding: Embedding) -> np.ndarray:
     """Vectors of the seed data: what is labelled already."""
     if run.config.seed_data is None:
         raise DataError("select.seed_centers needs seed data: add a [seed_data] table or set it to false")
-    tokenizer = embedding.tokenizer()
+    tokenizer = embedding.tokenizer() if embedding.reads_text else None
     rows = [asdict(row) for row in seed_responses(run)]
     return embedding.vectors(
         [_input(embedding, tokenizer, row, i) for row in rows for i in range(len(row["responses"]))]

@@ -146,6 +146,7 @@ def test_a_killed_replica_answers_the_same_call(fleet, model):
     assert ray.get(fleet.replicas[0].status.remote())["pid"] != pid
 
 
+@pytest.mark.slow
 def test_a_replica_that_cannot_start_says_why(ray_cluster, folder, tmp_path):
     headless = tmp_path / "headless"
     shutil.copytree(folder, headless)

@@ -133,6 +133,7 @@ def test_a_replica_that_restarts_loads_the_folder_and_the_next_update_makes_a_ne
     assert [s["num_received"] for s in statuses(fleet)] == [1, other["num_received"] + 1]
 
 
+@pytest.mark.slow
 def test_an_update_that_a_replica_does_not_survive_fails_and_the_folder_takes_its_place(fleet, sender, trained):
     first, second, third = trained
     assert send(sender, first) is None

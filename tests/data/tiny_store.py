@@ -29,7 +29,7 @@ def main(folder: str) -> None:
     held = [ray.put(np.ones(8 << 20, dtype=np.uint8)) for _ in range(8)]  # 64 of its 80 MB belong to others
     data = Rows(stream_of(BlockTable(f"{folder}/table", NUM_BLOCKS), 0, pairs_of)(0, 1))
     epochs = [[(row["chosen_id"], len(row["prompt"]) > TEXT_BYTES // 5) for row in data()] for _ in range(2)]
-    spilled = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
+    spilled = re.search(r"Spilled (\d+) MiB", memory_summary(ray.get_runtime_context().gcs_address, stats_only=True))
     intact = all(int(ray.get(ref).sum()) == 8 << 20 for ref in held)
     print(json.dumps({"epochs": epochs, "spilled_mib": int(spilled[1]) if spilled else 0, "others_intact": intact}))
 

@@ -47,6 +47,7 @@ def validation(folder, labels):
     return storage.read_json(run.folder("fit_evaluator", "manifest.json"))["metrics"]["validation"]
 
 
+@pytest.mark.slow
 def test_held_out_rank_correlation_is_above_shuffled_labels(ray_cluster, tmp_path):
     os.chdir(ROOT)
     true, shuffled = validation(tmp_path, "proxy"), validation(tmp_path, "shuffled")

@@ -78,6 +78,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_and_the_earlier_one_goes
     assert_same_weights(weights(tmp_path), weights(folder))
 
 
+@pytest.mark.slow
 def test_a_disk_full_in_mid_checkpoint_keeps_the_earlier_one_and_leaves_no_half(tmp_path):
     """A real ENOSPC: a disk of 64 MB of the test's own, in a namespace that needs no rights."""
     disk = tmp_path / "disk"
@@ -87,7 +88,9 @@ def test_a_disk_full_in_mid_checkpoint_keeps_the_earlier_one_and_leaves_no_half(
         pytest.skip("this system lets nobody mount a disk in a namespace of their own")
     program = f"{mount} && exec {sys.executable} -m tests.training.faulty_disks {disk}"
     ran = run("unshare", "-Urm", "sh", "-c", program)
-    refused = re.search(r"refused: the checkpoint of step 4: the disk of (\S+) .* has ([\d,]+) bytes free", ran.stdout)
+    # Who meets the full disk first says so: the worker that saves, or Ray Train's controller that lists what is saved.
+    said = r"refused: (?:the checkpoint of step 4: )?the disk of (\S+) .* has ([\d,]+) bytes free"
+    refused = re.search(said, ran.stdout)
     assert refused and refused[1] == f"{disk}/fit/fit", ran.stdout
     kept = re.search(r"kept: \['(checkpoint_00000002\w+)'\]", ran.stdout)
     assert kept and f"there: ['{kept[1]}']" in ran.stdout, "the half of step 4 takes no room"
