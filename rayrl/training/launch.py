@@ -23,6 +23,7 @@ from typing import Any
 import ray.data
 import ray.train
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -141,18 +142,20 @@ def _fitted(trainer: Callable[[], TorchTrainer], url: str, max_failures: int) ->
 
 
 def _ended(trainer: Callable[[], TorchTrainer], max_failures: int) -> Any:
-    """Run it to its end; again, if its workers were lost while they started.
+    """Run it to its end; again, if its workers were lost while they started, or its controller at any time.
 
-    Ray Train has one limit for that and for workers that find no room, which must not be waited for again.
+    Ray Train has one limit for the former and for workers that find no room, which must not be waited for again, and
+    does not start its controller again.
     """
     for num_failures in range(max_failures + 1):
         try:
             return trainer().fit()
-        except ray.train.ControllerError as error:
-            is_lost = isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+        except (ray.train.ControllerError, RayActorError) as error:
+            cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+            is_lost = isinstance(cause, WorkerGroupStartupFailedError | RayActorError)
             if not is_lost or num_failures == max_failures:
                 raise
-            logger.warning("the training workers were lost while they started; they are started again: %s", error)
+            logger.warning("the training's controller, or workers that started, are lost; it goes on: %s", error)
     raise AssertionError("a fit ends or raises")
 
 
