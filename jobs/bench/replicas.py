@@ -96,9 +96,7 @@ def main() -> None:
     for size in arguments.sizes:
         command = [sys.executable, __file__, "--only", size, *options]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
-        row = json.loads(
-            next(line for line in done.stdout.splitlines() if line.startswith(b"{"))
-        )  # Ray says things too
+        row = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(b"{")))
         rate = row["requests"] / row["seconds"]
         alone = alone or rate / size
         shares.append(rate / size / alone)

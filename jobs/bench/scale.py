@@ -108,9 +108,7 @@ def main() -> None:
     for size in arguments.sizes:
         command = [sys.executable, __file__, "--only", size, "--budget", arguments.budget]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
-        row = json.loads(
-            next(line for line in done.stdout.splitlines() if line.startswith(b"{"))
-        )  # Ray says things too
+        row = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(b"{")))
         seconds = " | ".join(f"{row[stage]:.1f}" for stage in (*STAGES, "all"))
         print(
             f"| {size} | {seconds} | {1e6 * row['all'] / size:.0f} | {row['num_pairs']} | {row['driver_cpu_s']:.1f} "
