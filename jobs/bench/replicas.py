@@ -6,7 +6,7 @@
 The replicas are simulated (jobs/bench/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
 machine and what is lost is lost around them: the router, the blocks' tasks, the tables, the driver. Every size is a
 fresh process with a fresh Ray, and the same number of requests for each replica; the fleet is up before the clock runs.
-A replica's best is 64 requests/s, and what a run takes to start counts; linear is what one replica did, times their number.
+A replica's best is 64 requests/s; linear is what one replica did, times their number.
 """
 
 import argparse
