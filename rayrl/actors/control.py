@@ -118,9 +118,8 @@ class Driver:
         """Keep the control informed until an operator ends the run, or, which is False, the run is over."""
         while True:
             try:
-                sizes: Any = ray.get(
-                    self._control.follow.remote(dict(self._shown), self._sizes), timeout=FOLLOW_S + ASK_S
-                )
+                follow = self._control.follow.options(max_task_retries=0)  # a retry at the end would be told as a fault
+                sizes: Any = ray.get(follow.remote(dict(self._shown), self._sizes), timeout=FOLLOW_S + ASK_S)
             except (ActorUnavailableError, GetTimeoutError):
                 time.sleep(1.0)
                 continue
