@@ -36,7 +36,7 @@ test: check
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
 
-# Every fault of a cluster, in every stage; half an hour.
+# Every fault of a cluster, in every stage.
 test-faults: install
 	$(BIN)/python -m pytest -m faults -q
 

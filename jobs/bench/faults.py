@@ -159,12 +159,13 @@ def damage(folder: Path, undisturbed: Path) -> Damage:
     """Compare the tables and the ledger of two runs."""
     ledger = attempts(folder)
     in_flight = sum(state == "lost" for _, state in ledger)
-    lost, doubled, different = -in_flight, 0, 0
+    lost, doubled, different = 0, 0, 0
     for stage, name in ROWS.items():
         ours = [row for row in rows(folder, stage) if row.get("status") != "abstained"]
         found, theirs = {row[name]: row for row in ours}, rows(undisturbed, stage)
         doubled += len(ours) - len(found)
-        lost += sum(row[name] not in found for row in theirs)
+        missing = sum(row[name] not in found for row in theirs)
+        lost += max(0, missing - in_flight) if stage == "query" else missing
         different += sum(found[row[name]] != row for row in theirs if row[name] in found)
     prompts, scored, pairs = (
         [row["prompt_id"] for row in table]
