@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -159,8 +158,6 @@ def test_controls_are_one_line_and_share_finished_stages(finished, tmp_path, con
 def test_a_driver_killed_in_mid_generation_continues_to_the_same_tables(finished, tmp_path):
     """kill -9 of the job, then the same command again: nothing lost, doubled or paid twice, and the same rows."""
     folder = tmp_path / "killed"
-    for stage in ("pool", "sft"):
-        shutil.copytree(finished / "stages" / stage, folder / "stages" / stage)
     command = [sys.executable, "jobs/proxy_dpo.py", "jobs/configs/quickstart.toml", *SMALL]
     command += [f"run_dir={folder}", "name=killed"]
     environment = os.environ | {"RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1"}
