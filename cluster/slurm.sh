@@ -59,16 +59,15 @@ PY
 }
 
 await_nodes() { # NUMBER: until so many have joined, or the deadline
-  local alive=0
-  until [ "${alive:-0}" -ge "$1" ]; do
+  local alive
+  until alive=$(num_alive) && [ "${alive:-0}" -ge "$1" ]; do
+    kill -0 "${steps[0]}" 2>/dev/null || { echo "slurm.sh: the head's step on $head has ended" >&2; exit 1; }
     if [ $SECONDS -ge "$deadline_s" ]; then
       echo "slurm.sh: waited $deadline_s s for $1 Ray nodes at $address, ${alive:-0} are there" >&2
       tail -n 3 "$secrets/errors" >&2 || true
       exit 1
     fi
-    kill -0 "${steps[0]}" 2>/dev/null || { echo "slurm.sh: the head's step on $head has ended" >&2; exit 1; }
     sleep "$poll_s"
-    alive=$(num_alive)
   done
 }
 

@@ -115,9 +115,9 @@ def test_the_jobs_exit_code_is_the_scripts(sbatch):
 
 
 def test_nodes_that_do_not_join_end_the_job_at_the_deadline(sbatch):
-    process, log = sbatch(*JOB, JOINED="2", RAYRL_DEADLINE_S="1")
+    process, log = sbatch(*JOB, JOINED="2", RAYRL_DEADLINE_S="5")
     code, said = finished(process)
-    assert code == 1 and "waited 1 s for 3 Ray nodes at 10.0.0.1:6379, 2 are there" in said
+    assert code == 1 and "waited 5 s for 3 Ray nodes at 10.0.0.1:6379, 2 are there" in said
     assert "job " not in log.read_text()
 
 
