@@ -25,6 +25,10 @@ from jobs.bench.raylets import Raylets, end
 
 REPLACED_AFTER_S = 3.0
 """A node that is lost is replaced by a new one, which joins late."""
+CUT_OFF_S = 20.0
+"""Long enough for a cluster to give up a node that it does not hear from."""
+ENDS_WITHIN_S = 120.0
+"""A raylet that is told on its return that it was given up."""
 SIMULATED = [sys.executable, "-m", "jobs.bench.simulated_job", "jobs/configs/quickstart.toml"]
 SHORT = [
     "pool.limit=216", "pool.num_eval=16", "generate.k=2", "generate.block_size=8", "generate.max_tokens=16",
@@ -36,6 +40,14 @@ SHORT = [
 ]  # fmt: skip
 """Of the quickstart: under 90 seconds with simulated engines."""
 
+PPO = [sys.executable, "-m", "jobs.bench.simulated_job", "jobs/configs/rlp_quickstart.toml"]
+PPO_SHORT = [
+    "pool.limit=120", "pool.num_eval=16", "sft.enabled=false", "generate.max_tokens=16", "generators.num_replicas=2",
+    "generators.engine_args={request_s=0.1}", "ppo.reward=function", "ppo.function=jobs.bench.simulated_job:reward",
+    "ppo.rollout_size=16", "ppo.batch_size=8", "ppo.max_rollouts=12", "ppo.checkpoint_every=2", "ppo.evaluate_every=4",
+    "ppo.max_failures=20", "ppo.max_kl=1000000", "evaluate.budget=64", "evaluate.best_of_n=0",
+]  # fmt: skip
+"""PPO alone, on a Python function. What simulated replicas say follows from the seeds, and not from the weights."""
 
 REAL = [sys.executable, "jobs/proxy_dpo.py", "jobs/configs/quickstart.toml"]
 REAL_SHORT = [
@@ -111,6 +123,19 @@ def lose_node(drive: Drive, draw: random.Random) -> bool:
     """A worker node dies, and a new one joins later."""
     drive.cluster.kill(draw.choice(drive.cluster.workers))
     time.sleep(REPLACED_AFTER_S)
+    drive.cluster.add()
+    return True
+
+
+def cut_off(drive: Drive, draw: random.Random) -> bool:
+    """A worker node, on a host of its own, is not heard from for a while, and works on; a new one takes its place."""
+    node = draw.choice(drive.cluster.workers)
+    host = drive.cluster.host(node)
+    host.cut()
+    time.sleep(CUT_OFF_S)
+    host.mend()
+    node.wait(ENDS_WITHIN_S)
+    drive.cluster.kill(node)
     drive.cluster.add()
     return True
 

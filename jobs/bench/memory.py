@@ -10,19 +10,16 @@ import argparse
 import json
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 from hardware import hardware
+from sizes import made_up, measured
 
-from rayrl.config import load_config
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run, open_run
@@ -118,16 +115,8 @@ def one_size(num_responses: int) -> None:
     """Run the path in this process and print its peaks as JSON."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.jsonl"
-        with prompts.open("w") as file:
-            for i in range(num_responses // K):
-                file.write(json.dumps({"prompt": f"What is the answer to question number {i}?"}) + "\n")
-        changes = {
-            "run_dir": f"{folder}/run", "pool.path": str(prompts), "pool.limit": num_responses, "pool.num_eval": 0,
-            "select.strategy": "random", "select.budget": 1700, "generate.k": K,
-        }  # fmt: skip
-        overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-        config = load_config("jobs/configs/quickstart.toml", overrides)
+        changes = {"select.strategy": "random", "select.budget": 1700, "generate.k": K}
+        config = made_up(folder, num_responses // K, changes)
         ray.init(include_dashboard=False, log_to_driver=False)
         peaks = table_path(open_run(config), num_responses)
     print(json.dumps(peaks | {"seconds": time.monotonic() - started}))
@@ -144,8 +133,7 @@ def main() -> None:
     machine = hardware()
     peaks = []
     for size in arguments.sizes:
-        done = subprocess.run([sys.executable, __file__, "--only", str(size)], stdout=subprocess.PIPE, check=True)
-        peaks.append(json.loads(done.stdout.splitlines()[-1]))
+        peaks.append(measured(__file__, size))
     growth = peaks[1]["pairs"] - peaks[0]["pairs"]
     print(f"\n{machine}; peak resident size of the driver, MB\n")
     print("| responses | " + " | ".join(peaks[0]) + " |")

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from jobs.bench.hosts import Host, Network
+
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_S = 90.0
@@ -66,14 +68,22 @@ class Raylets:
         num_workers: worker nodes.
         num_cpus: of each of them.
         environment: what the nodes' processes, and `environment`, have besides this process's own.
+        network: where each worker node has a host of its own; without it all nodes are this one.
     """
 
     def __init__(
-        self, folder: Path, *, num_workers: int = 2, num_cpus: int = 2, environment: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        num_workers: int = 2,
+        num_cpus: int = 2,
+        environment: dict[str, str] | None = None,
+        network: Network | None = None,
     ):
         self.folder = folder
         ports = free_port(), free_port()
-        self.address, self.dashboard = f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
+        self.address = f"{network.address if network else '127.0.0.1'}:{ports[0]}"
+        self.dashboard = f"http://127.0.0.1:{ports[1]}"
         own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = own | {
             "RAY_AUTH_MODE": "disabled",
@@ -84,13 +94,16 @@ class Raylets:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             **SETTINGS,
+            **({"GLOO_SOCKET_IFNAME": "eth0"} if network else {}),  # the name of this machine is not theirs
             **(environment or {}),
         }
         self._num_workers, self._num_cpus = num_workers, num_cpus
+        self._network, self._hosts = network, dict[int, Host]()
         self._temporary = tempfile.mkdtemp(prefix="rayrl-")  # short, for the names of sockets
         self._nodes: list[psutil.Popen] = []
         self._head = ["--head", f"--port={ports[0]}", "--num-cpus=0", f"--temp-dir={self._temporary}"]
         self._head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}"]
+        self._head += [f"--node-ip-address={network.address}"] if network else []
 
     def __enter__(self) -> "Raylets":
         try:
@@ -113,14 +126,25 @@ class Raylets:
         """The worker nodes that live, the oldest first."""
         return [node for node in self._nodes if node is not self.head]
 
-    def add(self) -> psutil.Popen:
-        """One more worker node; returns when its raylet has joined."""
+    def add(self, **environment: str) -> psutil.Popen:
+        """One more worker node, with this in its environment; returns when its raylet has joined."""
         # A folder of its own, as on a machine of its own: in a shared one a node removes what a job's driver runs in.
-        temporary = f"--temp-dir={self._temporary}/{len(list(Path(self._temporary).iterdir()))}"
-        node = self._start(f"--address={self.address}", f"--num-cpus={self._num_cpus}", temporary)
+        arguments = [f"--temp-dir={self._temporary}/{len(list(Path(self._temporary).iterdir()))}"]
+        arguments += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
+        if self._network is None:
+            node = self._start(*arguments, environment=environment)
+        else:
+            host = self._network.add()
+            arguments.append(f"--node-ip-address={host.address}")
+            node = self._start(*arguments, environment=environment, prefix=host.enter)
+            self._hosts[node.pid] = host
         said = self.folder / f"node-{node.pid}.log"
         until(lambda: "Ray runtime started" in said.read_text(), START_S, f"a node to join; {said} is its output")
         return node
+
+    def host(self, node: psutil.Popen) -> Host:
+        """Whose cable can be pulled."""
+        return self._hosts[node.pid]
 
     def kill(self, node: psutil.Popen) -> None:
         """All processes of a node, at once."""
@@ -169,12 +193,19 @@ class Raylets:
         pattern = re.compile(rf"(ray|VLLM)::(\S+:)?\w*{name}\b")
         return [p for node in self._nodes for p in processes(node) if pattern.match(_title(p))]
 
-    def _start(self, *arguments: str) -> psutil.Popen:
-        command = [*RAY, "start", "--block", "--disable-usage-stats", *arguments]
+    def _start(
+        self, *arguments: str, environment: dict[str, str] | None = None, prefix: list[str] | None = None
+    ) -> psutil.Popen:
+        command = [*(prefix or []), *RAY, "start", "--block", "--disable-usage-stats", *arguments]
         command += [f"--dashboard-agent-listen-port={free_port()}"]  # through the head's, jobs come
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as output:
             node = psutil.Popen(
-                command, env=self.environment, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+                command,
+                env=self.environment | (environment or {}),
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         os.rename(output.name, self.folder / f"node-{node.pid}.log")
         self._nodes.append(node)

@@ -12,17 +12,14 @@ A replica's best is 64 requests/s; linear is what one replica did, times their n
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import ray
 from hardware import hardware
 from simulated import SimulatedServices
+from sizes import made_up, measured
 
-from rayrl.config import RunConfig, load_config
 from rayrl.records import Checkpoint
 from rayrl.runs.run import open_run
 from rayrl.stages.generate import generate
@@ -34,23 +31,6 @@ BLOCK_SIZE = 64
 BOUND = 0.9
 
 
-def config_of(folder: str, num_replicas: int, num_requests: int, request_s: float) -> RunConfig:
-    """The quickstart's config, for a pool of made-up prompts."""
-    prompts = Path(folder) / "prompts.jsonl"
-    with prompts.open("w") as file:
-        for i in range(num_requests // K):
-            file.write(json.dumps({"prompt": f"What is the answer to question number {i}?"}) + "\n")
-    changes = {
-        "run_dir": f"{folder}/run", "pool.path": str(prompts), "pool.limit": num_requests, "pool.num_eval": 0,
-        "generate.k": K, "generate.block_size": BLOCK_SIZE, "generators.num_replicas": num_replicas,
-        "generators.max_num_seqs": 32,
-    }  # fmt: skip
-    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-    return load_config(
-        "jobs/configs/quickstart.toml", [*overrides, f"generators.engine_args={{request_s={request_s}}}"]
-    )
-
-
 def cpu_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
@@ -60,7 +40,11 @@ def one_size(arguments: argparse.Namespace) -> None:
     """Run the stage in this process and print what it took as JSON."""
     num_requests = arguments.only * arguments.requests_per_replica
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(folder, arguments.only, num_requests, arguments.request_s)
+        changes = {
+            "generate.k": K, "generate.block_size": BLOCK_SIZE, "generators.num_replicas": arguments.only,
+            "generators.max_num_seqs": 32, "generators.engine_args": {"request_s": arguments.request_s},
+        }  # fmt: skip
+        config = made_up(folder, num_requests // K, changes)
         ray.init(include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         run = open_run(config)
@@ -94,9 +78,7 @@ def main() -> None:
     shares: list[float] = []
     alone = 0.0
     for size in arguments.sizes:
-        command = [sys.executable, __file__, "--only", size, *options]
-        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
-        row = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(b"{")))
+        row = measured(__file__, size, *options)
         rate = row["requests"] / row["seconds"]
         alone = alone or rate / size
         shares.append(rate / size / alone)

@@ -11,18 +11,15 @@ given, not fitted: what is left is what rayrl does with the rows. Every size is 
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import ray
 from hardware import hardware
 from simulated import SimulatedServices
+from sizes import made_up, measured
 
 from rayrl.actors.oracle_pool import start_oracle_pool
-from rayrl.config import RunConfig, load_config
 from rayrl.models.judge import load_rubric
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
@@ -36,22 +33,6 @@ from rayrl.stages.select import select
 STAGES = ("pool", "generate", "select", "query", "pseudo_label")
 BOUND_S = 20 * 60
 BOUND_MB = 1500
-
-
-def config_of(folder: str, num_prompts: int, budget: int) -> RunConfig:
-    """The quickstart's config, for a pool of made-up prompts."""
-    prompts = Path(folder) / "prompts.jsonl"
-    with prompts.open("w") as file:
-        for i in range(num_prompts):
-            file.write(json.dumps({"prompt": f"How do I answer question number {i}?"}) + "\n")
-    changes = {
-        "run_dir": f"{folder}/run", "pool.path": str(prompts), "pool.limit": num_prompts, "pool.num_eval": 0,
-        "generate.k": 2, "generate.block_size": 1000, "select.budget": budget, "select.num_shards": 2,
-        "evaluator.type": "scalar", "generators.num_replicas": 2, "embedders.num_replicas": 2,
-    }  # fmt: skip
-    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-    instant = [f"{fleet}.engine_args={{request_s=0.001}}" for fleet in ("generators", "embedders")]
-    return load_config("jobs/configs/quickstart.toml", [*overrides, *instant])
 
 
 def all_stages(run: Run) -> int:
@@ -78,7 +59,13 @@ def all_stages(run: Run) -> int:
 def one_size(arguments: argparse.Namespace) -> None:
     """Run the stages in this process and print what they took as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(folder, arguments.only, arguments.budget)
+        instant = {"request_s": 0.001}
+        changes = {
+            "generate.k": 2, "generate.block_size": 1000, "select.budget": arguments.budget, "select.num_shards": 2,
+            "evaluator.type": "scalar", "generators.num_replicas": 2, "embedders.num_replicas": 2,
+            "generators.engine_args": instant, "embedders.engine_args": instant,
+        }  # fmt: skip
+        config = made_up(folder, arguments.only, changes)
         ray.init(include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         run = open_run(config)
@@ -106,9 +93,7 @@ def main() -> None:
     print("|---" * (len(STAGES) + 6) + "|", flush=True)
     row: dict[str, float] = {}
     for size in arguments.sizes:
-        command = [sys.executable, __file__, "--only", size, "--budget", arguments.budget]
-        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
-        row = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(b"{")))
+        row = measured(__file__, size, "--budget", arguments.budget)
         seconds = " | ".join(f"{row[stage]:.1f}" for stage in (*STAGES, "all"))
         print(
             f"| {size} | {seconds} | {1e6 * row['all'] / size:.0f} | {row['num_pairs']} | {row['driver_cpu_s']:.1f} "

@@ -5,35 +5,28 @@ end are compared with that one's.
 """
 
 import json
-import random
+import os
 import shutil
 import time
 
 import pytest
 
-from jobs.bench.faults import FAULTS, SHORT, SIMULATED, Damage, Drive, attempts, damage, hang
-from jobs.bench.raylets import Raylets, until
+from jobs.bench.faults import FAULTS, SHORT, SIMULATED, Damage, Drive, cut_off, damage, hang
+from tests.cluster import disturbed
+from tests.cluster.disturbed import survive
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
-RUN_S = 600.0
 STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
 SETTINGS = [*SHORT, "sft.enabled=true", "sft.batch_size=64", "sft.checkpoint_every=3", "sft.max_failures=20"]
 UNHARMED = Damage(num_lost=0, num_doubled=0, num_paid_twice=0, num_different=0, num_in_flight=0)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with Raylets(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+"""Of Debian's package libfaketime."""
+needs_hosts = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory):
-    drive = Drive(
-        cluster=cluster, folder=tmp_path_factory.mktemp("runs") / "undisturbed", command=[*SIMULATED, *SETTINGS]
-    )
-    assert drive.wait(RUN_S) == 0, drive.log.read_text()[-4000:]
-    return drive.folder
+    return disturbed.undisturbed(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", [*SIMULATED, *SETTINGS])
 
 
 def begin_at(stage, cluster, undisturbed, folder):
@@ -48,29 +41,6 @@ def begin_at(stage, cluster, undisturbed, folder):
     if "query" in done:
         shutil.copy(undisturbed / "ledger.sqlite", folder)
     return Drive(cluster=cluster, folder=folder, command=[*SIMULATED, *SETTINGS])
-
-
-def is_under_way(stage, folder):
-    """Whether a stage has done some of its work, and has more to do."""
-    at = folder / "stages" / stage
-    if (at / "manifest.json").exists():
-        raise AssertionError(f"{stage} was over before anything could happen to it")
-    if stage in ("sft", "fit_evaluator", "dpo"):
-        curve = folder / "metrics" / f"{stage}.jsonl"
-        return curve.exists() and len(curve.read_text().splitlines()) >= 2
-    if stage == "query":
-        return (folder / "ledger.sqlite").exists() and sum(state == "scored" for _, state in attempts(folder)) >= 5
-    return len(list(at.glob("*/part-*.parquet"))) >= 3
-
-
-def survive(drive, stage, fault):
-    """Make a fault in the midst of a stage, and wait for the end."""
-    try:
-        until(lambda: is_under_way(stage, drive.folder) or drive.is_over(), RUN_S, f"{stage} to be under way")
-        until(lambda: fault(drive, random.Random(0)), 30, "something to happen")
-        assert drive.wait(RUN_S) == 0, drive.log.read_text()[-4000:]
-    finally:
-        drive.driver.kill()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +120,32 @@ def test_a_preempted_node_is_left_before_it_ends(cluster, undisturbed, tmp_path)
     drive = begin_at("dpo", cluster, undisturbed, tmp_path / "preempted")
     survive(drive, "dpo", preempt)
     assert damage(drive.folder, undisturbed) == UNHARMED
+
+
+@needs_hosts
+@pytest.mark.parametrize("stage", ["generate", "dpo"])
+def test_a_node_that_is_cut_off_works_on_and_does_no_harm(cluster, undisturbed, tmp_path, stage):
+    """Given up by the others, it still writes to the files that all of them share, and so does who took its place."""
+    drive = begin_at(stage, cluster, undisturbed, tmp_path / f"{stage}-cut-off")
+    survive(drive, stage, cut_off)
+    assert damage(drive.folder, undisturbed) == UNHARMED
+
+
+@pytest.mark.skipif(not os.path.exists(FAKETIME), reason="needs the package libfaketime")
+@pytest.mark.parametrize("name", ["generation replica", "node", "driver"])
+def test_a_node_whose_clock_is_an_hour_ahead_does_no_harm(cluster, undisturbed, tmp_path, name):
+    """Nobody's lease ends early, nobody's lasts for ever."""
+    usual = cluster.workers[0]
+    skewed = cluster.add(LD_PRELOAD=FAKETIME, FAKETIME="+1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
+    cluster.kill(usual)
+    try:
+        drive = begin_at("generate", cluster, undisturbed, tmp_path / f"skewed-{name}".replace(" ", "-"))
+        survive(drive, "generate", FAULTS[name])
+        assert damage(drive.folder, undisturbed) == UNHARMED
+    finally:
+        cluster.add()
+        if skewed in cluster.workers:
+            cluster.kill(skewed)
 
 
 def test_the_trainings_end_where_the_undisturbed_ones_do(cluster, undisturbed, tmp_path):

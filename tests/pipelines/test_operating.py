@@ -49,6 +49,8 @@ def test_a_run_is_scaled_and_stopped_from_outside(ray_cluster, tmp_path):
         rows = {row.split()[0]: row.split()[1:] for row in operate("scale", str(folder), "generators=2")[1:]}
         assert rows["operated-generators"][-1] == "2" and "oracle" in rows
         until(lambda: num_generators() == 2, job)
+        seen = "\n".join(operate("status", str(folder), "--live"))
+        assert "operated-generators" in seen and "generate" in seen
         assert operate("stop", "operated") == ["operated has ended; the command that started it continues it"]
         assert job.wait(timeout=60) == STOPPED
         assert "stopped; the same command continues the run" in (tmp_path / "log").read_text()

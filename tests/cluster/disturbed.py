@@ -1,0 +1,39 @@
+"""A run to which something happens in the midst of a stage."""
+
+import random
+
+from jobs.bench.faults import Drive, Fault, attempts
+from jobs.bench.raylets import until
+
+RUN_S = 600.0
+TRAININGS = ("sft", "fit_evaluator", "dpo", "ppo")
+
+
+def undisturbed(cluster, folder, command):
+    """The folder of a run to which nothing happens."""
+    drive = Drive(cluster=cluster, folder=folder, command=command)
+    assert drive.wait(RUN_S) == 0, drive.log.read_text()[-4000:]
+    return drive.folder
+
+
+def is_under_way(stage, folder):
+    """Whether a stage has done some of its work, and has more to do."""
+    at = folder / "stages" / stage
+    if (at / "manifest.json").exists():
+        raise AssertionError(f"{stage} was over before anything could happen to it")
+    if stage in TRAININGS:
+        curve = folder / "metrics" / f"{stage}.jsonl"
+        return curve.exists() and len(curve.read_text().splitlines()) >= 2
+    if stage == "query":
+        return (folder / "ledger.sqlite").exists() and sum(state == "scored" for _, state in attempts(folder)) >= 5
+    return len(list(at.glob("*/part-*.parquet"))) >= 3
+
+
+def survive(drive: Drive, stage: str, fault: Fault):
+    """Make a fault in the midst of a stage, and wait for the end."""
+    try:
+        until(lambda: is_under_way(stage, drive.folder) or drive.is_over(), RUN_S, f"{stage} to be under way")
+        until(lambda: fault(drive, random.Random(0)), 30, "something to happen")
+        assert drive.wait(RUN_S) == 0, drive.log.read_text()[-4000:]
+    finally:
+        drive.driver.kill()

@@ -1,0 +1,70 @@
+"""What PPO survives on a cluster of several nodes: the rollouts, the rewards and the policy are those of an undisturbed
+one. The engines are simulated, all else is real.
+"""
+
+import json
+import os
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs.bench.faults import FAULTS, PPO, PPO_SHORT, Drive, cut_off, hang
+from tests.cluster import disturbed
+from tests.cluster.disturbed import survive
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+KNOWN = ("reward", "num_responses", "length", "truncated", "num_abstained")
+"""Of a rollout: what the replicas and the reward say, which nothing may change."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    return disturbed.undisturbed(cluster, tmp_path_factory.mktemp("ppo") / "undisturbed", [*PPO, *PPO_SHORT])
+
+
+def rollouts(folder):
+    """The last that was written of each."""
+    rows = map(json.loads, (folder / "metrics" / "ppo.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in rows}
+
+
+def held_out(folder):
+    parts = sorted((folder / "stages" / "ppo" / "held_out").glob("*/part-*.parquet"))
+    return {str(part.relative_to(folder)): pq.read_table(part).to_pylist() for part in parts}
+
+
+def assert_the_same(ours, theirs):
+    for step, row in rollouts(theirs).items():
+        assert {name: row.get(name) for name in KNOWN} == {name: rollouts(ours)[step].get(name) for name in KNOWN}
+    assert rollouts(ours).keys() == rollouts(theirs).keys()
+    assert held_out(ours) == held_out(theirs) and held_out(ours)
+    weights, expected = (load_file(folder / "stages/ppo/checkpoint/model.safetensors") for folder in (ours, theirs))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=1e-2)
+
+
+FAULTS_OF_PPO = {name: FAULTS[name] for name in ("training worker", "training controller", "generation replica")}
+FAULTS_OF_PPO |= {name: FAULTS[name] for name in ("router", "node", "driver")}
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_PPO)
+def test_a_kill_changes_nothing(cluster, undisturbed, tmp_path, name):
+    drive = Drive(cluster=cluster, folder=tmp_path / f"ppo-{name}".replace(" ", "-"), command=[*PPO, *PPO_SHORT])
+    survive(drive, "ppo", FAULTS_OF_PPO[name])
+    assert_the_same(drive.folder, undisturbed)
+
+
+def test_a_replica_that_hangs_is_replaced(cluster, undisturbed, tmp_path):
+    drive = Drive(cluster=cluster, folder=tmp_path / "ppo-hangs", command=[*PPO, *PPO_SHORT])
+    survive(drive, "ppo", hang("Generator"))
+    assert_the_same(drive.folder, undisturbed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
+def test_a_trainer_that_is_cut_off_does_no_harm(cluster, undisturbed, tmp_path):
+    drive = Drive(cluster=cluster, folder=tmp_path / "ppo-cut-off", command=[*PPO, *PPO_SHORT])
+    survive(drive, "ppo", cut_off)
+    assert_the_same(drive.folder, undisturbed)
