@@ -1,6 +1,5 @@
-"""A cluster of three nodes for the tests of faults; for root, with a network of its own to each worker node."""
+"""Clusters of three nodes; for root, each worker node has a network of its own."""
 
-import contextlib
 import os
 
 import pytest
@@ -10,9 +9,17 @@ from jobs.bench.raylets import Raylets
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def network():
+    """Where nodes have hosts of their own, or nothing for who is not root."""
+    if os.geteuid() != 0:
+        yield None
+    else:
+        with Network() as network:
+            yield network
+
+
+@pytest.fixture(scope="session")
+def cluster(network, tmp_path_factory):
     """A head without work and two workers; a test that loses one adds another."""
-    with contextlib.ExitStack() as stack:
-        network = stack.enter_context(Network()) if os.geteuid() == 0 else None
-        folder = tmp_path_factory.mktemp("cluster")
-        yield stack.enter_context(Raylets(folder, network=network))
+    with Raylets(tmp_path_factory.mktemp("cluster"), network=network) as cluster:
+        yield cluster

@@ -35,13 +35,13 @@ STARTED = (
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(network, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    with Raylets(folder, environment=environment) as cluster:
+    with Raylets(folder, environment=environment, network=network) as cluster:
         yield cluster
 
 
