@@ -26,8 +26,10 @@ TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""
 MAX_TASKS = 1000
 """Tasks of one map; a larger table gives a task several blocks."""
-MIN_PROCESSES = 4
-"""Tasks at once, each a process, that are not too many for any machine."""
+MIN_PROCESSES = 2
+"""Tasks at once, each a process, that are not too many for any machine. A process costs seconds of CPU to start, one
+after the other: on two cores the last of four began six seconds after the first.
+"""
 BLOCKS_PER_THREAD = 4
 """Of a task that works on several blocks at once: its last ones end with idle threads."""
 
