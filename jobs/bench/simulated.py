@@ -12,8 +12,6 @@ import heapq
 import os
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from hashlib import blake2b
 from itertools import chain
 from typing import Any
@@ -21,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from rayrl.actors.embedder import Embedder
-from rayrl.actors.engine import LOADING, EngineSpec
+from rayrl.actors.engine import EngineSpec
 from rayrl.actors.fleet import Fleet
 from rayrl.actors.generator import Continuation, Generator, Sampling
 from rayrl.actors.services import Services
+from rayrl.actors.serving import LOADING, Serving
 from rayrl.records import Checkpoint
 
 DIMENSION = 64
@@ -41,22 +40,19 @@ _CHUNK = 128  # inputs whose tokens' vectors stay in a core's cache
 _TOKEN_VECTORS = np.random.default_rng(0).standard_normal((4096, DIMENSION), np.float32)
 
 
-class SimulatedEngine:
+class SimulatedEngine(Serving):
     """What `ServedEngine` is, without an engine."""
 
     def __init__(self, spec: EngineSpec):
         settings: dict[str, float] = {"request_s": 0.5, "start_s": 0.0, "swap_s": 0.05} | spec.config.engine_args
+        super().__init__(spec.checkpoint.version)
         time.sleep(settings["start_s"])
         self.spec = spec
         self.start_s = settings["start_s"]
         self.started_at = time.time()
-        self.version = spec.checkpoint.version
         self.swaps_s: list[float] = []
         self._request_s, self._swap_s = settings["request_s"], settings["swap_s"]
         self._free_at = [0.0] * spec.config.max_num_seqs  # a heap: when each slot has done what was asked so far
-        self._running = 0
-        self._idle = asyncio.Condition()
-        self._swap = asyncio.Lock()
 
     async def status(self) -> dict[str, Any]:
         return {
@@ -67,30 +63,7 @@ class SimulatedEngine:
             "pid": os.getpid(),
         }
 
-    async def adopt(self, checkpoint: Checkpoint, in_flight: bool) -> str:
-        if in_flight:
-            async with self._swap:
-                if checkpoint.version != self.version:
-                    await self.swap(checkpoint)
-        async with self.serving(checkpoint):
-            return self.version
-
-    @asynccontextmanager
-    async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
-        async with self._swap:
-            if checkpoint.version != self.version:
-                async with self._idle:
-                    await self._idle.wait_for(lambda: self._running == 0)
-                await self.swap(checkpoint)
-            self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            async with self._idle:
-                self._idle.notify_all()
-
-    async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
+    async def load(self, checkpoint: Checkpoint) -> None:
         self.version = f"{LOADING}{checkpoint.version}"
         await asyncio.sleep(self._swap_s)
         self.version = checkpoint.version

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrl.actors.engine_start import EngineSpec, start_engine
+from rayrl.actors.serving import LOADING, Serving
 from rayrl.actors.weight_folder import PROBE_FILE, until_there, with_tied_head
 from rayrl.errors import StageTimeout, WeightSyncError
 from rayrl.records import Checkpoint
@@ -30,16 +31,15 @@ logger = logging.getLogger(__name__)
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a log-probability (nats) or head value between trainer and engine, by dtype."""
 
-LOADING = "loading "
-"""Before the version of a replica that is between two."""
 CORE_S = 90.0
 """For an answer of vLLM's core, which gives one between two steps."""
 
 
-class ServedEngine:
+class ServedEngine(Serving):
     """An engine that serves one checkpoint at a time. Subclasses add the requests and say how to probe."""
 
     def __init__(self, spec: EngineSpec):
+        super().__init__(spec.checkpoint.version)
         started = time.monotonic()
         self.spec = spec
         self.labels = prometheus.replica()
@@ -49,14 +49,10 @@ class ServedEngine:
         self.start_s = time.monotonic() - started
         meters.START_SECONDS.set(self.start_s, **self.labels)
         self.started_at = time.time()
-        self.version = spec.checkpoint.version
         self._show_serving()
         self.swaps_s: list[float] = []
         self._num_received = 0
         self._is_core_taken = False
-        self._running = 0
-        self._idle = asyncio.Condition()
-        self._swap = asyncio.Lock()
 
     async def probe(self, expected: dict[str, Any], checkpoint: Checkpoint) -> float:
         """Largest difference between the engine's answer to the probe and the trainer's."""
@@ -85,41 +81,20 @@ class ServedEngine:
             "pid": os.getpid(),
         }
 
-    async def adopt(self, checkpoint: Checkpoint, in_flight: bool) -> str:
-        """Swap to a checkpoint and prove it; the version that is served.
-
-        Args:
-            checkpoint: the weights.
-            in_flight: do not wait for running requests: they go on under the new weights.
-        """
-        if in_flight:
-            async with self._swap:
-                if checkpoint.version != self.version:
-                    await self._swap_or_die(checkpoint)
-        async with self.serving(checkpoint):
-            return self.version
-
     @asynccontextmanager
     async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
-        """Hold the engine on a checkpoint's weights while a request runs."""
+        """Hold the engine on a checkpoint's weights while a request runs; a replica whose engine dies ends."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        async with self._swap:
-            if checkpoint.version != self.version:
-                await self._until_idle()
-                await self._swap_or_die(checkpoint)
-            self._running += 1
-            meters.RUNNING.set(self._running, **self.labels)
         try:
-            yield
+            async with super().serving(checkpoint):
+                meters.RUNNING.set(self._running, **self.labels)
+                yield
         except EngineDeadError:
             logger.exception("the engine died; this replica ends, and Ray starts another")
             os._exit(1)
         finally:
-            self._running -= 1
             meters.RUNNING.set(self._running, **self.labels)
-            async with self._idle:
-                self._idle.notify_all()
 
     async def join(self, init_info: dict[str, Any], timeout_s: float) -> None:
         """Enter a trainer's transfer group, and leave the one before."""
@@ -154,11 +129,8 @@ class ServedEngine:
                 await self._replace(checkpoint, probe, load)
         self._num_received += 1
 
-    async def _until_idle(self) -> None:
-        async with self._idle:
-            await self._idle.wait_for(lambda: self._running == 0)
-
-    async def _swap_or_die(self, checkpoint: Checkpoint) -> None:
+    async def load(self, checkpoint: Checkpoint) -> None:
+        """Swap to a folder's weights and prove them, or end this replica."""
         with self._or_die(f"loading {checkpoint.version}"):
             await self.swap(checkpoint)
 

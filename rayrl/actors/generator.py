@@ -5,7 +5,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from rayrl.actors.engine import LOADING, EngineSpec, ServedEngine
+from rayrl.actors.engine import EngineSpec, ServedEngine
+from rayrl.actors.serving import LOADING
 from rayrl.records import Checkpoint
 from rayrl.telemetry import meters
 

@@ -26,8 +26,10 @@ TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""
 MAX_TASKS = 1000
 """Tasks of one map; a larger table gives a task several blocks."""
-MIN_PROCESSES = 4
-"""Tasks at once, each a process, that are not too many for any machine."""
+MIN_PROCESSES = 2
+"""Tasks at once, each a process, that are not too many for any machine. A process costs seconds of CPU to start, one
+after the other: on two cores the last of four began six seconds after the first.
+"""
 BLOCKS_PER_THREAD = 4
 """Of a task that works on several blocks at once: its last ones end with idle threads."""
 
@@ -84,26 +86,42 @@ def write_blocks(url: str, records: Iterable[Any], record: type, size: int) -> t
 
 
 def stream_blocks(
-    num_blocks: int, function: Callable[[int], pa.Table], *, concurrency: int, name: str = "blocks"
+    num_blocks: int,
+    function: Callable[[int], pa.Table],
+    *,
+    concurrency: int,
+    name: str = "blocks",
+    counts: bool = False,
 ) -> "ray.data.Dataset":
     """A lazy Ray Dataset of `function(block)` for every block, in block order, at most `concurrency` at once.
 
     A block mostly waits for actors, and a task is a process: where there are fewer CPUs than blocks to keep in flight,
     a task works on several of them in threads. Retries of a lost task are Ray's, whose dashboard shows the tasks as
     MapBatches(`name`).
+
+    Args:
+        num_blocks: how many there are.
+        function: makes a block.
+        concurrency: blocks in flight.
+        name: of Ray's tasks.
+        counts: a block comes to a row or two. They are told one by one, and such tasks have an equal share of all
+            blocks: a task's last blocks leave threads idle, and of rows that somebody learns from none must pile up
+            behind the first task's.
     """
     num_tasks = min(concurrency, max(MIN_PROCESSES, int(ray.cluster_resources().get("CPU", 0))))
     num_threads = -(-concurrency // num_tasks)
-    num_rounds = -(-num_blocks // (concurrency * BLOCKS_PER_THREAD))
+    num_rounds = 1 if counts else -(-num_blocks // (concurrency * BLOCKS_PER_THREAD))
     num_groups = min(num_blocks, MAX_TASKS, num_blocks if num_threads == 1 else num_tasks * num_rounds)
 
-    def of_group(group: Any) -> pa.Table:
+    def of_group(group: Any) -> Iterator[pa.Table]:
         with ThreadPoolExecutor(num_threads) as threads:
-            return pa.concat_tables(threads.map(function, map(int, group["item"])))
+            yield from threads.map(function, map(int, group["item"]))
 
     of_group.__name__ = name
     groups = ray.data.from_items(list(range(num_blocks)), override_num_blocks=num_groups or None)
     groups.context.execution_options.preserve_order = True
+    if counts:
+        groups.context.target_max_block_size = 1
     mapped = groups.map_batches(of_group, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(num_tasks))
     mapped.set_name(name)
     return mapped
@@ -130,7 +148,7 @@ def map_blocks(
     def count(block: int) -> pa.Table:
         return pa.Table.from_pylist([describe(table.memoised(block, compute))])
 
-    counted = stream_blocks(table.num_blocks, count, concurrency=concurrency, name=progress)
+    counted = stream_blocks(table.num_blocks, count, concurrency=concurrency, name=progress, counts=True)
     described = []
     for row in track(counted.iter_rows(), progress, total=table.num_blocks):
         described.append(row)

@@ -58,7 +58,7 @@ def test_a_core_that_is_swapping_is_not_asked_and_need_not_answer():
             await loaded.wait()
 
         replica.swap = load
-        swap = asyncio.create_task(replica._swap_or_die(type("", (), {"version": "w"})))
+        swap = asyncio.create_task(replica.load(type("", (), {"version": "w"})))
         assert (await asked)["version"] == "v", "the swap began after the question"
         assert (await replica.status())["version"] == "v"
         loaded.set()

@@ -79,20 +79,31 @@ def test_a_stream_keeps_the_order_of_blocks(ray_cluster):
     assert [row["block"] for row in rows] == list(range(6))
 
 
+def waiting(block):
+    import os
+    import time
+
+    began = time.time()
+    time.sleep(0.3)
+    return pa.table({"block": [block], "pid": [os.getpid()], "began": [began], "ended": [time.time()]})
+
+
 def test_more_blocks_than_cpus_are_in_flight_in_few_processes(ray_cluster):
-    def waiting(block):
-        import os
-        import time
-
-        began = time.time()
-        time.sleep(0.3)
-        return pa.table({"block": [block], "pid": [os.getpid()], "began": [began], "ended": [time.time()]})
-
     rows = list(stream_blocks(50, waiting, concurrency=12).iter_rows())
     assert [row["block"] for row in rows] == list(range(50))
     at_once = [[r for r in rows if r["began"] <= row["began"] < r["ended"]] for row in rows]
     assert 4 < max(map(len, at_once)) <= 12
     assert max(len({r["pid"] for r in running}) for running in at_once) <= 4
+
+
+def test_counts_are_told_before_their_task_ends(ray_cluster):
+    import time
+
+    told = [(row, time.time()) for row in stream_blocks(96, waiting, concurrency=12, counts=True).iter_rows()]
+    assert [row["block"] for row, _ in told] == list(range(96))
+    first, told_at = told[0]
+    of_its_task = [row["ended"] for row, _ in told if row["pid"] == first["pid"]]
+    assert len(of_its_task) == 24 and told_at < max(of_its_task) - 0.6
 
 
 def test_a_block_that_fails_among_others_is_heard_of(ray_cluster):
