@@ -33,6 +33,11 @@ after the other: on two cores the last of four began six seconds after the first
 BLOCKS_PER_THREAD = 4
 """Of a task that works on several blocks at once: its last ones end with idle threads."""
 
+COUNT_BYTES, TOLD = 64, 50
+"""What a row of counts takes, about; and how often a task that makes many tells what it has: each time costs the driver
+milliseconds.
+"""
+
 
 @dataclass(frozen=True)
 class BlockTable:
@@ -104,9 +109,9 @@ def stream_blocks(
         function: makes a block.
         concurrency: blocks in flight.
         name: of Ray's tasks.
-        counts: a block comes to a row or two. They are told one by one, and such tasks have an equal share of all
-            blocks: a task's last blocks leave threads idle, and of rows that somebody learns from none must pile up
-            behind the first task's.
+        counts: a block comes to a row. They are told as they come, and such tasks have an equal share of all blocks: a
+            task's last blocks leave threads idle, and of rows that somebody learns from none must pile up behind the
+            first task's.
     """
     num_tasks = min(concurrency, max(MIN_PROCESSES, int(ray.cluster_resources().get("CPU", 0))))
     num_threads = -(-concurrency // num_tasks)
@@ -121,7 +126,7 @@ def stream_blocks(
     groups = ray.data.from_items(list(range(num_blocks)), override_num_blocks=num_groups or None)
     groups.context.execution_options.preserve_order = True
     if counts:
-        groups.context.target_max_block_size = 1
+        groups.context.target_max_block_size = COUNT_BYTES * max(1, num_blocks // (max(1, num_groups) * TOLD))
     mapped = groups.map_batches(of_group, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(num_tasks))
     mapped.set_name(name)
     return mapped
