@@ -116,18 +116,19 @@ def stream_blocks(
     num_tasks = min(concurrency, max(MIN_PROCESSES, int(ray.cluster_resources().get("CPU", 0))))
     num_threads = -(-concurrency // num_tasks)
     num_rounds = 1 if counts else -(-num_blocks // (concurrency * BLOCKS_PER_THREAD))
-    num_groups = min(num_blocks, MAX_TASKS, num_blocks if num_threads == 1 else num_tasks * num_rounds)
+    num_groups = max(1, min(num_blocks, MAX_TASKS, num_blocks if num_threads == 1 else num_tasks * num_rounds))
 
     def of_group(group: Any) -> Iterator[pa.Table]:
         with ThreadPoolExecutor(num_threads) as threads:
             yield from threads.map(function, map(int, group["item"]))
 
     of_group.__name__ = name
-    groups = ray.data.from_items(list(range(num_blocks)), override_num_blocks=num_groups or None)
+    groups = ray.data.from_items(list(range(num_blocks)), override_num_blocks=num_groups if num_blocks else None)
     groups.context.execution_options.preserve_order = True
     if counts:
-        groups.context.target_max_block_size = COUNT_BYTES * max(1, num_blocks // (max(1, num_groups) * TOLD))
-    mapped = groups.map_batches(of_group, num_cpus=TASK_CPUS, compute=ray.data.TaskPoolStrategy(num_tasks))
+        groups.context.target_max_block_size = COUNT_BYTES * max(1, num_blocks // (num_groups * TOLD))
+    at_once = ray.data.TaskPoolStrategy(min(num_tasks, num_groups))
+    mapped = groups.map_batches(of_group, num_cpus=TASK_CPUS, compute=at_once)
     mapped.set_name(name)
     return mapped
 
