@@ -21,12 +21,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench.raylets import Raylets, end
+from jobs.bench.raylets import Raylets, end, until
 
 REPLACED_AFTER_S = 3.0
 """A node that is lost is replaced by a new one, which joins late."""
-CUT_OFF_S = 20.0
-"""Long enough for a cluster to give up a node that it does not hear from."""
+GIVEN_UP_WITHIN_S = 120.0
+"""A node that the cluster does not hear from."""
 ENDS_WITHIN_S = 120.0
 """A raylet that is told on its return that it was given up."""
 SIMULATED = [sys.executable, "-m", "jobs.bench.simulated_job", "jobs/configs/quickstart.toml"]
@@ -128,11 +128,11 @@ def lose_node(drive: Drive, draw: random.Random) -> bool:
 
 
 def cut_off(drive: Drive, draw: random.Random) -> bool:
-    """A worker node, on a host of its own, is not heard from for a while, and works on; a new one takes its place."""
+    """A worker node on a host of its own works on unheard until it is given up; it returns, and a new one joins."""
     node = draw.choice(drive.cluster.workers)
     host = drive.cluster.host(node)
     host.cut()
-    time.sleep(CUT_OFF_S)
+    until(lambda: drive.cluster.is_given_up(node), GIVEN_UP_WITHIN_S, "the cluster to give up a node that is cut off")
     host.mend()
     node.wait(ENDS_WITHIN_S)
     drive.cluster.kill(node)

@@ -24,8 +24,10 @@ def steps(
 
     Continues after the last checkpoint.
 
-    The caller takes one optimizer step per item. After `checkpoint_every` of them the state is saved on every rank.
+    The caller takes one optimizer step per item. After `checkpoint_every` of them, and at the end, the state is saved on
+    every rank.
     """
+    saved = None
     step = int(restore(engine).get("step", 0))
     share = -(-training.batch_size // launch.world_size())
     stream = optimizer_batches(rows, epochs=training.epochs, batch_size=share, seed=seed, skip=step)
@@ -39,7 +41,9 @@ def steps(
         yield step, batch, waited_s
         if step % training.checkpoint_every == 0:
             checkpoint(engine, step)
-    checkpoint(engine, step)
+            saved = step
+    if step != saved:
+        checkpoint(engine, step)
 
 
 def restore(engine: Any) -> dict[str, float]:

@@ -37,6 +37,8 @@ def main(folder: str) -> None:
     sft_fit(folder, table, **TWO)
     logged = [json.loads(line)["step"] for line in storage.read_bytes(f"{folder}/metrics/sft.jsonl").splitlines()]
     print(json.dumps({"files": files, "steps": steps, "logged": logged, "names": [last, earlier]}))
+    ray.shutdown()  # before the nodes: a driver whose raylet ends first ends with it, and fails
+    cluster.shutdown()
 
 
 if __name__ == "__main__":
