@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart rlp-quickstart test check test-slow fault-tools test-faults chaos dashboard-tools test-dashboard bench lock
+.PHONY: install quickstart rlp-quickstart test check test-slow test-faults chaos dashboard-tools test-dashboard bench lock
 
 install: $(VENV)/.installed
 
@@ -36,12 +36,7 @@ test: check
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
 
-# As root, on Debian and its relatives: what gives nodes networks and clocks of their own.
-fault-tools:
-	apt-get update -q
-	apt-get install -q -y --no-install-recommends iproute2 libfaketime
-
-# Every fault of a cluster, in every stage; without the tools, or for who is not root, some are skipped.
+# Every fault of a cluster, in every stage; only root, with iproute2, can give nodes networks of their own.
 test-faults: install
 	$(BIN)/python -m pytest -m faults -q
 

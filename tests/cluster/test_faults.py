@@ -19,8 +19,12 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
 SETTINGS = [*SHORT, "sft.enabled=true", "sft.batch_size=64", "sft.checkpoint_every=3", "sft.max_failures=20"]
 UNHARMED = Damage(num_lost=0, num_doubled=0, num_paid_twice=0, num_different=0, num_in_flight=0)
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
-"""Of Debian's package libfaketime."""
+AN_HOUR_AHEAD = """
+import time
+
+time.time, time.time_ns = (lambda now=time.time: now() + 3600), (lambda now=time.time_ns: now() + 3600 * 10**9)
+"""
+"""Python reads it when it starts, as sitecustomize.py: what all of a node's Python takes for the time."""
 needs_hosts = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
 
 
@@ -131,12 +135,12 @@ def test_a_node_that_is_cut_off_works_on_and_does_no_harm(cluster, undisturbed, 
     assert damage(drive.folder, undisturbed) == UNHARMED
 
 
-@pytest.mark.skipif(not os.path.exists(FAKETIME), reason="needs the package libfaketime")
 @pytest.mark.parametrize("name", ["generation replica", "node", "driver"])
 def test_a_node_whose_clock_is_an_hour_ahead_does_no_harm(cluster, undisturbed, tmp_path, name):
     """Nobody's lease ends early, nobody's lasts for ever."""
+    (tmp_path / "sitecustomize.py").write_text(AN_HOUR_AHEAD)
     usual = cluster.workers[0]
-    skewed = cluster.add(LD_PRELOAD=FAKETIME, FAKETIME="+1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
+    skewed = cluster.add(PYTHONPATH=f"{tmp_path}{os.pathsep}{cluster.environment['PYTHONPATH']}")
     cluster.kill(usual)
     try:
         drive = begin_at("generate", cluster, undisturbed, tmp_path / f"skewed-{name}".replace(" ", "-"))
