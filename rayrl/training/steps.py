@@ -24,8 +24,8 @@ def steps(
 
     Continues after the last checkpoint.
 
-    The caller takes one optimizer step per item. After `checkpoint_every` of them, and at the end, the state is saved on
-    every rank.
+    The caller takes one optimizer step per item. After `checkpoint_every` of them, and at the end, the state is saved
+    on every rank.
     """
     saved = None
     step = int(restore(engine).get("step", 0))
