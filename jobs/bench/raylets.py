@@ -140,7 +140,11 @@ class Raylets:
             node = self._start(*arguments, environment=environment, prefix=host.enter)
             self._hosts[node.pid] = host
         said = self.folder / f"node-{node.pid}.log"
-        until(lambda: "Ray runtime started" in said.read_text(), START_S, f"a node to join; {said} is its output")
+        try:
+            until(lambda: "Ray runtime started" in said.read_text(), START_S, f"a node to join; {said} is its output")
+        except TimeoutError:
+            self.kill(node)
+            raise
         return node
 
     def host(self, node: psutil.Popen) -> Host:
