@@ -64,6 +64,9 @@ class SimulatedEngine(Serving):
         }
 
     async def load(self, checkpoint: Checkpoint) -> None:
+        await self.swap(checkpoint)
+
+    async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
         self.version = f"{LOADING}{checkpoint.version}"
         await asyncio.sleep(self._swap_s)
         self.version = checkpoint.version
