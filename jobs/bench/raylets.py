@@ -16,8 +16,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import psutil
@@ -132,12 +133,10 @@ class Raylets:
         # A folder of its own, as on a machine of its own: in a shared one a node removes what a job's driver runs in.
         arguments = [f"--temp-dir={self._temporary}/{len(list(Path(self._temporary).iterdir()))}"]
         arguments += [f"--address={self.address}", f"--num-cpus={self._num_cpus}"]
-        if self._network is None:
-            node = self._start(*arguments, environment=environment)
-        else:
-            host = self._network.add()
-            arguments.append(f"--node-ip-address={host.address}")
-            node = self._start(*arguments, environment=environment, prefix=host.enter)
+        host = self._network.add() if self._network else None
+        arguments += [f"--node-ip-address={host.address}"] if host else []
+        node = self._start(*arguments, environment=environment, prefix=host.enter if host else ())
+        if host:
             self._hosts[node.pid] = host
         said = self.folder / f"node-{node.pid}.log"
         try:
@@ -204,14 +203,14 @@ class Raylets:
         return [p for node in self._nodes for p in processes(node) if pattern.match(_title(p))]
 
     def _start(
-        self, *arguments: str, environment: dict[str, str] | None = None, prefix: list[str] | None = None
+        self, *arguments: str, environment: Mapping[str, str] = MappingProxyType({}), prefix: Sequence[str] = ()
     ) -> psutil.Popen:
-        command = [*(prefix or []), *RAY, "start", "--block", "--disable-usage-stats", *arguments]
+        command = [*prefix, *RAY, "start", "--block", "--disable-usage-stats", *arguments]
         command += [f"--dashboard-agent-listen-port={free_port()}"]  # through the head's, jobs come
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as output:
             node = psutil.Popen(
                 command,
-                env=self.environment | (environment or {}),
+                env={**self.environment, **environment},
                 cwd=ROOT,
                 stdout=output,
                 stderr=output,

@@ -1,11 +1,15 @@
 """A run to which something happens in the midst of a stage."""
 
+import os
 import random
+
+import pytest
 
 from jobs.bench.faults import Drive, Fault, attempts
 from jobs.bench.raylets import until
 
 RUN_S = 600.0
+needs_hosts = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
 TRAININGS = ("sft", "fit_evaluator", "dpo", "ppo")
 
 

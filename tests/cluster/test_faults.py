@@ -13,7 +13,7 @@ import pytest
 
 from jobs.bench.faults import FAULTS, SHORT, SIMULATED, Damage, Drive, cut_off, damage, hang
 from tests.cluster import disturbed
-from tests.cluster.disturbed import survive
+from tests.cluster.disturbed import needs_hosts, survive
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
@@ -25,7 +25,6 @@ import time
 time.time, time.time_ns = (lambda now=time.time: now() + 3600), (lambda now=time.time_ns: now() + 3600 * 10**9)
 """
 """Python reads it when it starts, as sitecustomize.py: what all of a node's Python takes for the time."""
-needs_hosts = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ one. The engines are simulated, all else is real.
 """
 
 import json
-import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from jobs.bench.faults import FAULTS, PPO, PPO_SHORT, Drive, cut_off, hang
 from tests.cluster import disturbed
-from tests.cluster.disturbed import survive
+from tests.cluster.disturbed import needs_hosts, survive
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 KNOWN = ("reward", "num_responses", "length", "truncated", "num_abstained")
@@ -63,7 +62,7 @@ def test_a_replica_that_hangs_is_replaced(cluster, undisturbed, tmp_path):
     assert_the_same(drive.folder, undisturbed)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
+@needs_hosts
 def test_a_trainer_that_is_cut_off_does_no_harm(cluster, undisturbed, tmp_path):
     drive = Drive(cluster=cluster, folder=tmp_path / "ppo-cut-off", command=[*PPO, *PPO_SHORT])
     survive(drive, "ppo", cut_off)
