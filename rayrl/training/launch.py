@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain
@@ -27,6 +27,7 @@ from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import TrainingConfig
@@ -45,6 +46,7 @@ START_TIMEOUT_S = 600.0
 POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 POLL_S = 0.5
 """Between two looks of Ray Train's controller at its workers. Each checkpoint waits for one, and so does the end."""
+ADDRESS = "RAY_ADDRESS"
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
 
@@ -101,7 +103,8 @@ def fit(
         dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
     )
     try:
-        metrics = _fitted(trainer, url, training.max_failures)
+        with _naming_this_cluster():
+            metrics = _fitted(trainer, url, training.max_failures)
     except WorkerGroupStartupTimeoutError:
         has, free = ray.cluster_resources(), ray.available_resources()
         raise StageTimeout(no_room(name, training.num_workers, on_gpu, has, free)) from None
@@ -118,6 +121,25 @@ def no_room(name: str, num_workers: int, on_gpu: bool, has: Mapping[str, float],
         "now; the same command continues once there is room, with a smaller fleet or a larger cluster; "
         f"{START_TIMEOUT} waits longer"
     )
+
+
+@contextmanager
+def _naming_this_cluster() -> Iterator[None]:
+    """Meanwhile the environment that Ray Train hands on to its controller says which cluster this is.
+
+    What removes the workers of a lost controller asks whichever cluster it finds on the machine whether that lives. Of
+    two runs on one machine it can find the other's, which knows of no such controller, and so it would end this fit.
+    """
+    before = os.environ.get(ADDRESS)
+    ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS]
+        else:
+            os.environ[ADDRESS] = before
 
 
 def _fitted(trainer: Callable[[], TorchTrainer], url: str, max_failures: int) -> dict[str, Any]:

@@ -5,12 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from jobs.bench.raylets import Raylets, until
 from rayrl.errors import DiskFull
 from rayrl.training import checkpoints
 from tests.s3_server import new_bucket, s3_server
@@ -20,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 ALL_STEPS = list(range(1, NUM_STEPS + 1))
 
 
-def run(*command):
+def run(*command, **variables):
     """A program with a Ray of its own, to its end."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"} | variables
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return ran
@@ -110,3 +113,17 @@ def test_the_parts_of_two_nodes_meet_in_a_bucket_and_the_last_damaged_one_is_pas
     assert len([name for name in seen["files"] if name.endswith("optim_states.pt")]) == 2
     assert seen["logged"] == [*seen["steps"], seen["steps"][-1]], "one step again, from the checkpoint before"
     assert f"{last} is damaged" in ran.stderr
+
+
+@pytest.mark.slow
+def test_another_cluster_that_starts_on_the_machine_does_not_end_a_fit(tmp_path):
+    """Whoever asks that one whether this fit's controller lives, hears that there is none."""
+    command = [sys.executable, "-m", "tests.training.beside_another", str(tmp_path)]
+    with tempfile.TemporaryDirectory(prefix="rayrl-") as temporary, ThreadPoolExecutor(1) as background:
+        ran = background.submit(run, *command, RAY_ADDRESS="", RAY_TMPDIR=temporary)
+        until((tmp_path / "metrics" / "sft.jsonl").exists, 120, "the first step")
+        with Raylets(tmp_path, num_workers=0) as other:
+            (Path(temporary) / "ray" / "ray_current_cluster").write_text(other.address)
+            (tmp_path / "go").touch()
+            ran.result()
+    assert steps_logged(tmp_path) == ALL_STEPS
