@@ -47,8 +47,12 @@ class Network:
 
     def __enter__(self) -> "Network":
         _ip("link", "add", self._switch, "type", "bridge")
-        _ip("addr", "add", f"{self.address}/24", "dev", self._switch)
-        _ip("link", "set", self._switch, "up")
+        try:
+            _ip("addr", "add", f"{self.address}/24", "dev", self._switch)
+            _ip("link", "set", self._switch, "up")
+        except OSError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from jobs.bench.faults import FAULTS, SHORT, SIMULATED, Damage, Drive, cut_off, damage, hang
+from jobs.bench.raylets import processes
 from tests.cluster import disturbed
 from tests.cluster.disturbed import needs_hosts, survive
 
@@ -137,13 +138,19 @@ def test_a_node_that_is_cut_off_works_on_and_does_no_harm(cluster, undisturbed, 
 @pytest.mark.parametrize("name", ["generation replica", "node", "driver"])
 def test_a_node_whose_clock_is_an_hour_ahead_does_no_harm(cluster, undisturbed, tmp_path, name):
     """Nobody's lease ends early, nobody's lasts for ever."""
+
+    def fault(drive, draw):
+        at_work = processes(skewed)
+        assert any(replica in at_work for replica in cluster.actors("Generator")), "a replica is an hour ahead"
+        return FAULTS[name](drive, draw)
+
     (tmp_path / "sitecustomize.py").write_text(AN_HOUR_AHEAD)
     usual = cluster.workers[0]
     skewed = cluster.add(PYTHONPATH=f"{tmp_path}{os.pathsep}{cluster.environment['PYTHONPATH']}")
     cluster.kill(usual)
     try:
         drive = begin_at("generate", cluster, undisturbed, tmp_path / f"skewed-{name}".replace(" ", "-"))
-        survive(drive, "generate", FAULTS[name])
+        survive(drive, "generate", fault)
         assert damage(drive.folder, undisturbed) == UNHARMED
     finally:
         cluster.add()
