@@ -19,8 +19,8 @@ KNOWN = ("reward", "num_responses", "length", "truncated", "num_abstained")
 """Of a rollout: what the replicas and the reward say, which nothing may change."""
 
 START = ROOT / "jobs/quickstart/model"
-SAME = 0.01
-"""Of the way that the policy went, which has 24 steps: one too many is 0.04 of it, or more."""
+SAME = 1e-3
+"""Of the way that the policy went, which has 24 steps: one too many is 0.04 of it. What was seen is 0."""
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,19 @@ def held_out(folder):
 
 
 def flat(checkpoint):
-    """All weights, by name."""
+    """All weights, by name; tied ones once."""
     weights = load_file(checkpoint / "model.safetensors")
-    return torch.cat([weights[name].flatten().double() for name in sorted(weights)])
+    return torch.cat([weights[name].flatten().double() for name in sorted(weights) if name != "lm_head.weight"])
 
 
 def assert_the_same(ours, theirs):
-    for step, row in rollouts(theirs).items():
-        assert {name: row[name] for name in KNOWN} == {name: rollouts(ours)[step][name] for name in KNOWN}
     assert rollouts(ours).keys() == rollouts(theirs).keys()
+    for step in rollouts(theirs).keys() - {0}:  # before the first there is none
+        ours_of, theirs_of = rollouts(ours)[step], rollouts(theirs)[step]
+        assert {name: ours_of[name] for name in KNOWN} == {name: theirs_of[name] for name in KNOWN}
     assert held_out(ours) == held_out(theirs) and held_out(ours)
-    start, weights, expected = map(flat, (START, *(folder / "stages/ppo/checkpoint" for folder in (ours, theirs))))
+    weights, expected = (flat(folder / "stages/ppo/checkpoint") for folder in (ours, theirs))
+    start = flat(START)
     assert (weights - expected).norm() < SAME * (expected - start).norm()
 
 
