@@ -1,6 +1,6 @@
 """Random faults, made from outside, in runs on a cluster of several nodes: what is lost, doubled, or paid for twice.
 
-    make chaos                                        # 50 faults in 10 runs, and in 2 with real engines; an hour
+    make chaos                                        # 50 faults in 10 runs, and in 2 with real engines; half an hour
     python -m jobs.bench.chaos --faults 5 --runs 1 --real-runs 0 --seed 7
 
 Every run begins when the one before is over, on the same cluster, and meets its faults at times drawn from the length
