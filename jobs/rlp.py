@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rayrl.pipelines.job import main as run_job
+from rayrl.pipelines.command_line import main as run_job
 
 
 def main(arguments: list[str]) -> int:

@@ -44,7 +44,7 @@ def plan(
 @app.command()
 def report(run_dir: RunDir) -> None:
     """Build report.html and report.json again, from the run directory alone."""
-    from rayrl.telemetry.report import write_report
+    from rayrl.report.page import write_report
 
     facts = write_report(run_dir)
     Console().print(Text(f"{facts['run_dir']}/report.html"), soft_wrap=True)
@@ -56,7 +56,7 @@ def status(
     live: Annotated[bool, typer.Option("--live", help="Ask the cluster for the run's replicas, too.")] = False,
 ) -> None:
     """Show how far a run is and how fast it goes, what it has paid and what it has gained."""
-    from rayrl.telemetry.summary import summarize_run
+    from rayrl.report.summary import summarize_run
 
     facts = summarize_run(run_dir)
     table = Table("stage", "state", "result", "seconds", box=None, pad_edge=False, header_style="bold")
@@ -85,8 +85,8 @@ def runs(
 ) -> None:
     """List the runs in a folder: how far they are, what they paid and what it bought."""
     from rayrl.errors import RunDirectoryError
+    from rayrl.report.summary import gain, plus_minus, summarize_run
     from rayrl.runs import storage
-    from rayrl.telemetry.summary import gain, plus_minus, summarize_run
 
     fs, path = storage.locate(folder)
     if not fs.isdir(path):
@@ -115,11 +115,11 @@ def scale(
     sizes: Annotated[list[str] | None, typer.Argument(help="generators=4 embedders=1-8 oracle=32 ROLE=auto")] = None,
 ) -> None:
     """Show a run's fleets and oracle; with sizes, resize them: a number, a range, or auto for what the config says."""
-    from rayrl.config.sizes import parse_sizes
+    from rayrl.fleets.sizes import parse_sizes
 
     parsed = parse_sizes(sizes or [])
     control = _control(run)
-    from rayrl.actors.control import ask
+    from rayrl.fleets.control import ask
 
     if parsed:
         ask(control, "scale", parsed)
@@ -152,7 +152,7 @@ def stop(run: LiveRun) -> None:
 
 
 def going(pace: dict[str, Any], now: float) -> str:
-    """How a stage goes (rayrl/telemetry/pace.py), for humans; `now` is a Unix time."""
+    """How a stage goes (rayrl/report/pace.py), for humans; `now` is a Unix time."""
     done = f"{pace['done']:,}" + (f" of {pace['total']:,}" if pace["total"] is not None else "") + f" {pace['unit']}"
     rate = "-" if pace["per_s"] is None else f"{pace['per_s']:,.3g}"
     eta = "-" if pace["eta_s"] is None else _duration(pace["eta_s"])
@@ -180,7 +180,7 @@ def _replicas(run: str) -> Table | Text:
     """The fleets of a run that is alive in the cluster; else why they cannot be shown, which is no reason to fail."""
     from ray.exceptions import RayError
 
-    from rayrl.actors.control import ask
+    from rayrl.fleets.control import ask
 
     try:
         return fleet_table(ask(_control(run), "states"))
@@ -197,8 +197,8 @@ def _control(run: str) -> Any:
         name = storage.read_json(saved)["name"]
     import ray
 
-    from rayrl.actors.control import NAMESPACE, find_control
     from rayrl.errors import ResourceError
+    from rayrl.fleets.control import NAMESPACE, find_control
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
@@ -218,7 +218,7 @@ def _state(state: str) -> Text:
 
 def _headline(facts: dict[str, Any]) -> str:
     """What was paid and what it bought."""
-    from rayrl.telemetry.summary import gain, plus_minus
+    from rayrl.report.summary import gain, plus_minus
 
     if facts["pipeline"] != "rlp":
         return f"paid label queries {_paid(facts)}, gain {plus_minus(gain(facts), signed=True)}"

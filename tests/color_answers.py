@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrl.actors.entailment import Entailments
+from rayrl.engines.entailment import Entailments
 from rayrl.records import Response, Sampled, to_table
 
 ANSWERS = {

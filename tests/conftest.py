@@ -48,9 +48,9 @@ def tiny_policy():
 
 
 def _fleet(name, engine, policy, pooling):
-    from rayrl.actors.engine import EngineSpec
-    from rayrl.actors.fleet import start_fleet
     from rayrl.config import EngineConfig
+    from rayrl.engines.vllm_engine import EngineSpec
+    from rayrl.fleets.fleet import start_fleet
 
     spec = EngineSpec(
         checkpoint=policy.checkpoint,
@@ -67,7 +67,7 @@ def _fleet(name, engine, policy, pooling):
 @pytest.fixture(scope="session")
 def generators(ray_cluster, tiny_policy):
     """A fleet of one generation replica."""
-    from rayrl.actors.generator import Generator
+    from rayrl.engines.generator import Generator
 
     fleet = _fleet("test-generators", Generator, tiny_policy, None)
     fleet.wait_ready()
@@ -78,7 +78,7 @@ def generators(ray_cluster, tiny_policy):
 @pytest.fixture(scope="session")
 def embedders(ray_cluster, tiny_policy):
     """A fleet of one embedding replica (mean pooling)."""
-    from rayrl.actors.embedder import Embedder
+    from rayrl.engines.embedder import Embedder
 
     fleet = _fleet("test-embedders", Embedder, tiny_policy, "mean")
     fleet.wait_ready()
@@ -89,7 +89,7 @@ def embedders(ray_cluster, tiny_policy):
 @pytest.fixture(scope="session")
 def last_embedders(ray_cluster, tiny_policy):
     """A fleet of one embedding replica (the last token's vector)."""
-    from rayrl.actors.embedder import Embedder
+    from rayrl.engines.embedder import Embedder
 
     fleet = _fleet("test-last-embedders", Embedder, tiny_policy, "last")
     fleet.wait_ready()

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from rayrl.cli import fleet_table, main
-from rayrl.config.sizes import parse_sizes
 from rayrl.errors import ResourceError
-from tests.telemetry.rlp_run import write_rlp_run
+from rayrl.fleets.sizes import parse_sizes
+from tests.report.rlp_run import write_rlp_run
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayrl.config import DpoConfig
 from rayrl.models.policy import load_policy
-from rayrl.training import engine as zero
+from rayrl.training import deepspeed_engine as zero
 from rayrl.training.dpo import IDLE_PAIR, PairBatch, collated, pair_batch, pair_losses
 
 RANDOM_VOCAB = 32_000

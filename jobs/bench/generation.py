@@ -23,15 +23,15 @@ import pyarrow as pa
 import ray
 from hardware import hardware
 
-from rayrl.actors.engine_start import CPU_BATCHED_TOKENS, EngineSpec, environment
-from rayrl.actors.fleet import Fleet, start_fleet
-from rayrl.actors.generator import Generator, Sampling
 from rayrl.config import EngineConfig, GenerateConfig, PolicyConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_rows
 from rayrl.data.tokenizing import encode_prompt, load_tokenizer
+from rayrl.engines.generator import Generator, Sampling
+from rayrl.engines.start import CPU_BATCHED_TOKENS, EngineSpec, environment
+from rayrl.fleets.fleet import Fleet, start_fleet
 from rayrl.records import Checkpoint, content_id
-from rayrl.stages.generate import response_seed, sample_block
+from rayrl.stages.sampling.generate import response_seed, sample_block
 
 SEED = 0
 

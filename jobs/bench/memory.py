@@ -23,11 +23,11 @@ from sizes import made_up, measured
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run, open_run
-from rayrl.stages.generate import Responses
-from rayrl.stages.labelling import Labelling
-from rayrl.stages.pool import read_pool
-from rayrl.stages.pseudo_label import Pairs, finish_pairs
-from rayrl.stages.select import select
+from rayrl.stages.artifacts import Responses
+from rayrl.stages.proxy.pair_blocks import Labelling
+from rayrl.stages.proxy.pseudo_label import Pairs, finish_pairs
+from rayrl.stages.sampling.pool import read_pool
+from rayrl.stages.selection.select import select
 
 K = 4
 BOUND_MB = 50

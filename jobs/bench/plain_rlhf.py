@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
-from rayrl.actors.services import Services
+from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
-from rayrl.stages.fit_reward_model import fit_reward_model
-from rayrl.stages.pool import Pool, read_pool
-from rayrl.stages.ppo import ppo
-from rayrl.stages.preferences import gather_preferences
-from rayrl.stages.reward import RewardModels
-from rayrl.stages.sft import sft
+from rayrl.stages.artifacts import Pool
+from rayrl.stages.labelling.preferences import gather_preferences
+from rayrl.stages.policy.ppo import ppo
+from rayrl.stages.policy.sft import sft
+from rayrl.stages.reward_model.fit_reward_model import fit_reward_model
+from rayrl.stages.rewards.reward_models import RewardModels
+from rayrl.stages.sampling.pool import read_pool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,15 +23,15 @@ from hardware import hardware
 from plain_rlhf import plain_rlhf
 from ray.actor import ActorHandle
 
-from rayrl.actors.services import Services
 from rayrl.config import RunConfig, load_config
-from rayrl.pipelines.launch import run_pipeline
+from rayrl.fleets.services import Services
+from rayrl.metrics.curves import read_metrics
+from rayrl.pipelines.run_pipeline import run_pipeline
 from rayrl.preflight import check
+from rayrl.report.plots_rlp import TIMES
 from rayrl.runs import storage
 from rayrl.runs.run import Run
-from rayrl.stages.ppo import rollout_sampling
-from rayrl.telemetry.metrics import read_metrics
-from rayrl.telemetry.plots_rlp import TIMES
+from rayrl.stages.policy.ppo import rollout_sampling
 from rayrl.training.rollout import response_seed, sample
 
 MAX_SYNC_SHARE = 0.05

@@ -21,7 +21,7 @@ import ray
 from jobs.bench.faults import REAL, SHORT, SIMULATED, Drive, kill, kill_driver
 from jobs.bench.hardware import hardware
 from jobs.bench.raylets import Raylets, end, until
-from rayrl.actors.control import NAMESPACE
+from rayrl.fleets.control import NAMESPACE
 
 WAIT_S = 300.0
 LONG = ["pool.limit=1000", "pool.num_eval=16", "generators.num_replicas=2", "generate.block_size=4", "generate.k=2"]

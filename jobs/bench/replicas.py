@@ -3,7 +3,7 @@
     python jobs/bench/replicas.py                  # a minute per size
     python jobs/bench/replicas.py --sizes 1 4 --requests-per-replica 320
 
-The replicas are simulated (jobs/bench/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
+The replicas are simulated (rayrl/fleets/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
 machine and what is lost is lost around them: the router, the blocks' tasks, the tables, the driver. Every size is a
 fresh process with a fresh Ray, and the same number of requests for each replica. The fleet is up before the clock
 runs, and so are the processes of Ray Data's tasks: a first round of two blocks per replica, at its best 4 s, comes
@@ -20,13 +20,13 @@ from dataclasses import replace
 
 import ray
 from hardware import hardware
-from simulated import SimulatedServices
 from sizes import made_up, measured
 
+from rayrl.fleets.simulated import SimulatedServices
 from rayrl.records import Checkpoint
 from rayrl.runs.run import open_run
-from rayrl.stages.generate import generate
-from rayrl.stages.pool import read_pool
+from rayrl.stages.sampling.generate import generate
+from rayrl.stages.sampling.pool import read_pool
 
 K = 2
 BLOCK_SIZE = 64

@@ -4,7 +4,7 @@
     python jobs/bench/scale.py --sizes 2000 --budget 50
 
 Every stage of the pipeline but the trainings, k = 2 responses a prompt, k-center on 64-d embeddings, 2,000 queries to a
-scripted expert. The engines are simulated (jobs/bench/simulated.py) and take no time to speak of, and an evaluator is
+scripted expert. The engines are simulated (rayrl/fleets/simulated.py) and take no time to speak of, and an evaluator is
 given, not fitted: what is left is what rayrl does with the rows. Every size is a fresh process with a fresh Ray.
 """
 
@@ -16,19 +16,19 @@ import time
 
 import ray
 from hardware import hardware
-from simulated import SimulatedServices
 from sizes import made_up, measured
 
-from rayrl.actors.oracle_pool import start_oracle_pool
-from rayrl.models.judge import load_rubric
+from rayrl.fleets.simulated import SimulatedServices
+from rayrl.models.judge_prompt import load_rubric
+from rayrl.oracles.pool import start_oracle_pool
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.runs.run import Run, open_run
-from rayrl.stages.generate import generate
-from rayrl.stages.pool import read_pool
-from rayrl.stages.pseudo_label import pseudo_label
-from rayrl.stages.query import query
-from rayrl.stages.select import select
+from rayrl.stages.labelling.query import query
+from rayrl.stages.proxy.pseudo_label import pseudo_label
+from rayrl.stages.sampling.generate import generate
+from rayrl.stages.sampling.pool import read_pool
+from rayrl.stages.selection.select import select
 
 STAGES = ("pool", "generate", "select", "query", "pseudo_label")
 BOUND_S = 20 * 60

@@ -14,7 +14,7 @@ import ray
 from hardware import hardware
 
 from rayrl.config import RunConfig
-from rayrl.pipelines.launch import Pipeline, run_pipeline
+from rayrl.pipelines.run_pipeline import Pipeline, run_pipeline
 from rayrl.preflight import check
 from rayrl.runs import storage
 from rayrl.runs.run import open_run

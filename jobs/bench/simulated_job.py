@@ -6,11 +6,11 @@ The pipeline is the one that the config names.
 import sys
 import time
 
-from jobs.bench.simulated import SimulatedServices
-from jobs.experts import quickstart
+from jobs.oracles import quickstart
 from rayrl.config import load_config
-from rayrl.pipelines import launch
-from rayrl.pipelines.job import main
+from rayrl.fleets.simulated import SimulatedServices
+from rayrl.pipelines import run_pipeline as launch
+from rayrl.pipelines.command_line import main
 
 JUDGE_S = 0.2
 

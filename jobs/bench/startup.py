@@ -18,12 +18,12 @@ from typing import Any
 import ray
 from hardware import hardware
 
-from rayrl.actors.embedder import Embedder
-from rayrl.actors.engine import EngineSpec, ServedEngine
-from rayrl.actors.fleet import start_fleet
-from rayrl.actors.generator import Generator
 from rayrl.config import EngineConfig, TrainingConfig
 from rayrl.data.blocks import stream_blocks
+from rayrl.engines.embedder import Embedder
+from rayrl.engines.generator import Generator
+from rayrl.engines.vllm_engine import EngineSpec, ServedEngine
+from rayrl.fleets.fleet import start_fleet
 from rayrl.records import Checkpoint
 from rayrl.training.launch import fit
 

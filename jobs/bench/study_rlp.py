@@ -18,15 +18,15 @@ from plain_rlhf import plain_rlhf
 from ray.actor import ActorHandle
 from seeds import Results, finish, markdown, mean_of, pooled, stage_metrics, study
 
-from rayrl.actors.services import Services
 from rayrl.algorithms.statistics import paired_difference
 from rayrl.config import load_config
-from rayrl.pipelines.launch import Pipeline
+from rayrl.fleets.services import Services
 from rayrl.pipelines.rlp import rlp
+from rayrl.pipelines.run_pipeline import Pipeline
+from rayrl.report.tables import read_parquet
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.evaluate_policies import evaluate_policies
-from rayrl.telemetry.tables import read_parquet
+from rayrl.stages.evaluation.evaluate_policies import evaluate_policies
 
 BASE = "spg"
 """The variant that does what all have in common."""

@@ -18,14 +18,14 @@ import ray
 import torch
 from hardware import hardware
 
-from rayrl.actors.engine import EngineSpec
-from rayrl.actors.fleet import start_fleet
-from rayrl.actors.generator import Generator
 from rayrl.config import EngineConfig
 from rayrl.data.collate import collate
+from rayrl.engines.generator import Generator
+from rayrl.engines.vllm_engine import EngineSpec
+from rayrl.fleets.fleet import start_fleet
 from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.records import Checkpoint
-from rayrl.training.export import probe_prompt
+from rayrl.training.sync.export import probe_prompt
 
 NUM_READ = 100
 

@@ -2,7 +2,7 @@
 
 An answer is put together from optional parts, each present about half of the time: it names the thing asked about,
 gives a first step, gives a reason, is polite, is clean. Nothing here scores anything: the rubric is known to the expert
-alone (`jobs/experts/quickstart.py`).
+alone (`jobs/oracles/quickstart.py`).
 """
 
 import random

@@ -1,9 +1,9 @@
 """Auxiliary losses on two views of one prompt: RLP's unsupervised multi-view learning and its ablations.
 
 A view is the reward model's last hidden state of one response to the prompt; a code is the Gaussian an encoder makes of
-it (both modules are in `rayrl.models.information`). RLP (arXiv 2403.19279, Sec. 4.2) adds lambda = 0.5 times `uml_loss`
-to the preference loss, with I(z1; z2) estimated as in Deep InfoMax and the loss as in the multi-view information
-bottleneck (arXiv 2002.07017).
+it (both modules are in `rayrl.models.view_networks`). RLP (arXiv 2403.19279, Sec. 4.2) adds lambda = 0.5 times
+`uml_loss` to the preference loss, with I(z1; z2) estimated as in Deep InfoMax and the loss as in the multi-view
+information bottleneck (arXiv 2002.07017).
 
 Row i of every batch belongs to prompt i. Negative pairs join neighbouring rows, so the rows must be of different
 prompts, and a batch has at least two.

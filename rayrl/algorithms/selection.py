@@ -12,7 +12,7 @@ distances agree to `TIE` of the data's scale are equally far, and the smallest i
 before anything else: distances stay, but the float32 bounds get tight where a large common mean, usual in language
 model embeddings, would drown them.
 
-This is not an approximate coreset method, and it knows nothing about models, text or Ray: `rayrl.actors` wraps
+This is not an approximate coreset method, and it knows nothing about models, text or Ray: `rayrl.fleets.coreset` wraps
 `CoresetShard` into actors and implements `ShardGroup` for them.
 """
 

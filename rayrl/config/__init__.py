@@ -4,33 +4,27 @@ Importing this module loads no torch, ray or vllm, so that `--help`, `--plan` an
 Values marked "ours" are not published for arXiv 2407.02119; see the README's table of open knobs.
 """
 
-from rayrl.config.data import DataConfig, Dtype, PolicyConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
-from rayrl.config.engines import EngineConfig, GenerateConfig
-from rayrl.config.expert import (
-    HttpOracleConfig,
-    OracleConfig,
-    OracleLimits,
-    ReplayOracleConfig,
-    RubricConfig,
-    ScriptedOracleConfig,
-    SelectConfig,
-    Unit,
-)
+from rayrl.config.data import DataConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
+from rayrl.config.dpo import DpoConfig
+from rayrl.config.engines import EngineConfig
+from rayrl.config.evaluate import EvaluateConfig, LmEvalConfig
+from rayrl.config.evaluator import EvaluatorConfig
+from rayrl.config.generate import GenerateConfig
 from rayrl.config.loading import load_config
-from rayrl.config.rlp import (
-    OcrmConfig,
-    PpoConfig,
-    PreferenceDataConfig,
-    PreferencesConfig,
-    RefreshConfig,
-    RewardModelConfig,
-    SpgConfig,
-    UmlConfig,
-)
-from rayrl.config.run import EvaluateConfig, LmEvalConfig, RunConfig
+from rayrl.config.oracle import HttpOracleConfig, OracleConfig, OracleLimits, ReplayOracleConfig, ScriptedOracleConfig
+from rayrl.config.policy import Dtype, PolicyConfig
+from rayrl.config.ppo import PpoConfig
+from rayrl.config.preferences import PreferenceDataConfig, PreferencesConfig
+from rayrl.config.pseudo_label import PseudoLabelConfig
+from rayrl.config.refresh import OcrmConfig, RefreshConfig, SpgConfig, UmlConfig
+from rayrl.config.reward_model import RewardModelConfig
+from rayrl.config.rubric import RubricConfig
+from rayrl.config.run import RunConfig
+from rayrl.config.select import SelectConfig, Unit
+from rayrl.config.sft import SftConfig
 from rayrl.config.table import Table
 from rayrl.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
-from rayrl.config.training import DpoConfig, EvaluatorConfig, LoraConfig, PseudoLabelConfig, SftConfig, TrainingConfig
+from rayrl.config.training import LoraConfig, TrainingConfig
 
 __all__ = [
     "DataConfig",

@@ -1,27 +1,10 @@
-"""What a run reads: the policy, its prompts, its seed data."""
+"""Files and data sets that a run reads: prompts, seed data, reference answers."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from rayrl.config.table import Table
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-class PolicyConfig(Table):
-    """The policy to align, M0."""
-
-    path: str
-    """A local folder or a hub id."""
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    """"auto" is bfloat16 where the accelerator has it, else float32."""
-    prompt_format: Literal["auto", "plain", "chat"] = "auto"
-    """"auto" is chat when the tokenizer has a chat template."""
-    max_model_len: int | None = Field(default=None, gt=0)
-    """Context in tokens; None is the model's own."""
-    trust_remote_code: bool = False
 
 
 class DataConfig(Table):

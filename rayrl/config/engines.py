@@ -1,6 +1,6 @@
-"""The fleets, and what is sampled on them."""
+"""A fleet of engine replicas: their number, hardware and engine arguments."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -64,19 +64,3 @@ class EngineConfig(Table):
     def num_gpus(self) -> float:
         """GPUs of one replica, on a machine that has some."""
         return self.gpus_per_replica * self.num_ranks
-
-
-class GenerateConfig(Table):
-    """On-policy sampling: k responses for each prompt."""
-
-    source: Literal["policy", "seed"] = "policy"
-    """"seed" is the off-policy control: the seed data's own responses are queried instead of M1's."""
-    k: int = Field(default=4, gt=0)
-    temperature: float = Field(default=0.7, ge=0)
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """0 is off."""
-    max_tokens: int = Field(default=512, gt=0)
-    stop: list[str] = Field(default=[])
-    block_size: int = Field(default=64, gt=0)
-    """Prompts per block: the unit of work, of memoisation and of resume."""

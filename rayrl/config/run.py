@@ -1,67 +1,28 @@
-"""One run, all tables together."""
+"""One run, all tables together, and the rules between tables."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayrl.config.data import PolicyConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
-from rayrl.config.engines import EngineConfig, GenerateConfig
-from rayrl.config.expert import (
-    HttpOracleConfig,
-    OracleConfig,
-    ReplayOracleConfig,
-    RubricConfig,
-    ScriptedOracleConfig,
-    SelectConfig,
-)
-from rayrl.config.rlp import PpoConfig, PreferencesConfig, RefreshConfig, RewardModelConfig
-from rayrl.config.rounds import refusals
+from rayrl.config.data import PoolConfig, SeedDataConfig
+from rayrl.config.dpo import DpoConfig
+from rayrl.config.engines import EngineConfig
+from rayrl.config.evaluate import EvaluateConfig
+from rayrl.config.evaluator import EvaluatorConfig
+from rayrl.config.generate import GenerateConfig
+from rayrl.config.oracle import HttpOracleConfig, OracleConfig, ReplayOracleConfig, ScriptedOracleConfig
+from rayrl.config.policy import PolicyConfig
+from rayrl.config.ppo import PpoConfig
+from rayrl.config.preferences import PreferencesConfig
+from rayrl.config.pseudo_label import PseudoLabelConfig
+from rayrl.config.refresh import RefreshConfig
+from rayrl.config.reward_model import RewardModelConfig
+from rayrl.config.rubric import RubricConfig
+from rayrl.config.select import SelectConfig
+from rayrl.config.sft import SftConfig
 from rayrl.config.table import Table
 from rayrl.config.tracking import TrackingConfig
-from rayrl.config.training import DpoConfig, EvaluatorConfig, PseudoLabelConfig, SftConfig
-
-MIN_DIAGNOSIS = 36
-"""9 points x 2 answers, twice."""
-
-
-class LmEvalConfig(Table):
-    """Optional benchmark tasks through lm-evaluation-harness and its vLLM backend."""
-
-    tasks: list[str] = Field(default=[])
-    include_path: str | None = None
-    num_fewshot: int | None = Field(default=None, ge=0)
-    limit: int | None = Field(default=None, gt=0)
-
-
-class EvaluateConfig(Table):
-    """M2 against M1 on held-out prompts, under a budget of its own."""
-
-    budget: int = Field(default=128, ge=0)
-    """Paid evaluation queries: a score of every policy's answer to a prompt, and with reference answers a comparison of
-    each with the reference (two with order = "both"), or a score of the reference. As many prompts are judged as it
-    pays for whole; 0 skips the expert."""
-    diagnosis_budget: int = Field(default=0, ge=0)
-    """rlp: paid queries beyond `budget` for what the paper leaves open: half for the reward models' accuracy on the
-    policies' own samples along PPO, half for the quality of the synthetic pairs at each gamma."""
-    best_of_n: int = Field(default=0, ge=0)
-    """rlp: another policy in the table, the control that trains nothing: M1's best of n answers by the reward model.
-    0 leaves it out."""
-    temperature: float = Field(default=0.7, ge=0)
-    reference_answers: ReferenceAnswersConfig | None = None
-    """What all policies compete with, where it answers a held-out prompt. An expert that cannot compare (no
-    `oracle.compare_function` or `comparisons_path`; `rubric.template` without `pairwise_template`) scores both."""
-    lm_eval: LmEvalConfig = LmEvalConfig()
-
-    @model_validator(mode="after")
-    def _enough(self) -> "EvaluateConfig":
-        if 0 < self.diagnosis_budget < MIN_DIAGNOSIS:
-            raise ValueError(
-                f"evaluate.diagnosis_budget must be 0 or at least {MIN_DIAGNOSIS} (M1 and four points of each PPO, two "
-                f"answers each, and as much for the synthetic pairs), got {self.diagnosis_budget}"
-            )
-        if self.best_of_n == 1:
-            raise ValueError("evaluate.best_of_n must be 0 or at least 2, got 1: the best of one answer is M1's answer")
-        return self
 
 
 class RunConfig(Table):
@@ -221,3 +182,73 @@ class RunConfig(Table):
         """Whether the expert judges single responses: to label them, or to evaluate."""
         labels = self.pipeline == "proxy_dpo" or self.ppo.reward == "evaluator"
         return labels or self.evaluate.budget + self.evaluate.diagnosis_budget > 0
+
+
+def refusals(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    """Whether each rule is broken, and what is said then."""
+    if config.rounds > 1:
+        yield from _of_rounds(config)
+    if config.pseudo_label.synthetic:
+        yield from _of_synthetic_pairs(config)
+
+
+def _of_rounds(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    got = f"got {config.rounds}"
+    is_rlp, preferences = config.pipeline == "rlp", config.preferences
+    learns = is_rlp and config.ppo.reward == "reward_model"
+    compares = learns and preferences is not None and preferences.source == "oracle"
+    is_paid = compares or not is_rlp or config.ppo.reward == "evaluator"
+    least = config.rounds * _least_queries(config, compares=compares)
+    yield (
+        not is_rlp and config.labels in ("direct", "expert"),
+        f'rounds must be 1 when labels is "{config.labels}", {got}: its controls are of one round; set rounds = 1',
+    )
+    yield (
+        is_paid and config.select.budget < least,
+        f"select.budget must be at least {least}, so that each of {config.rounds} rounds can ask, got "
+        f"{config.select.budget}; raise it, or lower rounds",
+    )
+    yield (
+        is_rlp and config.ppo.reward == "function",
+        f'rounds must be 1 when ppo.reward is "function", {got}: a function learns nothing from a round',
+    )
+    yield (
+        learns and not compares and config.refresh.method == "none",
+        f'rounds must be 1 when refresh.method is "none" and preferences.source is "data", {got}: nothing would change '
+        'from round to round; choose another refresh, or preferences.source = "oracle"',
+    )
+    yield (
+        compares and config.refresh.method == "ocrm",
+        f'rounds must be 1 when refresh.method is "ocrm" and preferences.source is "oracle", {got}: its weights are '
+        "for pairs that M1 wrote, and a later round's are another policy's; choose another refresh",
+    )
+    yield (
+        compares and config.reward_model.path is not None,
+        f'rounds must be 1 with a ready-made reward_model.path and preferences.source = "oracle", {got}: every round '
+        "fits r on the pairs so far; leave the path out",
+    )
+
+
+def _least_queries(config: RunConfig, *, compares: bool) -> int:
+    """What a round asks at least."""
+    if compares:
+        assert config.preferences is not None
+        return 2 if config.preferences.order == "both" else 1
+    return config.generate.k if config.select.unit == "prompt" else 1
+
+
+def _of_synthetic_pairs(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        config.pipeline != "proxy_dpo",
+        f'pseudo_label.synthetic must be false when pipeline is "{config.pipeline}", got true: there refresh.method = '
+        '"spg" makes the synthetic pairs',
+    )
+    yield (
+        config.labels in ("direct", "expert"),
+        f'pseudo_label.synthetic must be false when labels is "{config.labels}", got true: no evaluator is fitted that '
+        "could rank the responses of a cluster",
+    )
+    yield (
+        config.refresh.method != "spg",
+        f'refresh.method must be "spg" when pseudo_label.synthetic is true, got "{config.refresh.method}"',
+    )

@@ -1,4 +1,4 @@
-"""How each `fit()` trains."""
+"""Settings that every training shares."""
 
 from typing import Literal
 
@@ -38,56 +38,3 @@ class TrainingConfig(Table):
     """Steps between checkpoints."""
     max_failures: int = Field(default=3, ge=0)
     """Worker losses survived before the fit gives up."""
-
-
-class SftConfig(TrainingConfig):
-    """M0 -> M1 by supervised fine-tuning on the seed data, loss on the response only."""
-
-    enabled: bool = True
-    """False: the policy is M1 already."""
-    learning_rate: float = Field(default=2e-5, gt=0)
-    epochs: int = Field(default=3, gt=0)
-
-
-class EvaluatorConfig(TrainingConfig):
-    """The proxy: trained on the paid judgements, it scores everything else."""
-
-    type: Literal["generative", "scalar"] = "generative"
-    scoring: Literal["score_first", "rationale_first"] = "score_first"
-    """generative: read the score from one prefill, or write the rationale and read the score after it."""
-    num_samples: int = Field(default=3, gt=0)
-    """rationale_first: judgements sampled and averaged (Self-Rewarding LMs average 3)."""
-    max_rationale_tokens: int = Field(default=160, gt=0)
-    balanced: bool = False
-    """generative: repeat rare scores until every score is as frequent as the commonest (ours)."""
-    loss: Literal["regression", "bradley_terry"] = "regression"
-    """scalar: squared error on the scores, or Bradley-Terry on pairs within a prompt (needs select.unit = "prompt")."""
-    holdout: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the paid judgements kept back to validate the evaluator."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    epochs: int = Field(default=3, gt=0)
-    batch_size: int = Field(default=16, gt=0)
-
-
-class PseudoLabelConfig(Table):
-    """From scored responses to preference pairs."""
-
-    pairing: Literal["best_worst", "margin"] = "best_worst"
-    min_margin: float = Field(default=0.0, ge=0)
-    """Pairs whose scores differ by this or less are ties and are dropped."""
-    mode: Literal["auto", "overlap", "alternate"] = "auto"
-    """Score while DPO's first epoch trains, or before it. "auto" takes overlap when both fit the cluster at once."""
-    synthetic: bool = Field(default=False, exclude_if=lambda synthetic: not synthetic)
-    """Add the pairs of synthetic preference generation (`refresh.spg`) on the same responses and scores. It needs every
-    score before the first step. Not dumped where it is off: stages of before it was there keep their keys."""
-
-
-class DpoConfig(TrainingConfig):
-    """M1 -> M2 by direct preference optimisation (arXiv 2305.18290)."""
-
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    beta: float = Field(default=0.1, gt=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    length_normalised: bool = False
-    reference: Literal["auto", "generation", "pass"] = "auto"
-    """Reference log-probabilities from generation (exact in float32), or from one pass before the first step."""

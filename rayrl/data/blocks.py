@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from rayrl.metrics import meters
+from rayrl.metrics.progress import track
 from rayrl.records import to_table
 from rayrl.runs import storage
-from rayrl.telemetry import meters
-from rayrl.telemetry.progress import track
 
 TASK_CPUS = 0.01
 """A block's task only waits for actors; what it reserves must not keep training workers from starting."""

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from rayrl.algorithms.information import Gaussian, uml_loss
 from rayrl.config import UmlConfig
-from rayrl.models.information import Critic, GaussianEncoder
 from rayrl.models.reward import RewardModel
+from rayrl.models.view_networks import Critic, GaussianEncoder
 
 
 class MultiViewRewardModel(nn.Module):

@@ -1,7 +1,7 @@
 """From a config to the expert it names."""
 
 from rayrl.config import HttpOracleConfig, OracleConfig, ReplayOracleConfig, ScriptedOracleConfig
-from rayrl.models.judge import Rubric
+from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.protocol import Oracle
 from rayrl.oracles.replay import ReplayOracle
 from rayrl.oracles.scripted import ScriptedOracle

@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rayrl.config import HttpOracleConfig
 from rayrl.errors import ConfigError
-from rayrl.models.judge import Rubric, expert_prompt, parse_judgement
-from rayrl.models.pairwise import pairwise_prompt, parse_comparison
+from rayrl.models.judge_prompt import Rubric, expert_prompt, parse_judgement
+from rayrl.models.pairwise_prompt import pairwise_prompt, parse_comparison
 from rayrl.oracles.keys import read_key
 from rayrl.oracles.limits import RateLimit
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 
 from rayrl.config import ReplayOracleConfig
 from rayrl.errors import DataError
-from rayrl.models.judge import Rubric
+from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
 from rayrl.records import content_id
 

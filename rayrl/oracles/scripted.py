@@ -12,7 +12,7 @@ from typing import Any
 
 from rayrl.config import ScriptedOracleConfig
 from rayrl.errors import ConfigError
-from rayrl.models.judge import Rubric
+from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.limits import RateLimit
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
 

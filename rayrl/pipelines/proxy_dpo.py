@@ -2,18 +2,19 @@
 
 from ray.actor import ActorHandle
 
-from rayrl.actors.services import Services
+from rayrl.fleets.services import Services
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.candidates import candidates
-from rayrl.stages.dpo import dpo
-from rayrl.stages.evaluate import evaluate
-from rayrl.stages.fit_evaluator import fit_evaluator
-from rayrl.stages.generate import generate
-from rayrl.stages.pool import read_pool
-from rayrl.stages.pseudo_label import pseudo_label
-from rayrl.stages.query import Judgements, query
-from rayrl.stages.select import select
-from rayrl.stages.sft import sft
+from rayrl.stages.artifacts import Judgements
+from rayrl.stages.evaluation.evaluate import evaluate
+from rayrl.stages.labelling.query import query
+from rayrl.stages.policy.dpo import dpo
+from rayrl.stages.policy.sft import sft
+from rayrl.stages.proxy.fit_evaluator import fit_evaluator
+from rayrl.stages.proxy.pseudo_label import pseudo_label
+from rayrl.stages.sampling.generate import generate
+from rayrl.stages.sampling.pool import read_pool
+from rayrl.stages.selection.candidates import candidates
+from rayrl.stages.selection.select import select
 
 
 def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest:

@@ -2,25 +2,26 @@
 
 from ray.actor import ActorHandle
 
-from rayrl.actors.services import Services
+from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run, round_name
-from rayrl.stages.audit_pairs import audit_pairs
-from rayrl.stages.candidates import candidates
-from rayrl.stages.evaluate_policies import evaluate_policies
-from rayrl.stages.fit_evaluator import fit_evaluator
-from rayrl.stages.fit_reward_model import fit_reward_model
-from rayrl.stages.generate import generate
-from rayrl.stages.pool import Pool, read_pool
-from rayrl.stages.ppo import FunctionReward, ppo
-from rayrl.stages.preferences import Preferences, gather_preferences
-from rayrl.stages.query import Judgements, query
-from rayrl.stages.refresh import refresh
-from rayrl.stages.reward import Reward, RewardModels
-from rayrl.stages.score import Evaluator
-from rayrl.stages.select import select
-from rayrl.stages.sft import sft
-from rayrl.stages.track_rewards import track_rewards
+from rayrl.stages.artifacts import Judgements, Pool, Preferences
+from rayrl.stages.evaluation.audit_pairs import audit_pairs
+from rayrl.stages.evaluation.evaluate_policies import evaluate_policies
+from rayrl.stages.evaluation.track_rewards import track_rewards
+from rayrl.stages.labelling.preferences import gather_preferences
+from rayrl.stages.labelling.query import query
+from rayrl.stages.policy.ppo import FunctionReward, ppo
+from rayrl.stages.policy.sft import sft
+from rayrl.stages.proxy.fit_evaluator import fit_evaluator
+from rayrl.stages.reward_model.fit_reward_model import fit_reward_model
+from rayrl.stages.reward_model.refresh import refresh
+from rayrl.stages.rewards.evaluator import Evaluator
+from rayrl.stages.rewards.reward_models import Reward, RewardModels
+from rayrl.stages.sampling.generate import generate
+from rayrl.stages.sampling.pool import read_pool
+from rayrl.stages.selection.candidates import candidates
+from rayrl.stages.selection.select import select
 
 
 def rlp(run: Run, services: Services, oracle: ActorHandle) -> Manifest:

@@ -3,19 +3,19 @@
 from rayrl.config import HttpOracleConfig, RunConfig
 from rayrl.data.reading import PromptCounts
 from rayrl.errors import ConfigError
-from rayrl.models.judge import Rubric, evaluator_prompt, expert_prompt, load_rubric
-from rayrl.models.pairwise import pairwise_prompt
+from rayrl.models.judge_prompt import Rubric, evaluator_prompt, expert_prompt, load_rubric
+from rayrl.models.pairwise_prompt import pairwise_prompt
 from rayrl.preflight.cluster import Cluster, find_cluster
 from rayrl.preflight.counts import Counts, count_proxy_dpo, count_rlp, queries_per_eval_prompt
 from rayrl.preflight.inputs import PoolFacts, count_tokens, inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
-from rayrl.preflight.place import check_disk, check_run_folder
 from rayrl.preflight.plan import Plan, StagePlan
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.resources import plan_stages
 from rayrl.preflight.reward_model import inspect_reward_model
 from rayrl.preflight.rlp import check_room, check_transfer, plan_rlp_stages
 from rayrl.preflight.rounds import describe_rounds
+from rayrl.preflight.run_folder import check_disk, check_run_folder
 from rayrl.preflight.synthesis import inspect_synthesis
 
 PAIRS_PER_QUERY = 9

@@ -1,7 +1,7 @@
 """What synthetic pairs need beside the policy: the model that says which responses mean the same."""
 
 from rayrl.config import RunConfig
-from rayrl.models.entailment import check_labels
+from rayrl.models.mnli import check_labels
 from rayrl.preflight.model import model_folder
 from rayrl.runs import storage
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayrl.actors.services import Services
 from rayrl.config import TrainingConfig
 from rayrl.data.blocks import BlockTable, stream_blocks
+from rayrl.fleets.services import Services
+from rayrl.metrics.curves import read_metrics
+from rayrl.metrics.progress import progress_bars
 from rayrl.runs import storage
 from rayrl.runs.run import Run
-from rayrl.telemetry.metrics import read_metrics
-from rayrl.telemetry.progress import progress_bars
 from rayrl.training.launch import Rows, Stream, fit
 from rayrl.training.steps import num_steps
 

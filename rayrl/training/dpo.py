@@ -14,12 +14,13 @@ from rayrl.config import DpoConfig, PolicyConfig
 from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
+from rayrl.metrics import meters
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.runs import storage
-from rayrl.telemetry import meters
-from rayrl.training import engine as zero
-from rayrl.training import export, launch
+from rayrl.training import deepspeed_engine as zero
+from rayrl.training import launch
 from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
+from rayrl.training.sync import export
 
 
 @dataclass(frozen=True, kw_only=True)

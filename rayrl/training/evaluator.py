@@ -12,11 +12,12 @@ from rayrl.config import EvaluatorConfig, PolicyConfig
 from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch
 from rayrl.data.tokenizing import load_tokenizer
-from rayrl.telemetry import meters
-from rayrl.training import engine as zero
-from rayrl.training import export, launch
+from rayrl.metrics import meters
+from rayrl.training import deepspeed_engine as zero
+from rayrl.training import launch
 from rayrl.training.reward_model import new_reward_model, sequence_batch
 from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
+from rayrl.training.sync import export
 
 MicroBatch = tuple[TokenBatch, Tensor]
 

@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrl.actors.fleet import Fleet
-from rayrl.actors.generator import Sampling
-from rayrl.actors.weight_transfer import Transport
 from rayrl.algorithms import ppo
 from rayrl.config import PolicyConfig, PpoConfig
 from rayrl.data.batches import Row, optimizer_batches
 from rayrl.data.collate import TokenBatch, collate
+from rayrl.engines.generator import Sampling
+from rayrl.fleets.fleet import Fleet
+from rayrl.metrics import meters
 from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import add_lora, load_policy
-from rayrl.models.rewards import ServedReward
+from rayrl.models.served_reward import ServedReward
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
-from rayrl.telemetry import meters
-from rayrl.training import engine as zero
+from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.policy_sync import ServedPolicy
 from rayrl.training.rollout import TENSORS, Experience, experience
 from rayrl.training.steps import checkpoint, rank_zero_log, restore
+from rayrl.training.sync.served_policy import ServedPolicy
+from rayrl.training.sync.transfer import Transport
 
 MicroBatch = tuple[TokenBatch, dict[str, Tensor]]
 

@@ -17,14 +17,15 @@ from rayrl.config import PolicyConfig, TrainingConfig
 from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
+from rayrl.metrics import meters
 from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.models.reward import RewardModel
 from rayrl.runs.storage import local_folder
-from rayrl.telemetry import meters
-from rayrl.training import engine as zero
-from rayrl.training import export, launch
+from rayrl.training import deepspeed_engine as zero
+from rayrl.training import launch
 from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
+from rayrl.training.sync import export
 from rayrl.training.views import ViewBatch, Views, view_batches
 
 

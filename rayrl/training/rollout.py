@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rayrl.actors.fleet import Fleet
-from rayrl.actors.generator import Continuation, Sampling
 from rayrl.algorithms import ppo
 from rayrl.algorithms.batching import micro_batches
 from rayrl.config import PpoConfig
 from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch, collate
+from rayrl.engines.generator import Continuation, Sampling
+from rayrl.fleets.fleet import Fleet
 from rayrl.models.actor_critic import ActorCritic, policy_logprobs
-from rayrl.models.rewards import ServedReward
+from rayrl.models.served_reward import ServedReward
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id
-from rayrl.training import engine as zero
+from rayrl.training import deepspeed_engine as zero
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from rayrl.config import TrainingConfig
 from rayrl.data.batches import Row, optimizer_batches
-from rayrl.telemetry.metrics import MetricLog
-from rayrl.training import engine as zero
+from rayrl.metrics.curves import MetricLog
+from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 
 

@@ -8,7 +8,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from rayrl.algorithms import information
 from rayrl.algorithms.information import Gaussian
-from rayrl.models.information import Critic
+from rayrl.models.view_networks import Critic
 
 checked = jaxtyping.jaxtyped(typechecker=beartype)
 jensen_shannon_mi = checked(information.jensen_shannon_mi)

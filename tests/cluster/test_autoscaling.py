@@ -47,11 +47,11 @@ DRIVER = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import ray
-from rayrl.actors.fleet import start_replicas
-from rayrl.actors.replicas import Replicas
+from rayrl.fleets.fleet import start_replicas
+from rayrl.fleets.replicas import Replicas
 from rayrl.algorithms.scaling import ScaleRule
 from rayrl.preflight import find_cluster
-from tests.actors.test_scaling import Sleeper
+from tests.fleets.test_scaling import Sleeper
 
 ray.init(sys.argv[1], namespace="rayrl", log_to_driver=False)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from rayrl.telemetry import meters, prometheus
+from rayrl.metrics import meters, prometheus
 from tests.dashboard.watched import ROOT, watched
 
 pytestmark = [pytest.mark.dashboard, pytest.mark.timeout(3600)]

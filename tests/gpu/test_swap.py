@@ -6,15 +6,15 @@ import pytest
 import ray
 import torch
 
-from rayrl.actors.engine import PROBE_TOLERANCE, EngineSpec
-from rayrl.actors.fleet import start_fleet
-from rayrl.actors.generator import Generator, Sampling
-from rayrl.actors.weight_transfer import Sender, Transport, nccl_init_info
 from rayrl.config import EngineConfig
 from rayrl.data.collate import collate
+from rayrl.engines.generator import Generator, Sampling
+from rayrl.engines.vllm_engine import PROBE_TOLERANCE, EngineSpec
+from rayrl.fleets.fleet import start_fleet
 from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.records import Checkpoint
-from rayrl.training.export import PROBE_CANDIDATES, probe_prompt
+from rayrl.training.sync.export import PROBE_CANDIDATES, probe_prompt
+from rayrl.training.sync.transfer import Sender, Transport, nccl_init_info
 from tests.gpu.marks import needs_gpus
 
 pytestmark = needs_gpus(1)

@@ -4,11 +4,11 @@ import pytest
 import ray
 import torch
 
-from rayrl.actors.engine import EngineSpec
-from rayrl.actors.fleet import start_fleet
-from rayrl.actors.generator import Generator
-from rayrl.actors.weight_transfer import Transport, nccl_init_info
 from rayrl.config import DpoConfig, EngineConfig
+from rayrl.engines.generator import Generator
+from rayrl.engines.vllm_engine import EngineSpec
+from rayrl.fleets.fleet import start_fleet
+from rayrl.training.sync.transfer import Transport, nccl_init_info
 from tests.gpu.marks import needs_gpus
 from tests.training.test_fit import NUM_ROWS, run_dpo, write_pairs
 from tests.training.test_ppo import train, write_prompts

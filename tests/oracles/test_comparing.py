@@ -7,7 +7,7 @@ import pytest
 
 from rayrl.config import HttpOracleConfig, ReplayOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.errors import ConfigError, DataError
-from rayrl.models.judge import load_rubric
+from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.http import HttpOracle
 from tests.judge_server import JudgeServer, Reply

@@ -9,7 +9,7 @@ import pytest
 
 from rayrl.config import HttpOracleConfig, RubricConfig
 from rayrl.errors import ConfigError
-from rayrl.models.judge import load_rubric
+from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.http import HttpOracle
 from tests.judge_server import JudgeServer, Reply

@@ -10,7 +10,7 @@ import pytest
 
 from rayrl.config import ReplayOracleConfig, RubricConfig
 from rayrl.errors import DataError
-from rayrl.models.judge import load_rubric
+from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
 
 RUBRIC = load_rubric(RubricConfig())

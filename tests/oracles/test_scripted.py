@@ -7,7 +7,7 @@ import pytest
 
 from rayrl.config import RubricConfig, ScriptedOracleConfig
 from rayrl.errors import ConfigError
-from rayrl.models.judge import load_rubric
+from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
 
 RUBRIC = load_rubric(RubricConfig())

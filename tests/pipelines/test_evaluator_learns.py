@@ -5,18 +5,18 @@ import os
 
 import pytest
 
-from rayrl.actors.oracle_pool import start_oracle_pool
-from rayrl.actors.services import Services
 from rayrl.config import load_config
-from rayrl.models.judge import load_rubric
+from rayrl.fleets.services import Services
+from rayrl.models.judge_prompt import load_rubric
+from rayrl.oracles.pool import start_oracle_pool
 from rayrl.runs import storage
 from rayrl.runs.run import open_run
-from rayrl.stages.fit_evaluator import fit_evaluator
-from rayrl.stages.generate import generate
-from rayrl.stages.pool import read_pool
-from rayrl.stages.query import query
-from rayrl.stages.select import select
-from rayrl.stages.sft import base_policy
+from rayrl.stages.labelling.query import query
+from rayrl.stages.policy.sft import base_policy
+from rayrl.stages.proxy.fit_evaluator import fit_evaluator
+from rayrl.stages.sampling.generate import generate
+from rayrl.stages.sampling.pool import read_pool
+from rayrl.stages.selection.select import select
 from tests.conftest import ROOT
 
 

@@ -33,8 +33,8 @@ SMALL = [
 
 def run(folder, overrides, config="jobs/configs/quickstart.toml"):
     """Run the pipeline inside this process's Ray cluster; returns the run's folder."""
-    from rayrl.pipelines.launch import run_pipeline
     from rayrl.pipelines.proxy_dpo import proxy_dpo
+    from rayrl.pipelines.run_pipeline import run_pipeline
 
     config = load_config(ROOT / config, [*SMALL, f"run_dir={folder}", f"name={folder.name}", *overrides])
     run_pipeline(config, check(config, cluster={"CPU": 4.0}), proxy_dpo, ray_start_s=0.0)

@@ -37,8 +37,8 @@ SMALL = [
 
 def run(folder, overrides):
     """Run the pipeline inside this process's Ray cluster; returns the run's folder."""
-    from rayrl.pipelines.launch import run_pipeline
     from rayrl.pipelines.rlp import rlp
+    from rayrl.pipelines.run_pipeline import run_pipeline
 
     references = folder.with_name("answers.jsonl")
     prompts = (ROOT / "jobs/quickstart/prompts.jsonl").read_text().splitlines()

@@ -33,7 +33,7 @@ def run(name, folder, config, overrides):
     """Run a pipeline inside this process's Ray cluster; returns the run's folder."""
     import importlib
 
-    from rayrl.pipelines.launch import run_pipeline
+    from rayrl.pipelines.run_pipeline import run_pipeline
 
     pipeline = getattr(importlib.import_module(f"rayrl.pipelines.{name}"), name)
     loaded = load_config(ROOT / config, [*overrides, f"run_dir={folder}", f"name={folder.name}"])

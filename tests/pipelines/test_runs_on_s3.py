@@ -84,7 +84,7 @@ def test_a_run_lives_in_a_bucket_and_a_rerun_finds_everything_done(environment, 
 def test_a_bucket_that_is_not_there_or_does_not_answer_is_refused_before_work_starts(environment, monkeypatch):
     from rayrl.config import load_config
     from rayrl.errors import RunDirectoryError
-    from rayrl.preflight.place import check_run_folder
+    from rayrl.preflight.run_folder import check_run_folder
 
     def check(url):
         check_run_folder(load_config(ROOT / "jobs/configs/quickstart.toml", [f"run_dir={url}"]))

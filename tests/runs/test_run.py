@@ -7,9 +7,9 @@ import pytest
 
 from rayrl.config import GenerateConfig, RunConfig, SelectConfig
 from rayrl.errors import RunDirectoryError
+from rayrl.metrics.curves import read_metrics
 from rayrl.runs import storage
 from rayrl.runs.run import differences, open_run, round_name
-from rayrl.telemetry.metrics import read_metrics
 
 
 def config_of(run_dir, **settings):

@@ -8,16 +8,15 @@ from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.audit_pairs import audit_pairs
-from rayrl.stages.evaluate import evaluate
-from rayrl.stages.evaluate_policies import evaluate_policies
-from rayrl.stages.generate import Responses
-from rayrl.stages.pool import Pool
-from rayrl.stages.preferences import gather_preferences
-from rayrl.stages.query import query
-from rayrl.stages.select import QuerySet, select
-from rayrl.stages.synthesize import synthesize_preferences
-from rayrl.stages.track_rewards import track_rewards
+from rayrl.stages.artifacts import Pool, QuerySet, Responses
+from rayrl.stages.evaluation.audit_pairs import audit_pairs
+from rayrl.stages.evaluation.evaluate import evaluate
+from rayrl.stages.evaluation.evaluate_policies import evaluate_policies
+from rayrl.stages.evaluation.track_rewards import track_rewards
+from rayrl.stages.labelling.preferences import gather_preferences
+from rayrl.stages.labelling.query import query
+from rayrl.stages.selection.select import select
+from rayrl.stages.synthesis.synthesize import synthesize_preferences
 
 M1, M2 = Checkpoint(path="m1", version="m1"), Checkpoint(path="m2", version="m2")
 TABLE = BlockTable("nowhere", 1)

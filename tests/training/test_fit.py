@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from rayrl.config import DpoConfig, LoraConfig, PolicyConfig, SftConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import collate
+from rayrl.metrics.curves import read_metrics
 from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.stages.fitting import stream_of
-from rayrl.telemetry.metrics import read_metrics
+from rayrl.training.deepspeed_engine import train_step
 from rayrl.training.dpo import DpoJob, train_dpo
-from rayrl.training.engine import train_step
 from rayrl.training.launch import fit
 from rayrl.training.sft import SftJob, train_sft
 from rayrl.training.steps import names_of

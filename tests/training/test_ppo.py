@@ -10,15 +10,15 @@ import pytest
 import ray
 import torch
 
-from rayrl.actors.generator import Sampling
 from rayrl.config import LoraConfig, PolicyConfig, PpoConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import collate
+from rayrl.engines.generator import Sampling
+from rayrl.metrics.curves import read_metrics
 from rayrl.models.actor_critic import ActorCritic, policy_logprobs
 from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
-from rayrl.telemetry.metrics import read_metrics
 from rayrl.training.launch import fit
 from rayrl.training.ppo import PpoJob, num_rollouts, train_ppo
 from tests.training.test_fit import kill_a_worker_after

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from rayrl.config import EvaluatorConfig, LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
 from rayrl.data.blocks import BlockTable
+from rayrl.metrics.curves import read_metrics
 from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import load_policy
 from rayrl.models.reward import RewardModel
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
-from rayrl.telemetry.metrics import read_metrics
 from rayrl.training.launch import fit
 from rayrl.training.reward_model import RewardModelJob, _Losses, pair_batch, sequence_batch, train_reward_model
 from rayrl.training.views import Views, prompts_with_views, two_views, view_batches

@@ -6,8 +6,8 @@ import sys
 
 from ray.cluster_utils import Cluster
 
+from rayrl.metrics.curves import read_metrics
 from rayrl.runs import storage
-from rayrl.telemetry.metrics import read_metrics
 from rayrl.training import checkpoints
 from tests.training.faulty_disks import sft_fit, write_examples
 

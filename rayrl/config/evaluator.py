@@ -1,0 +1,27 @@
+"""The evaluator: the proxy that is trained on the paid judgements."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrl.config.training import TrainingConfig
+
+
+class EvaluatorConfig(TrainingConfig):
+    """The proxy: trained on the paid judgements, it scores everything else."""
+
+    type: Literal["generative", "scalar"] = "generative"
+    scoring: Literal["score_first", "rationale_first"] = "score_first"
+    """generative: read the score from one prefill, or write the rationale and read the score after it."""
+    num_samples: int = Field(default=3, gt=0)
+    """rationale_first: judgements sampled and averaged (Self-Rewarding LMs average 3)."""
+    max_rationale_tokens: int = Field(default=160, gt=0)
+    balanced: bool = False
+    """generative: repeat rare scores until every score is as frequent as the commonest (ours)."""
+    loss: Literal["regression", "bradley_terry"] = "regression"
+    """scalar: squared error on the scores, or Bradley-Terry on pairs within a prompt (needs select.unit = "prompt")."""
+    holdout: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the paid judgements kept back to validate the evaluator."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    epochs: int = Field(default=3, gt=0)
+    batch_size: int = Field(default=16, gt=0)

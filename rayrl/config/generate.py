@@ -1,0 +1,23 @@
+"""On-policy sampling."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrl.config.table import Table
+
+
+class GenerateConfig(Table):
+    """On-policy sampling: k responses for each prompt."""
+
+    source: Literal["policy", "seed"] = "policy"
+    """"seed" is the off-policy control: the seed data's own responses are queried instead of M1's."""
+    k: int = Field(default=4, gt=0)
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 is off."""
+    max_tokens: int = Field(default=512, gt=0)
+    stop: list[str] = Field(default=[])
+    block_size: int = Field(default=64, gt=0)
+    """Prompts per block: the unit of work, of memoisation and of resume."""

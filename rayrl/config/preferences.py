@@ -1,0 +1,35 @@
+"""Preference pairs D that the reward model learns from."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayrl.config.data import DataConfig
+from rayrl.config.table import Table
+
+
+class PreferenceDataConfig(DataConfig):
+    """Pairs somebody has judged: chosen and rejected answers, or several answers with their ranks."""
+
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    replies_column: str | None = None
+    """A list of {"text", "rank"} per row (rank 0 is best); replaces the two columns by all ordered pairs."""
+
+
+class PreferencesConfig(Table):
+    """D: where the preference pairs come from."""
+
+    source: Literal["data", "oracle"] = "data"
+    """"oracle" asks about pairs of on-policy responses to a prompt, `select.budget` paid queries in all."""
+    data: PreferenceDataConfig | None = None
+    order: Literal["both", "random"] = "both"
+    """oracle: ask both orders (two queries a pair; a disagreement is a tie), or one drawn order, recorded."""
+    pairs_per_prompt: int = Field(default=1, gt=0)
+    """oracle: pairs of a prompt's responses, no response in two of them."""
+
+    @model_validator(mode="after")
+    def _data_is_named(self) -> "PreferencesConfig":
+        if self.source == "data" and self.data is None:
+            raise ValueError('preferences.data is missing: name a file of pairs, or set preferences.source = "oracle"')
+        return self

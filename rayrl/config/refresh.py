@@ -1,0 +1,63 @@
+"""Refresh of the reward model on the policy's own samples (RLP), and its controls."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrl.config.table import Table
+
+
+class SpgConfig(Table):
+    """Synthetic preference generation: clusters of responses that mean the same."""
+
+    gamma: float = Field(default=0.5, ge=0, le=1)
+    """Least confidence, the largest cluster's share, that makes a pair. 0 is the control Select-All."""
+    clustering: Literal["strict", "kuhn2023", "farquhar2024", "embedding"] = "strict"
+    """Which published definition of bidirectional entailment, or a threshold on embeddings. If entailment accepts no
+    prompt at all, the embeddings are clustered beside it, and how many pairs they would give is reported."""
+    entailment_model: str = "microsoft/deberta-large-mnli"
+    """A sequence classifier with the three MNLI labels: a folder or hub id."""
+    embedder: str | None = None
+    """embedding: a sentence-embedding model's folder or hub id; None embeds with M1."""
+    threshold: float = Field(default=0.9, gt=-1, le=1)
+    """embedding: cosine at or above which two responses mean the same."""
+    max_tokens: int = Field(default=512, gt=8)
+    """Longest pair the entailment model reads; longer answers lose their ends, and are counted."""
+    num_replicas: int = Field(default=1, gt=0)
+    """Actors that serve the entailment model."""
+
+
+class UmlConfig(Table):
+    """Unsupervised multi-view learning: an information bottleneck on the reward model's last layer."""
+
+    weight: float = Field(default=0.5, ge=0)
+    """lambda: L = L_BT + lambda L_M."""
+    objective: Literal["uml", "mvi", "infomax", "contrastive"] = "uml"
+    skl_weight: float = Field(default=1.0, ge=0)
+    z_dim: int = Field(default=64, gt=0)
+    hidden_dim: int = Field(default=1024, gt=0)
+    batch_size: int = Field(default=16, gt=1)
+    """Prompts whose two views join every optimizer step (ours)."""
+
+
+class OcrmConfig(Table):
+    """Importance-weighted preferences (arXiv 2507.15507)."""
+
+    alpha: float = Field(default=0.1, ge=0, le=1)
+    multiplier: float = Field(default=0.001, ge=0)
+
+
+class RefreshConfig(Table):
+    """r -> r^: the reward model made to fit the policy's own samples, without a new label."""
+
+    method: Literal["spg", "uml", "reward_pairs", "self_judged", "ocrm", "none"] = "spg"
+    """spg and uml are the paper's. Controls: pairs ranked by the reward model, pairs judged by the policy itself
+    (RLAIF), importance-weighted preferences, and a second PPO on the old reward model ("none")."""
+    n: int = Field(default=10, ge=2)
+    """Responses per prompt sampled from pi."""
+    temperature: float = Field(default=1.0, gt=0)
+    num_prompts: int | None = Field(default=None, gt=0)
+    """Sample only so many prompts of the pool, rounded up to whole blocks."""
+    spg: SpgConfig = SpgConfig()
+    uml: UmlConfig = UmlConfig()
+    ocrm: OcrmConfig = OcrmConfig()

@@ -1,0 +1,33 @@
+"""The reward model r."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayrl.config.training import TrainingConfig
+
+
+class RewardModelConfig(TrainingConfig):
+    """r: Bradley-Terry on the last token's hidden state, from M1."""
+
+    path: str | None = None
+    """A ready-made reward model instead of a fitted r: a folder written by this stage in another run. A refresh still
+    fits r^, from M1."""
+    num_members: int = Field(default=1, gt=0)
+    """Reward models trained on the same pairs with seeds of their own: an ensemble."""
+    objective: Literal["mean", "worst_case", "uncertainty_weighted"] = "mean"
+    """How an ensemble's rewards become one (arXiv 2310.02743)."""
+    variance_coef: float = Field(default=0.5, ge=0)
+    """uncertainty_weighted: reward = mean - variance_coef x variance."""
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the prompts whose pairs are kept back to measure accuracy and calibration."""
+    learning_rate: float = Field(default=3e-6, gt=0)
+    batch_size: int = Field(default=16, gt=0)
+
+    @model_validator(mode="after")
+    def _one_ready_made(self) -> "RewardModelConfig":
+        if self.path is not None and self.num_members > 1:
+            raise ValueError(
+                f"reward_model.num_members must be 1 with a ready-made reward_model.path, got {self.num_members}"
+            )
+        return self

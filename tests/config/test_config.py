@@ -1,0 +1,245 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rayrl.config import HttpOracleConfig, RunConfig, ScriptedOracleConfig, load_config
+from rayrl.errors import ConfigError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.toml"))
+SMALL = """
+name = "small"
+run_dir = "/runs/small"
+policy.path = "model"
+pool.path = "pool.jsonl"
+sft.enabled = false
+select.budget = 8
+
+[oracle]
+type = "scripted"
+function = "judges:length"
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def refusal(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads(path):
+    assert load_config(path).name
+
+
+def test_a_small_file_gets_the_defaults(small):
+    config = load_config(small)
+    assert (config.select.budget, config.select.strategy, config.generate.k) == (8, "k_center", 4)
+    assert isinstance(config.oracle, ScriptedOracleConfig)
+    assert (config.sft.learning_rate, config.dpo.learning_rate) == (2e-5, 1e-6)
+
+
+def test_a_config_is_frozen_and_survives_json(small):
+    config = load_config(small)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("select.buget=4", "select.buget: unknown key; did you mean budget?"),
+        ("selekt.budget=4", "selekt: unknown key; did you mean select?"),
+        ("oracle.functoin=1", "functoin: unknown key; did you mean function?"),
+        ("evaluate.lm_eval.task=[]", "evaluate.lm_eval.task: unknown key; did you mean tasks?"),
+        ("dpo.lora={rnk = 4}", "dpo.lora.rnk: unknown key; did you mean rank?"),
+        ("select.xyzzyx=4", "select.xyzzyx: unknown key"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message):
+    lines = [line.strip() for line in refusal(small, override).splitlines()]
+    assert any(line.endswith(message) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("select.budget=-1", "select.budget: input should be greater than or equal to 0, got -1"),
+        ("select.budget=0", "select.budget must be at least 1: the expert"),
+        ("select.budget=many", "got 'many'"),
+        ("select.strategy=best", "select.strategy: input should be 'k_center' or 'random', got 'best'"),
+        ("generate.top_p=1.5", "generate.top_p: input should be less than or equal to 1, got 1.5"),
+        ("name=a/b", "name: string should match pattern"),
+        ("oracle.type=human", "oracle: "),
+        ("oracle.function=judge", "string should match pattern"),
+        ("labels=none", "labels: "),
+    ],
+)
+def test_wrong_values_are_refused_with_rule_and_value(small, override, message):
+    assert message in refusal(small, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["generate.k=1"], 'generate.k must be at least 2 when pseudo_label.pairing is "best_worst", got 1'),
+        (["sft.enabled=true"], "seed_data is missing"),
+        (['generate.source="seed"'], "seed_data is missing"),
+        (['labels="direct"'], 'labels = "direct" pairs only paid responses, so select.unit must be "prompt"'),
+        (['evaluator={type="scalar", loss="bradley_terry"}'], 'evaluator.loss = "bradley_terry" needs pairs'),
+        (['select.unit="prompt"', "select.budget=3"], "select.budget must be at least generate.k (4)"),
+        (['seed_data={path="x", min_score=3}'], "score_column and min_score go together"),
+        (["rubric.min_score=5"], "min_score must be below max_score"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(small, overrides, message):
+    assert message in refusal(small, *overrides)
+
+
+RLP = ['pipeline="rlp"', 'preferences.source="oracle"', "rounds=2"]
+DATA = ['pipeline="rlp"', 'preferences={data={path="x"}}', "rounds=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rounds=0"], "rounds: input should be greater than 0, got 0"),
+        (["rounds=2", "labels=expert"], 'rounds must be 1 when labels is "expert", got 2'),
+        (["rounds=2", "labels=direct", 'select.unit="prompt"'], 'rounds must be 1 when labels is "direct", got 2'),
+        (["rounds=9"], "select.budget must be at least 9, so that each of 9 rounds can ask, got 8"),
+        (["rounds=3", 'select.unit="prompt"'], "select.budget must be at least 12, so that each of 3 rounds can ask"),
+        ([*RLP, "rounds=5"], "select.budget must be at least 10, so that each of 5 rounds can ask, got 8"),
+        ([*RLP, "refresh.method=ocrm"], 'rounds must be 1 when refresh.method is "ocrm" and preferences.source is "or'),
+        ([*RLP, "reward_model.path=x"], "rounds must be 1 with a ready-made reward_model.path"),
+        ([*DATA, "refresh.method=none"], 'rounds must be 1 when refresh.method is "none" and preferences.source is "d'),
+        ([*DATA, 'ppo={reward="function", function="a:b"}'], 'rounds must be 1 when ppo.reward is "function"'),
+        ([*DATA, "pseudo_label.synthetic=true"], 'pseudo_label.synthetic must be false when pipeline is "rlp"'),
+        (["pseudo_label.synthetic=true", "labels=expert"], 'synthetic must be false when labels is "expert"'),
+        (["pseudo_label.synthetic=true", "refresh.method=uml"], 'refresh.method must be "spg" when pseudo_label'),
+    ],
+)
+def test_what_rounds_and_synthetic_pairs_exclude_is_refused(small, overrides, message):
+    assert message in refusal(small, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rounds=8"],
+        ["rounds=2", "labels=shuffled", "pseudo_label.synthetic=true"],
+        [*RLP, "rounds=4"],
+        [*RLP, "refresh.method=none"],
+        [*DATA, "rounds=20", "select.budget=0"],
+        ['pipeline="rlp"', "ppo.reward=evaluator", "rounds=8"],
+    ],
+)
+def test_rounds_that_can_ask_are_accepted(small, overrides):
+    assert load_config(small, overrides).rounds > 1
+
+
+def test_a_setting_that_is_off_does_not_change_the_keys_of_earlier_stages(small):
+    assert "synthetic" not in load_config(small).pseudo_label.model_dump(mode="json")
+    config = load_config(small, ["pseudo_label.synthetic=true"])
+    assert config.pseudo_label.model_dump(mode="json")["synthetic"] is True
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_dollar_budget_needs_prices(small):
+    http = 'oracle={type="http", base_url="http://x", model="m"%s}'
+    assert "budget_usd needs usd_per_1m_input" in refusal(small, http % ", budget_usd=1.0")
+    assert "go together: set both or neither" in refusal(small, http % ", usd_per_1m_input=1.0")
+    prices = ", budget_usd=1, usd_per_1m_input=0.5, usd_per_1m_output=1.5"
+    assert isinstance(load_config(small, [http % prices]).oracle, HttpOracleConfig)
+
+
+HTTP, REPLAY = 'oracle={type="http", base_url="http://x", model="m"}', "oracle={type='replay', path='j'%s}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "scores"),
+        (["oracle.compare_function=judges:better"], "random"),
+        (["oracle.compare_function=judges:better", "evaluate.reference_answers.order=both"], "both"),
+        ([HTTP], "random"),
+        ([HTTP, "rubric.template=mine"], "scores"),
+        ([HTTP, "rubric.template=mine", "rubric.pairwise_template=mine-too"], "random"),
+        ([REPLAY % ""], "scores"),
+        ([REPLAY % ", comparisons_path='c'"], "random"),
+    ],
+)
+def test_answers_compete_with_references_by_comparisons_where_the_expert_compares(small, overrides, expected):
+    assert load_config(small, ["evaluate.reference_answers.path=a.jsonl", *overrides]).competes_by == expected
+    without = [item for item in overrides if "reference_answers" not in item]
+    assert load_config(small, without).competes_by is None
+
+
+def test_every_mistake_is_told_at_once(small):
+    message = refusal(small, "select.budget=-1", "generate.k=-1", "nonsense=1")
+    assert all(field in message for field in ("select.budget", "generate.k", "nonsense"))
+
+
+def test_missing_settings_are_named(tmp_path):
+    (tmp_path / "empty.toml").write_text("")
+    message = refusal(tmp_path / "empty.toml")
+    assert all(f"{field}: required, and missing" in message for field in ("name", "policy", "pool", "oracle"))
+
+
+def test_overrides_are_toml_values_or_bare_words(small):
+    overrides = ["dpo.beta=0.2", "policy.path=other/model", 'generate.stop=["a", "b"]', "dpo.lora.rank=4"]
+    config = load_config(small, overrides)
+    assert (config.dpo.beta, config.policy.path, config.generate.stop) == (0.2, "other/model", ["a", "b"])
+    assert config.dpo.lora is not None and config.dpo.lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dpo.beta", "must look like section.key=value"),
+        ("=3", "must look like section.key=value"),
+        ("name.first=x", "name is a value, not a section"),
+    ],
+)
+def test_malformed_overrides_are_refused(small, override, message):
+    assert message in refusal(small, override)
+
+
+def test_files_that_are_no_config_are_refused(tmp_path):
+    assert "does not exist; jobs/configs/ holds examples" in refusal(tmp_path / "gone.toml")
+    (tmp_path / "broken.toml").write_text("name = ")
+    assert "is not valid TOML" in refusal(tmp_path / "broken.toml")
+
+
+def test_trackers_are_asked_for_by_their_table(small):
+    assert load_config(small).tracking.wandb is None
+    assert load_config(small, ["tracking.wandb.project=mine"]).tracking.wandb.mode == "offline"
+    assert "tracking.wandb.mode: input should be 'offline' or 'online', got 'disabled'" in refusal(
+        small, "tracking.wandb.mode=disabled"
+    )
+    assert "tracking.wandb.api_key: unknown key" in refusal(small, "tracking.wandb.api_key=secret")
+    assert "did you mean tracking_uri?" in refusal(small, "tracking.mlflow.tracking_url=x")
+
+
+def test_a_fleet_has_one_size_or_three(small):
+    fixed = load_config(small, ["generators.num_replicas=3"]).generators
+    assert (fixed.least, fixed.most) == (3, 3)
+    scaling = load_config(small, ["generators.max_replicas=8"]).generators
+    assert (scaling.least, scaling.num_replicas, scaling.most) == (1, 1, 8)
+    message = r"generators: min_replicas, num_replicas and max_replicas must not decrease .* got \d, \d and \d"
+    for refused in (["generators.min_replicas=2"], ["generators.num_replicas=4", "generators.max_replicas=3"]):
+        with pytest.raises(ConfigError, match=message):
+            load_config(small, refused)
+
+
+def test_a_replica_takes_a_gpu_per_rank(small):
+    ranks = ["generators.tensor_parallel_size=4", "generators.pipeline_parallel_size=2"]
+    generators = load_config(small, ranks).generators
+    assert (generators.num_ranks, generators.num_gpus) == (8, 8)

@@ -1,0 +1,153 @@
+"""What a run needs against what a cluster has and may grow to; no Ray runs here."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rayrl.errors import ConfigError, ResourceError
+from rayrl.preflight import Cluster, check, render_plan
+from rayrl.preflight.autoscaling import SETTING, find_node_types, growth_of, growth_of_kuberay
+from rayrl.preflight.cluster import HEAD, NodeType
+from rayrl.runs import storage
+from tests.preflight.test_check import TWO_CPUS, changed, refusal, small_tree
+
+KUBERAY = Path(__file__).parents[2] / "cluster" / "kuberay"
+WORKER = {"CPU": 8.0, "GPU": 2.0}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What the tests change."""
+    return small_tree(tmp_path)
+
+
+def growing(*kinds, head=None, workers=(), most_workers=math.inf):
+    """A cluster of a head and workers to which these (resources, most) may be added."""
+    node_types = tuple(NodeType(resources=resources, most=most) for resources, most in kinds)
+    head = {HEAD: 1.0, **(head or {"CPU": 0.0})}
+    return Cluster(nodes=(head, *workers), node_types=node_types, most_workers=most_workers)
+
+
+def test_a_cluster_that_grows_from_nothing_is_large_enough(tree):
+    plan = check(changed(tree), cluster=growing((WORKER, 3)))
+    assert plan.on_gpu
+    assert "\ncluster  has 0 CPU, 0 GPU; may grow to 24 CPU, 6 GPU\n" in render_plan(plan)
+    assert "\ncluster  has 2 CPU, 0 GPU\n" in render_plan(check(changed(tree), cluster=TWO_CPUS))
+    assert not check(changed(tree), cluster=growing(({"CPU": 4.0}, 2))).on_gpu
+
+
+def test_a_cluster_that_cannot_grow_enough_is_refused(tree):
+    config = changed(tree, generators__num_replicas=7)
+    message = refusal(ResourceError, config, growing((WORKER, 3), workers=[WORKER]))
+    assert message.startswith(
+        "stage generate (7 engine(s)) needs GPU: 7, and the cluster has 2 and may grow to 6; lower generators.num_repl"
+    )
+    unseen = Cluster(nodes=({"CPU": 0.0},), remark="if it grows by itself, say so")
+    message = refusal(ResourceError, changed(tree), unseen)
+    assert "needs CPU: 0 and 1 free for Ray Data, and the cluster has 0;" in message
+    assert message.endswith("or use a larger cluster; if it grows by itself, say so")
+
+
+def test_workers_that_are_there_are_not_counted_twice():
+    cluster = growing((WORKER, 3), head={"CPU": 4.0}, workers=[WORKER, WORKER])
+    assert (cluster.has("CPU"), cluster.most("CPU"), cluster.most("GPU")) == (20.0, 28.0, 6.0)
+    foreign = growing((WORKER, 1), workers=[WORKER, WORKER, WORKER])  # started by hand
+    assert foreign.most("GPU") == 6.0
+
+
+def test_the_limit_of_all_workers_together_holds():
+    cluster = growing(({"CPU": 64.0}, 4), (WORKER, 4), most_workers=5)
+    assert (cluster.most("CPU"), cluster.most("GPU")) == (4 * 64.0 + 8.0, 8.0)
+    endless = growing(({"CPU": 1.0}, math.inf), (WORKER, 2))
+    assert endless.most("CPU") == math.inf and endless.most("GPU") == 4.0
+    assert endless.said("CPU") == "0 and may grow to any number"
+    assert growing((WORKER, 0)).most("GPU") == 0.0 == growing((WORKER, 0)).largest("GPU")
+
+
+def test_a_replica_of_several_gpus_needs_them_on_one_node(tree):
+    config = changed(tree, generators__tensor_parallel_size=4)
+    pairs = Cluster(nodes=(WORKER, WORKER, WORKER))
+    message = refusal(ResourceError, config, pairs)
+    assert (
+        "stage generate (1 engine(s)) needs GPU: 4 on one node, and the largest that there is, or may be, has"
+        in message
+    )
+    assert "has 2; lower generators.tensor_parallel_size or generators.pipeline_parallel_size" in message
+    larger = {"CPU": 8.0, "GPU": 4.0}
+    check(config, cluster=Cluster(nodes=(WORKER, larger, larger)))
+    check(config, cluster=growing((larger, 2), workers=[WORKER]))
+
+
+def test_a_replica_of_several_cpus_needs_them_on_one_node(tree):
+    config = changed(tree, embedders__cpus_per_replica=6.0)
+    message = refusal(ResourceError, config, Cluster(nodes=({"CPU": 4.0},) * 4))
+    assert "stage select (1 engine(s)) needs CPU: 6 on one node" in message and "embedders.cpus_per_replica" in message
+    check(config, cluster=Cluster(nodes=({"CPU": 8.0},) * 2))
+
+
+def test_weights_that_no_memory_holds_are_refused(tree):
+    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**20)
+    tree |= {"generators": {"num_replicas": 4}}
+    small = {"CPU": 2.0, "memory": 3.0 * 2**20, "object_store_memory": 0.5 * 2**20}
+    message = refusal(ResourceError, changed(tree), Cluster(nodes=(small,)))
+    assert re.search(r"stage generate \(4 engine.*needs memory: over 0.0 GiB \(the weights 4 times\), and the", message)
+    check(changed(tree, policy__dtype="bfloat16"), cluster=Cluster(nodes=(small | {"CPU": 9.0},)))
+    check(changed(tree), cluster=Cluster(nodes=(small, small)))
+    check(changed(tree), cluster=Cluster(nodes=(small, {"CPU": 2.0})))  # a node that does not say what it has
+    check(changed(tree, policy__dtype="float32"), cluster=Cluster(nodes=(small | {"GPU": 9.0},)))
+
+
+def test_an_autoscalers_config_says_what_may_come(tmp_path, monkeypatch):
+    config = {
+        "max_workers": 6,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "node_config": {}},
+            "cpu": {"resources": {"CPU": 8}, "max_workers": 4},
+            "gpu": {"resources": {"CPU": 16, "GPU": 8}},
+        },
+    }
+    growth = growth_of(config)
+    cluster = Cluster(nodes=(), node_types=growth.node_types, most_workers=growth.most_workers)
+    assert (cluster.most("CPU"), cluster.most("GPU")) == (96, 48)
+    (tmp_path / "autoscaling.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv(SETTING, str(tmp_path / "autoscaling.yaml"))
+    assert find_node_types() == growth
+    for content in (json.dumps({"max_workers": 6}), "- 1", "{"):
+        (tmp_path / "autoscaling.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=f"{SETTING} must name the autoscaler's config, a YAML file with avail"):
+            find_node_types()
+
+
+@pytest.mark.parametrize(("file", "kind"), [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")])
+def test_our_kubernetes_clusters_say_what_may_come(file, kind):
+    documents = yaml.safe_load_all((KUBERAY / file).read_text())
+    resource = next(document for document in documents if document["kind"] == kind)
+    spec = resource["spec"] if kind == "RayCluster" else resource["spec"]["rayClusterSpec"]
+    resource = {"metadata": {"name": "rayrl", "namespace": "rayrl"}, "spec": spec}
+    growth = growth_of_kuberay(resource)
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert len(growth.node_types) == len(groups)
+    cluster = Cluster(nodes=(), node_types=growth.node_types, most_workers=growth.most_workers)
+    assert cluster.most("GPU") == 8 * groups["gpu"]["maxReplicas"] and cluster.largest("GPU") == 8
+    assert growth_of_kuberay(resource | {"spec": spec | {"enableInTreeAutoscaling": False}}).node_types == ()
+
+
+def test_what_an_earlier_attempt_wrote_needs_no_room_again(tree, monkeypatch):
+    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**20)
+    usage = type("Usage", (), {"free": 6 * 2**20})
+    monkeypatch.setattr("rayrl.preflight.run_folder.shutil.disk_usage", lambda _: usage)
+    config = changed(tree)  # two models and an optimizer of three
+    plan = check(config, cluster=TWO_CPUS)
+    assert plan.free_bytes == 6 * 2**20 and plan.disk_bytes is not None and plan.disk_bytes > 11 * 2**20
+    assert any("run_dir: with all checkpoints of a fit" in warning for warning in plan.warnings)
+    assert re.search(r"\ndisk     about 0\.01 GiB; 0\.01 GiB are free for run_dir\n", render_plan(plan))
+    usage.free = 4 * 2**20
+    assert "needs 0.0 GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, config)
+    storage.write_bytes(f"{config.run_dir}/stages/sft/checkpoint/model.safetensors", bytes(2**20))
+    assert check(config, cluster=TWO_CPUS).disk_bytes == plan.disk_bytes - 2**20

@@ -1,0 +1,142 @@
+"""Reading scores: their tokens, their log-probabilities, and their place in a written review."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayrl.config import EvaluatorConfig, PolicyConfig
+from rayrl.data.collate import collate
+from rayrl.data.tokenizing import encode_response, load_tokenizer
+from rayrl.engines.generator import Continuation
+from rayrl.models.judge_prompt import ADDITIVE_RUBRIC, Rubric
+from rayrl.models.policy import response_logprobs
+from rayrl.stages.rewards.evaluator import Scored, Scorer, candidate_logprobs, judge_prompt_tokens, score_tokens
+
+RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
+SHORT = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=2)
+"""Each of these scores is one token of the quickstart's tokenizer."""
+STORIES = Path(__file__).parents[4] / "shared" / "data" / "models" / "stories260K"
+PROMPTS = [[1, 20, 30, 40], [1, 50], list(range(1, 40))]
+
+
+def test_score_tokens_spell_the_scores(tiny_policy):
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    prefix, candidates = score_tokens(tokenizer, RUBRIC)
+    assert list(candidates) == [0, 1, 2, 3, 4, 5]
+    assert [tokenizer.decode(prefix + ids) for ids in candidates.values()] == [f" {score}" for score in range(6)]
+    assert len({tuple(ids) for ids in candidates.values()}) == 6
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="../shared/data/models/stories260K is not there")
+def test_score_tokens_of_a_tokenizer_that_spells_digits_in_several_tokens():
+    tokenizer = load_tokenizer(PolicyConfig(path=str(STORIES)))
+    prefix, candidates = score_tokens(tokenizer, RUBRIC)
+    for score, ids in candidates.items():
+        assert ids
+        assert prefix + ids == encode_response(tokenizer, f" {score}")[:-1]
+    assert len({tuple(ids) for ids in candidates.values()}) == 6
+
+
+@pytest.mark.parametrize("candidates", [[[7], [8], [9]], [[6], [7, 9], [7, 8, 10]]], ids=["single", "several"])
+def test_candidate_logprobs_are_transformers(generators, tiny_policy, candidates):
+    ours = candidate_logprobs(generators, tiny_policy.checkpoint, PROMPTS, candidates)
+    model = tiny_policy.load()
+    with torch.no_grad():
+        expected = [response_logprobs(model, collate([p] * 3, candidates)).tolist() for p in PROMPTS]
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
+class Writer:
+    """As much of a fleet as rationales need: writes given reviews, finds one score's tokens likely in any prefill."""
+
+    def __init__(self, reviews, likeliest=None):
+        self.reviews, self.likeliest, self.prefills = reviews, likeliest, []
+
+    def call(self, method, checkpoint, *arguments):
+        if method == "write":
+            return self.reviews
+        assert method == "next_token_logprobs"
+        prompts, tokens = arguments
+        self.prefills.append(prompts)
+        return [[float(np.log(0.6 if token in self.likeliest else 0.06)) for token in tokens] for _ in prompts]
+
+
+def scorer(fleet, policy, rubric):
+    return Scorer(
+        checkpoint=policy.checkpoint,
+        fleet=fleet,
+        evaluator=EvaluatorConfig(scoring="rationale_first", num_samples=2),
+        policy=PolicyConfig(path=policy.path),
+        rubric=rubric,
+        max_tokens=1024,
+        seed=0,
+    )
+
+
+def review(token_ids, candidates):
+    return Continuation(
+        text="",
+        token_ids=token_ids,
+        logprob=0.0,
+        token_logprobs=[],
+        finish_reason="stop",
+        versions=["tiny"],
+        candidates=candidates,
+    )
+
+
+ITEM = Scored(prompt="How do I boil rice?", response="First add water.", token_ids=[])
+
+
+@pytest.fixture
+def read(tiny_policy):
+    """Scores a review whose candidates say `scores` at the last digit and something else everywhere before."""
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+
+    def of(text, scores):
+        token_ids = encode_response(tokenizer, text)
+        _, candidates = score_tokens(tokenizer, SHORT)
+        decoy = {candidates[0][0]: 0.0}
+        place = max(i for i, token in enumerate(token_ids) if token in {ids[0] for ids in candidates.values()})
+        positions = [decoy] * len(token_ids)
+        positions[place] = {candidates[score][0]: float(np.log(p)) for score, p in scores.items()}
+        (score,) = scorer(Writer([[review(token_ids, positions)]]), tiny_policy, SHORT).score([ITEM])
+        return score
+
+    return of
+
+
+def test_the_score_is_read_after_the_rationale(read):
+    text = " It has 2 steps.\nIt is polite.\nScore: 2"
+    assert read(text, {1: 0.25, 2: 0.25}) == pytest.approx(1.5)
+    assert read(text, {2: 0.9}) == pytest.approx(2.0)
+
+
+def test_the_last_score_line_counts(read):
+    assert read(" Hm.\nScore: 1\nNo.\nScore: 2", {2: 0.6, 1: 0.2}) == pytest.approx(1.75)
+
+
+def test_a_review_that_never_gets_there_abstains(read):
+    assert read(" It has 2 steps, and is polite.", {2: 1.0}) is None
+    assert read(" Hm.\nScore: 1", {2: 0.05}) is None
+
+
+def test_scores_that_begin_alike_are_read_by_a_prefill_of_what_was_written(tiny_policy):
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    prefix, candidates = score_tokens(tokenizer, RUBRIC)
+    assert len({ids[0] for ids in candidates.values()}) < len(candidates)
+    texts = [[" Hm.\nScore: 4", " It has 2 steps."], [" No idea.", ""], [" Fine.\nScore: 1", " Well.\nScore: 5"]]
+    reviews = [[review(encode_response(tokenizer, text), []) for text in of_item] for of_item in texts]
+    writer = Writer(reviews, likeliest=candidates[4])
+    likely = {n: np.prod([0.6 if t in candidates[4] else 0.06 for t in ids]) for n, ids in candidates.items()}
+    expected = pytest.approx(sum(n * p for n, p in likely.items()) / sum(likely.values()))
+    assert scorer(writer, tiny_policy, RUBRIC).score([ITEM] * 3) == [expected, None, expected]
+    judge = judge_prompt_tokens(
+        tokenizer, PolicyConfig(path=tiny_policy.path), RUBRIC, ITEM.prompt, ITEM.response, "rationale_first"
+    )
+    cut = [encode_response(tokenizer, f"{text}\nScore:")[:-1] for text in (" Hm.", " Fine.", " Well.")]
+    starts = [judge + tokens + prefix for tokens in cut]
+    shared = candidates[4][:1]
+    assert writer.prefills == [starts, [start + shared for start in starts]]

