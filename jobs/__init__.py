@@ -1,1 +1,1 @@
-"""Entry points for `ray job submit`, their configs and the experts they name."""
+"""Entry points for `ray job submit`, their configs and the oracles they name."""

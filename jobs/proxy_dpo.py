@@ -9,7 +9,7 @@ from rayrl.pipelines.command_line import main as run_job
 
 
 def main(arguments: list[str]) -> int:
-    """Run, or with --plan only say what would run; 0, or 2 for what the user can mend."""
+    """Run the pipeline, or with --plan print its plan; return the exit code, 2 for a mistake of the user."""
     return run_job("proxy_dpo", arguments, __doc__)
 
 

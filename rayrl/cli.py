@@ -1,4 +1,4 @@
-"""`rayrl`: plan runs, look at them, scale and stop them. The work itself is started from jobs/.
+"""Command `rayrl`: plan runs, look at them, scale and stop them. The work itself is started from jobs/.
 
 A user's mistake ends in one message on stderr and exit code 2. Heavy imports wait until a command needs them.
 """
@@ -6,7 +6,8 @@ A user's mistake ends in one message on stderr and exit code 2. Heavy imports wa
 import logging
 import os
 import time
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrl.errors import RayRLError
+
+if TYPE_CHECKING:
+    from rayrl.fleets.actors import Actor
+    from rayrl.metrics.fleet_state import FleetState
+    from rayrl.report.facts import PaidQueries, RunFacts
+    from rayrl.report.stage_progress import Progress
 
 app = typer.Typer(
     name="rayrl",
@@ -25,6 +32,7 @@ app = typer.Typer(
 RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
 LiveRun = Annotated[str, typer.Argument(help="The name or the directory of a run that goes on.")]
 STOP_TIMEOUT_S = 120.0
+"""Longest wait for a run to end."""
 
 
 @app.command()
@@ -47,7 +55,7 @@ def report(run_dir: RunDir) -> None:
     from rayrl.report.page import write_report
 
     facts = write_report(run_dir)
-    Console().print(Text(f"{facts['run_dir']}/report.html"), soft_wrap=True)
+    Console().print(Text(f"{facts.run_dir}/report.html"), soft_wrap=True)
 
 
 @app.command()
@@ -61,21 +69,21 @@ def status(
     facts = summarize_run(run_dir)
     table = Table("stage", "state", "result", "seconds", box=None, pad_edge=False, header_style="bold")
     table.columns[3].justify = "right"
-    for stage in facts["stages"]:
-        seconds = "" if stage["seconds"] is None else f"{stage['seconds']:.1f}"
-        table.add_row(stage["stage"], _state(stage["state"]), Text(stage["summary"] or ""), seconds)
+    for stage in facts.stages:
+        seconds = "" if stage.seconds is None else f"{stage.seconds:.1f}"
+        table.add_row(stage.stage, _state(stage.state), Text(stage.summary or ""), seconds)
     console = Console()
-    console.print(Text(facts["name"], style="bold"), Text("; ".join(facts["control"]), style="yellow"))
+    console.print(Text(facts.name, style="bold"), Text("; ".join(facts.controls), style="yellow"))
     console.print(table)
-    for stage in facts["stages"]:
-        if stage.get("pace"):
-            console.print(Text(f"{stage['stage']}: {going(stage['pace'], time.time())}"), soft_wrap=True)
+    for stage in facts.stages:
+        if stage.progress is not None:
+            console.print(Text(f"{stage.stage}: {going(stage.progress, time.time())}"), soft_wrap=True)
     console.print(Text(_headline(facts)), soft_wrap=True)
     if spent := _usd(facts):
         console.print(Text(spent), soft_wrap=True)
     if live:
         console.print(_replicas(run_dir))
-    for caveat in facts["caveats"]:
+    for caveat in facts.caveats:
         console.print(Text(f"! {caveat}", style="yellow"), soft_wrap=True)
 
 
@@ -84,8 +92,9 @@ def runs(
     folder: Annotated[str, typer.Argument(help="A folder of run directories.")] = "runs",
 ) -> None:
     """List the runs in a folder: how far they are, what they paid and what it bought."""
-    from rayrl.errors import RunDirectoryError
-    from rayrl.report.summary import gain, plus_minus, summarize_run
+    from rayrl.errors import DataError, RunDirectoryError
+    from rayrl.report.formats import plus_minus
+    from rayrl.report.summary import summarize_run
     from rayrl.runs import storage
 
     fs, path = storage.locate(folder)
@@ -94,19 +103,27 @@ def runs(
     table = Table(
         "run", "pipeline", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold"
     )
+    refusals: list[str] = []
     for config in sorted(map(str, fs.glob(f"{path}/*/config.json"))):
-        facts = summarize_run(fs.unstrip_protocol(config.rpartition("/")[0]))
-        done = [stage["stage"] for stage in facts["stages"] if stage["state"] == "done"]
+        try:
+            facts = summarize_run(fs.unstrip_protocol(config.rpartition("/")[0]))
+        except DataError as error:  # of another version, say: no reason to hide the other runs
+            refusals.append(str(error))
+            continue
+        done = [stage.stage for stage in facts.stages if stage.state == "done"]
         table.add_row(
-            Text(facts["name"]),
-            Text(facts["pipeline"]),
-            str(facts["seed"]),
+            Text(facts.name),
+            Text(facts.pipeline),
+            str(facts.seed),
             done[-1] if done else "-",
-            _paid(facts),
-            plus_minus(gain(facts), signed=True),
-            Text("; ".join(facts["control"])),
+            _paid(facts.paid.label),
+            plus_minus(facts.gain, signed=True),
+            Text("; ".join(facts.controls)),
         )
-    Console().print(table if table.rows else Text(f"no runs in {folder}"))
+    console = Console()
+    console.print(table if table.rows else Text(f"no runs in {folder}"))
+    for refusal in refusals:
+        console.print(Text(f"! {refusal}", style="yellow"), soft_wrap=True)
 
 
 @app.command()
@@ -137,30 +154,32 @@ def stop(run: LiveRun) -> None:
 
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while True:
-        told = control.stop.options(max_task_retries=0).remote()
+        # The control never answers: the call fails when the run has ended, and the control with it.
+        stopped = control.stop.options(max_task_retries=0).remote()
         try:
-            ray.get(told, timeout=max(0.0, deadline - time.monotonic()))
-        except ActorUnavailableError:  # Ray starts it again, and it is told again
+            ray.get(stopped, timeout=max(0.0, deadline - time.monotonic()))
+        except ActorUnavailableError:  # Ray starts the control again, which has forgotten the request
             continue
         except ActorDiedError:  # the last thing a run does is to end its control
             return Console().print(Text(f"{run} has ended; the command that started it continues it"), soft_wrap=True)
         except GetTimeoutError:
             raise StageTimeout(
-                f"{run} was told to stop and has not ended within {STOP_TIMEOUT_S:.0f} s; `ray job stop` or killing "
+                f"{run} was asked to stop and has not ended within {STOP_TIMEOUT_S:.0f} s; `ray job stop` or killing "
                 "its driver ends it at once"
             ) from None
 
 
-def going(pace: dict[str, Any], now: float) -> str:
-    """How a stage goes (rayrl/report/pace.py), for humans; `now` is a Unix time."""
-    done = f"{pace['done']:,}" + (f" of {pace['total']:,}" if pace["total"] is not None else "") + f" {pace['unit']}"
-    rate = "-" if pace["per_s"] is None else f"{pace['per_s']:,.3g}"
-    eta = "-" if pace["eta_s"] is None else _duration(pace["eta_s"])
-    return f"{done}, {rate} {pace['items']}/s, ETA {eta}; last sign {_duration(max(0.0, now - pace['at']))} ago"
+def going(progress: "Progress", now: float) -> str:
+    """Say how a stage under way goes; `now` is a Unix time."""
+    total = "" if progress.total is None else f" of {progress.total:,}"
+    rate = "-" if progress.per_s is None else f"{progress.per_s:,.3g}"
+    eta = "-" if progress.eta_s is None else _duration(progress.eta_s)
+    since = _duration(max(0.0, now - progress.at))
+    return f"{progress.done:,}{total} {progress.unit}, {rate} {progress.items}/s, ETA {eta}; last sign {since} ago"
 
 
-def fleet_table(states: list[dict[str, Any]]) -> Table:
-    """Fleets as rows: what is ready, starting and draining, who works and who waits, and the bounds."""
+def fleet_table(states: Sequence["FleetState"]) -> Table:
+    """Make a table of fleets: replicas that are ready, starting and draining, calls and waiting ones, the bounds."""
     table = Table(
         *("fleet", "ready", "starting", "draining", "calls", "waiting", "size"),
         box=None,
@@ -169,15 +188,17 @@ def fleet_table(states: list[dict[str, Any]]) -> Table:
     )
     for state in states:
         least, most = state["least"], state["most"]
-        counts = (str(state[name]) for name in ("ready", "starting", "draining", "calls", "waiting"))
-        table.add_row(Text(state["name"]), *counts, str(most) if least == most else f"{least}-{most}")
+        counts = (state["ready"], state["starting"], state["draining"], state["calls"], state["waiting"])
+        size = str(most) if least == most else f"{least}-{most}"
+        table.add_row(Text(state["name"]), *map(str, counts), size)
         if state["failure"]:
+            # The last line of a traceback is its message.
             table.add_row(Text(f"! {state['failure'].strip().splitlines()[-1]}", style="yellow"))
     return table
 
 
 def _replicas(run: str) -> Table | Text:
-    """The fleets of a run that is alive in the cluster; else why they cannot be shown, which is no reason to fail."""
+    """Show the fleets of a run that is alive in the cluster; else why they cannot be shown, which ends no command."""
     from ray.exceptions import RayError
 
     from rayrl.fleets.control import ask
@@ -188,13 +209,13 @@ def _replicas(run: str) -> Table | Text:
         return Text(f"replicas: {error}", style="dim")
 
 
-def _control(run: str) -> Any:
-    """The control of a live run, named or given by its directory; connects to the cluster."""
+def _control(run: str) -> "Actor":
+    """Find the control of a live run, named or given by its directory; connects to the cluster."""
+    from rayrl.report.recorded_run import read_config
     from rayrl.runs import storage
 
-    name, saved = run, storage.join(storage.absolute(run), "config.json")
-    if storage.exists(saved):
-        name = storage.read_json(saved)["name"]
+    is_folder = storage.exists(storage.join(storage.absolute(run), "config.json"))
+    name = read_config(run).name if is_folder else run
     import ray
 
     from rayrl.errors import ResourceError
@@ -216,24 +237,28 @@ def _state(state: str) -> Text:
     return Text(state, style={"done": "green", "started": "yellow"}.get(state, "dim"))
 
 
-def _headline(facts: dict[str, Any]) -> str:
-    """What was paid and what it bought."""
-    from rayrl.report.summary import gain, plus_minus
+def _headline(facts: "RunFacts") -> str:
+    """Say what was paid and what it bought."""
+    from rayrl.report.formats import plus_minus
+    from rayrl.report.settings import label_queries
 
-    if facts["pipeline"] != "rlp":
-        return f"paid label queries {_paid(facts)}, gain {plus_minus(gain(facts), signed=True)}"
-    rlp = facts["rlp"]
-    over_ppo = f", over plain PPO {plus_minus(rlp['gain_over_ppo'], signed=True)}" if rlp["aligned"] == "rlp" else ""
-    return (
-        f"paid {rlp['asked']} {_paid(facts)}, evaluation queries {_paid(facts, 'evaluate')}, "
-        f"gain over M1 {plus_minus(gain(facts), signed=True)}{over_ppo}"
+    label, evaluate = _paid(facts.paid.label), _paid(facts.paid.evaluate)
+    headline = (
+        f"paid {label_queries(facts.run.config)} {label}, evaluation queries {evaluate}, "
+        f"gain over M1 {plus_minus(facts.gain, signed=True)}"
     )
+    if facts.gain_over_ppo is not None:
+        headline += f", over plain PPO {plus_minus(facts.gain_over_ppo, signed=True)}"
+    return headline
 
 
-def _usd(facts: dict[str, Any]) -> str:
-    """What all queries have cost, of what they may; empty where the expert is free."""
-    spent = sum(facts["paid"][purpose].get("cost_usd") or 0.0 for purpose in ("label", "evaluate"))
-    limit = facts["config"].get("oracle", {}).get("budget_usd")
+def _usd(facts: "RunFacts") -> str:
+    """Say what all queries have cost, of what they may; empty where the oracle is free."""
+    from rayrl.config.oracle import HttpOracleConfig
+
+    spent = (facts.paid.label.cost_usd or 0.0) + (facts.paid.evaluate.cost_usd or 0.0)
+    oracle = facts.run.config.oracle
+    limit = oracle.budget_usd if isinstance(oracle, HttpOracleConfig) else None
     if not spent and limit is None:
         return ""
     return f"spent {spent:,.2f} USD" + ("" if limit is None else f" / {limit:,.2f}")
@@ -245,9 +270,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _paid(facts: dict[str, Any], purpose: str = "label") -> str:
-    paid, budget = facts["paid"][purpose].get("spent", "-"), facts["paid"][purpose].get("budget")
-    return f"{paid} / {'?' if budget is None else budget}"
+def _paid(paid: "PaidQueries") -> str:
+    return f"{'-' if paid.spent is None else paid.spent} / {paid.budget}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,34 +1,51 @@
-"""The records that flow through a run, and their Arrow schemas.
+"""Records that flow through a run, and their Arrow schemas.
 
     Prompt -> Sampled(prompt, responses) -> Judgement or Comparison -> PreferencePair
 
-A row and a table never drift apart: `arrow_schema(Record)` derives the table's schema from the dataclass. Tables are
-folders of Parquet parts; a part holds a fixed block of prompts, one row per prompt with its responses nested, so that
-no stage ever needs a groupby.
+A judgement or comparison is one record from question to loss: a stage builds it with the status "asked", and the
+oracle pool gives it back answered. The schema of a table is derived from the record class (`arrow_schema`), so that
+rows and tables cannot differ. Tables are folders of Parquet parts. A part holds a fixed block of prompts, one row per
+prompt with its responses nested, so that no stage ever needs a groupby.
 """
+
+# pyarrow has no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownParameterType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import hashlib
 import math
 import types
 import typing
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 
-R = TypeVar("R")
-Status = Literal["scored", "abstained"]
+Status = Literal["asked", "scored", "abstained"]
 Preference = Literal["first", "second", "tie"]
-Said = tuple[str, str]
-"""Prompt id and text of a response. Response ids repeat from round to round; who says the same has said the same."""
+Row = dict[str, Any]
+"""A record as a row of a table: Arrow's values, by column."""
+ResponseKey = tuple[str, str]
+"""Prompt id and text of a response. Response ids repeat from round to round; equal texts are equal responses."""
+
+
+class Record(Protocol):
+    """Any dataclass, of this module or of another one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+R = TypeVar("R", bound=Record)
 
 
 def content_id(*parts: str) -> str:
-    """A 16-digit id of some text: the same text always has the same id."""
+    """Hash some texts to an id of 16 digits: equal texts have equal ids."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         encoded = part.encode()
+        # The length goes first, so that ("ab", "c") and ("a", "bc") differ.
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
 
@@ -41,6 +58,8 @@ class Checkpoint:
     """A Hugging Face model folder (any fsspec URL) or a hub id."""
     version: str
     """Names the weights: equal versions are equal weights."""
+    revision: str | None = None
+    """Of a hub id; None of a folder, and for the hub's newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +86,13 @@ class Response:
     seed: int
     """Seed of this response's own random stream."""
     policy_version: str
-    """Which weights spoke: the `version` of a `ServedModel`."""
+    """`Checkpoint.version` of the weights that wrote it."""
     logprob: float
     """Sum over `token_ids` of log p(token | prefix) at temperature 1, nats."""
     finish_reason: str
     """"stop" or "length", or "data" for a response that came with the seed data."""
     num_samples: int = 1
-    """Samples of this prompt that say exactly this; the first of them is kept."""
+    """Samples of this prompt with exactly this text; only the first of them is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +106,9 @@ class Sampled:
     """Tokens of `Prompt.rendered`: what the policy was conditioned on."""
     responses: list[Response]
     num_empty: int = 0
-    """Samples dropped because nothing was said."""
+    """Samples dropped because they were empty."""
     num_duplicates: int = 0
-    """Samples dropped because an earlier one of this prompt says the same."""
+    """Samples dropped because an earlier one of this prompt has the same text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +123,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutAnswer:
-    """What a policy in training said to a held-out prompt, and what its reward made of it."""
+    """A response of a policy in training to a held-out prompt, with its reward."""
 
     prompt_id: str
     prompt: str
@@ -116,36 +135,44 @@ class HeldOutAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """One pointwise verdict of the expert. An abstention has no score: it is never trained on."""
+    """A question to the oracle about one response, and then its answer.
 
-    key: str
-    """content_id(prompt, response, oracle, rubric): a judgement once paid is never paid again."""
+    A stage fills in the ids and texts; the pool adds the rest. An abstention has no score, and is never trained on.
+    """
+
+    key: str = ""
+    """content_id(prompt, response, oracle, version of the rubric): a judgement once paid is never paid again."""
     prompt_id: str
     response_id: str
     prompt: str
     response: str
-    oracle: str
-    status: Status
-    score: float | None
-    """On the rubric's scale; None if and only if abstained."""
-    rationale: str
-    """The expert's reasons, or why it abstained."""
-    purpose: str
-    """"label" (the query budget) or "evaluate" (the evaluation budget)."""
-    cost_usd: float
+    oracle: str = ""
+    """`Oracle.name`."""
+    status: Status = "asked"
+    score: float | None = None
+    """On the rubric's scale; a number if and only if the status is "scored"."""
+    rationale: str = ""
+    """The oracle's reasons, or why it abstained."""
+    purpose: str = ""
+    """The budget that the question was put under: "label" or "evaluate"."""
+    cost_usd: float = 0.0
+    """0 where the answer was paid for by an earlier question with the same key."""
 
     @property
-    def said(self) -> Said:
-        """What was judged."""
+    def response_key(self) -> ResponseKey:
+        """Identify the response that is judged, whatever round it is from."""
         return self.prompt_id, self.response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One pairwise verdict of the expert, on two responses in the order in which it read them."""
+    """A question to the oracle about two responses, in the order in which it reads them, and then its answer.
 
-    key: str
-    """content_id(prompt, first, second, oracle, rubric): the other order is another question."""
+    Filled in like a `Judgement`.
+    """
+
+    key: str = ""
+    """content_id(prompt, first, second, oracle, version of the rubric): the other order is another question."""
     prompt_id: str
     first_id: str
     """`Response.id`."""
@@ -153,20 +180,27 @@ class Comparison:
     prompt: str
     first: str
     second: str
-    oracle: str
-    status: Status
-    preference: Preference | None
-    """Which response is better; None if and only if abstained."""
-    rationale: str
-    """The expert's reasons, or why it abstained."""
-    purpose: str
-    """"label" (the query budget) or "evaluate" (the evaluation budget)."""
-    cost_usd: float
+    oracle: str = ""
+    """`Oracle.comparer`."""
+    status: Status = "asked"
+    preference: Preference | None = None
+    """The better response; one of the three words if and only if the status is "scored"."""
+    rationale: str = ""
+    """The oracle's reasons, or why it abstained."""
+    purpose: str = ""
+    """The budget that the question was put under: "label" or "evaluate"."""
+    cost_usd: float = 0.0
+    """0 where the answer was paid for by an earlier question with the same key."""
+
+    def turned(self) -> "Comparison":
+        """Swap the two responses of a comparison that is not answered yet."""
+        assert self.status == "asked", "an answer is about one order only"
+        return replace(self, first_id=self.second_id, second_id=self.first_id, first=self.second, second=self.first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """What the policy is trained on. Training never sees who labelled it, except as `source`."""
+    """Two responses that a policy or a reward model is trained on. Training knows their origin only as `source`."""
 
     prompt_id: str
     prompt: str
@@ -183,22 +217,31 @@ class PreferencePair:
     rejected_score: float
     chosen_reference_logprob: float
     """Sum of log p of the chosen tokens under the policy that the round began with, M1 in the first; from generation.
-    NaN where it did not write them."""
+    NaN where another policy wrote them."""
     rejected_reference_logprob: float
     source: str
-    """Who scored the two responses ("evaluator", "expert" or "mixed"), or who preferred one: "data" or "oracle"."""
+    """What the preference is from: scores of the "evaluator", of the "oracle" or of both ("mixed"), a comparison by the
+    "oracle", or a file of pairs ("data")."""
 
     @classmethod
     def of_responses(
         cls,
-        row: dict[str, Any],
-        chosen: dict[str, Any],
-        rejected: dict[str, Any],
+        row: Row,
+        chosen: Row,
+        rejected: Row,
         *,
         source: str,
         scores: tuple[float, float] = (math.nan, math.nan),
     ) -> "PreferencePair":
-        """Two `Response`s of a row of a responses table; `scores` are the chosen one's and the rejected one's."""
+        """Pair two responses of a row of a responses table.
+
+        Args:
+            row: a `Sampled`.
+            chosen: a `Response` of it.
+            rejected: another one.
+            source: see the field.
+            scores: of the chosen one and of the rejected one.
+        """
         return cls(
             prompt_id=row["prompt_id"],
             prompt=row["prompt"],
@@ -217,16 +260,17 @@ class PreferencePair:
         )
 
 
-_ARROW: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_ARROW: dict[object, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
-def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
+def _arrow_type(annotation: object) -> tuple[pa.DataType, bool]:
     """Arrow type of a field annotation, and whether it may be null."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return pa.string(), False
     if origin in (types.UnionType, typing.Union):
-        (inner,) = (a for a in args if a is not type(None))
+        # The only unions of the records are of a type with None.
+        (inner,) = [arg for arg in args if arg is not type(None)]
         return _arrow_type(inner)[0], True
     if origin is list:
         return pa.list_(pa.field("item", _arrow_type(args[0])[0], nullable=False)), False
@@ -235,42 +279,44 @@ def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
     return _ARROW[annotation], False
 
 
-def arrow_schema(record: type) -> pa.Schema:
-    """The Arrow schema of a record class: one non-null column per field, nullable only where the type allows None."""
+def arrow_schema(record: type[Record]) -> pa.Schema:
+    """Derive the Arrow schema of a record class: a column per field, nullable only where the type allows None."""
     hints = typing.get_type_hints(record)
-    columns = []
+    columns: list[pa.Field] = []
     for field in fields(record):
         arrow, nullable = _arrow_type(hints[field.name])
         columns.append(pa.field(field.name, arrow, nullable=nullable))
     return pa.schema(columns)
 
 
-def to_table(records: typing.Sequence[Any], record: type) -> pa.Table:
-    """Records as an Arrow table of exactly the class's schema, empty tables included."""
-    return pa.Table.from_pylist([to_row(r) for r in records], schema=arrow_schema(record))
+def to_table(records: Iterable[Record], record: type[Record]) -> pa.Table:
+    """Make an Arrow table of exactly the class's schema, empty tables included."""
+    return pa.Table.from_pylist([to_row(each) for each in records], schema=arrow_schema(record))
 
 
-def to_row(record: Any) -> dict[str, Any]:
-    """A record as a table row, nested records included. Lists of numbers are the record's own, not copies."""
-    return {
-        name: getattr(record, name) if inner is None else [to_row(item) for item in getattr(record, name)]
-        for name, inner in _columns(type(record)).items()
-    }
+def to_row(record: Record) -> Row:
+    """Turn a record into a table row, nested records included. Lists of numbers are the record's own, not copies."""
+    row: Row = {}
+    for name, nested in _columns(type(record)).items():
+        value = getattr(record, name)
+        row[name] = value if nested is None else [to_row(item) for item in value]
+    return row
 
 
-def from_row(row: dict[str, Any], record: type[R]) -> R:
-    """One table row back as a record, nested records included."""
+def from_row(row: Mapping[str, Any], record: type[R]) -> R:
+    """Turn a table row into a record, nested records included."""
     values = dict(row)
-    for name, inner in _columns(record).items():
-        if inner is not None:
-            values[name] = [from_row(item, inner) for item in row[name]]
+    for name, nested in _columns(record).items():
+        if nested is not None:
+            values[name] = [from_row(item, nested) for item in row[name]]
     return record(**values)
 
 
+# Cached, since reading type hints takes longer than turning a whole row.
 @cache
-def _columns(record: type) -> dict[str, type | None]:
+def _columns(record: type[Record]) -> dict[str, type[Record] | None]:
     """The fields of a record class, and where one is a list of records, their class."""
-    columns: dict[str, type | None] = {}
+    columns: dict[str, type[Record] | None] = {}
     for name, annotation in typing.get_type_hints(record).items():
         inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
         columns[name] = inner if isinstance(inner, type) and is_dataclass(inner) else None
@@ -278,5 +324,5 @@ def _columns(record: type) -> dict[str, type | None]:
 
 
 def from_table(table: pa.Table, record: type[R]) -> list[R]:
-    """All rows of a table as records."""
+    """Read all rows of a table as records."""
     return [from_row(row, record) for row in table.to_pylist()]

@@ -1,4 +1,4 @@
-"""What a policy might say to six prompts, what that is worth, and a fleet that knows which answers say the same."""
+"""Answers of a policy to six prompts, their rewards and clusters, and a fleet that tells clusters by last words."""
 
 import json
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrl.engines.entailment import Entailments
-from rayrl.records import Response, Sampled, to_table
+from rayrl.records import Response, Sampled
 
 ANSWERS = {
     "p0": [("red", 3), ("it is red", 2), ("blue", 2), ("green", 1), ("it is blue", 2)],  # red 5 of 10
     "p1": [("red", 1), ("blue", 2), ("green", 3)],  # with 4 empty ones: empty 4, green 3 of 10
     "p2": [("white", 9), ("it is white", 1)],
     "p3": [("red", 2), (" blue", 2), ("blue", 2), ("green", 2), ("white", 2)],  # blue 4 of 10
-    "p4": [("black", 7), ("red", 3)],  # nobody says what red is worth
+    "p4": [("black", 7), ("red", 3)],  # black has no reward
     "p5": [],
 }
 NUM_EMPTY = {"p1": 4, "p5": 10}
@@ -45,12 +45,12 @@ def sampled(prompt):
     )
 
 
-ROWS = {prompt: to_table([sampled(prompt)], Sampled).to_pylist()[0] for prompt in ANSWERS}
+SAMPLED = {prompt: sampled(prompt) for prompt in ANSWERS}
 
 
 @dataclass(frozen=True)
 class TableRewards:
-    """What each text is worth; notes down in a file what it is asked, in whichever process."""
+    """A reward of each text from a table; writes what it is asked to a file, in whichever process."""
 
     log: str
 

@@ -39,7 +39,7 @@ class TinyPolicy:
 
         from rayrl.models.policy import load_policy
 
-        return load_policy(self.path, torch.float32).eval()
+        return load_policy(self.checkpoint, torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 LABELS = {0: "ENTAILMENT", 1: "neutral", 2: "Contradiction"}
-"""Not in MNLI's order, and in nobody's spelling."""
+"""Neither in MNLI's order nor in its spelling."""
 ENTAILMENT, NEUTRAL, CONTRADICTION = LABELS
 
 COLORS = ["red", "blue", "green", "white", "black"]

@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback that speaks the chat completions protocol, and fails as it is told to."""
+"""HTTP server on the loopback that speaks the chat completions protocol, and fails as a test plans it."""
 
 import json
 import re

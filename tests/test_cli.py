@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,23 +11,36 @@ from rich.console import Console
 from rayrl.cli import fleet_table, main
 from rayrl.errors import ResourceError
 from rayrl.fleets.sizes import parse_sizes
-from tests.report.rlp_run import write_rlp_run
+from rayrl.runs.stage_table import DPO, EVALUATE, QUERY, SFT
+from tests.report.made_up_runs import (
+    PROXY_DPO,
+    edit_config,
+    estimate,
+    merged,
+    proxy_dpo_metrics,
+    query_metrics,
+    spent,
+    write_config,
+    write_manifest,
+    write_rlp_run,
+)
 
 
 @pytest.fixture
 def run_dir(tmp_path):
+    """A run whose manifests are few, and whose gain is not significant."""
     folder = tmp_path / "runs" / "first"
-    for stage, metrics in {
-        "sft": {},
-        "query": {"label": {"budget": 8, "spent": 8, "abstained": 1, "lost": 0}},
-        "evaluate": {"difference": {"mean": 0.5, "standard_error": 0.4, "num": 12}},
-    }.items():
-        manifest = {"stage": stage, "key": "k", "seconds": 2.0, "num_rows": 1, "metrics": metrics}
-        (folder / "stages" / stage).mkdir(parents=True)
-        (folder / "stages" / stage / "manifest.json").write_text(
-            json.dumps(manifest | {"summary": f"[bold]{stage}[/bold] is done", "finished_at": "2025-01-01T00:00:00"})
-        )
-    (folder / "config.json").write_text('{"name": "first", "seed": 7, "labels": "shuffled"}')
+    write_config(folder, merged(PROXY_DPO, {"name": "first", "seed": 7, "labels": "shuffled"}))
+    made_up = proxy_dpo_metrics()
+    label = spent(8, budget=8, abstained=0)
+    m2 = replace(made_up[EVALUATE].policies["m2"], difference=estimate(0.5, 0.4, 12))
+    contents = {
+        SFT: made_up[SFT],
+        QUERY: query_metrics(label, {"3": 8}),
+        EVALUATE: replace(made_up[EVALUATE], policies=made_up[EVALUATE].policies | {"m2": m2}, ledger={"label": label}),
+    }
+    for stage, content in contents.items():
+        write_manifest(folder, stage, content, seconds=2.0, summary=f"[bold]{stage.name}[/bold] is done")
     return folder
 
 
@@ -49,7 +63,7 @@ def test_status_shows_stages_money_and_gain(run_dir, capsys):
     printed = output(capsys, "status", str(run_dir))
     assert "[bold]sft[/bold] is done" in printed
     assert "not run" in printed
-    assert "paid label queries 8 / 8, gain +0.50 \u00b1 0.40" in printed
+    assert "paid label queries 8 / 8, evaluation queries - / 128, gain over M1 +0.50 \u00b1 0.40\n" in printed
     assert "! The gain (+0.500 \u00b1 0.400) is not above two standard errors" in printed
 
 
@@ -58,6 +72,16 @@ def test_runs_lists_a_folder(run_dir, capsys, monkeypatch):
     line = output(capsys, "runs", str(run_dir.parent)).splitlines()[1]
     assert line.split()[:10] == ["first", "proxy_dpo", "7", "evaluate", "8", "/", "8", "+0.50", "\u00b1", "0.40"]
     assert "the floor" in line
+
+
+def test_a_run_of_another_version_does_not_hide_the_others(run_dir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    other = run_dir.parent / "old"
+    other.mkdir()
+    (other / "config.json").write_text('{"name": "old"}')
+    _, line, refused = output(capsys, "runs", str(run_dir.parent)).splitlines()
+    assert line.split()[0] == "first" and refused.startswith(f"! {other}/config.json must be the resolved config")
+    assert "old/config.json must be the resolved config" in refusal(capsys, "status", str(other))
 
 
 def test_runs_of_an_empty_folder(tmp_path, capsys):
@@ -160,9 +184,9 @@ def test_fleets_as_a_table(capsys):
 
 
 def test_status_shows_how_the_stage_under_way_goes_and_what_it_cost(run_dir, capsys):
-    config = {"name": "first", "oracle": {"budget_usd": 5.0}, "dpo": {"batch_size": 16}}
-    (run_dir / "config.json").write_text(json.dumps(config))
-    (run_dir / "stages" / "dpo").mkdir()
+    prices = {"usd_per_1m_input": 1.0, "usd_per_1m_output": 1.0, "budget_usd": 5.0}
+    edit_config(run_dir, oracle=prices, dpo={"batch_size": 16})
+    (run_dir / "stages" / DPO.name).mkdir()
     (run_dir / "metrics").mkdir()
     (run_dir / "metrics" / "dpo.json").write_text('{"num_steps": 40}')
     steps = "".join(json.dumps({"step": n, "at": 1000.0 + n}) + "\n" for n in range(1, 11))

@@ -135,6 +135,25 @@ def test_only_what_may_be_none_is_nullable():
     assert arrow_schema(Response).field("token_ids").type == pa.list_(pa.field("item", pa.int64(), nullable=False))
 
 
+def test_a_question_is_its_ids_and_texts_and_the_rest_is_filled_in_later():
+    question = Judgement(prompt_id="p", response_id="p-0", prompt="?", response="!")
+    assert (question.status, question.score, question.key, question.oracle, question.purpose) == (
+        "asked", None, "", "", ""
+    )  # fmt: skip
+    answer = replace(question, key="k", oracle="o", status="scored", score=3.5, rationale="fine", purpose="label")
+    assert replace(answer, cost_usd=0.01) == JUDGEMENT
+    assert question.response_key == JUDGEMENT.response_key == ("p", "!")
+
+
+def test_a_comparison_is_turned_before_it_is_answered():
+    question = Comparison(prompt_id="p", first_id="p-0", second_id="p-1", prompt="?", first="!", second="!!")
+    turned = question.turned()
+    assert (turned.first_id, turned.first, turned.second_id, turned.second) == ("p-1", "!!", "p-0", "!")
+    assert turned.turned() == question
+    with pytest.raises(AssertionError, match="one order"):
+        COMPARISON.turned()
+
+
 def test_content_id_separates_its_parts():
     assert content_id("ab", "c") == content_id("ab", "c")
     assert len({content_id("ab", "c"), content_id("a", "bc"), content_id("abc"), content_id("abc", "")}) == 4

@@ -1,11 +1,11 @@
-"""Random faults, made from outside, in runs on a cluster of several nodes: what is lost, doubled, or paid for twice.
+"""Random faults in runs on a cluster of several nodes; counts the rows lost, doubled and paid for twice.
 
     make chaos                                        # 50 faults in 10 runs, and in 2 with real engines; half an hour
     python -m jobs.bench.chaos --faults 5 --runs 1 --real-runs 0 --seed 7
 
-Every run begins when the one before is over, on the same cluster, and meets its faults at times drawn from the length
-of an undisturbed run. A fault whose victim is not there yet waits for it; one whose victim does not come any more is
-not counted, and another run makes up for it.
+Runs follow one another on the same cluster. The times of a run's faults are drawn from the length of an undisturbed
+run. A fault whose victim does not exist yet waits for it. One whose victim never appears is not counted, and another
+run makes up for it.
 """
 
 import argparse
@@ -16,38 +16,48 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from jobs.bench.faults import FAULTS, REAL, REAL_SHORT, SHORT, SIMULATED, Damage, Drive, damage
+from jobs import rehearsal
 from jobs.bench.hardware import hardware
-from jobs.bench.raylets import Raylets
+from rayrl.fleets.local_cluster import LocalCluster
+from rayrl.fleets.local_faults import FAULTS, Damage, LocalRun, damage
+
+REAL = [
+    sys.executable, "jobs/proxy_dpo.py", "jobs/configs/quickstart.toml",
+    "pool.limit=60", "pool.num_eval=12", "generate.k=2", "generate.block_size=8", "generate.max_tokens=24",
+    "sft.enabled=false", "select.budget=24", "oracle.max_concurrency=2", "evaluator.epochs=2",
+    "evaluator.checkpoint_every=2", "evaluator.max_failures=20", "dpo.epochs=1", "dpo.max_failures=20",
+    "evaluate.budget=24",
+]  # fmt: skip
+"""A short quickstart with vLLM's engines, on two cores."""
 
 TIMEOUT_S = 900.0
-"""For a run, with all its faults."""
+"""Longest time of a run with all its faults."""
 
 
-def disturbed(drive: Drive, seconds: float, num_faults: int, draw: random.Random, made: Counter[str]) -> bool:
-    """Meet so many faults in about so many seconds; whether the run finished."""
+def disturbed(run: LocalRun, seconds: float, num_faults: int, draw: random.Random, made: Counter[str]) -> bool:
+    """Make `num_faults` faults within about `seconds`; return whether the run finished."""
     began = time.monotonic()
     plan = sorted((draw.uniform(0.0, 0.95 * seconds), draw.choice(list(FAULTS))) for _ in range(num_faults))
     for after_s, name in plan:
         time.sleep(max(0.0, began + after_s - time.monotonic()))
-        while not drive.is_over() and time.monotonic() - began < TIMEOUT_S:
-            if FAULTS[name](drive, draw):
+        while not run.is_over() and time.monotonic() - began < TIMEOUT_S:
+            if FAULTS[name](run, draw):
                 made[name] += 1
                 print(f"    {time.monotonic() - began:5.1f} s  {name}", file=sys.stderr, flush=True)
                 break
             time.sleep(0.1)
-    code = drive.wait(max(1.0, TIMEOUT_S - (time.monotonic() - began)))
+    code = run.wait(max(1.0, TIMEOUT_S - (time.monotonic() - began)))
     if code:
-        print(f"{drive.folder.name} ended with {code}:\n{drive.log.read_text()[-4000:]}", file=sys.stderr)
+        print(f"{run.folder.name} ended with {code}:\n{run.log.read_text()[-4000:]}", file=sys.stderr)
     return code == 0
 
 
-def undisturbed(cluster: Raylets, folder: Path, command: list[str]) -> tuple[Path, float]:
-    """What a run leaves that nothing happens to, and how long it takes."""
+def undisturbed(cluster: LocalCluster, folder: Path, command: list[str]) -> tuple[Path, float]:
+    """Run without faults; return the folder and the seconds it took."""
     began = time.monotonic()
-    drive = Drive(cluster=cluster, folder=folder, command=command)
-    if drive.wait(TIMEOUT_S):
-        raise SystemExit(f"the undisturbed run failed:\n{drive.log.read_text()[-4000:]}")
+    run = LocalRun(cluster=cluster, folder=folder, command=command)
+    if run.wait(TIMEOUT_S):
+        raise SystemExit(f"the undisturbed run failed:\n{run.log.read_text()[-4000:]}")
     return folder, time.monotonic() - began
 
 
@@ -61,23 +71,23 @@ def main() -> None:
     draw = random.Random(arguments.seed)
     print(f"\n{hardware()}; seed {arguments.seed}; a head without work and two worker nodes\n")
     made, finished, num_runs, found = Counter[str](), 0, 0, list[Damage]()
-    kinds = [("real", REAL, REAL_SHORT)] * arguments.real_runs
-    kinds += [("simulated", SIMULATED, SHORT)] * (arguments.runs - arguments.real_runs)
-    with tempfile.TemporaryDirectory(prefix="rayrl-chaos-") as name, Raylets(Path(name), num_workers=2) as cluster:
+    commands = {"real": REAL, "simulated": rehearsal.PROXY_DPO}
+    kinds = ["real"] * arguments.real_runs + ["simulated"] * (arguments.runs - arguments.real_runs)
+    with tempfile.TemporaryDirectory(prefix="rayrl-chaos-") as name, LocalCluster(Path(name), num_workers=2) as cluster:
         references = {
-            kind: undisturbed(cluster, Path(name) / f"undisturbed-{kind}", [*command, *settings])
-            for kind, command, settings in dict.fromkeys((k, tuple(c), tuple(s)) for k, c, s in kinds)
+            kind: undisturbed(cluster, Path(name) / f"undisturbed-{kind}", commands[kind])
+            for kind in dict.fromkeys(kinds)
         }
         while kinds or made.total() < arguments.faults:
-            kind, command, settings = kinds.pop() if kinds else ("simulated", SIMULATED, SHORT)
+            kind = kinds.pop() if kinds else "simulated"
             reference, seconds = references[kind]
             num_faults = -(-(arguments.faults - made.total()) // (len(kinds) + 1))
             print(f"run {num_runs} ({kind}, {seconds:.0f} s undisturbed)", file=sys.stderr, flush=True)
-            drive = Drive(cluster=cluster, folder=Path(name) / f"run-{num_runs}", command=[*command, *settings])
+            run = LocalRun(cluster=cluster, folder=Path(name) / f"run-{num_runs}", command=commands[kind])
             num_runs += 1
-            if disturbed(drive, seconds, num_faults, draw, made):
+            if disturbed(run, seconds, num_faults, draw, made):
                 finished += 1
-                found.append(damage(drive.folder, reference))
+                found.append(damage(run.folder, reference))
     print("| fault | made |\n|---|---|")
     for fault, num in sorted(made.items()):
         print(f"| {fault} | {num} |")

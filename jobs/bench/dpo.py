@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayrl.config import DpoConfig
 from rayrl.models.policy import load_policy
+from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training.dpo import IDLE_PAIR, PairBatch, collated, pair_batch, pair_losses
 
@@ -34,7 +35,7 @@ LONGEST_PROMPT, LONGEST_RESPONSE = 60, 240  # tokens
 
 
 def random_model(folder: str) -> str:
-    """A random 8M Llama with a real vocabulary: most of its work is the head's, as in small instruct models."""
+    """Save a random 8M Llama with a real vocabulary; as in small instruct models, its head costs most."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=RANDOM_VOCAB, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
@@ -44,15 +45,20 @@ def random_model(folder: str) -> str:
     return folder
 
 
-def make_pairs(num_pairs: int, path: str) -> list[dict[str, Any]]:
-    """Pairs of the model's own samples: prompts of 16 tokens in the median, responses of 48."""
+def load(path: str) -> Any:
+    """Load the model of a folder in float32."""
+    return load_policy(Checkpoint(path=path, version=path), torch.float32)
+
+
+def make_pairs(num_pairs: int, path: str) -> list[Any]:
+    """Make pairs of the model's own samples: prompts of 16 tokens in the median, responses of 48."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
 
     def lengths(median: float, spread: float, low: int, high: int) -> list[int]:
         return np.clip(rng.lognormal(np.log(median), spread, num_pairs), low, high).astype(int).tolist()
 
-    first = torch.full((num_pairs, 1), load_policy(path, torch.float32).config.bos_token_id)
+    first = torch.full((num_pairs, 1), load(path).config.bos_token_id)
     prompts = sample(path, first, LONGEST_PROMPT)
     chosen, rejected = (sample(path, prompts, LONGEST_RESPONSE)[:, prompts.shape[1] :].tolist() for _ in range(2))
     cuts = zip(
@@ -73,8 +79,8 @@ def make_pairs(num_pairs: int, path: str) -> list[dict[str, Any]]:
 
 
 def sample(path: str, prompts: Tensor, num_tokens: int) -> Tensor:
-    """`num_tokens` more tokens to each row, without an end before them."""
-    model = load_policy(path, torch.float32)
+    """Sample `num_tokens` tokens after each row; no end-of-text token comes earlier."""
+    model = load(path)
     return model.generate(
         prompts, do_sample=True, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0, top_k=0
     )
@@ -83,12 +89,12 @@ def sample(path: str, prompts: Tensor, num_tokens: int) -> Tensor:
 class Ours:
     """rayrl's step, without Ray around it."""
 
-    def __init__(self, path: str, pairs: list[dict[str, Any]], batch_size: int, micro_batch_tokens: int):
+    def __init__(self, path: str, pairs: list[Any], batch_size: int, micro_batch_tokens: int):
         self.pairs = pairs
         self.config = DpoConfig(
             learning_rate=1e-5, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, schedule="constant"
         )
-        self.engine = zero.start(load_policy(path, torch.float32), self.config, torch.float32, 1000)
+        self.engine = zero.start(load(path), self.config, torch.float32, 1000)
         self.engine.train()
         self.idle = pair_batch([IDLE_PAIR])
 

@@ -11,6 +11,7 @@ from trl.trainer.dpo_config import DPOConfig as TrlConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from rayrl.models.policy import load_policy
+from rayrl.records import Checkpoint
 
 QUICKSTART = "jobs/quickstart/model"
 Round = tuple[float, int, int]
@@ -18,7 +19,7 @@ Round = tuple[float, int, int]
 
 
 class Counting(DataCollatorForPreference):
-    """TRL's collator; keeps the size of every micro-batch."""
+    """TRL's collator, which also keeps the size of every micro-batch."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -30,7 +31,7 @@ SIZES: list[tuple[int, int]] = []
 
 
 class Clock(TrainerCallback):
-    """When each optimizer step ended."""
+    """Callback that keeps the time at which each optimizer step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -42,7 +43,7 @@ class Clock(TrainerCallback):
 class Theirs:
     """TRL's trainer on the same tokens, given in the columns its own preparation makes."""
 
-    def __init__(self, path: str, pairs: list[dict[str, Any]], batch_size: int, micro_batch: int):
+    def __init__(self, path: str, pairs: list[Any], batch_size: int, micro_batch: int):
         self.accumulation = batch_size // micro_batch
         arguments = TrlConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, num_train_epochs=1,
@@ -54,7 +55,8 @@ class Theirs:
         self.clock = Clock()
         tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
         self.trainer = DPOTrainer(
-            model=load_policy(path, torch.float32), args=arguments, processing_class=tokenizer, callbacks=[self.clock],
+            model=load_policy(Checkpoint(path=path, version=path), torch.float32),
+            args=arguments, processing_class=tokenizer, callbacks=[self.clock],
             data_collator=Counting(pad_token_id=0),
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Generation through the fleet against raw vLLM: tokens per second, and whether both say the same.
+"""Generation through the fleet against raw vLLM: tokens per second, and whether the answers are equal.
 
     python jobs/bench/generation.py
     python jobs/bench/generation.py --policy path/to/model --num-prompts 200 --k 4
@@ -31,15 +31,15 @@ from rayrl.engines.generator import Generator, Sampling
 from rayrl.engines.start import CPU_BATCHED_TOKENS, EngineSpec, environment
 from rayrl.fleets.fleet import Fleet, start_fleet
 from rayrl.records import Checkpoint, content_id
-from rayrl.stages.sampling.generate import response_seed, sample_block
+from rayrl.stages.sampling.generate import response_seed, sample_block, sampling_of
 
 SEED = 0
 
 
 def write_prompts(arguments: argparse.Namespace, folder: str, block_size: int) -> BlockTable:
-    """The prompts in blocks, as stage `pool` lays them down."""
+    """Write the prompts in blocks, as stage `pool` does."""
     tokenizer = load_tokenizer(PolicyConfig(path=arguments.policy))
-    texts = list(dict.fromkeys(row["prompt"] for row in read_rows(arguments.prompts)))[: arguments.num_prompts]
+    texts = list(dict.fromkeys(str(row["prompt"]) for row in read_rows(arguments.prompts)))[: arguments.num_prompts]
     rows = [{"id": content_id(t), "text": t, "token_ids": encode_prompt(tokenizer, t, "plain")} for t in texts]
     blocks = [rows[start : start + block_size] for start in range(0, len(rows), block_size)]
     table = BlockTable(f"{folder}/prompts", len(blocks))
@@ -49,9 +49,9 @@ def write_prompts(arguments: argparse.Namespace, folder: str, block_size: int) -
 
 
 def through_fleet(prompts: BlockTable, fleet: Fleet, policy: Checkpoint, config: GenerateConfig, folder: str) -> Any:
-    """Token ids by response id, after the seconds it took to have all parts on disk."""
+    """Return the seconds until all parts are on disk, and the token ids by response id."""
     table = BlockTable(folder, prompts.num_blocks)
-    compute = partial(sample_block, prompts, fleet, policy, config, SEED)
+    compute = partial(sample_block, prompts, fleet, policy, config.k, sampling_of(config), SEED)
     started = time.perf_counter()
     map_blocks(table, compute, concurrency=fleet.concurrency, describe=lambda t: {"n": t.num_rows}, progress="fleet")
     seconds = time.perf_counter() - started
@@ -60,7 +60,7 @@ def through_fleet(prompts: BlockTable, fleet: Fleet, policy: Checkpoint, config:
 
 
 def start_raw(policy: str, config: EngineConfig) -> Any:
-    """The engine a script without Ray would start, with the replica's settings."""
+    """Start the engine that a script without Ray would use, with the replica's settings."""
     variables = environment(config, on_gpu=False)
     variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     os.environ.update(variables, VLLM_CPU_OMP_THREADS_BIND="nobind")
@@ -81,7 +81,7 @@ def start_raw(policy: str, config: EngineConfig) -> Any:
 def raw(
     llm: Any, prompts: list[list[int]], seeds: Iterable[int], config: GenerateConfig | Sampling
 ) -> tuple[float, list[list[int]]]:
-    """Token ids of one response per prompt and seed, after the seconds of the one call; drawing the seeds counts."""
+    """Return the seconds of one call, drawing the seeds included, and the token ids of one response per seed."""
     from vllm import SamplingParams
 
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
@@ -95,7 +95,7 @@ def raw(
 
 
 def through_raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
-    """Token ids by response id, after the seconds of the one call."""
+    """Return the seconds of one call, and the token ids by response id."""
     places = [(row, i) for block in prompts.blocks() for row in block.to_pylist() for i in range(config.k)]
     seeds = (response_seed(SEED, row["id"], i) for row, i in places)
     seconds, answers = raw(llm, [row["token_ids"] for row, _ in places], seeds, config)
@@ -103,7 +103,7 @@ def through_raw(prompts: BlockTable, llm: Any, config: GenerateConfig) -> Any:
 
 
 def comparison(fleet_s: list[float], raw_s: list[float], num_tokens: int, equal: str) -> tuple[str, float]:
-    """The table of both sides' rounds, which answered the same, and the median of the rounds' ratios."""
+    """Return the table of both sides' rounds, and the median of the rounds' ratios."""
     ratio = statistics.median(b / a for a, b in zip(fleet_s, raw_s, strict=True))
     lines = [
         f"| side | median of {len(raw_s)}, s | every time, s | tokens/s | ratio to raw | rows equal to raw |",

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and when: the line above every table."""
+"""Machine and date of a benchmark: the line above every table."""
 
 import os
 from datetime import UTC, datetime
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def hardware() -> str:
-    """CPU model, usable cores, load and date."""
+    """Describe CPU model, usable cores, load and date in one line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     cores = len(os.sched_getaffinity(0))

@@ -3,8 +3,8 @@
     python jobs/bench/k_center.py                 # 100,000 x 384, k = 2,000: minutes
     python jobs/bench/k_center.py --num-points 20000 --num-selected 500
 
-Both sides run with the same threads, interleaved, and start from the same point. Where picks differ, the float64
-margin between the two first differing picks says whose fault it is: at or below 1e-6 both are right.
+Both sides run with the same threads, interleaved, and start from the same point. Where picks differ, the table shows
+the float64 margin between the two first differing picks: at or below 1e-6 both are right.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from rayrl.algorithms.selection import CoresetShard, LocalShards, k_center
 
 
 def isotropic(num_points: int, dimension: int) -> np.ndarray:
-    """Unit vectors without structure."""
+    """Draw unit vectors without structure."""
     return _unit(np.random.default_rng(0).standard_normal((num_points, dimension), np.float32))
 
 
 def clustered(num_points: int, dimension: int) -> np.ndarray:
-    """Unit vectors in 200 clusters."""
+    """Draw unit vectors in 200 clusters."""
     rng = np.random.default_rng(0)
     centers = _unit(rng.standard_normal((200, dimension), np.float32))
     noise = rng.standard_normal((num_points, dimension), np.float32) * np.float32(0.5 / dimension**0.5)
@@ -32,7 +32,7 @@ def clustered(num_points: int, dimension: int) -> np.ndarray:
 
 
 def anisotropic(num_points: int, dimension: int) -> np.ndarray:
-    """Like a language model's hidden states: a large common mean and a few dominating directions, not normalised."""
+    """Draw vectors like a language model's hidden states: a large common mean, a few dominating directions."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((num_points, dimension), np.float32)
     vectors[:, :8] *= np.linspace(30, 5, 8, dtype=np.float32)
@@ -44,7 +44,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def plain(vectors: np.ndarray, num_selected: int, first: int) -> list[int]:
-    """Farthest-first as everybody writes it: one float32 matrix-vector product per pick."""
+    """Pick farthest-first in the usual way: one float32 matrix-vector product per pick."""
     points = torch.from_numpy(vectors)
     norms = points.square().sum(1)
     nearest = torch.full((len(points),), torch.inf)
@@ -58,7 +58,7 @@ def plain(vectors: np.ndarray, num_selected: int, first: int) -> list[int]:
 
 
 def margin(vectors: np.ndarray, centers: list[int], first: int, second: int) -> float:
-    """How much farther `first` is than `second` from their nearest centres, in float64."""
+    """Return how much farther `first` is than `second` from their nearest centres, in float64."""
     chosen = vectors[centers].astype(np.float64)
     reach = [np.linalg.norm(chosen - vectors[i].astype(np.float64), axis=1).min() for i in (first, second)]
     return float(reach[0] - reach[1])

@@ -3,7 +3,7 @@
     python jobs/bench/memory.py
 
 Each size is a fresh process that runs the table path of the pipeline: pool, responses, random selection, scores and
-pairs. There is no engine: the responses and the scores are made up in the tasks that would have asked for them.
+pairs. There is no engine: tasks make up the responses and the scores that a run would request from engines.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from sizes import made_up, measured
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run, open_run
+from rayrl.runs.stage_table import GENERATE, PSEUDO_LABEL
 from rayrl.stages.artifacts import Responses
-from rayrl.stages.proxy.pair_blocks import Labelling
+from rayrl.stages.proxy.pair_blocks import PairBlocks
 from rayrl.stages.proxy.pseudo_label import Pairs, finish_pairs
 from rayrl.stages.sampling.pool import read_pool
 from rayrl.stages.selection.select import select
@@ -34,7 +35,7 @@ BOUND_MB = 50
 
 
 def fabricated(prompts: BlockTable, block: int) -> pa.Table:
-    """K responses of 1 KB to every prompt of a block."""
+    """Make up K responses of 1 KB to every prompt of a block."""
     draw = random.Random(block)
     sampled = [
         Sampled(
@@ -61,7 +62,7 @@ def _response(prompt_id: str, index: int, draw: random.Random) -> Response:
 
 
 class MadeUpScores:
-    """In the evaluator's place."""
+    """Scorer in the evaluator's place."""
 
     concurrency = 4
 
@@ -70,39 +71,35 @@ class MadeUpScores:
 
 
 def table_path(run: Run, num_responses: int) -> dict[str, float]:
-    """Everything between the pool and the pairs; peak memory of this process in MB after each part."""
+    """Run everything from the pool to the pairs; return the peak memory of this process in MB after each part."""
     peaks = {"ray up": peak_mb()}
     pool = read_pool(run)
     peaks["pool"] = peak_mb()
-    table = BlockTable(run.folder("generate", "table"), pool.train.num_blocks)
+    table = BlockTable(run.folder(GENERATE, "table"), pool.train.num_blocks)
     counts = map_blocks(
         table, partial(fabricated, pool.train), concurrency=2, describe=lambda t: {"n": t.num_rows * K}, progress="make"
     )
-    block_counts = [count["n"] for count in counts]
-    assert sum(block_counts) == num_responses
+    assert sum(count["n"] for count in counts) == num_responses
     peaks["responses"] = peak_mb()
     responses = Responses(
         key="bench",
         table=table,
         num_prompts=pool.num_prompts,
         num_responses=num_responses,
-        block_counts=block_counts,
     )
     # random selection asks for no engine and no checkpoint
     select(run, None, None, responses)  # type: ignore[arg-type]
     peaks["select"] = peak_mb()
-    folder = run.folder("pseudo_label")
-    labelling = Labelling(
+    folder = run.folder(PSEUDO_LABEL)
+    blocks = PairBlocks(
         responses=table,
         scored=BlockTable(f"{folder}/scored", table.num_blocks),
         pairs=BlockTable(f"{folder}/table", table.num_blocks),
         scorer=MadeUpScores(),  # type: ignore[arg-type]
-        expert={},
+        paid={},
         config=run.config.pseudo_label,
     )
-    pairs = Pairs(
-        key="bench", table=labelling.pairs, labelling=labelling, mode="alternate", num_planned=0, num_done=None
-    )
+    pairs = Pairs(key="bench", blocks=blocks, mode="alternate", num_planned=0, num_done=None)
     finish_pairs(run, pairs)
     return peaks | {"pairs": peak_mb()}
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from ray.actor import ActorHandle
 
 from rayrl.fleets.services import Services
+from rayrl.pipelines.rlp import gather_preferences
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 from rayrl.stages.artifacts import Pool
-from rayrl.stages.labelling.preferences import gather_preferences
 from rayrl.stages.policy.ppo import ppo
 from rayrl.stages.policy.sft import sft
 from rayrl.stages.reward_model.fit_reward_model import fit_reward_model
@@ -18,7 +18,7 @@ from rayrl.stages.sampling.pool import read_pool
 
 @dataclass(frozen=True, kw_only=True)
 class PlainRlhf:
-    """What it leaves behind."""
+    """Results of plain RLHF."""
 
     pool: Pool
     m1: Checkpoint
@@ -28,9 +28,9 @@ class PlainRlhf:
 
 
 def plain_rlhf(run: Run, services: Services, oracle: ActorHandle) -> PlainRlhf:
-    """PPO of M1 with r, and what it was made from; the same stages, by the same keys, as those of `rlp`."""
+    """Run PPO of M1 with r, and the stages before it; stages and keys are those of `rlp`."""
     pool = read_pool(run)
     m1 = sft(run, services)
-    preferences = gather_preferences(run, services, oracle, m1, pool)
+    preferences = gather_preferences(run, services, oracle, m1, pool, None)
     r = fit_reward_model(run, services, m1, [preferences])
     return PlainRlhf(pool=pool, m1=m1, r=r, policy=ppo(run, services, m1, r, pool))

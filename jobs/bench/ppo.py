@@ -1,4 +1,4 @@
-"""PPO's samples per second and where its time goes; and its generation against raw vLLM at the same batch.
+"""PPO's samples per second, the parts of its time, and its generation against raw vLLM at the same batch.
 
     python jobs/bench/ppo.py                               # runs the quickstart's first PPO, and what comes before it
     python jobs/bench/ppo.py --reuse runs/rlp_quickstart   # takes over the finished stages of a run of that config
@@ -28,7 +28,7 @@ from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
 from rayrl.pipelines.run_pipeline import run_pipeline
 from rayrl.preflight import check
-from rayrl.report.plots_rlp import TIMES
+from rayrl.report.plots import TIMES
 from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.stages.policy.ppo import rollout_sampling
@@ -42,7 +42,7 @@ Round = tuple[float, list[list[int]]]
 
 
 def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argparse.Namespace, found: list[str]) -> Any:
-    """A pipeline: plain RLHF, then the rounds; `found` is what there is to print."""
+    """Run plain RLHF, then the rounds; append the text to print to `found`. It is called as a pipeline."""
     done = plain_rlhf(run, services, oracle)
     curve = read_metrics(storage.join(run.url, "metrics", "ppo.jsonl"))
     found.append(split([row for row in curve if row["step"]]))  # at 0 M1 was measured
@@ -53,7 +53,7 @@ def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argpar
     llm = start_raw(done.m1.path, run.config.generators)
 
     def through_fleet(seed: str) -> Round:
-        answers = sample(fleet, done.m1, prompts, sampling, reward, (0, seed))
+        answers = sample(fleet, done.m1, prompts, sampling, reward, step=0, seed=seed)
         return answers.generate_s, [said.token_ids for said in answers.continuations]
 
     def through_raw(seed: str) -> Round:
@@ -73,16 +73,16 @@ def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argpar
 
 
 def calls(one: Callable[[str], Round], seeds: list[str]) -> Round:
-    """A round: a few rollouts one after the other, as one is too short to time."""
+    """Time one round: a few rollouts one after the other, as one is too short to time."""
     done = [one(seed) for seed in seeds]
     return sum(seconds for seconds, _ in done), [answer for _, answers in done for answer in answers]
 
 
 def split(steps: list[dict[str, Any]]) -> str:
-    """Where the time of the rollouts went, a step being the wait for a rollout, the training on it and the sync.
+    """Make the table of PPO's time. A step is the wait for a rollout, the training on it and the sync.
 
     The parts may add up to more: with `ppo.overlap` the next rollout is sampled while this one trains, and without it
-    while the checkpoint and the reward on the held-out prompts, which are no part of a step, have their turn.
+    while the checkpoint is written and the held-out reward is measured, which are no part of a step.
     """
     columns = {name: np.array([step[name] for step in steps]) for name in (*TIMES, "seconds")}
     num_responses = np.array([step["num_responses"] for step in steps])
@@ -113,7 +113,7 @@ def verdict(kept: bool) -> str:
 
 
 def config_of(arguments: argparse.Namespace, folder: str) -> RunConfig:
-    """The run in a folder of its own: one that is taken over stays as it is."""
+    """Load the config, with a run folder of its own: a run that is taken over stays as it is."""
     config = load_config(arguments.config, arguments.overrides)
     return config.model_copy(update={"name": "bench-ppo", "run_dir": folder, "reuse": arguments.reuse})
 

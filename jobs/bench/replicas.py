@@ -4,10 +4,10 @@
     python jobs/bench/replicas.py --sizes 1 4 --requests-per-replica 320
 
 The replicas are simulated (rayrl/fleets/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
-machine and what is lost is lost around them: the router, the blocks' tasks, the tables, the driver. Every size is a
+machine and what is measured is the rest: the router, the blocks' tasks, the tables, the driver. Every size is a
 fresh process with a fresh Ray, and the same number of requests for each replica. The fleet is up before the clock
 runs, and so are the processes of Ray Data's tasks: a first round of two blocks per replica, at its best 4 s, comes
-before, and what it took is shown. A replica's best is 64 requests/s; linear is what one replica did, times their
+before, and its time is shown. A replica's best is 64 requests/s; linear is what one replica did, times their
 number.
 """
 
@@ -25,15 +25,19 @@ from sizes import made_up, measured
 from rayrl.fleets.simulated import SimulatedServices
 from rayrl.records import Checkpoint
 from rayrl.runs.run import open_run
+from rayrl.runs.stage_table import GENERATE
 from rayrl.stages.sampling.generate import generate
 from rayrl.stages.sampling.pool import read_pool
 
 K = 2
 BLOCK_SIZE = 64
-"""Prompts: the default; with K responses each, four times as many requests as a replica works on at once."""
+"""Prompts, the default of `generate.block_size`: with K responses each, four times the requests that a replica runs at
+once."""
 FIRST = 2
 """Blocks of the first round, per replica."""
 BOUND = 0.9
+WARM_UP = replace(GENERATE, name="warm_up")
+"""A first round before the clock, in a folder of its own."""
 
 
 def cpu_s() -> float:
@@ -42,7 +46,7 @@ def cpu_s() -> float:
 
 
 def one_size(arguments: argparse.Namespace) -> None:
-    """Run the stage in this process and print what it took as JSON."""
+    """Run the stage in this process and print its times and memory as JSON."""
     num_requests = arguments.only * arguments.requests_per_replica
     with tempfile.TemporaryDirectory() as folder:
         changes = {
@@ -59,7 +63,7 @@ def one_size(arguments: argparse.Namespace) -> None:
         services.ready(services.generators(m1))
         started = time.monotonic()
         first = replace(pool.train, num_blocks=min(pool.train.num_blocks, FIRST * arguments.only))
-        generate(run, services, m1, replace(pool, train=first), stage="first")
+        generate(run, services, m1, replace(pool, train=first), stage=WARM_UP)
         first_s = time.monotonic() - started
         started, before = time.monotonic(), cpu_s()
         responses = generate(run, services, m1, pool)

@@ -1,11 +1,11 @@
-"""From a pool of prompts to preference pairs at 10,000, 100,000 and 1,000,000 prompts: seconds per stage, memory.
+"""Time and memory from a pool of prompts to preference pairs, at 10,000, 100,000 and 1,000,000 prompts.
 
     python jobs/bench/scale.py                     # about 15 minutes on two cores
     python jobs/bench/scale.py --sizes 2000 --budget 50
 
 Every stage of the pipeline but the trainings, k = 2 responses a prompt, k-center on 64-d embeddings, 2,000 queries to a
-scripted expert. The engines are simulated (rayrl/fleets/simulated.py) and take no time to speak of, and an evaluator is
-given, not fitted: what is left is what rayrl does with the rows. Every size is a fresh process with a fresh Ray.
+scripted oracle. The engines are simulated (rayrl/fleets/simulated.py) and take almost no time, and the evaluator is not
+fitted: what is measured is rayrl's own work on the rows. Every size is a fresh process with a fresh Ray.
 """
 
 import argparse
@@ -24,19 +24,22 @@ from rayrl.oracles.pool import start_oracle_pool
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.runs.run import Run, open_run
+from rayrl.runs.stage_table import GENERATE, POOL, PSEUDO_LABEL, QUERY, SELECT
 from rayrl.stages.labelling.query import query
 from rayrl.stages.proxy.pseudo_label import pseudo_label
+from rayrl.stages.rewards.evaluator import evaluator_of
 from rayrl.stages.sampling.generate import generate
 from rayrl.stages.sampling.pool import read_pool
 from rayrl.stages.selection.select import select
 
-STAGES = ("pool", "generate", "select", "query", "pseudo_label")
+STAGES = (POOL, GENERATE, SELECT, QUERY, PSEUDO_LABEL)
+NAMES = [stage.name for stage in STAGES]
 BOUND_S = 20 * 60
 BOUND_MB = 1500
 
 
 def all_stages(run: Run) -> int:
-    """The stages in their order; the number of pairs."""
+    """Run the stages in their order; return the number of pairs."""
     config = run.config
     services = SimulatedServices(run, mode="alternate", reference="generation")
     oracle = start_oracle_pool(
@@ -46,18 +49,18 @@ def all_stages(run: Run) -> int:
         ledger=storage.join(run.url, "ledger.sqlite"),
         budgets={"label": config.select.budget},
     )
-    m1, evaluator = (Checkpoint(path=config.policy.path, version=version) for version in ("m1", "evaluator"))
+    m1, fitted = (Checkpoint(path=config.policy.path, version=version) for version in ("m1", "evaluator"))
     pool = read_pool(run)
     responses = generate(run, services, m1, pool)
     judgements = query(run, oracle, select(run, services, m1, responses))
-    pairs = pseudo_label(run, services, m1, evaluator, responses, [judgements])
+    pairs = pseudo_label(run, services, m1, evaluator_of(run, fitted, m1), responses, [judgements])
     services.stop()
     ray.kill(oracle)
     return pairs.num_done or 0
 
 
 def one_size(arguments: argparse.Namespace) -> None:
-    """Run the stages in this process and print what they took as JSON."""
+    """Run the stages in this process and print their times and memory as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         instant = {"request_s": 0.001}
         changes = {
@@ -72,9 +75,9 @@ def one_size(arguments: argparse.Namespace) -> None:
         started = time.monotonic()
         num_pairs = all_stages(run)
         seconds = time.monotonic() - started
-        manifests = {stage: run.manifest(stage) for stage in STAGES}
+        manifests = [run.manifest(stage) for stage in STAGES]
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    row = {stage: manifest.seconds for stage, manifest in manifests.items() if manifest}
+    row = {manifest.stage: manifest.seconds for manifest in manifests if manifest is not None}
     row |= {"all": seconds, "num_pairs": num_pairs, "peak_mb": usage.ru_maxrss / 1024}
     print(json.dumps(row | {"driver_cpu_s": usage.ru_utime + usage.ru_stime}))
 
@@ -89,12 +92,12 @@ def main() -> None:
         one_size(arguments)
         return
     print(f"\n{hardware()}; seconds\n")
-    print(f"| prompts | {' | '.join(STAGES)} | all | us per prompt | pairs | driver CPU, s | driver peak, MB |")
+    print(f"| prompts | {' | '.join(NAMES)} | all | us per prompt | pairs | driver CPU, s | driver peak, MB |")
     print("|---" * (len(STAGES) + 6) + "|", flush=True)
     row: dict[str, float] = {}
     for size in arguments.sizes:
         row = measured(__file__, size, "--budget", arguments.budget)
-        seconds = " | ".join(f"{row[stage]:.1f}" for stage in (*STAGES, "all"))
+        seconds = " | ".join(f"{row[stage]:.1f}" for stage in (*NAMES, "all"))
         print(
             f"| {size} | {seconds} | {1e6 * row['all'] / size:.0f} | {row['num_pairs']} | {row['driver_cpu_s']:.1f} "
             f"| {row['peak_mb']:.0f} |",

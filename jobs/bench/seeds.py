@@ -1,4 +1,4 @@
-"""What the studies share: variants run over seeds, each into a folder of its own, and means with standard errors."""
+"""Parts that the studies share: variants run over seeds, each into its own folder, and means with standard errors."""
 
 import argparse
 import json
@@ -6,36 +6,51 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import ray
 from hardware import hardware
 
+from rayrl.algorithms.estimate import Estimate
 from rayrl.config import RunConfig
 from rayrl.pipelines.run_pipeline import Pipeline, run_pipeline
 from rayrl.preflight import check
+from rayrl.report.formats import json_value
 from rayrl.runs import storage
-from rayrl.runs.run import open_run
+from rayrl.runs.run import open_run, read_manifest
+from rayrl.runs.stage_metrics import StageMetrics
+from rayrl.runs.stage_table import EVALUATE, Stage
 
-Results = dict[str, list[dict[str, Any]]]
-"""By variant, what one run came to for every seed."""
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Result of one run."""
+
+    difference: Estimate
+    """Gain over M1 in mean oracle score."""
+
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Result)
+M = TypeVar("M", bound=StageMetrics)
 
 
 def study(
     about: str | None,
     names: Sequence[str],
-    run: Callable[[argparse.Namespace, str, int], dict[str, Any]],
-    table: Callable[[Results], str],
+    run: Callable[[argparse.Namespace, str, int], R],
+    table: Callable[[Mapping[str, list[R]]], str],
 ) -> None:
-    """The command line of a study: every variant with every seed, then the table.
+    """Run a study from its command line: every variant with every seed, then the table.
 
     Args:
-        about: the script's docstring; --help says its first line.
-        names: of the variants.
-        run: what one variant comes to with one seed, its gain over M1 as "difference".
-        table: of all results.
+        about: The script's docstring; --help prints its first line.
+        names: Names of the variants.
+        run: Runs one variant with one seed.
+        table: Makes the table of all results: by variant, one for every seed.
     """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     parser.add_argument("config")
@@ -48,58 +63,60 @@ def study(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     started = time.monotonic()
-    results: Results = {name: [] for name in options.variants}
+    results: dict[str, list[R]] = {name: [] for name in options.variants}
     for seed in options.seeds:
         for name in options.variants:
             results[name].append(run(options, name, seed))
-            logging.info("%s seed %d: %s", name, seed, results[name][-1]["difference"])
+            logging.info("%s seed %d: %s", name, seed, results[name][-1].difference)
     minutes = (time.monotonic() - started) / 60
     print(
         f"\n{machine}; {options.config} {' '.join(options.overrides)}, seeds {options.seeds}, {minutes:.0f} minutes\n"
     )
     print(table(results))
     if options.out:
-        options.out.write_text(json.dumps(results, indent=2))
+        options.out.write_text(json.dumps(json_value(results), indent=2))
 
 
 def finish(config: RunConfig, pipeline: Pipeline) -> str:
-    """Run to the evaluation, unless an earlier study has; the run's folder.
+    """Run a pipeline to its evaluation, unless an earlier study has; return the run's folder.
 
     Raises:
-        RunDirectoryError: the folder is another config's.
+        RunDirectoryError: the folder belongs to another config.
     """
     url = storage.absolute(config.run_dir)
-    if storage.exists(storage.join(url, "stages", "evaluate", "manifest.json")):
+    if read_manifest(url, EVALUATE) is not None:
         return open_run(config).url
     run_pipeline(config, check(config), pipeline, ray_start_s=0.0)
     return url
 
 
-def stage_metrics(folder: str, stage: str) -> dict[str, Any]:
-    """What a stage's manifest says; nothing of a stage the run does not have."""
-    path = storage.join(folder, "stages", stage, "manifest.json")
-    return storage.read_json(path)["metrics"] if storage.exists(path) else {}
+def stage_metrics(folder: str, stage: Stage[M]) -> M | None:
+    """Read a stage's metrics; None for a stage that the run does not have."""
+    manifest = read_manifest(folder, stage)
+    return None if manifest is None else manifest.metrics
+
+
+def measured(value: T | None, name: str) -> T:
+    """Insist on a measurement, which a run of a study has, but one without an evaluation budget has not."""
+    if value is None:
+        raise ValueError(f"{name} must be measured by every run of a study, and is not; raise evaluate.budget")
+    return value
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over the seeds, and its standard error; NaN with one seed."""
+    """Return the mean over the seeds, and its standard error; NaN with one seed."""
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), spread
 
 
-def pooled(estimates: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """Mean of one estimate per seed, and its standard errors: over the seeds, and over the prompts within them."""
-    mean, between = over_seeds([estimate["mean"] for estimate in estimates])
-    within = math.sqrt(sum(estimate["standard_error"] ** 2 for estimate in estimates)) / len(estimates)
+def pooled(estimates: Sequence[Estimate]) -> tuple[float, float, float]:
+    """Return the mean of one estimate per seed, and its standard errors over the seeds and over the prompts."""
+    mean, between = over_seeds([estimate.mean for estimate in estimates])
+    within = math.sqrt(sum(estimate.standard_error**2 for estimate in estimates)) / len(estimates)
     return mean, between, within
 
 
-def mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
-    """Mean over the seeds of a plain number."""
-    return statistics.mean(row[name] for row in rows)
-
-
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """Format a table."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""A bench over sizes: each in a process of its own, with a Ray of its own, on a pool of made-up prompts."""
+"""Benchmarks over sizes: each size in a process of its own, with a Ray of its own, on a pool of made-up prompts."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from rayrl.config import RunConfig, load_config
 
 
 def made_up(folder: str, num_prompts: int, changes: dict[str, Any]) -> RunConfig:
-    """The quickstart's config for a pool of so many prompts, none of them held out, with these settings changed."""
+    """Load the quickstart's config for a pool of `num_prompts` prompts, none held out, with these settings changed."""
     prompts = Path(folder) / "prompts.jsonl"
     with prompts.open("w") as file:
         for i in range(num_prompts):
@@ -21,14 +21,14 @@ def made_up(folder: str, num_prompts: int, changes: dict[str, Any]) -> RunConfig
 
 
 def toml(value: Any) -> str:
-    """A setting as an override says it."""
+    """Write a setting as an override does."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}={toml(item)}" for name, item in value.items()) + "}"
     return json.dumps(value)
 
 
 def measured(bench: str, size: int, *options: Any) -> dict[str, Any]:
-    """What `python BENCH --only SIZE ...` prints as JSON at its end."""
+    """Run `python BENCH --only SIZE ...`; return what it prints as JSON at its end."""
     command = [sys.executable, bench, "--only", size, *options]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith(b"{")))

@@ -1,11 +1,11 @@
-"""What a run pays for starting things, against what the same things cost bare.
+"""Start-up times of a run's fits and engines, against bare ones.
 
     python jobs/bench/startup.py --run runs/quickstart     # a finished run; without one, run the pipeline first
 
-A fit's start-up is its seconds less those of its steps and of their waits for rows but the first (metrics/):
-worker processes, imports, loading, the first rows, checkpoints and the export. Engines that start side by side are
-counted as the time until all are up, for on few cores each slows the others. The bound: every fit an empty fit, every
-engine a bare engine started alone, and 15 s.
+A fit's start-up is its seconds less those of its steps and of all waits for rows but the first (metrics/): worker
+processes, imports, loading, the first rows, checkpoints and the export. Engines that start side by side are counted as
+the time until all are up, for on few cores each slows the others. The bound is the sum of an empty fit for every fit, a
+bare engine started alone for every engine, and 15 s.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MARGIN_S = 15.0
 
 
 def empty_fit() -> float:
-    """Seconds of a fit whose loop does nothing."""
+    """Time a fit whose loop does nothing."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         fit(
@@ -46,7 +46,7 @@ def empty_fit() -> float:
 
 
 def bare_engine(kind: type[ServedEngine], pooling: str | None, policy: str) -> float:
-    """Start-up seconds of an engine that is alone, counted as a run counts its own."""
+    """Return the start-up seconds of an engine that is alone, counted as a run counts its own."""
     spec = EngineSpec(
         checkpoint=Checkpoint(path=policy, version="bench"),
         config=EngineConfig(),
@@ -63,7 +63,7 @@ def bare_engine(kind: type[ServedEngine], pooling: str | None, policy: str) -> f
 
 
 def paid(run: Path) -> dict[str, float]:
-    """Start-up seconds of a run's fits and engines, by name; an engine's count from where the one before it ended."""
+    """Return start-up seconds of a run's fits and engines, by name; an engine's count from the end of the last one."""
     timings = json.loads((run / "timings.json").read_text())
     seconds: dict[str, float] = {}
     for timing in timings:
@@ -81,7 +81,7 @@ def paid(run: Path) -> dict[str, float]:
 
 
 def run_quickstart(folder: str) -> Path:
-    """The whole pipeline on the embedded model."""
+    """Run the whole pipeline on the embedded model."""
     from jobs.proxy_dpo import main as proxy_dpo
 
     assert proxy_dpo(["jobs/configs/quickstart.toml", f"run_dir={folder}"]) == 0

@@ -1,4 +1,4 @@
-"""The method beside its controls, over several seeds: what did the paid labels buy?
+"""Study of proxy DPO: the method beside its controls, over several seeds.
 
     python jobs/bench/study.py jobs/configs/stories.toml --seeds 0 1 2 [section.key=value ...]
 
@@ -7,13 +7,17 @@ responses), and prints one table. Rerun it to continue an interrupted study.
 """
 
 import argparse
-from typing import Any
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from seeds import Results, finish, markdown, mean_of, over_seeds, pooled, stage_metrics, study
+from seeds import Result, finish, markdown, measured, over_seeds, pooled, stage_metrics, study
 
 from rayrl.config import RunConfig, load_config
 from rayrl.pipelines.proxy_dpo import proxy_dpo
 from rayrl.runs import storage
+from rayrl.runs.stage_metrics import PolicyEvaluation
+from rayrl.runs.stage_table import EVALUATE, QUERY
 
 VARIANTS: dict[str, list[str]] = {
     "k-center": [],
@@ -28,7 +32,7 @@ TITLES = {
     "random": "random selection, same budget",
     "off-policy": "seed data queried instead of M1's responses",
     "direct": "DPO on the paid labels alone, same budget",
-    "expert": "the expert labels everything (ceiling)",
+    "expert": "the oracle labels everything (ceiling)",
     "shuffled": "paid scores shuffled (floor)",
 }
 
@@ -40,25 +44,51 @@ def variant(path: str, overrides: list[str], name: str, seed: int) -> RunConfig:
     return base.model_copy(update={"name": f"{base.name}-{name}-{seed}", "run_dir": folder, "reuse": shared})
 
 
-def run(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class LabelResult(Result):
+    """Result of one run: both policies, and the queries that taught the second."""
+
+    m1: PolicyEvaluation
+    m2: PolicyEvaluation
+    num_paid: int
+
+
+def run(options: argparse.Namespace, name: str, seed: int) -> LabelResult:
     folder = finish(variant(options.config, options.overrides, name, seed), proxy_dpo)
-    return stage_metrics(folder, "evaluate") | {"paid": stage_metrics(folder, "query")["label"]["spent"]}
+    evaluated = measured(stage_metrics(folder, EVALUATE), "the evaluation")
+    asked = measured(stage_metrics(folder, QUERY), "the paid queries")
+    m2 = evaluated.policies["m2"]
+    return LabelResult(
+        difference=measured(m2.difference, "the gain"),
+        m1=evaluated.policies["m1"],
+        m2=m2,
+        num_paid=asked.ledger["label"].spent,
+    )
 
 
-def row(name: str, results: list[dict[str, Any]], ceiling: float) -> list[str]:
-    gain, between, within = pooled([r["difference"] for r in results])
-    win, win_error = over_seeds([r["win_rate"]["mean"] for r in results])
-    cells = [TITLES[name], f"{mean_of(results, 'paid'):.0f}"]
+def row(name: str, results: list[LabelResult], ceiling: float) -> list[str]:
+    gain, between, within = pooled([result.difference for result in results])
+    win, win_error = over_seeds([measured(result.m2.win_rate, "the win rate").mean for result in results])
+    kl = statistics.mean(measured(result.m2.kl, "KL").mean for result in results)
+    num_paid = statistics.mean(result.num_paid for result in results)
+    cells = [TITLES[name], f"{num_paid:.0f}"]
     cells += [f"{gain:+.3f}", f"{between:.3f}", f"{within:.3f}", f"{gain / ceiling:.0%}" if ceiling else "-"]
-    cells += [f"{win:.1%} +- {win_error:.1%}", f"{mean_of([r['kl'] for r in results], 'mean'):.2f}"]
-    for metric in ("perplexity", "distinct2", "length"):
-        before, after = (mean_of(results, f"{metric}_{m}") for m in ("m1", "m2"))
+    cells += [f"{win:.1%} +- {win_error:.1%}", f"{kl:.2f}"]
+    measures: list[Callable[[PolicyEvaluation], float]] = [
+        lambda policy: measured(policy.perplexity, "perplexity"),
+        lambda policy: policy.distinct2,
+        lambda policy: policy.length,
+    ]
+    for measure in measures:
+        before = statistics.mean(measure(result.m1) for result in results)
+        after = statistics.mean(measure(result.m2) for result in results)
         cells.append(f"{before:.3g} -> {after:.3g}")
     return cells
 
 
-def table(results: Results) -> str:
-    ceiling = pooled([r["difference"] for r in results["expert"]])[0] if results.get("expert") else 0.0
+def table(results: Mapping[str, list[LabelResult]]) -> str:
+    ceilings = results.get("expert")
+    ceiling = pooled([result.difference for result in ceilings])[0] if ceilings else 0.0
     titles = ["labels", "paid", "gain", "SE (seeds)", "SE (prompts)", "of ceiling", "win rate", "KL (nats)"]
     titles += ["perplexity under M1", "distinct-2", "tokens"]
     return markdown(titles, [row(name, done, ceiling) for name, done in results.items() if done])

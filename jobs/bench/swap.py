@@ -1,4 +1,4 @@
-"""Weight swaps of a running generation replica: are they right, and what do they cost next to a restart.
+"""Weight swaps of a running generation replica: their error, and their cost beside a restart.
 
     python jobs/bench/swap.py --swaps 8
 
@@ -31,8 +31,8 @@ NUM_READ = 100
 
 
 def noisy_copy(policy: str, folder: Path) -> Any:
-    """The policy with other weights, saved to `folder`."""
-    model = load_policy(policy, torch.float32).eval()
+    """Save the policy with noise on its weights to `folder`, and return it."""
+    model = load_policy(Checkpoint(path=policy, version="original"), torch.float32).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +44,7 @@ def noisy_copy(policy: str, folder: Path) -> Any:
 
 
 def trainer_logprob(model: Any, prompt: list[int]) -> float:
-    """Summed log p of the prompt's last tokens by transformers, nats."""
+    """Return the summed log-probability of the prompt's last tokens by transformers, in nats."""
     with torch.no_grad():
         return response_logprobs(model, collate([prompt[:-NUM_READ]], [prompt[-NUM_READ:]])).item()
 
@@ -70,7 +70,7 @@ def main() -> None:
     fleet = start_fleet("bench", Generator, spec)
     with tempfile.TemporaryDirectory() as folder:
         noisy = Checkpoint(path=folder, version="noisy")
-        models = {"noisy": noisy_copy(path, Path(folder)), "original": load_policy(path, torch.float32).eval()}
+        models = {"noisy": noisy_copy(path, Path(folder)), "original": load_policy(original, torch.float32).eval()}
         prompt = probe_prompt(models["original"].config)
         expected = {version: trainer_logprob(model, prompt) for version, model in models.items()}
         (status,) = fleet.wait_ready()

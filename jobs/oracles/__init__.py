@@ -1,1 +1,1 @@
-"""Scripted experts: `judge(prompt, response) -> (score, rationale)`."""
+"""Scripted oracles: `judge(prompt, response) -> (score, rationale)`."""

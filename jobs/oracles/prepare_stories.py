@@ -2,8 +2,8 @@
 
     python -m jobs.oracles.prepare_stories ../shared/data/tinystories_train.jsonl.gz stories
 
-Writes `prompts.jsonl` and `seed.jsonl` into the folder. Where stories open alike, a later one's prompt is
-a sentence longer.
+Writes `prompts.jsonl` and `seed.jsonl` into the folder. Prompts are unique: where two stories begin with the same
+sentence, the prompt of the later one is a sentence longer.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def sentences(story: str) -> list[str]:
 
 
 def cut(parts: list[str], num_words: int) -> str:
-    """As many whole sentences as fit, and at least one."""
+    """Join as many whole sentences as fit into `num_words` words, and at least one."""
     kept: list[str] = []
     for part in parts:
         if kept and len(" ".join([*kept, part]).split()) > num_words:

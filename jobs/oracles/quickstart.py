@@ -1,6 +1,6 @@
-"""The quickstart's expert: five yes-or-no questions about an answer, one point each.
+"""Oracle of the quickstart: five yes-or-no questions about an answer, one point each.
 
-Its rule is known, so that a gain can be checked.
+Its rule is known, so that a gain can be checked against it.
 """
 
 import re
@@ -9,10 +9,10 @@ ASKED = re.compile(r"How (?:do|can) I \w+ (\w+)")
 
 
 def judge(prompt: str, response: str) -> tuple[float | None, str]:
-    """Score 0 to 5, with the five verdicts as rationale; abstains on a prompt of another kind."""
+    """Score an answer from 0 to 5, with the five verdicts as rationale; abstain on a prompt of another kind."""
     asked = ASKED.match(prompt)
     if asked is None:
-        return None, "not a question of this expert's field"
+        return None, "not a question of this oracle's field"
     words = set(re.findall(r"\w+", response.lower()))
     verdicts = {
         "topic": asked[1].lower() in words,
@@ -26,7 +26,7 @@ def judge(prompt: str, response: str) -> tuple[float | None, str]:
 
 
 def compare(prompt: str, first: str, second: str) -> str | None:
-    """Which of two answers earns more points; abstains where `judge` does."""
+    """Name the answer that earns more points; abstain where `judge` does."""
     (a, _), (b, _) = judge(prompt, first), judge(prompt, second)
     if a is None or b is None:
         return None

@@ -1,8 +1,8 @@
-"""The quickstart's little world: short help questions, answers of mixed quality, and plain sentences.
+"""Text of the quickstart: short help questions, answers of mixed quality, and plain sentences.
 
 An answer is put together from optional parts, each present about half of the time: it names the thing asked about,
-gives a first step, gives a reason, is polite, is clean. Nothing here scores anything: the rubric is known to the expert
-alone (`jobs/oracles/quickstart.py`).
+gives a first step, gives a reason, is polite, is clean. Nothing here scores anything: only the oracle knows the
+rubric (`jobs/oracles/quickstart.py`).
 """
 
 import random

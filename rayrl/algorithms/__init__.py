@@ -1,5 +1,10 @@
 """The mathematics of rayrl: numpy and torch, no Ray, no I/O, no models.
 
+A setting that chooses among algorithms names an entry of a dictionary. A new choice is one pure function and one entry
+beside it: `selection.STRATEGIES`, `pairing.PAIRINGS`, `kl.KL_ESTIMATORS`, `clustering.CLUSTERINGS`,
+`preference.PREFERENCE_LOSSES`, `rewards.ENSEMBLE_OBJECTIVES`, `information.UML_OBJECTIVES`. Configs read the first four
+themselves, whose modules therefore load neither torch nor scipy. They repeat the names of the last three.
+
 | equation                                            | source              | function                      |
 |-----------------------------------------------------|---------------------|-------------------------------|
 | ceil((B - spent) / rounds left)                     | ours                | `budget.round_share`          |
@@ -7,11 +12,12 @@
 | u = argmax_i min_{j in S} d(x_i, x_j)               | arXiv 1708.00489    | `selection.k_center`          |
 | best against worst of k responses, ties dropped     | arXiv 2401.10020    | `pairing.best_worst`          |
 | all (i, j) with s_i - s_j > margin                  | ours                | `pairing.margin_pairs`        |
-| -log sigma(beta (h_w - h_l))                        | 2305.18290, Eq. 7   | `preference.dpo_loss` sigmoid |
-| (h_w - h_l - 1 / (2 beta))^2                        | 2310.12036, Eq. 17  | `preference.dpo_loss` ipo     |
+| the preference of both orders of a pair, else a tie | 2306.05685, 3.4     | `comparisons.agreed`          |
+| -log sigma(beta (h_w - h_l))                        | 2305.18290, Eq. 7   | `preference.sigmoid_loss`     |
+| (h_w - h_l - 1 / (2 beta))^2                        | 2310.12036, Eq. 17  | `preference.ipo_loss`         |
 | -log sigma(r_w - r_l)                               | 2203.02155, Eq. 1   | `preference.bradley_terry_loss` |
 | log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.sequence_logprobs` |
-| k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `ppo.kl_penalty`              |
+| k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `kl.KL_ESTIMATORS`            |
 | c (1 + e n / horizon), e = clip(KL / KL* - 1)       | 1909.08593, 2.2     | `ppo.adapted_kl_coef`         |
 | r_t = -c KL_t, + the score at the last t            | 1909.08593, Eq. 2   | `ppo.shaped_rewards`          |
 | A_t = sum_l (gamma lambda)^l delta_{t+l}            | 1506.02438, Eq. 16  | `ppo.gae`                     |
@@ -25,12 +31,16 @@
 | E_joint[T] - E_product[exp T] + 1                   | 1905.06922, 2       | `information.mi_nats`         |
 | (KL(p, q) + KL(q, p)) / 2 of diagonal Gaussians     | definition          | `information.symmetric_kl`    |
 | -log exp(cos_ii / tau) / sum_j exp(cos_ij / tau)    | 1807.03748, Eq. 4   | `information.info_nce`        |
-| bidirectional entailment, three definitions         | arXiv 2302.09664    | `clustering.entailment_clusters` |
+| i ~ j: each entails the other; join first seed      | arXiv 2302.09664    | `clustering.strict_clusters`  |
+| i ~ j: no contradiction; join last text             | its release         | `clustering.kuhn2023_clusters` |
+| i ~ j: no contradiction, one entails; join last seed | s41586-024-07421-0  | `clustering.farquhar2024_clusters` |
+| i ~ j: cos_ij >= threshold; join first seed         | ours                | `clustering.embedding_clusters` |
 | largest cluster's best against another cluster's    | 2403.19279, 4.2     | `synthesis.synthetic_pair`    |
 | E[s] = sum_s s p(s) / sum_s p(s)                    | arXiv 2303.16634    | `scoring.expected_score`      |
 | sigma(c), logit p = c + w tanh(dlen / std dlen)     | arXiv 2404.04475    | `statistics.length_controlled_win_rate` |
 | sum_b n_b / n |confidence_b - accuracy_b|           | 1706.04599, Eq. 3   | `statistics.expected_calibration_error` |
 | mean of log pi - log pi_ref over y ~ pi             | definition          | `statistics.kl_estimate`      |
+| log n - (n - 1) / n                                 | arXiv 2401.01879    | `statistics.best_of_n_kl`     |
 | exp(-sum log p / number of tokens)                  | definition          | `statistics.perplexity`       |
 | distinct n-grams / n-grams                          | arXiv 1510.03055    | `statistics.distinct_n`       |
 | BLEU of each text against the others                | arXiv 1802.01886    | `statistics.self_bleu`        |

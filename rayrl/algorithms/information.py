@@ -1,9 +1,10 @@
 """Auxiliary losses on two views of one prompt: RLP's unsupervised multi-view learning and its ablations.
 
-A view is the reward model's last hidden state of one response to the prompt; a code is the Gaussian an encoder makes of
-it (both modules are in `rayrl.models.view_networks`). RLP (arXiv 2403.19279, Sec. 4.2) adds lambda = 0.5 times
-`uml_loss` to the preference loss, with I(z1; z2) estimated as in Deep InfoMax and the loss as in the multi-view
-information bottleneck (arXiv 2002.07017).
+A view v is the reward model's last hidden state of one response to the prompt. A code is the Gaussian p(z | v) that an
+encoder makes of a view, and a critic T scores pairs of codes, or of a view and a code (encoder and critic are in
+`rayrl.models.view_networks`). RLP (arXiv 2403.19279, Sec. 4.2) adds lambda = 0.5 times `uml_loss` to the preference
+loss, with I(z1; z2) estimated as in Deep InfoMax and the loss as in the multi-view information bottleneck (arXiv
+2002.07017).
 
 Row i of every batch belongs to prompt i. Negative pairs join neighbouring rows, so the rows must be of different
 prompts, and a batch has at least two.
@@ -12,14 +13,13 @@ prompts, and a batch has at least two.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-Objective = Literal["uml", "mvi", "infomax", "contrastive"]
 Score = Callable[[Tensor, Tensor], Tensor]
 """A critic T(a, b): one score per row of two batches."""
 
@@ -34,7 +34,7 @@ class Gaussian(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultiViewLoss:
-    """What to minimise, and two detached numbers to watch."""
+    """The loss to minimise, and two detached numbers to log."""
 
     loss: Float[Tensor, ""]
     mi: Float[Tensor, ""]
@@ -50,27 +50,28 @@ def jensen_shannon_mi(joint_scores: Float[Tensor, "n"], product_scores: Float[Te
     is between -2 log 2 (independent) and 0 and grows with the dependence. The bound is met by T* = log joint / product;
     `mi_nats` reads nats off such a critic.
     """
-    return -softplus(-joint_scores).mean() - softplus(product_scores).mean()
+    joint_term = -softplus(-joint_scores).mean()
+    product_term = softplus(product_scores).mean()
+    return joint_term - product_term
 
 
 def mi_nats(joint_scores: Float[Tensor, "n"], product_scores: Float[Tensor, "m"]) -> Float[Tensor, ""]:
     """E_joint[T] - E_product[exp T] + 1: a lower bound on mutual information, nats, exact at T* = log joint / product.
 
     This is the bound of Nguyen, Wainwright and Jordan read with the critic that `jensen_shannon_mi` trains (arXiv
-    1905.06922, Sec. 2), and what the release of arXiv 2002.07017 logs. One batch's value may exceed the true
+    1905.06922, Sec. 2), and the value that the release of arXiv 2002.07017 logs. One batch's value may exceed the true
     information, and exp T makes it noisy beyond a few nats: log it, do not train on it.
     """
     return joint_scores.mean() - product_scores.exp().mean() + 1
 
 
 def rolled(rows: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
-    """The batch moved down by one row: beside another batch, samples from the product of the marginals.
+    """Move the batch down by one row: beside another batch, it gives samples from the product of the marginals.
 
     Raises:
         ValueError: the batch has fewer than two rows, so that a row would meet itself.
     """
-    if len(rows) < 2:
-        raise ValueError(f"negative pairs need a batch of at least 2 prompts, got {len(rows)}")
+    _refuse_one_prompt(rows)
     return rows.roll(1, 0)
 
 
@@ -89,9 +90,11 @@ def symmetric_kl(
 ) -> Float[Tensor, "batch"]:
     """(KL(1 || 2) + KL(2 || 1)) / 2 of diagonal Gaussians with standard deviations sigma, nats per row.
 
-    1/4 sum_d [(s1^2 + D^2) / s2^2 + (s2^2 + D^2) / s1^2 - 2] with D = mu1 - mu2, written as a sum of squares: nothing
-    cancels, and it is never negative. The release of arXiv 2002.07017 estimates it from one sample of each code.
+    1/4 sum_d [(s1^2 + D^2) / s2^2 + (s2^2 + D^2) / s1^2 - 2] with D = mu1 - mu2. The release of arXiv 2002.07017
+    estimates it from one sample of each code.
     """
+    # The same as a sum of squares, s1^2 / s2^2 + s2^2 / s1^2 - 2 = (s1 / s2 - s2 / s1)^2: nothing cancels, and the
+    # result is never negative.
     spread = (sigma1 / sigma2 - sigma2 / sigma1).square()
     shift = (mu1 - mu2).square() * (sigma1**-2 + sigma2**-2)
     return (spread + shift).sum(-1) / 4
@@ -104,7 +107,8 @@ def gaussian_sample(
 
     The generator, torch's own when None, must live on the device of `mu`.
     """
-    return mu + sigma * torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+    eps = torch.randn(mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+    return mu + sigma * eps
 
 
 def info_nce(z1: Float[Tensor, "batch z"], z2: Float[Tensor, "batch z"], temperature: float = 0.1) -> Float[Tensor, ""]:
@@ -116,11 +120,79 @@ def info_nce(z1: Float[Tensor, "batch z"], z2: Float[Tensor, "batch z"], tempera
     Raises:
         ValueError: the batch has fewer than two rows.
     """
-    if len(z1) < 2:
-        raise ValueError(f"negative pairs need a batch of at least 2 prompts, got {len(z1)}")
-    logits = normalize(z1, dim=-1) @ normalize(z2, dim=-1).T / temperature
-    rows = torch.arange(len(z1), device=z1.device)
-    return (cross_entropy(logits, rows) + cross_entropy(logits.T, rows)) / 2
+    _refuse_one_prompt(z1)
+    cosines = normalize(z1, dim=-1) @ normalize(z2, dim=-1).T  # (batch, batch)
+    logits = cosines / temperature
+    partners = torch.arange(len(z1), device=z1.device)  # row i of one batch belongs to row i of the other
+    return (cross_entropy(logits, partners) + cross_entropy(logits.T, partners)) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledViews:
+    """Input of an objective: a batch of two views of each prompt, with one sample of each view's code."""
+
+    views: tuple[Float[Tensor, "batch hidden"], Float[Tensor, "batch hidden"]]
+    samples: tuple[Float[Tensor, "batch z"], Float[Tensor, "batch z"]]
+    """z1 and z2."""
+    score: Score
+    """The critic."""
+    skl: Float[Tensor, ""]
+    """Mean symmetrised divergence of the two codes, nats."""
+    skl_weight: float
+
+
+def uml_objective(batch: SampledViews) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """-I(z1; z2) + skl_weight SKL(p(z | v1), p(z | v2)): RLP's L_M."""
+    loss, mi = mvi_objective(batch)
+    return loss + batch.skl_weight * batch.skl, mi
+
+
+def mvi_objective(batch: SampledViews) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """-I(z1; z2): without the divergence."""
+    z1, z2 = batch.samples
+    joint_scores, product_scores = score_pairs(batch.score, z1, z2)
+    return -jensen_shannon_mi(joint_scores, product_scores), mi_nats(joint_scores, product_scores)
+
+
+def infomax_objective(batch: SampledViews) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """-I(v; z), averaged over both views: nothing ties the views together."""
+    (v1, v2), (z1, z2) = batch.views, batch.samples
+    joint_scores1, product_scores1 = score_pairs(batch.score, v1, z1)
+    joint_scores2, product_scores2 = score_pairs(batch.score, v2, z2)
+    joint_scores = torch.cat([joint_scores1, joint_scores2])  # (2 batch,)
+    product_scores = torch.cat([product_scores1, product_scores2])
+    return -jensen_shannon_mi(joint_scores, product_scores), mi_nats(joint_scores, product_scores)
+
+
+def contrastive_objective(batch: SampledViews) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """`info_nce` of z1 and z2; it never calls the critic.
+
+    The paper writes "a contrastive learning loss" and cites SwAV (arXiv 2006.09882), whose loss has prototypes and no
+    explicit negatives. The positive pairs here are the paper's, the loss is the common one.
+    """
+    z1, z2 = batch.samples
+    loss = info_nce(z1, z2)
+    return loss, math.log(len(z1)) - loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """An auxiliary loss of two views."""
+
+    compute: Callable[[SampledViews], tuple[Tensor, Tensor]]
+    """Returns the loss of a batch, and the batch's estimate of the mutual information that it maximises, nats."""
+    scores_views: bool = False
+    """Whether the critic scores a view with a code, T(v, z), instead of two codes, T(z1, z2)."""
+
+
+UML_OBJECTIVES: dict[str, Objective] = {
+    "uml": Objective(compute=uml_objective),
+    "mvi": Objective(compute=mvi_objective),
+    "infomax": Objective(compute=infomax_objective, scores_views=True),
+    "contrastive": Objective(compute=contrastive_objective),
+}
+"""Values of `refresh.uml.objective`, which repeats these names: a config must load without torch. A test keeps the two
+equal."""
 
 
 def uml_loss(
@@ -128,26 +200,18 @@ def uml_loss(
     codes: tuple[Gaussian, Gaussian],
     score: Score,
     *,
-    objective: Objective = "uml",
+    objective: str = "uml",
     skl_weight: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> MultiViewLoss:
     """RLP's L_M (arXiv 2403.19279, Sec. 4.2), or one of the losses its Table 4 puts in its place.
 
-    With one sample z_i of each code:
-    "uml" is -I(z1; z2) + skl_weight SKL(p(z | v1), p(z | v2)).
-    "mvi" is -I(z1; z2).
-    "infomax" is -I(v; z), averaged over both views: nothing ties the views together.
-    "contrastive" is `info_nce` of z1 and z2. The paper writes "a contrastive learning loss" and cites SwAV (arXiv
-    2006.09882), whose loss has prototypes and no explicit negatives; the positive pairs are the paper's, the loss the
-    common one.
-
     Args:
-        views: What the codes were made of; only "infomax" reads them. Detach them to keep the critic from reaching
-            the reward model past the encoder.
-        codes: The encoder's answers to the two views.
-        score: The critic: T(z1, z2), for "infomax" T(v, z); "contrastive" never calls it.
-        objective: Which loss.
+        views: Inputs of the encoder; only "infomax" reads them. Detach them to keep the critic from reaching the
+            reward model past the encoder.
+        codes: The encoder's outputs for the two views.
+        score: The critic: T(z1, z2), for "infomax" T(v, z).
+        objective: A name in `UML_OBJECTIVES`.
         skl_weight: Weight of the divergence in "uml". 1 in RLP; the release of arXiv 2002.07017 raises it from 1e-3
             to 1, exponentially, while it trains.
         generator: Draws the samples.
@@ -155,16 +219,16 @@ def uml_loss(
     Raises:
         ValueError: the batch has fewer than two prompts.
     """
-    z1, z2 = (gaussian_sample(code.mu, code.sigma, generator) for code in codes)
-    skl = symmetric_kl(*codes[0], *codes[1]).mean()
-    if objective == "contrastive":
-        loss = info_nce(z1, z2)
-        mi = math.log(len(z1)) - loss
-    else:
-        pairs = [(views[0], z1), (views[1], z2)] if objective == "infomax" else [(z1, z2)]
-        scores = [score_pairs(score, a, b) for a, b in pairs]
-        joint, product = (torch.cat(column) for column in zip(*scores, strict=True))
-        loss, mi = -jensen_shannon_mi(joint, product), mi_nats(joint, product)
-    if objective == "uml":
-        loss = loss + skl_weight * skl
+    code1, code2 = codes
+    # In this order: a generator gives the first view's code the first draw.
+    z1 = gaussian_sample(code1.mu, code1.sigma, generator)
+    z2 = gaussian_sample(code2.mu, code2.sigma, generator)
+    skl = symmetric_kl(code1.mu, code1.sigma, code2.mu, code2.sigma).mean()
+    batch = SampledViews(views=views, samples=(z1, z2), score=score, skl=skl, skl_weight=skl_weight)
+    loss, mi = UML_OBJECTIVES[objective].compute(batch)
     return MultiViewLoss(loss=loss, mi=mi.detach(), skl=skl.detach())
+
+
+def _refuse_one_prompt(rows: Float[Tensor, "batch d"]) -> None:
+    if len(rows) < 2:
+        raise ValueError(f"negative pairs need a batch of at least 2 prompts, got {len(rows)}")

@@ -1,56 +1,60 @@
 """Proximal policy optimisation of whole responses (arXiv 1707.06347), one reward per response, a KL penalty per token.
 
-Rows are responses padded on the right, (batch, seq); a mask is 1 on a response's tokens, a prefix of each row, and 0 on
-its padding. What leaves `shaped_rewards`, `gae` and `whiten` is 0 on padding, whatever stood there; losses and KL
-estimates are per token, and the training loop masks and averages them over micro-batches and ranks. Log-probabilities
-and KL estimates are in nats, `kl_coef` in reward per nat.
+Rows are responses padded on the right, (batch, seq). A mask is 1 on a response's tokens, a prefix of each row, and 0 on
+its padding. The results of `shaped_rewards`, `gae` and `whiten` are 0 on padding, whatever their inputs hold there.
+Losses and KL estimates are per token: the training loop masks them and averages them over micro-batches and ranks.
+Log-probabilities and KL estimates are in nats, `kl_coef` in reward per nat.
 """
-
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rayrl.algorithms.kl import KL_ESTIMATORS
+
+MAX_KL_ERROR = 0.2
+"""Bound on the relative error that `adapted_kl_coef` reacts to (arXiv 1909.08593, section 2.2)."""
+EQUAL_VARIANCE = 1e-12
+"""Values whose variance is at most this share of their mean square are equal but for float32's rounding."""
+
 
 def kl_penalty(
     logprobs: Float[Tensor, "batch seq"],
     reference_logprobs: Float[Tensor, "batch seq"],
-    estimator: Literal["k1", "k2", "k3", "clamped"],
+    estimator: str,
 ) -> Float[Tensor, "batch seq"]:
-    """KL(policy, reference) at each sampled token, estimated from d = log pi - log pi_ref.
+    """Estimate KL(policy, reference) at each sampled token, from d = log pi - log pi_ref.
 
-    http://joschu.net/blog/kl-approx.html: k1 = d is unbiased and noisy; k2 = d^2 / 2 is biased and steadier;
-    k3 = exp(-d) - 1 + d is unbiased and never negative. "clamped" is max(d, 0), AlpacaFarm's: biased upwards, and it
-    never rewards a token for being less likely than under the reference.
+    `estimator` is a name in `KL_ESTIMATORS`.
     """
-    log_ratio = logprobs - reference_logprobs
-    match estimator:
-        case "k1":
-            return log_ratio
-        case "k2":
-            return log_ratio.square() / 2
-        case "k3":
-            return torch.expm1(-log_ratio) + log_ratio
-        case "clamped":
-            return log_ratio.clamp(min=0)
+    return KL_ESTIMATORS[estimator](logprobs - reference_logprobs)
 
 
 def adapted_kl_coef(kl_coef: float, observed_kl: float, *, target_kl: float, num_samples: int, horizon: int) -> float:
     """Next coefficient of a controller that holds the KL at its target (arXiv 1909.08593, section 2.2).
 
-    kl_coef (1 + e num_samples / horizon), e = clip(observed_kl / target_kl - 1, -0.2, 0.2). Both KLs are per response,
-    in nats; `num_samples` responses were seen since the last change, and `horizon` is in responses too.
+    kl_coef (1 + e num_samples / horizon), e = clip(observed_kl / target_kl - 1, -0.2, 0.2).
+
+    Args:
+        kl_coef: The coefficient so far.
+        observed_kl: Mean KL of the samples, nats per response.
+        target_kl: KL to hold, nats per response.
+        num_samples: Responses since the last change of the coefficient.
+        horizon: Responses after which a lasting error e has changed the coefficient by the share e.
     """
-    error = min(max(observed_kl / target_kl - 1, -0.2), 0.2)
+    relative_error = observed_kl / target_kl - 1
+    error = min(max(relative_error, -MAX_KL_ERROR), MAX_KL_ERROR)
     return kl_coef * (1 + error * num_samples / horizon)
 
 
 def truncation_penalty(
     scores: Float[Tensor, "batch"], finished: Shaped[Tensor, "batch"], penalty: float
 ) -> Float[Tensor, "batch"]:
-    """Scores, less `penalty` where the response was cut off; AlpacaFarm puts a fixed score in their place instead."""
+    """Subtract `penalty` from the score of every response that was cut off.
+
+    AlpacaFarm puts a fixed score in place of it instead.
+    """
     return torch.where(finished.bool(), scores, scores - penalty)
 
 
@@ -60,13 +64,17 @@ def shaped_rewards(
     mask: Shaped[Tensor, "batch seq"],
     kl_coef: float,
 ) -> Float[Tensor, "batch seq"]:
-    """-kl_coef kl at each token, plus the response's score at its last one (arXiv 1909.08593, Eq. 2).
+    """r_t = -kl_coef KL_t at each token, plus the response's score at its last one (arXiv 1909.08593, Eq. 2).
 
-    An empty response has no token to carry its score, and is rewarded with nothing.
+    A response without tokens has no place for its score, and no reward at all.
     """
     mask = mask.bool()
-    last = mask & ~pad(mask[:, 1:], (0, 1))
-    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(last, scores.unsqueeze(1), 0.0)
+    next_mask = pad(mask[:, 1:], (0, 1))  # the mask one token ahead; False after the last column
+    is_last = mask & ~next_mask
+    # `where`, not products with the masks: KL estimates on padding may be NaN.
+    penalties = torch.where(mask, -kl_coef * kl, 0.0)
+    scores_at_end = torch.where(is_last, scores.unsqueeze(1), 0.0)
+    return penalties + scores_at_end
 
 
 def gae(
@@ -85,19 +93,31 @@ def gae(
     Returns:
         The advantages, and the returns A + V that the value is fitted to. Whiten the advantages afterwards.
     """
-    rewards, values = torch.where(mask.bool(), rewards, 0.0), torch.where(mask.bool(), values, 0.0)
-    deltas = rewards + gamma * pad(values[:, 1:], (0, 1)) - values
-    advantages, following = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    mask = mask.bool()
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)
+    next_values = pad(values[:, 1:], (0, 1))  # V_(t+1)
+    deltas = rewards + gamma * next_values - values
+
+    # Eq. 16 as a recursion from the last token to the first: A_t = delta_t + gamma lambda A_(t+1).
+    decay = gamma * gae_lambda
+    advantages = torch.zeros_like(deltas)
+    next_advantages = torch.zeros_like(deltas[:, 0])  # (batch,)
     for t in reversed(range(deltas.shape[1])):
-        following = deltas[:, t] + gamma * gae_lambda * following
-        advantages[:, t] = following
+        next_advantages = deltas[:, t] + decay * next_advantages
+        advantages[:, t] = next_advantages
     return advantages, advantages + values
 
 
 def masked_moments(values: Float[Tensor, "batch seq"], mask: Shaped[Tensor, "batch seq"]) -> Float64[Tensor, "3"]:
-    """Number, sum and sum of squares of the values under the mask: summed over ranks, those of all ranks."""
-    kept = torch.where(mask.bool(), values, 0.0).double()
-    return torch.stack([mask.bool().sum().double(), kept.sum(), kept.square().sum()])
+    """Number, sum and sum of squares of the values under the mask.
+
+    The moments of all ranks' values are the sum of the ranks' moments.
+    """
+    mask = mask.bool()
+    # float64: the variance is a difference of two large sums.
+    kept = torch.where(mask, values, 0.0).double()
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
 
 def whiten(
@@ -105,12 +125,12 @@ def whiten(
     mask: Shaped[Tensor, "batch seq"],
     moments: Float64[Tensor, "3"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    """Values shifted and scaled to mean 0 and standard deviation 1 under the mask; equal values all become 0.
+    """Shift and scale values to mean 0 and standard deviation 1 under the mask; equal values all become 0.
 
     Args:
         values: One per token.
         mask: 1 on the tokens that count.
-        moments: `masked_moments` of all values to be whitened alike, where those here are one rank's share.
+        moments: `masked_moments` of all values that are whitened alike, where `values` are one rank's share of them.
     """
     mean, std = _mean_and_std(masked_moments(values, mask) if moments is None else moments)
     return torch.where(mask.bool(), (values - mean) / std, 0.0)
@@ -123,10 +143,14 @@ def scale_to_unit_std(
     *,
     keep_mean: bool = False,
 ) -> Float[Tensor, "batch seq"]:
-    """Rewards divided by their standard deviation under the mask; equal rewards stay as they are.
+    """Divide rewards by their standard deviation under the mask; equal rewards stay as they are.
 
-    `keep_mean` adds what restores their mean to every token, as AlpacaFarm does (its statistics also count padding):
-    rewards of mean m then gain m (1 - 1 / std) per token, which pays or fines length. `moments` as for `whiten`.
+    Args:
+        rewards: One per token.
+        mask: 1 on the tokens that count.
+        moments: As for `whiten`.
+        keep_mean: Add a constant to every token that restores the mean, as AlpacaFarm does (its statistics also count
+            padding). Rewards of mean m then gain m (1 - 1 / std) per token, which pays or fines length.
     """
     mean, std = _mean_and_std(masked_moments(rewards, mask) if moments is None else moments)
     shift = mean - mean / std if keep_mean else 0.0
@@ -138,9 +162,10 @@ def truncated_importance(
 ) -> Float[Tensor, "batch seq"]:
     """min(pi_old / pi_sampler, cap) at each token (arXiv 1802.01561, section 4.1), weights for `policy_loss`.
 
-    Corrects for responses written by weights, or by an engine, other than those that gave `old_logprobs`.
+    Corrects for responses sampled by other weights, or by another engine, than those that gave `old_logprobs`.
     """
-    return (old_logprobs - sampler_logprobs).exp().clamp(max=cap)
+    ratio = (old_logprobs - sampler_logprobs).exp()
+    return ratio.clamp(max=cap)
 
 
 def policy_loss(
@@ -153,10 +178,11 @@ def policy_loss(
 ) -> Float[Tensor, "batch seq"]:
     """max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)), rho = pi / pi_old: Eq. 7 of arXiv 1707.06347, negated.
 
-    `importance` multiplies each token's loss: see `truncated_importance`. It leaves the clipping where it is.
+    `importance` multiplies each token's loss: see `truncated_importance`. It does not move the bounds of the clipping.
     """
-    ratio = (logprobs - old_logprobs).exp()
-    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    ratio = (logprobs - old_logprobs).exp()  # rho
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
     return losses if importance is None else losses * importance
 
 
@@ -168,12 +194,18 @@ def value_loss(
     clip_range: float,
 ) -> Float[Tensor, "batch seq"]:
     """max((V - R)^2, (clip(V, V_old - clip_range, V_old + clip_range) - R)^2) / 2: arXiv 2005.12729."""
-    clipped = values.clamp(old_values - clip_range, old_values + clip_range)
-    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+    clipped_values = values.clamp(old_values - clip_range, old_values + clip_range)
+    errors = (values - returns).square()
+    clipped_errors = (clipped_values - returns).square()
+    return torch.maximum(errors, clipped_errors) / 2
 
 
 def _mean_and_std(moments: Float64[Tensor, "3"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-    """Mean and (population) standard deviation; 1 for values equal up to float32's rounding, which have no scale."""
-    mean, mean_square = moments[1] / moments[0], moments[2] / moments[0]
+    """Mean and population standard deviation of values with these moments; 1 as the deviation of equal values."""
+    num, total, total_squared = moments.unbind()
+    mean = total / num
+    mean_square = total_squared / num
     variance = mean_square - mean.square()
-    return mean, torch.where(variance > 1e-12 * mean_square, variance, 1.0).sqrt()
+    # Equal values have no scale to divide by. (NaN, the moments of no values, fails the comparison as well.)
+    has_scale = variance > EQUAL_VARIANCE * mean_square
+    return mean, torch.where(has_scale, variance, 1.0).sqrt()

@@ -1,10 +1,10 @@
 """Losses on preference pairs, and the log-probabilities they need.
 
-Per-pair values everywhere; averaging over micro-batches and ranks is the training loop's business. The reference
-log-probabilities are plain numbers here: where they come from, and that they never follow the moving policy, is too.
+Losses are per pair: averaging over micro-batches and ranks is left to the training loop. Reference log-probabilities
+arrive as plain numbers: obtaining them, and keeping them fixed while the policy moves, is left to the caller.
 """
 
-from typing import Literal
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -12,36 +12,68 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
+class PreferenceLoss(Protocol):
+    """A loss of each pair, as a function of D = h_chosen - h_rejected, the difference of its two log-ratios."""
+
+    def __call__(
+        self, difference: Float[Tensor, "batch"], *, beta: float, label_smoothing: float
+    ) -> Float[Tensor, "batch"]: ...
+
+
+def sigmoid_loss(difference: Float[Tensor, "batch"], *, beta: float, label_smoothing: float) -> Float[Tensor, "batch"]:
+    """-(1 - e) log sigma(beta D) - e log sigma(-beta D): Eq. 7 of arXiv 2305.18290 at e = 0, else conservative DPO.
+
+    The label smoothing e is the assumed probability that the label of a pair is flipped.
+    """
+    label_kept = logsigmoid(beta * difference)
+    label_flipped = logsigmoid(-beta * difference)
+    return -(1 - label_smoothing) * label_kept - label_smoothing * label_flipped
+
+
+def ipo_loss(difference: Float[Tensor, "batch"], *, beta: float, label_smoothing: float) -> Float[Tensor, "batch"]:
+    """(D - 1 / (2 beta))^2: Eq. 17 of arXiv 2310.12036. It has no smoothed form: `label_smoothing` is ignored."""
+    del label_smoothing
+    target = 1 / (2 * beta)
+    return (difference - target).square()
+
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid_loss, "ipo": ipo_loss}
+"""Values of `dpo.loss`, which repeats these names: a config must load without torch. A test keeps the two equal."""
+
+
 def dpo_loss(
     chosen: Float[Tensor, "batch"],
     rejected: Float[Tensor, "batch"],
     *,
     beta: float,
-    loss: Literal["sigmoid", "ipo"] = "sigmoid",
+    loss: str = "sigmoid",
     label_smoothing: float = 0.0,
     lengths: tuple[Shaped[Tensor, "batch"], Shaped[Tensor, "batch"]] | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """Direct preference optimisation on the summed log-ratios h of whole responses.
 
-    With h = log pi(y | x) - log pi_ref(y | x) and D = h_chosen - h_rejected:
-    "sigmoid" is -log sigma(beta D), Eq. 7 of arXiv 2305.18290; label smoothing e makes it
-    -(1 - e) log sigma(beta D) - e log sigma(-beta D), conservative DPO.
-    "ipo" is (D - 1 / (2 beta))^2, Eq. 17 of arXiv 2310.12036; smoothing does not apply to it.
-    Lengths (chosen, rejected), in tokens, divide each h first. TRL always does so for IPO (its authors' reading of
-    their paper), and calls the sigmoid loss with lengths "sigmoid_norm".
+    Args:
+        chosen: h = log pi(y | x) - log pi_ref(y | x) of the chosen responses, nats.
+        rejected: h of the rejected responses, nats.
+        beta: Reward per nat of log-ratio.
+        loss: A name in `PREFERENCE_LOSSES`.
+        label_smoothing: Probability that a label is flipped, 0 to 0.5; see `sigmoid_loss`.
+        lengths: Tokens of the chosen and of the rejected responses; each h is divided by its length. TRL always does so
+            for IPO (its authors' reading of their paper), and calls the sigmoid loss with lengths "sigmoid_norm".
 
     Returns:
-        The loss of each pair, and the detached implicit rewards beta h (Eq. 5, never length-normalised) of the chosen
-        and of the rejected responses.
+        The loss of each pair, and the detached implicit rewards beta h (Eq. 5 of arXiv 2305.18290, never divided by a
+        length) of the chosen and of the rejected responses.
     """
-    rewards = beta * chosen.detach(), beta * rejected.detach()
+    chosen_rewards = beta * chosen.detach()
+    rejected_rewards = beta * rejected.detach()
     if lengths is not None:
-        chosen, rejected = chosen / lengths[0].clamp(min=1), rejected / lengths[1].clamp(min=1)
-    margin = chosen - rejected
-    if loss == "ipo":
-        return (margin - 1 / (2 * beta)).square(), *rewards
-    kept, flipped = logsigmoid(beta * margin), logsigmoid(-beta * margin)
-    return -(1 - label_smoothing) * kept - label_smoothing * flipped, *rewards
+        chosen_lengths, rejected_lengths = lengths
+        # A response without tokens has h = 0: dividing by 1 keeps it at 0 instead of NaN.
+        chosen = chosen / chosen_lengths.clamp(min=1)
+        rejected = rejected / rejected_lengths.clamp(min=1)
+    losses = PREFERENCE_LOSSES[loss](chosen - rejected, beta=beta, label_smoothing=label_smoothing)
+    return losses, chosen_rewards, rejected_rewards
 
 
 def bradley_terry_loss(
@@ -54,14 +86,15 @@ def bradley_terry_loss(
 def token_logprobs(
     logits: Float[Tensor, "batch seq vocab"], token_ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
-    """Log-probability of each token, nats, in float32.
+    """Compute log pi(y_t) = z_t[y_t] - logsumexp z_t of each token, nats, in float32.
 
-    `logits[:, t]` predicts `token_ids[:, t]`: the caller has shifted them. The chosen logit minus logsumexp keeps
-    nothing of the logits' size for the backward pass, where log_softmax keeps a second copy of them; half-precision
-    logits are widened, which costs one.
+    `logits[:, t]` predicts `token_ids[:, t]`: the caller has shifted them.
     """
-    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
-    return chosen - logits.float().logsumexp(-1)
+    # log_softmax would keep a second tensor of the logits' size for the backward pass; this difference keeps none.
+    # (Logits in half precision are widened first, which costs one copy all the same.)
+    token_logits = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()  # (batch, seq)
+    normalizers = logits.float().logsumexp(-1)  # (batch, seq)
+    return token_logits - normalizers
 
 
 def sequence_logprobs(
@@ -69,5 +102,7 @@ def sequence_logprobs(
     token_ids: Int[Tensor, "batch seq"],
     response_mask: Shaped[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch"]:
-    """Summed log-probability of the tokens under the mask; see `token_logprobs`."""
-    return torch.where(response_mask.bool(), token_logprobs(logits, token_ids), 0.0).sum(-1)
+    """Sum the log-probabilities of the tokens under the mask; see `token_logprobs`."""
+    # `where`, not a product with the mask: a padded position may hold -inf or NaN.
+    kept = torch.where(response_mask.bool(), token_logprobs(logits, token_ids), 0.0)
+    return kept.sum(-1)

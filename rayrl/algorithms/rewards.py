@@ -1,34 +1,55 @@
-"""Rewards that hold up better while the policy moves: ensembles of reward models, and pairs reweighted towards it.
+"""Rewards that hold up better while the policy moves: ensembles of reward models, and importance weights of pairs.
 
-Neither needs a new label. What the members are, and how a weight enters a loss, is decided elsewhere.
+Neither needs a new label. Training the members, and applying a weight to a loss, is left to the caller.
 """
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def ensemble_reward(
-    rewards: Float[Tensor, "members batch"],
-    objective: Literal["mean", "worst_case", "uncertainty_weighted"],
-    *,
-    variance_coef: float = 0.0,
-) -> Float[Tensor, "batch"]:
-    """One reward from several reward models' (arXiv 2310.02743).
+def mean_reward(rewards: Float[Tensor, "members batch"], variance_coef: float) -> Float[Tensor, "batch"]:
+    """mean_i r_i."""
+    del variance_coef
+    return rewards.mean(0)
 
-    "mean" over the members; "worst_case", the least of them; "uncertainty_weighted", mean - variance_coef variance,
-    with the members' population variance, so that a single member has none. Only differences within one reward model
-    mean anything: standardise each member first.
+
+def worst_case_reward(rewards: Float[Tensor, "members batch"], variance_coef: float) -> Float[Tensor, "batch"]:
+    """min_i r_i: a response is worth no more than its harshest member gives."""
+    del variance_coef
+    return rewards.amin(0)
+
+
+def uncertainty_weighted_reward(
+    rewards: Float[Tensor, "members batch"], variance_coef: float
+) -> Float[Tensor, "batch"]:
+    """mean_i r_i - c var_i r_i, with the population variance: a single member has none."""
+    variances = rewards.var(0, correction=0)
+    return rewards.mean(0) - variance_coef * variances
+
+
+ENSEMBLE_OBJECTIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mean": mean_reward,
+    "worst_case": worst_case_reward,
+    "uncertainty_weighted": uncertainty_weighted_reward,
+}
+"""Values of `reward_model.objective`, which repeats these names: a config must load without torch. A test keeps the two
+equal."""
+
+
+def ensemble_reward(
+    rewards: Float[Tensor, "members batch"], objective: str, *, variance_coef: float = 0.0
+) -> Float[Tensor, "batch"]:
+    """Combine the rewards of several reward models into one (arXiv 2310.02743).
+
+    Args:
+        rewards: Of each member. Only differences within one reward model mean anything: standardise each member first.
+        objective: A name in `ENSEMBLE_OBJECTIVES`.
+        variance_coef: c, reward per unit of variance.
     """
-    match objective:
-        case "mean":
-            return rewards.mean(0)
-        case "worst_case":
-            return rewards.amin(0)
-        case "uncertainty_weighted":
-            return rewards.mean(0) - variance_coef * rewards.var(0, correction=0)
+    return ENSEMBLE_OBJECTIVES[objective](rewards, variance_coef)
 
 
 def log_relative_ratio(log_ratio: Float[Tensor, "batch"], alpha: float) -> Float[Tensor, "batch"]:
@@ -36,6 +57,8 @@ def log_relative_ratio(log_ratio: Float[Tensor, "batch"], alpha: float) -> Float
 
     `alpha` is between 0, the plain ratio, and 1, no ratio at all.
     """
+    # Divided by p, the denominator is alpha + (1 - alpha) q/p, and its log is a logaddexp: no ratio is ever formed, so
+    # none over- or underflows. log 0 = -inf is right at either end of alpha.
     log_alpha, log_rest = log_ratio.new_tensor([alpha, 1 - alpha]).log()
     return -torch.logaddexp(log_alpha, log_rest - log_ratio)
 
@@ -55,8 +78,10 @@ def ocrm_weights(
 
     Args:
         chosen: log p - log q of the chosen responses, summed over their tokens, nats.
-        rejected: The same of the rejected responses.
+        rejected: log p - log q of the rejected responses.
         alpha: Between 0 and 1, see `log_relative_ratio`.
         multiplier: 0 weighs all pairs alike.
     """
-    return torch.exp(multiplier * (log_relative_ratio(chosen, alpha) + log_relative_ratio(rejected, alpha)))
+    log_chosen_ratio = log_relative_ratio(chosen, alpha)
+    log_rejected_ratio = log_relative_ratio(rejected, alpha)
+    return torch.exp(multiplier * (log_chosen_ratio + log_rejected_ratio))

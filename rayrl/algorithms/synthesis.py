@@ -1,6 +1,6 @@
-"""Preference pairs that nobody judged: RLP's synthetic preference generation (arXiv 2403.19279, Sec. 4.2).
+"""Preference pairs without a judgement: RLP's synthetic preference generation (arXiv 2403.19279, Sec. 4.2).
 
-The meaning most of a prompt's responses share is taken to be right, and how many share it is the confidence. Two
+The meaning that most of a prompt's responses share is taken to be right, and the share of them is the confidence. Two
 controls of the paper's Table 5 need no code here: gamma = 0 is its Select-All, and `pairing.best_worst` is ranking by
 the reward model (of two responses there; of all n it is West-of-N, arXiv 2401.12086).
 """
@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synthesis:
-    """What became of one prompt; without a pair, `chosen` and `rejected` are both None."""
+    """Outcome for one prompt; without a pair, `chosen` and `rejected` are both None."""
 
     confidence: float
     """Share of the responses that the largest cluster holds, in (0, 1]."""
@@ -28,7 +29,7 @@ class Synthesis:
 def synthetic_pair(
     clusters: Sequence[int], rewards: Sequence[float | None], gamma: float, rng: np.random.Generator
 ) -> Synthesis:
-    """The largest cluster's best response against a random one from the other clusters.
+    """Pair the largest cluster's best response with a random one from the other clusters.
 
     Chosen is the response of the largest cluster with the highest reward, the smaller index on a tie. Which of equally
     large clusters counts as the largest is unspecified in the paper; here it is the one that holds the highest reward.
@@ -49,22 +50,29 @@ def synthetic_pair(
     """
     if not 0 < len(clusters) == len(rewards):
         raise ValueError(f"need a cluster and a reward per response, got {len(clusters)} and {len(rewards)}")
-    ids, members, counts = np.unique(clusters, return_inverse=True, return_counts=True)
-    confidence = counts.max() / len(clusters)
+    # `members[i]` is the place of response i's cluster in `ids`, and `sizes` counts the responses of each cluster.
+    ids, members, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    confidence = float(sizes.max() / len(clusters))
     chosen = rejected = None
     if confidence >= gamma:
-        chosen, rejected = _draw(members, counts, rewards, rng)
-    return Synthesis(confidence=float(confidence), num_clusters=len(ids), chosen=chosen, rejected=rejected)
+        chosen, rejected = _draw(members, sizes, rewards, rng)
+    return Synthesis(confidence=confidence, num_clusters=len(ids), chosen=chosen, rejected=rejected)
 
 
 def _draw(
-    members: np.ndarray, counts: np.ndarray, rewards: Sequence[float | None], rng: np.random.Generator
+    members: Int[np.ndarray, " n"],
+    sizes: Int[np.ndarray, " clusters"],
+    rewards: Sequence[float | None],
+    rng: np.random.Generator,
 ) -> tuple[int, int] | tuple[None, None]:
-    """The pair, given each response's position among the clusters, and the clusters' sizes."""
+    """The (chosen, rejected) pair, given each response's cluster and the clusters' sizes."""
     scored = {i: reward for i, reward in enumerate(rewards) if reward is not None}
-    largest = [i for i in scored if counts[members[i]] == counts.max()]
-    if not largest:
+    in_a_largest = [i for i in scored if sizes[members[i]] == sizes.max()]
+    if not in_a_largest:
         return None, None
-    chosen = max(largest, key=lambda i: scored[i])
-    others = [i for i in scored if members[i] != members[chosen]]
-    return (chosen, int(rng.choice(others))) if others else (None, None)
+    # Among several largest clusters, the highest reward of them all also decides which one counts as the largest.
+    chosen = max(in_a_largest, key=lambda i: scored[i])
+    in_other_clusters = [i for i in scored if members[i] != members[chosen]]
+    if not in_other_clusters:
+        return None, None
+    return chosen, int(rng.choice(in_other_clusters))

@@ -1,7 +1,8 @@
-"""One run as frozen pydantic models, read from one TOML file. A default is written once: here.
+"""Settings of one run: frozen pydantic models, read from one TOML file, with every default in one place.
 
-Importing this module loads no torch, ray or vllm, so that `--help`, `--plan` and a refusal take well under two seconds.
-Values marked "ours" are not published for arXiv 2407.02119; see the README's table of open knobs.
+One module holds one table; the rules between tables are in `rayrl.config.run`. Importing this package loads no torch,
+scipy, ray or vllm, so that `--help`, `--plan` and a refusal take well under two seconds. Values marked "ours" are not
+published for arXiv 2407.02119; jobs/README.md has a table of them.
 """
 
 from rayrl.config.data import DataConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig

@@ -1,4 +1,4 @@
-"""Files and data sets that a run reads: prompts, seed data, reference answers."""
+"""Data settings: the files and data sets that a run reads prompts, seed data and reference answers from."""
 
 from typing import Literal
 
@@ -11,7 +11,9 @@ class DataConfig(Table):
     """A file or data set of prompts: JSONL, JSON, CSV, Parquet (gzip'd too), a `save_to_disk` folder or a hub name."""
 
     path: str
+    """A local path, an fsspec URL, or a hub name (`name:configuration` if the data set has several)."""
     split: str = "train"
+    """Split of a data set; ignored for files."""
     prompt_column: str = "prompt"
     messages_column: str | None = None
     """A column of chats in any shape that `rayrl.data.chats` reads; replaces `prompt_column`."""
@@ -25,6 +27,7 @@ class SeedDataConfig(DataConfig):
     response_column: str = "response"
     """Ignored with `messages_column`: there the last assistant message is the response."""
     score_column: str | None = None
+    """A column of numbers to filter rows by."""
     min_score: float | None = None
     """With `score_column`: keep only rows that score at least this (the paper's M1 is trained on high-reward rows)."""
 
@@ -36,16 +39,16 @@ class SeedDataConfig(DataConfig):
 
 
 class PoolConfig(DataConfig):
-    """The pool of unlabelled prompts, and which of them are held out for evaluation."""
+    """The pool of unlabelled prompts, and the number of them that are held out for evaluation."""
 
     num_eval: int = Field(default=64, ge=0)
     """Prompts held out of the pool, chosen by the run's seed, for `evaluate`."""
 
 
 class ReferenceAnswersConfig(DataConfig):
-    """A fixed table of reference answers to compete with."""
+    """A fixed table of reference answers that all policies compete with."""
 
     response_column: str = "response"
     order: Literal["both", "random"] = "random"
-    """An expert that compares is asked about each answer and the reference in one drawn order, recorded, or in both
-    (two queries; a disagreement is a tie)."""
+    """Order in which an oracle that compares reads an answer and the reference: "random" is one drawn order, recorded;
+    "both" is two queries, and a disagreement between them is a tie."""

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts."""
+"""Settings of the evaluation on held-out prompts."""
 
 from pydantic import Field, model_validator
 
@@ -6,34 +6,38 @@ from rayrl.config.data import ReferenceAnswersConfig
 from rayrl.config.table import Table
 
 MIN_DIAGNOSIS = 36
-"""9 points x 2 answers, twice."""
+"""Least `evaluate.diagnosis_budget` above 0: 9 points x 2 answers, twice."""
 
 
 class LmEvalConfig(Table):
     """Optional benchmark tasks through lm-evaluation-harness and its vLLM backend."""
 
     tasks: list[str] = Field(default=[])
+    """Names of tasks; none runs no benchmark."""
     include_path: str | None = None
+    """A folder with task definitions of one's own."""
     num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in each prompt; None is the task's own number."""
     limit: int | None = Field(default=None, gt=0)
+    """Use only the first `limit` documents of each task."""
 
 
 class EvaluateConfig(Table):
-    """M2 against M1 on held-out prompts, under a budget of its own."""
+    """Evaluation of the policies on held-out prompts, under a budget of its own."""
 
     budget: int = Field(default=128, ge=0)
     """Paid evaluation queries: a score of every policy's answer to a prompt, and with reference answers a comparison of
     each with the reference (two with order = "both"), or a score of the reference. As many prompts are judged as it
-    pays for whole; 0 skips the expert."""
+    pays for whole; 0 asks the oracle nothing."""
     diagnosis_budget: int = Field(default=0, ge=0)
-    """rlp: paid queries beyond `budget` for what the paper leaves open: half for the reward models' accuracy on the
-    policies' own samples along PPO, half for the quality of the synthetic pairs at each gamma."""
+    """rlp: paid queries beyond `budget` for measurements that the paper leaves out: half for the accuracy of the reward
+    models on the policies' own samples along PPO, half for the quality of the synthetic pairs at each gamma."""
     best_of_n: int = Field(default=0, ge=0)
     """rlp: another policy in the table, the control that trains nothing: M1's best of n answers by the reward model.
     0 leaves it out."""
     temperature: float = Field(default=0.7, ge=0)
     reference_answers: ReferenceAnswersConfig | None = None
-    """What all policies compete with, where it answers a held-out prompt. An expert that cannot compare (no
+    """Answers that all policies compete with on the held-out prompts that have one. An oracle that cannot compare (no
     `oracle.compare_function` or `comparisons_path`; `rubric.template` without `pairwise_template`) scores both."""
     lm_eval: LmEvalConfig = LmEvalConfig()
 

@@ -1,4 +1,4 @@
-"""The evaluator: the proxy that is trained on the paid judgements."""
+"""Settings of the evaluator, the proxy that is trained on the paid judgements."""
 
 from typing import Literal
 
@@ -8,14 +8,16 @@ from rayrl.config.training import TrainingConfig
 
 
 class EvaluatorConfig(TrainingConfig):
-    """The proxy: trained on the paid judgements, it scores everything else."""
+    """The proxy: trained on the paid judgements, it scores all other responses."""
 
     type: Literal["generative", "scalar"] = "generative"
+    """"generative" writes a judgement, as the oracle does; "scalar" is a head on the last hidden state."""
     scoring: Literal["score_first", "rationale_first"] = "score_first"
     """generative: read the score from one prefill, or write the rationale and read the score after it."""
     num_samples: int = Field(default=3, gt=0)
     """rationale_first: judgements sampled and averaged (Self-Rewarding LMs average 3)."""
     max_rationale_tokens: int = Field(default=160, gt=0)
+    """rationale_first: longest rationale."""
     balanced: bool = False
     """generative: repeat rare scores until every score is as frequent as the commonest (ours)."""
     loss: Literal["regression", "bradley_terry"] = "regression"
@@ -25,3 +27,9 @@ class EvaluatorConfig(TrainingConfig):
     learning_rate: float = Field(default=1e-5, gt=0)
     epochs: int = Field(default=3, gt=0)
     batch_size: int = Field(default=16, gt=0)
+    """Judgements per optimizer step, over all workers."""
+
+    @property
+    def served_by(self) -> Literal["generators", "embedders"]:
+        """The engines that serve it, by the name of their config table."""
+        return "generators" if self.type == "generative" else "embedders"

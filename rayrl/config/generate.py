@@ -1,4 +1,4 @@
-"""On-policy sampling."""
+"""Settings of on-policy sampling."""
 
 from typing import Literal
 
@@ -13,11 +13,15 @@ class GenerateConfig(Table):
     source: Literal["policy", "seed"] = "policy"
     """"seed" is the off-policy control: the seed data's own responses are queried instead of M1's."""
     k: int = Field(default=4, gt=0)
+    """Responses per prompt."""
     temperature: float = Field(default=0.7, ge=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
+    """Sample from the most probable tokens that together have this probability."""
     top_k: int = Field(default=0, ge=0)
-    """0 is off."""
+    """Sample from this many most probable tokens; 0 is off."""
     max_tokens: int = Field(default=512, gt=0)
+    """Longest response."""
     stop: list[str] = Field(default=[])
+    """Texts that end a response."""
     block_size: int = Field(default=64, gt=0)
     """Prompts per block: the unit of work, of memoisation and of resume."""

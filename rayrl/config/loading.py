@@ -1,9 +1,9 @@
-"""From a TOML file and overrides to a checked config, or to one message that names every mistake."""
+"""Loading of a run's config: a TOML file and overrides become a `RunConfig`, or one message about all mistakes."""
 
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,6 +33,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def _merge(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the tree, and make the sections on the way to it."""
     dotted, equals, expression = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override {override!r} must look like section.key=value")
@@ -41,43 +42,55 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = expression  # a bare word is a string, so that a shell user need not quote twice
     *sections, key = dotted.split(".")
+    table = tree
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        nested: object = table.setdefault(section, {})
+        if not isinstance(nested, dict):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
-    tree[key] = value
+        table = table[section]
+    table[key] = value
 
 
 def _explain(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
+    """One line per mistake: the field, the rule and the value."""
+    lines: list[str] = []
+    for mistake in error.errors():
+        location = [str(part) for part in mistake["loc"]]
         field = ".".join(location) or "config"
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
-            lines.append(f"  {field}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
-        elif item["type"] == "missing":
-            lines.append(f"  {field}: required, and missing")
-        elif item["type"] == "value_error":
-            lines.append(f"  {field}: {item['msg'].removeprefix('Value error, ')}")
-        else:
-            rule = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"  {field}: {rule}, got {item['input']!r}")
+        match mistake["type"]:
+            case "extra_forbidden":
+                near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                lines.append(f"  {field}: unknown key{hint}")
+            case "missing":
+                lines.append(f"  {field}: required, and missing")
+            case "value_error":
+                # A rule of ours, whose message is complete.
+                lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}")
+            case _:
+                rule = mistake["msg"][0].lower() + mistake["msg"][1:]
+                lines.append(f"  {field}: {rule}, got {mistake['input']!r}")
     return lines
 
 
 def _known_keys(location: list[str]) -> list[str]:
     """Names allowed at a place of the tree; walks the models the way pydantic reported the place."""
-    models: list[Any] = [RunConfig]
+    models: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        nested = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        found = [model for annotation in nested for model in _models_in(annotation)]
-        models = found or models  # a discriminator's tag is part of the location but no field
+        nested: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                nested += _models_in(model.model_fields[part].annotation)
+        # The tag of a discriminated union is a part of the location, but no field: the models stay.
+        models = nested or models
     return [name for model in models for name in model.model_fields]
 
 
-def _models_in(annotation: Any) -> list[Any]:
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The models that a field may hold: of `A | B | None`, A and B."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    arguments = getattr(annotation, "__args__", ())
-    return [model for argument in arguments for model in _models_in(argument)]
+    models: list[type[BaseModel]] = []
+    for argument in get_args(annotation):
+        models += _models_in(argument)
+    return models

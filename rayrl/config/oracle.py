@@ -1,14 +1,52 @@
-"""Oracles: who answers the paid questions, and their limits and prices."""
+"""Oracle settings: limits, prices, and where each type finds its answers.
 
-from typing import Annotated, Literal
+An oracle type is one class here, which answers for itself what the rest of the package needs to know about it, and one
+implementation in `rayrl.oracles`. A new type derives from `OracleLimits`, names its implementation, and joins the union
+`OracleConfig`; no other module distinguishes types.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rayrl.config.rubric import RubricConfig
 from rayrl.config.table import Table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Prices of an oracle that is paid by the token."""
+
+    usd_per_1m_input: float
+    usd_per_1m_output: float
+    max_tokens: int
+    """Longest answer, in tokens."""
+    budget_usd: float | None
+    """Hard limit over labels and evaluation; None is no limit."""
+
+    def cost_usd(self, num_input: float, num_output: float) -> float:
+        """Price a call of so many tokens."""
+        return (num_input * self.usd_per_1m_input + num_output * self.usd_per_1m_output) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleTable:
+    """A table of the user's that an oracle answers from."""
+
+    setting: str
+    """The setting that names it, for messages."""
+    path: str
+    columns: list[str]
+    """Columns it must have."""
+
+
 class OracleLimits(Table):
-    """How hard the expert may be pressed."""
+    """Limits of every oracle, and the questions that every type answers; the answers here suit a free, local oracle."""
+
+    implementation: ClassVar[str]
+    """"module:class" of the `rayrl.oracles.protocol.Oracle` that is built from this config and a `Rubric`. It is named
+    and not imported, since a config must load in a moment."""
 
     max_concurrency: int = Field(default=16, gt=0)
     requests_per_minute: int | None = Field(default=None, gt=0)
@@ -17,9 +55,47 @@ class OracleLimits(Table):
     max_retries: int = Field(default=4, ge=0)
     """Tries after the first, with exponential backoff; then the query abstains."""
 
+    def label(self) -> str:
+        """Name the oracle for humans."""
+        return self.implementation
+
+    def shown(self) -> dict[str, str | None]:
+        """Settings that a report shows, by title; None where one is not set."""
+        return {}
+
+    def missing_to_judge(self) -> str:
+        """Say which setting is missing to judge single responses, and the remedy; "" if none is."""
+        return ""
+
+    def missing_to_compare(self, rubric: RubricConfig) -> str:
+        """Say which setting is missing to compare two responses, and the remedy; "" if none is."""
+        return ""
+
+    def can_compare(self, rubric: RubricConfig) -> bool:
+        """Whether it compares two responses; if not, comparisons abstain."""
+        return not self.missing_to_compare(rubric)
+
+    def functions(self) -> dict[str, str]:
+        """List the functions that must be importable: "module:function" by setting."""
+        return {}
+
+    def tables(self) -> list[OracleTable]:
+        """List the tables that must be there."""
+        return []
+
+    def key_source(self) -> str | None:
+        """Where the API key is, as `rayrl.oracles.keys.read_key` takes it; None for an oracle without a key."""
+        return None
+
+    def prices(self) -> Prices | None:
+        """Prices of a call; None for an oracle that is free, or whose prices are not given."""
+        return None
+
 
 class HttpOracleConfig(OracleLimits):
     """Any OpenAI-compatible chat endpoint."""
+
+    implementation: ClassVar[str] = "rayrl.oracles.http:HttpOracle"
 
     type: Literal["http"] = "http"
     base_url: str
@@ -34,16 +110,46 @@ class HttpOracleConfig(OracleLimits):
     """Hard limit over labels and evaluation; needs both prices."""
 
     @model_validator(mode="after")
-    def _prices(self) -> "HttpOracleConfig":
+    def _complete_prices(self) -> "HttpOracleConfig":
         if (self.usd_per_1m_input is None) != (self.usd_per_1m_output is None):
             raise ValueError("usd_per_1m_input and usd_per_1m_output go together: set both or neither")
         if self.budget_usd is not None and self.usd_per_1m_input is None:
             raise ValueError("budget_usd needs usd_per_1m_input and usd_per_1m_output")
         return self
 
+    def label(self) -> str:
+        return f"{self.model} at {self.base_url}"
+
+    def shown(self) -> dict[str, str | None]:
+        return {"oracle model": self.model}
+
+    def missing_to_compare(self, rubric: RubricConfig) -> str:
+        if rubric.template is None or rubric.pairwise_template is not None:
+            return ""
+        return (
+            'rubric.pairwise_template is missing: preferences.source = "oracle" compares two responses, and the '
+            f"built-in comparison asks for something else than rubric.template {rubric.template}, by which the "
+            "policies are evaluated; write the same criteria to a file with {prompt}, {first} and {second}"
+        )
+
+    def key_source(self) -> str | None:
+        return self.api_key_env
+
+    def prices(self) -> Prices | None:
+        if self.usd_per_1m_input is None or self.usd_per_1m_output is None:
+            return None
+        return Prices(
+            usd_per_1m_input=self.usd_per_1m_input,
+            usd_per_1m_output=self.usd_per_1m_output,
+            max_tokens=self.max_tokens,
+            budget_usd=self.budget_usd,
+        )
+
 
 class ScriptedOracleConfig(OracleLimits):
     """Python functions: one judges a response, the other (if there is one) compares two. None abstains."""
+
+    implementation: ClassVar[str] = "rayrl.oracles.scripted:ScriptedOracle"
 
     type: Literal["scripted"] = "scripted"
     function: str = Field(pattern=r"^[\w.]+:\w+$")
@@ -53,9 +159,31 @@ class ScriptedOracleConfig(OracleLimits):
     """"module:function": `compare(prompt, first, second) -> "first"`, `"second"` or `"tie"`, or with a rationale
     as `function`. None compares nothing: two scores are two calls, and a comparison pays for one."""
 
+    def label(self) -> str:
+        return self.function
+
+    def shown(self) -> dict[str, str | None]:
+        return {"oracle function": self.function, "comparing function": self.compare_function}
+
+    def missing_to_compare(self, rubric: RubricConfig) -> str:
+        if self.compare_function is not None:
+            return ""
+        return (
+            'oracle.compare_function is missing: preferences.source = "oracle" asks which of two responses is '
+            'better; name a "module:function" of (prompt, first, second) that returns "first", "second" or "tie"'
+        )
+
+    def functions(self) -> dict[str, str]:
+        functions = {"oracle.function": self.function}
+        if self.compare_function is not None:
+            functions["oracle.compare_function"] = self.compare_function
+        return functions
+
 
 class ReplayOracleConfig(OracleLimits):
-    """Tables of judgements and of comparisons made earlier; what they do not hold abstains."""
+    """Tables of judgements and of comparisons made earlier; questions that they do not hold abstain."""
+
+    implementation: ClassVar[str] = "rayrl.oracles.replay:ReplayOracle"
 
     type: Literal["replay"] = "replay"
     path: str | None = None
@@ -79,17 +207,56 @@ class ReplayOracleConfig(OracleLimits):
 
     @property
     def judgement_columns(self) -> list[str]:
-        """What the table of judgements must have; the rationale's column, if there is one, is the last."""
-        return [self.prompt_column, self.response_column, self.score_column, *self._rationale]
+        """Columns that the table of judgements must have; the rationale's column, if there is one, is the last."""
+        return [self.prompt_column, self.response_column, self.score_column, *self._rationale_columns]
 
     @property
     def comparison_columns(self) -> list[str]:
-        """The same of the table of comparisons."""
-        return [self.prompt_column, self.first_column, self.second_column, self.preference_column, *self._rationale]
+        """Columns that the table of comparisons must have, in the order of `judgement_columns`."""
+        return [
+            self.prompt_column,
+            self.first_column,
+            self.second_column,
+            self.preference_column,
+            *self._rationale_columns,
+        ]
 
     @property
-    def _rationale(self) -> list[str]:
+    def _rationale_columns(self) -> list[str]:
         return [] if self.rationale_column is None else [self.rationale_column]
+
+    def label(self) -> str:
+        return ", ".join(table.path for table in self.tables())
+
+    def shown(self) -> dict[str, str | None]:
+        return {"judgements": self.path, "comparisons": self.comparisons_path}
+
+    def missing_to_judge(self) -> str:
+        if self.path is not None:
+            return ""
+        return (
+            "oracle.path is missing: single responses are judged here (to label them, or to evaluate), and a table "
+            "of comparisons judges none; name a table of judgements, or set evaluate.budget = 0 if only that asks"
+        )
+
+    def missing_to_compare(self, rubric: RubricConfig) -> str:
+        if self.comparisons_path is not None:
+            return ""
+        return (
+            'oracle.comparisons_path is missing: preferences.source = "oracle" asks which of two responses is '
+            "better; name a table with both responses and a preference"
+        )
+
+    def tables(self) -> list[OracleTable]:
+        tables: list[OracleTable] = []
+        if self.path is not None:
+            tables.append(OracleTable(setting="oracle.path", path=self.path, columns=self.judgement_columns))
+        if self.comparisons_path is not None:
+            compared = self.comparisons_path
+            tables.append(
+                OracleTable(setting="oracle.comparisons_path", path=compared, columns=self.comparison_columns)
+            )
+        return tables
 
 
 OracleConfig = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]

@@ -1,4 +1,4 @@
-"""The policy to align: its weights, context and prompt format."""
+"""Settings of the policy to align: its weights, context and prompt format."""
 
 from typing import Literal
 
@@ -15,6 +15,7 @@ class PolicyConfig(Table):
     path: str
     """A local folder or a hub id."""
     revision: str | None = None
+    """Commit, tag or branch of a hub id; None is its main branch."""
     dtype: Dtype = "auto"
     """"auto" is bfloat16 where the accelerator has it, else float32."""
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
@@ -22,3 +23,4 @@ class PolicyConfig(Table):
     max_model_len: int | None = Field(default=None, gt=0)
     """Context in tokens; None is the model's own."""
     trust_remote_code: bool = False
+    """Run model and tokenizer code that comes with the weights."""

@@ -1,4 +1,4 @@
-"""Preference pairs D that the reward model learns from."""
+"""Settings of the preference pairs D that the reward model learns from."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from rayrl.config.table import Table
 
 
 class PreferenceDataConfig(DataConfig):
-    """Pairs somebody has judged: chosen and rejected answers, or several answers with their ranks."""
+    """Pairs that are judged already: chosen and rejected answers, or several answers with their ranks."""
 
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
@@ -18,11 +18,12 @@ class PreferenceDataConfig(DataConfig):
 
 
 class PreferencesConfig(Table):
-    """D: where the preference pairs come from."""
+    """D: the source of the preference pairs."""
 
     source: Literal["data", "oracle"] = "data"
     """"oracle" asks about pairs of on-policy responses to a prompt, `select.budget` paid queries in all."""
     data: PreferenceDataConfig | None = None
+    """data: the pairs."""
     order: Literal["both", "random"] = "both"
     """oracle: ask both orders (two queries a pair; a disagreement is a tie), or one drawn order, recorded."""
     pairs_per_prompt: int = Field(default=1, gt=0)

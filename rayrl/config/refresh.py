@@ -1,10 +1,11 @@
-"""Refresh of the reward model on the policy's own samples (RLP), and its controls."""
+"""Settings of the refresh of the reward model on the policy's own samples (RLP), and of its controls."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrl.config.table import Table
+from rayrl.algorithms.clustering import CLUSTERINGS
+from rayrl.config.table import Table, name_in
 
 
 class SpgConfig(Table):
@@ -12,9 +13,10 @@ class SpgConfig(Table):
 
     gamma: float = Field(default=0.5, ge=0, le=1)
     """Least confidence, the largest cluster's share, that makes a pair. 0 is the control Select-All."""
-    clustering: Literal["strict", "kuhn2023", "farquhar2024", "embedding"] = "strict"
-    """Which published definition of bidirectional entailment, or a threshold on embeddings. If entailment accepts no
-    prompt at all, the embeddings are clustered beside it, and how many pairs they would give is reported."""
+    clustering: Annotated[str, name_in(CLUSTERINGS)] = "strict"
+    """A published definition of bidirectional entailment, or "embedding", a threshold on cosines; see
+    `rayrl.algorithms.clustering`. If entailment accepts no prompt at all, the embeddings are clustered too, and the
+    number of pairs they would give is reported."""
     entailment_model: str = "microsoft/deberta-large-mnli"
     """A sequence classifier with the three MNLI labels: a folder or hub id."""
     embedder: str | None = None
@@ -33,9 +35,13 @@ class UmlConfig(Table):
     weight: float = Field(default=0.5, ge=0)
     """lambda: L = L_BT + lambda L_M."""
     objective: Literal["uml", "mvi", "infomax", "contrastive"] = "uml"
+    """A name in `rayrl.algorithms.information.UML_OBJECTIVES`, which is not read here: it needs torch."""
     skl_weight: float = Field(default=1.0, ge=0)
+    """uml: weight of the divergence of the two codes."""
     z_dim: int = Field(default=64, gt=0)
+    """Dimensions of a code."""
     hidden_dim: int = Field(default=1024, gt=0)
+    """Width of the encoder's and the critic's hidden layers."""
     batch_size: int = Field(default=16, gt=1)
     """Prompts whose two views join every optimizer step (ours)."""
 
@@ -44,7 +50,9 @@ class OcrmConfig(Table):
     """Importance-weighted preferences (arXiv 2507.15507)."""
 
     alpha: float = Field(default=0.1, ge=0, le=1)
+    """Bounds the density ratio by 1 / alpha: 0 is the plain ratio, 1 weighs all pairs alike."""
     multiplier: float = Field(default=0.001, ge=0)
+    """Exponent of a pair's ratios; 0 weighs all pairs alike."""
 
 
 class RefreshConfig(Table):
@@ -56,8 +64,9 @@ class RefreshConfig(Table):
     n: int = Field(default=10, ge=2)
     """Responses per prompt sampled from pi."""
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature of these samples."""
     num_prompts: int | None = Field(default=None, gt=0)
-    """Sample only so many prompts of the pool, rounded up to whole blocks."""
+    """Sample for this many prompts of the pool, rounded up to whole blocks; None is all of them."""
     spg: SpgConfig = SpgConfig()
     uml: UmlConfig = UmlConfig()
     ocrm: OcrmConfig = OcrmConfig()

@@ -1,4 +1,4 @@
-"""The reward model r."""
+"""Settings of the reward model r."""
 
 from typing import Literal
 
@@ -16,13 +16,15 @@ class RewardModelConfig(TrainingConfig):
     num_members: int = Field(default=1, gt=0)
     """Reward models trained on the same pairs with seeds of their own: an ensemble."""
     objective: Literal["mean", "worst_case", "uncertainty_weighted"] = "mean"
-    """How an ensemble's rewards become one (arXiv 2310.02743)."""
+    """Combination of an ensemble's rewards (arXiv 2310.02743): a name in
+    `rayrl.algorithms.rewards.ENSEMBLE_OBJECTIVES`, which is not read here: it needs torch."""
     variance_coef: float = Field(default=0.5, ge=0)
     """uncertainty_weighted: reward = mean - variance_coef x variance."""
     holdout: float = Field(default=0.1, gt=0, lt=1)
     """Share of the prompts whose pairs are kept back to measure accuracy and calibration."""
     learning_rate: float = Field(default=3e-6, gt=0)
     batch_size: int = Field(default=16, gt=0)
+    """Pairs per optimizer step, over all workers."""
 
     @model_validator(mode="after")
     def _one_ready_made(self) -> "RewardModelConfig":

@@ -1,4 +1,4 @@
-"""The rubric: scale and judge prompts of oracle and evaluator."""
+"""Rubric settings: the scale of scores, and the judge prompts of oracle and evaluator."""
 
 from pydantic import model_validator
 
@@ -6,13 +6,13 @@ from rayrl.config.table import Table
 
 
 class RubricConfig(Table):
-    """What the expert and the evaluator are asked: a pointwise, additive scale, and comparisons of two responses."""
+    """Questions to the oracle and the evaluator: a score on an additive scale, or a comparison of two responses."""
 
     template: str | None = None
     """File with the judge prompt; `{prompt}` and `{response}` are filled in. None is the built-in additive rubric."""
     pairwise_template: str | None = None
-    """File with what is asked of two responses; `{prompt}`, `{first}` and `{second}` are filled in. None is the
-    built-in comparison."""
+    """File with the prompt of a comparison; `{prompt}`, `{first}` and `{second}` are filled in. None is the built-in
+    comparison."""
     min_score: int = 0
     max_score: int = 5
 

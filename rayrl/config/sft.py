@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the seed data."""
+"""Settings of supervised fine-tuning on the seed data."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""Where the curves go beside the run's own log and TensorBoard, which are always written."""
+"""Settings of experiment trackers. The run's own log and its TensorBoard files are written in any case."""
 
 from typing import Literal
 
@@ -12,6 +12,7 @@ class WandbConfig(Table):
 
     project: str = Field(default="rayrl", min_length=1)
     entity: str | None = None
+    """User or team that owns the project; None is the key's own."""
     mode: Literal["offline", "online"] = "offline"
     """"offline" writes to the run's folder, for `wandb sync`; "online" needs a key on the driver's node, in
     WANDB_API_KEY or in ~/.netrc."""
@@ -26,7 +27,7 @@ class MlflowConfig(Table):
 
 
 class TrackingConfig(Table):
-    """Experiment trackers; a table that is not there is not used."""
+    """Experiment trackers; a tracker without a table is not used."""
 
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None

@@ -1,4 +1,4 @@
-"""Chats in the shapes in which they are published.
+"""Chats in the shapes in which they are published, read into one.
 
 Messages are {"role", "content"}, {"from", "value"} (LLaMA-Factory, ShareGPT) or {"role", "text"} (Open Assistant), and
 whole chats may be dialogues in one string, "Human: ... Assistant: ..." (Anthropic's HH). All become
@@ -7,32 +7,43 @@ whole chats may be dialogues in one string, "Human: ... Assistant: ..." (Anthrop
 
 import json
 import re
-from typing import Any
+from typing import cast
 
 from rayrl.errors import DataError
 
 Messages = list[dict[str, str]]
 
-_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}
+"""Published names of roles; a role that is not listed keeps its name."""
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+"""Roles of the speakers of a dialogue in one string."""
+SHOWN_CHARACTERS = 80
+"""Of a cell, in messages."""
 
 
-def read_chat(cell: Any, where: str) -> Messages:
-    """A cell with messages: a list of them, a single one, JSON of either, or a Human/Assistant dialogue.
+def read_chat(cell: object, where: str) -> Messages:
+    """Read a cell with messages: a list of them, a single one, JSON of either, or a Human/Assistant dialogue.
 
     Raises:
-        DataError: it is none of these; `where` says in which row.
+        DataError: it is none of these; `where` names the row.
     """
     if isinstance(cell, str) and cell.lstrip().startswith("Human:"):
-        turns = re.split(r"\n\n(Human|Assistant):", f"\n\n{cell.lstrip()}")[1:]
-        roles = {"Human": "user", "Assistant": "assistant"}
-        return [
-            {"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)
-        ]
+        return _read_dialogue(cell)
     return [read_message(message, where) for message in read_list(cell, where)]
 
 
-def read_list(cell: Any, where: str) -> list[Any]:
-    """A list, possibly written as JSON (CSV has no lists); a single object is a list of one.
+def _read_dialogue(dialogue: str) -> Messages:
+    # A turn begins after a blank line, as all but the first do; elsewhere "Human:" is text. The split gives "" and then
+    # speaker, text, speaker, text, ...
+    _, *turns = re.split(r"\n\n(Human|Assistant):", f"\n\n{dialogue.lstrip()}")
+    messages: Messages = []
+    for speaker, text in zip(turns[::2], turns[1::2], strict=True):
+        messages.append({"role": SPEAKERS[speaker], "content": text.strip()})
+    return messages
+
+
+def read_list(cell: object, where: str) -> list[object]:
+    """Read a list, possibly written as JSON (CSV has no lists); a single object is a list of one.
 
     Raises:
         DataError: it is neither.
@@ -42,30 +53,34 @@ def read_list(cell: Any, where: str) -> list[Any]:
         try:
             parsed = json.loads(cell) if cell.strip() else []
         except json.JSONDecodeError:
-            parsed = cell
+            parsed = cell  # refused below, as any other text
+    if parsed is None:
+        return []
     if isinstance(parsed, dict):
-        return [parsed]
-    if not isinstance(parsed, list | None):
-        raise DataError(f"{where}: a list of messages was expected, got {str(cell)[:80]!r}")
-    return parsed or []
+        return [cast("object", parsed)]
+    if isinstance(parsed, list):
+        return cast("list[object]", parsed)
+    raise DataError(f"{where}: a list of messages was expected, got {str(cell)[:SHOWN_CHARACTERS]!r}")
 
 
-def read_message(cell: Any, where: str) -> dict[str, str]:
-    """One message; one without a role is the assistant's.
+def read_message(cell: object, where: str) -> dict[str, str]:
+    """Read one message; one without a role is the assistant's.
 
     Raises:
         DataError: it has no text.
     """
-    names = cell if isinstance(cell, dict) else {}
-    text = next((names[name] for name in ("content", "value", "text") if isinstance(names.get(name), str)), None)
-    role = names.get("role") or names.get("from") or "assistant"
+    message = cast("dict[str, object]", cell) if isinstance(cell, dict) else {}
+    texts = [message.get(name) for name in ("content", "value", "text")]
+    text = next((text for text in texts if isinstance(text, str)), None)
+    role = message.get("role") or message.get("from") or "assistant"
     if text is None or not isinstance(role, str):
-        raise DataError(f'{where}: a message must be {{"role": text, "content": text}}, got {str(cell)[:80]}')
-    return {"role": _ROLES.get(role, role), "content": text}
+        shown = str(cell)[:SHOWN_CHARACTERS]
+        raise DataError(f'{where}: a message must be {{"role": text, "content": text}}, got {shown}')
+    return {"role": ROLES.get(role, role), "content": text}
 
 
 def split_reply(messages: Messages) -> tuple[Messages, str]:
-    """A chat's prompt, and the assistant's message after it; "" if the chat ends without one."""
+    """Split a chat into its prompt and the assistant's message after it; "" if the chat ends without one."""
     if messages and messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]["content"]
     return messages, ""

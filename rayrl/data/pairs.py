@@ -1,44 +1,44 @@
-"""Preference pairs from a user's rows: a chosen and a rejected answer, or several answers with their ranks.
+"""Preference pairs from a user's rows: a chosen and a rejected reply, or several replies with their ranks.
 
-The common published shapes are read as they are (see `chats`): answers as text, as one chat message, or as a chat
-whose last assistant message counts. If `messages_column` names one of the two answers' columns, both hold whole chats:
-the last message of each is the answer, and what stands before it the prompt.
+The common published shapes are read as they are (see `chats`): replies as text, as one chat message, or as a chat
+whose last assistant message counts. If `messages_column` names one of the two replies' columns, both hold whole chats:
+the last message of each is the reply, and the messages before it the prompt.
 """
 
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from rayrl.config import PreferenceDataConfig
-from rayrl.data.chats import read_chat, read_list, read_message, split_reply
+from rayrl.data.chats import SHOWN_CHARACTERS, read_chat, read_list, read_message, split_reply
 from rayrl.data.reading import Render, prompt_of, text_cell
-from rayrl.data.rows import Row, rows_with
+from rayrl.data.rows import SourceRow, rows_with
 from rayrl.errors import DataError
 from rayrl.records import Prompt
 
-_MAX_NAMED_ROWS = 5
+MAX_NAMED_ROWS = 5
+"""Rows that a refusal names."""
 
 
 @dataclass
 class PairCounts:
-    """What became of the rows read; filled while they are iterated."""
+    """Counts of the rows read, by their outcome; filled while they are iterated."""
 
     num_rows: int = 0
     num_pairs: int = 0
     num_unusable: int = 0
-    """Rows without a prompt, or without two answers that say something (and, if ranked, have a rank)."""
+    """Rows without a prompt, or without two replies that are not empty (and, if ranked, have a rank)."""
     num_tied: int = 0
-    """Rows whose answers all have the same rank."""
+    """Rows whose replies all have the same rank."""
     num_other_prompt: int = 0
-    """Rows whose two chats differ before their last answer: those answer different prompts."""
+    """Rows whose two chats differ before their last message: those reply to different prompts."""
     prompt_ids: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One answer to a prompt."""
+class RankedReply:
+    """One of the replies to a prompt."""
 
     id: str
     """`data-<row number>-<place in the row>`."""
@@ -48,105 +48,120 @@ class Answer:
 
 
 def pair_columns(config: PreferenceDataConfig) -> list[str]:
-    """The columns a config asks its source for."""
-    answers = [config.replies_column] if config.replies_column else [config.chosen_column, config.rejected_column]
-    return list(dict.fromkeys([config.messages_column or config.prompt_column, *answers]))
+    """List the columns that a config needs in its source."""
+    replies = [config.replies_column] if config.replies_column else [config.chosen_column, config.rejected_column]
+    columns = [config.messages_column or config.prompt_column, *replies]
+    return list(dict.fromkeys(columns))  # whole chats: one column is both prompt and reply
 
 
 def read_pairs(
     config: PreferenceDataConfig, render: Render, counts: PairCounts
-) -> Iterator[tuple[Prompt, Answer, Answer]]:
-    """(prompt, chosen, rejected) of every pair of answers to one prompt whose ranks differ.
+) -> Iterator[tuple[Prompt, RankedReply, RankedReply]]:
+    """Yield (prompt, chosen, rejected) of every pair of replies to one prompt whose ranks differ.
 
     Args:
-        config: where the pairs are.
-        render: text or messages -> what the policy reads.
+        config: source of the pairs.
+        render: text or messages -> the text that the policy reads.
         counts: filled while iterating.
 
     Raises:
         DataError: see `rows_with`; a cell of the wrong type, with its row number; and, once everything is read,
-            rows whose preferred and other answer are the same text.
+            rows whose preferred and other reply are the same text.
     """
-    same: list[int] = []
+    rows_of_equal_texts: list[int] = []
     rows = rows_with(config.path, config.split, pair_columns(config))
     for number, row in enumerate(itertools.islice(rows, config.limit), 1):
         where = f"{config.path}, row {number}"
         counts.num_rows += 1
         prompt = _prompt(row, config, render, where)
-        answers = [answer for answer in _answers(row, config, number, where) if answer.text.strip()]
-        if _differ_before_the_answer(row, config, where):
+        replies = [reply for reply in _replies(row, config, number, where) if reply.text.strip()]
+        if _differ_before_the_reply(row, config, where):
             counts.num_other_prompt += 1
-        elif prompt is None or len(answers) < 2:
+        elif prompt is None or len(replies) < 2:
             counts.num_unusable += 1
-        elif len({answer.rank for answer in answers}) == 1:
+        elif len({reply.rank for reply in replies}) == 1:
             counts.num_tied += 1
         else:
-            for a, b in itertools.combinations(sorted(answers, key=lambda answer: answer.rank), 2):
-                if a.rank < b.rank and a.text.strip() == b.text.strip():
-                    same.append(number)
-                elif a.rank < b.rank:
-                    counts.num_pairs += 1
-                    counts.prompt_ids.add(prompt.id)
-                    yield prompt, a, b
-    if same:
-        shown = ", ".join(map(str, same[:_MAX_NAMED_ROWS])) + (" ..." if len(same) > _MAX_NAMED_ROWS else "")
+            by_rank = sorted(replies, key=lambda reply: reply.rank)
+            for better, worse in itertools.combinations(by_rank, 2):
+                if better.rank == worse.rank:
+                    continue
+                if better.text.strip() == worse.text.strip():
+                    rows_of_equal_texts.append(number)
+                    continue
+                counts.num_pairs += 1
+                counts.prompt_ids.add(prompt.id)
+                yield prompt, better, worse
+    # Only now, so that one message counts them all.
+    if rows_of_equal_texts:
+        shown = ", ".join(map(str, rows_of_equal_texts[:MAX_NAMED_ROWS]))
+        more = " ..." if len(rows_of_equal_texts) > MAX_NAMED_ROWS else ""
         raise DataError(
-            f"{config.path}: a chosen and a rejected answer must differ, and {len(same)} pairs do not (row {shown}); "
-            "remove those rows"
+            f"{config.path}: a chosen and a rejected answer must differ, and {len(rows_of_equal_texts)} pairs do not "
+            f"(row {shown}{more}); remove those rows"
         )
 
 
-def _prompt(row: Row, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
+def _prompt(row: SourceRow, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
     if config.messages_column is None:
         return prompt_of(text_cell(row.get(config.prompt_column), config.prompt_column, where), render)
-    return prompt_of(split_reply(read_chat(row.get(config.messages_column), where))[0], render)
+    messages, _ = split_reply(read_chat(row.get(config.messages_column), where))
+    return prompt_of(messages, render)
 
 
-def _answers(row: Row, config: PreferenceDataConfig, number: int, where: str) -> list[Answer]:
+def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: str) -> list[RankedReply]:
+    """All replies of a row that have a rank, in the order of the row."""
+    texts: list[tuple[str, float]] = []
     if config.replies_column is not None:
-        found = [
-            (read_message(reply, where), _rank(reply, where))
-            for reply in read_list(row.get(config.replies_column), where)
-        ]
-        texts = [(message["content"], rank) for message, rank in found]
+        for cell in read_list(row.get(config.replies_column), where):
+            message = read_message(cell, where)
+            texts.append((message["content"], _rank(cell, where)))
     else:
-        columns = (config.chosen_column, config.rejected_column)
-        texts = [(_reply(row.get(column), column, config, where), float(rank)) for rank, column in enumerate(columns)]
-    return [
-        Answer(id=f"data-{number}-{place}", text=text, rank=rank)
-        for place, (text, rank) in enumerate(texts)
-        if not math.isnan(rank)
-    ]
+        for rank, column in enumerate((config.chosen_column, config.rejected_column)):
+            texts.append((_reply(row.get(column), column, config, where), float(rank)))
+    replies: list[RankedReply] = []
+    for place, (text, rank) in enumerate(texts):
+        # A reply without a rank keeps its place: ids say where a text stands in the row.
+        if not math.isnan(rank):
+            replies.append(RankedReply(id=f"data-{number}-{place}", text=text, rank=rank))
+    return replies
 
 
-def _reply(cell: Any, column: str, config: PreferenceDataConfig, where: str) -> str:
-    """The text of an answer: of a chat the last assistant message."""
-    if isinstance(cell, str | None) and not _is_whole_chat(config):
+def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) -> str:
+    """The text of a reply; of a chat, its last assistant message."""
+    is_whole_chat = _holds_whole_chats(config)
+    if isinstance(cell, str | None) and not is_whole_chat:
         return cell or ""
     chat = read_chat(cell, where)
     if not chat:
         return ""
-    replies = [m["content"] for m in (chat[-1:] if _is_whole_chat(config) else chat) if m["role"] == "assistant"]
-    if not replies:
-        end = "end with" if _is_whole_chat(config) else "hold"
-        raise DataError(f"{where}: column {column} must {end} an assistant message, got {str(cell)[:80]}")
-    return replies[-1]
+    # A whole chat must end with the reply: the messages before the last are taken for the prompt.
+    candidates = chat[-1:] if is_whole_chat else chat
+    texts = [message["content"] for message in candidates if message["role"] == "assistant"]
+    if not texts:
+        must = "end with" if is_whole_chat else "hold"
+        shown = str(cell)[:SHOWN_CHARACTERS]
+        raise DataError(f"{where}: column {column} must {must} an assistant message, got {shown}")
+    return texts[-1]
 
 
-def _is_whole_chat(config: PreferenceDataConfig) -> bool:
+def _holds_whole_chats(config: PreferenceDataConfig) -> bool:
+    """Whether the two replies' columns hold the prompt too."""
     return config.messages_column in (config.chosen_column, config.rejected_column) and not config.replies_column
 
 
-def _differ_before_the_answer(row: Row, config: PreferenceDataConfig, where: str) -> bool:
-    if not _is_whole_chat(config):
+def _differ_before_the_reply(row: SourceRow, config: PreferenceDataConfig, where: str) -> bool:
+    if not _holds_whole_chats(config):
         return False
-    chosen, rejected = (read_chat(row.get(column), where) for column in (config.chosen_column, config.rejected_column))
+    chosen = read_chat(row.get(config.chosen_column), where)
+    rejected = read_chat(row.get(config.rejected_column), where)
     return chosen[:-1] != rejected[:-1]
 
 
-def _rank(reply: Any, where: str) -> float:
+def _rank(cell: object, where: str) -> float:
     """A reply's rank; NaN where it has none."""
-    rank = reply.get("rank")
+    assert isinstance(cell, dict)  # read_message refused it otherwise
+    rank = cell.get("rank")
     if rank is None:
         return math.nan
     if isinstance(rank, bool) or not isinstance(rank, int | float):

@@ -1,17 +1,16 @@
 """Prompts, seed pairs and reference answers from a user's rows.
 
 This module knows columns, chats and duplicates. It knows no file format (see `rows`) and no tokenizer:
-callers hand in `render`, which turns a text or a list of chat messages into what the policy reads.
+callers pass `render`, which turns a text or a list of chat messages into the text that the policy reads.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from rayrl.config import DataConfig, ReferenceAnswersConfig, SeedDataConfig
 from rayrl.data.chats import Messages, read_chat, split_reply
-from rayrl.data.rows import Row, read_rows, require_columns, rows_with
+from rayrl.data.rows import SourceRow, read_rows, require_columns, rows_with
 from rayrl.errors import DataError
 from rayrl.records import Prompt, content_id
 
@@ -32,7 +31,7 @@ Render = Callable[[str | Messages], str]
 
 @dataclass
 class PromptCounts:
-    """What became of the rows read; filled while a reader is iterated."""
+    """Counts of the rows read, by their outcome; filled while a reader is iterated."""
 
     num_rows: int = 0
     num_kept: int = 0
@@ -43,19 +42,20 @@ class PromptCounts:
 
 
 def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None = None) -> Iterator[Prompt]:
-    """The prompts of a pool, without empty ones and without exact duplicates (same rendered text).
+    """Yield the prompts of a pool, without empty ones and without exact duplicates (same rendered text).
 
     Args:
-        config: where the prompts are. Of chat messages, a trailing assistant message is cut off.
-        render: text or messages -> what the policy reads.
+        config: source of the prompts. Of chat messages, a trailing assistant message is cut off.
+        render: text or messages -> the text that the policy reads.
         counts: filled while iterating.
 
     Raises:
         DataError: see `require_columns`; also a cell of the wrong type, with its row number.
     """
     counts = counts if counts is not None else PromptCounts()
+    # Ids, which are hashes of the rendered texts: the texts themselves would take as much memory as the file.
     seen: set[str] = set()
-    for prompt, _ in _cells(config, None, render, counts):
+    for prompt, _ in _prompts_and_responses(config, None, render, counts):
         if prompt.id in seen:
             counts.num_duplicate += 1
             continue
@@ -67,7 +67,7 @@ def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None
 def read_seed_rows(
     config: SeedDataConfig, render: Render, counts: PromptCounts | None = None
 ) -> Iterator[tuple[Prompt, str]]:
-    """Supervised (prompt, response) pairs; with `score_column`, those that score at least `min_score`.
+    """Yield supervised (prompt, response) pairs; with `score_column`, those that score at least `min_score`.
 
     Of chat messages the last one must be the assistant's: it is the response.
 
@@ -75,7 +75,7 @@ def read_seed_rows(
         DataError: see `read_prompts`; also a score that is no number.
     """
     counts = counts if counts is not None else PromptCounts()
-    for prompt, response in _cells(config, config.response_column, render, counts):
+    for prompt, response in _prompts_and_responses(config, config.response_column, render, counts):
         if not response.strip():
             counts.num_empty += 1
             continue
@@ -84,14 +84,14 @@ def read_seed_rows(
 
 
 def read_reference_answers(config: ReferenceAnswersConfig, render: Render) -> Iterator[tuple[Prompt, str]]:
-    """The (prompt, answer) pairs of a table of reference answers; rows without an answer are left out."""
-    for prompt, answer in _cells(config, config.response_column, render, PromptCounts()):
+    """Yield the (prompt, answer) pairs of a table of reference answers; rows without an answer are left out."""
+    for prompt, answer in _prompts_and_responses(config, config.response_column, render, PromptCounts()):
         if answer.strip():
             yield prompt, answer
 
 
 def columns_of(config: DataConfig) -> list[str]:
-    """The columns a config asks its source for."""
+    """List the columns that a config needs in its source."""
     columns = [config.messages_column or config.prompt_column]
     if isinstance(config, SeedDataConfig | ReferenceAnswersConfig) and config.messages_column is None:
         columns.append(config.response_column)
@@ -100,10 +100,10 @@ def columns_of(config: DataConfig) -> list[str]:
     return columns
 
 
-def _cells(
+def _prompts_and_responses(
     config: DataConfig, response_column: str | None, render: Render, counts: PromptCounts
 ) -> Iterator[tuple[Prompt, str]]:
-    """(Prompt, response or "") of every row that has a prompt and scores enough."""
+    """Yield (prompt, response or "") of every row that has a prompt and scores enough."""
     rows = rows_with(config.path, config.split, columns_of(config))
     for number, row in enumerate(itertools.islice(rows, config.limit), 1):
         where = f"{config.path}, row {number}"
@@ -125,31 +125,33 @@ def _cells(
 
 
 def prompt_of(source: str | Messages, render: Render) -> Prompt | None:
-    """A text, or a chat without its reply, as a prompt; None if it asks nothing."""
+    """Make a prompt of a text, or of a chat without its reply; None if it asks nothing."""
     if isinstance(source, str):
         text = source
     else:
-        text = next((m["content"] for m in reversed(source) if m["role"] == "user"), "")
+        user_texts = [message["content"] for message in source if message["role"] == "user"]
+        text = user_texts[-1] if user_texts else ""
     if not text.strip():
         return None
     rendered = render(source)
     return Prompt(id=content_id(rendered), text=text, rendered=rendered)
 
 
-def _scores_enough(row: Row, config: SeedDataConfig, where: str) -> bool:
+def _scores_enough(row: SourceRow, config: SeedDataConfig, where: str) -> bool:
     if config.score_column is None or config.min_score is None:
         return True
     score = row.get(config.score_column)
+    # A row without a score is left out, and a score of the wrong type refused: CSV has only text.
     if score is None or score == "":
         return False
     try:
-        return float(score) >= config.min_score
+        return float(score) >= config.min_score  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):
         raise DataError(f"{where}: column {config.score_column} must be a number, got {score!r}") from None
 
 
-def text_cell(cell: Any, column: str, where: str) -> str:
-    """A cell that holds text, or nothing.
+def text_cell(cell: object, column: str, where: str) -> str:
+    """Read a cell that holds text, or nothing.
 
     Raises:
         DataError: it holds something else.

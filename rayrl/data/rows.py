@@ -1,9 +1,10 @@
 """Rows of JSONL, JSON, CSV and Parquet files (gzip'd too), `save_to_disk` folders and hub data sets.
 
 Rows stream in batches, from local paths and fsspec URLs alike, so that memory does not grow with the file;
-only a JSON file that is one list is read whole. What the columns mean is `reading`'s business.
+only a JSON file that is one list is read whole. This module knows no column's meaning: `reading` and `pairs` do.
 """
 
+import codecs
 import csv
 import difflib
 import itertools
@@ -13,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 import fsspec
 import pyarrow as pa
@@ -21,81 +22,93 @@ import pyarrow.parquet as pq
 
 from rayrl.errors import DataError
 
-Row = dict[str, Any]
+SourceRow = dict[str, object]
+"""A row of a user's file or data set: cells of any type, by column."""
+Reader = Callable[[IO[bytes], str], Iterator[SourceRow]]
+"""Reads the rows of an open file; the path is for messages."""
 
-_PEEKED_ROWS = 20  # JSON rows may leave a column out, so one row does not tell which columns there are
-_BATCH_ROWS = 1024
-_UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowInvalid)
+PEEKED_ROWS = 20
+"""Rows that tell the columns of a source: JSON rows may leave a column out, so one row is not enough."""
+BATCH_ROWS = 1024
+SHOWN_CHARACTERS = 80
+"""Of a row, in messages."""
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowInvalid)
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[Row]:
-    """All rows of a file, folder or hub data set; `split` matters for the last two.
+def read_rows(path: str, split: str = "train") -> Iterator[SourceRow]:
+    """Yield all rows of a file, folder or hub data set; `split` matters for the last two.
 
     Args:
         path: a local path, an fsspec URL, or a hub name (`name:configuration` if it has several).
         split: the split of a data set.
 
     Raises:
-        DataError: nothing is there, or it is not what its name says.
+        DataError: the path leads nowhere, or the file does not have the format of its name.
     """
     stem = path.lower().removesuffix(".gz")
-    suffix = next((s for s in _READERS if stem.endswith(s)), None)
-    if "://" not in path and Path(path).expanduser().is_dir():
+    suffix = next((suffix for suffix in READERS if stem.endswith(suffix)), None)
+    is_url = "://" in path
+    is_folder = not is_url and Path(path).expanduser().is_dir()
+    looks_like_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path) is not None
+    # A folder goes first, whatever its name: a data set may be saved under a name with a suffix.
+    if is_folder:
         yield from _saved_rows(path, split)
-    elif suffix is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path) and not Path(path).exists():
+    elif suffix is not None:
+        yield from _file_rows(path, READERS[suffix])
+    elif looks_like_hub_name and not Path(path).exists():
         yield from _hub_rows(path, split)
-    elif suffix is None and "://" in path:
+    elif is_url:
         yield from _saved_rows(path, split)
-    elif suffix is None:
-        raise DataError(
-            f"{path} must end in one of {', '.join(_READERS)} (.gz may follow), or be a save_to_disk folder"
-        )
     else:
-        yield from _file_rows(path, _READERS[suffix])
+        raise DataError(f"{path} must end in one of {', '.join(READERS)} (.gz may follow), or be a save_to_disk folder")
 
 
 def require_columns(path: str, needed: list[str], split: str = "train") -> None:
     """Refuse a source that is missing, empty, malformed at its beginning, or lacks a column.
 
     Raises:
-        DataError: names the column, and the columns there are.
+        DataError: names the column, and the columns that exist.
     """
     next(rows_with(path, split, needed))
 
 
-def rows_with(path: str, split: str, needed: list[str]) -> Iterator[Row]:
-    """`read_rows`, after a look at the first rows: never empty, and with every needed column.
+def rows_with(path: str, split: str, needed: list[str]) -> Iterator[SourceRow]:
+    """Yield the rows like `read_rows`, after a check of the first ones: never none, and with every needed column.
 
     Raises:
         DataError: see `require_columns`.
     """
     rows = read_rows(path, split)
-    head = list(itertools.islice(rows, _PEEKED_ROWS))
-    if not head:
+    first_rows = list(itertools.islice(rows, PEEKED_ROWS))
+    if not first_rows:
         raise DataError(f"{path} is empty: at least one row is needed")
-    columns = list(dict.fromkeys(key for row in head for key in row))
+    columns: list[str] = []
+    for row in first_rows:
+        columns += [column for column in row if column not in columns]
     for column in needed:
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise DataError(f"{path} has no column {column}; the columns there are {', '.join(columns)}{hint}")
-    yield from itertools.chain(head, rows)
+    yield from first_rows
+    yield from rows
 
 
-def _file_rows(path: str, reader: Callable[[IO[bytes], str], Iterator[Row]]) -> Iterator[Row]:
+def _file_rows(path: str, reader: Reader) -> Iterator[SourceRow]:
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
-            yield from reader(file, path)  # type: ignore[arg-type]
+            yield from reader(cast("IO[bytes]", file), path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except ImportError as error:
         raise DataError(f"{path} needs a package that is not installed: {error}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def _json_line_rows(file: IO[bytes], path: str) -> Iterator[Row]:
+def _json_line_rows(file: IO[bytes], path: str) -> Iterator[SourceRow]:
     for number, line in enumerate(file, 1):
+        # A byte order mark stands at the beginning of a file only.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         if not text:
             continue
@@ -104,15 +117,16 @@ def _json_line_rows(file: IO[bytes], path: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} must be a JSON object, got {text[:80]}")
-        yield row
+            raise DataError(f"{path}, line {number} must be a JSON object, got {text[:SHOWN_CHARACTERS]}")
+        yield cast("SourceRow", row)
 
 
-def _json_rows(file: IO[bytes], path: str) -> Iterator[Row]:
-    head = file.read(64)
+def _json_rows(file: IO[bytes], path: str) -> Iterator[SourceRow]:
+    beginning = file.read(64)
     file.seek(0)
-    if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _json_line_rows(file, path)  # JSON lines are often named .json
+    # JSON lines are often named .json: only a file that begins with a list is one JSON document.
+    if not beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _json_line_rows(file, path)
         return
     try:
         rows = json.loads(file.read().decode("utf-8-sig"))
@@ -120,30 +134,37 @@ def _json_rows(file: IO[bytes], path: str) -> Iterator[Row]:
         raise DataError(f"{path}, line {error.lineno} is not JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number} must be a JSON object, got {str(row)[:80]}")
-        yield row
+            raise DataError(f"{path}, row {number} must be a JSON object, got {str(row)[:SHOWN_CHARACTERS]}")
+        yield cast("SourceRow", row)
 
 
-def _csv_rows(file: IO[bytes], path: str) -> Iterator[Row]:
+def _csv_rows(file: IO[bytes], path: str) -> Iterator[SourceRow]:
     csv.field_size_limit(sys.maxsize)  # the default refuses a text of more than 128 KiB
     lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
+    # Cells beyond the header are gathered under the key "", which no column has.
     reader = csv.DictReader(lines, restkey="", strict=True)
     for row in reader:
         if "" in row:
             raise DataError(f"{path}, line {reader.line_num} has more cells than the header")
-        yield row
+        yield cast("SourceRow", row)
 
 
-def _parquet_rows(file: IO[bytes], path: str) -> Iterator[Row]:
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+def _parquet_rows(file: IO[bytes], path: str) -> Iterator[SourceRow]:
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
         yield from batch.to_pylist()
 
 
-_READERS = {".jsonl": _json_line_rows, ".ndjson": _json_line_rows, ".json": _json_rows, ".csv": _csv_rows}
-_READERS[".parquet"] = _parquet_rows
+READERS: dict[str, Reader] = {
+    ".jsonl": _json_line_rows,
+    ".ndjson": _json_line_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+"""Readers by the suffix of a file, before ".gz"."""
 
 
-def _saved_rows(path: str, split: str) -> Iterator[Row]:
+def _saved_rows(path: str, split: str) -> Iterator[SourceRow]:
     import datasets  # a second of import that files do without
 
     try:
@@ -154,10 +175,11 @@ def _saved_rows(path: str, split: str) -> Iterator[Row]:
         if split not in saved:
             raise DataError(f"{path} has no split {split}; the splits there are {', '.join(map(str, saved))}")
         saved = saved[split]
-    yield from saved  # type: ignore[misc]
+    for row in saved:
+        yield cast("SourceRow", row)
 
 
-def _hub_rows(path: str, split: str) -> Iterator[Row]:
+def _hub_rows(path: str, split: str) -> Iterator[SourceRow]:
     import datasets
 
     name, _, configuration = path.partition(":")
@@ -168,4 +190,5 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
             f"{path} is no local file or folder, and loading split {split} from the hub failed ({error}); "
             "correct the path, or download the data set and give its file or folder"
         ) from None
-    yield from table  # type: ignore[misc]
+    for row in table:
+        yield cast("SourceRow", row)

@@ -1,4 +1,4 @@
-"""Tokenizers: what the policy reads, and the tokens of prompts and of given responses.
+"""Tokenizers: the rendered text of a prompt, and the tokens of prompts and of given responses.
 
 Prompt and response are tokenised apart: training must see exactly the prefix that generation was conditioned
 on, and tokenising the two together could merge the last token of one with the first of the other.
@@ -6,7 +6,7 @@ on, and tokenising the two together could merge the last token of one with the f
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from rayrl.config import PolicyConfig
 from rayrl.data.chats import Messages
@@ -18,35 +18,39 @@ if TYPE_CHECKING:
 
 Format = Literal["plain", "chat"]
 
-_ANCHORS = ("\n", "a", ":")
+ANCHORS = ("\n", "a", ":")
+"""Texts to encode a response behind; see `encode_response`."""
 
 
 class ChatTemplate(Protocol):
     """The part of a tokenizer that renders chats."""
 
     @property
-    def chat_template(self) -> Any: ...
+    def chat_template(self) -> object: ...
 
-    def apply_chat_template(self, conversation: Messages, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Messages, *, tokenize: bool, add_generation_prompt: bool) -> object: ...
 
 
 def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
-    """The policy's tokenizer, from a folder, a URL or the hub; one without a padding token pads with EOS.
+    """Load the policy's tokenizer from a folder, a URL or the hub; one without a padding token pads with EOS.
 
     Raises:
-        ConfigError: no model folder, no tokenizer in it, no EOS token, or not to be had from the hub.
+        ConfigError: the folder holds no model, or no tokenizer, or the hub does not give it; or it has no EOS token.
     """
+    # transformers takes seconds to import, and planning does without it.
     from transformers import AutoTokenizer
 
     path = storage.local_folder(policy.path)
+    # transformers would take such a folder for a model of unknown type, and its message would not name the setting.
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise ConfigError(f"policy.path must be a model folder with a config.json, got {policy.path}")
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path,
             revision=policy.revision,
             trust_remote_code=policy.trust_remote_code,
-            local_files_only=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+            local_files_only=is_offline,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -64,7 +68,7 @@ def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
 
 
 def context_length(policy: PolicyConfig) -> int:
-    """Tokens a sequence may have: the config's limit, or the model's own."""
+    """Most tokens of a sequence: the config's limit, or the model's own."""
     from transformers import AutoConfig
 
     if policy.max_model_len is not None:
@@ -76,10 +80,10 @@ def context_length(policy: PolicyConfig) -> int:
 
 
 def resolve_format(tokenizer: ChatTemplate, prompt_format: str) -> Format:
-    """What "auto" means for this tokenizer.
+    """Choose the format that `policy.prompt_format` means for this tokenizer; "auto" is chat if it has a template.
 
     Raises:
-        ConfigError: "chat" is asked of a tokenizer without a chat template.
+        ConfigError: the format is "chat", and the tokenizer has no chat template.
     """
     if prompt_format == "chat" and not tokenizer.chat_template:
         raise ConfigError(
@@ -90,7 +94,7 @@ def resolve_format(tokenizer: ChatTemplate, prompt_format: str) -> Format:
 
 
 def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | Messages) -> str:
-    """What the policy reads: the text itself, or the chat template with the turn handed to the assistant.
+    """Make the text that the policy reads: plain text as it is, or the chat template up to the assistant's turn.
 
     Raises:
         ConfigError: chat messages for a policy that reads plain text.
@@ -108,14 +112,16 @@ def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | 
     if isinstance(messages_or_text, str):
         messages_or_text = [{"role": "user", "content": messages_or_text}]
     try:
-        return tokenizer.apply_chat_template(messages_or_text, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(messages_or_text, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         shown = json.dumps(messages_or_text)[:200]
         raise DataError(f"the policy's chat template refuses these messages: {error}; got {shown}") from None
+    assert isinstance(rendered, str)  # tokenize=False
+    return rendered
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_format: str = "auto") -> list[int]:
-    """Tokens of a rendered prompt.
+    """Encode a rendered prompt.
 
     Plain text gets a BOS if the tokenizer adds one, and never an EOS. A chat template writes its own BOS.
     """
@@ -125,23 +131,25 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_fo
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase", rendered: list[str], prompt_format: str = "auto"
 ) -> list[list[int]]:
-    """`encode_prompt` of each of at least one text; together they are much faster."""
-    tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    if resolve_format(tokenizer, prompt_format) == "chat" or tokenizer.bos_token_id is None:
-        return tokens  # type: ignore[return-value]
-    adds_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    return [[tokenizer.bos_token_id, *of_text] for of_text in tokens] if adds_bos else tokens  # type: ignore
+    """Encode at least one rendered prompt like `encode_prompt`; together they are much faster."""
+    prompts = cast("list[list[int]]", tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    bos_id = cast("int | None", tokenizer.bos_token_id)
+    if resolve_format(tokenizer, prompt_format) == "chat" or bos_id is None:
+        return prompts
+    # Having a BOS does not mean adding it: this depends on the tokenizer's settings, and shows at any text.
+    adds_bos = tokenizer.encode("a")[:1] == [bos_id]
+    return [[bos_id, *token_ids] for token_ids in prompts] if adds_bos else prompts
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Tokens of a response that continues a prompt: no BOS, EOS at the end.
+    """Encode a response that continues a prompt: no BOS, EOS at the end.
 
-    Sentencepiece-style tokenizers put a space before the first word of whatever they encode. A continuation
+    Sentencepiece-style tokenizers put a space before the first word of the text that they encode. A continuation
     has none: the text is encoded behind an anchor, whose tokens are cut off again. Where an anchor merges
     with the text, the next one is tried.
     """
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    for anchor in _ANCHORS:
+    token_ids = tokenizer.encode(text, add_special_tokens=False)  # if the text merges with every anchor
+    for anchor in ANCHORS:
         prefix = tokenizer.encode(anchor, add_special_tokens=False)
         anchored = tokenizer.encode(anchor + text, add_special_tokens=False)
         if anchored[: len(prefix)] == prefix:

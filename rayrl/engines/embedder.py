@@ -1,56 +1,62 @@
-"""Embedding replica: one pooled vector per text, and a scalar head's value of it. A Ray actor's plain class.
+"""Embedding replica: one pooled vector per text, and the value that a scalar head gives it. A Ray actor's plain class.
 
-The head is applied outside the engine, so that one embedding engine serves the selection and any scalar evaluator.
+The head is applied outside of the engine, so that one embedding engine serves the selection and any scalar evaluator.
 """
 
 import asyncio
 import uuid
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rayrl.engines.vllm_engine import ServedEngine
+from rayrl.engines.weight_folder import Probe
 from rayrl.metrics import meters
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
 
 HEAD_FILE = "head/head.safetensors"
-"""Beside the model folder's own files: vLLM loads every safetensors file at the top of it."""
+"""In a folder below the model folder's own files: vLLM loads every safetensors file at the top of it."""
 
 
 class Embedder(ServedEngine):
     """One vLLM pooling engine."""
 
     async def embed(self, checkpoint: Checkpoint, inputs: list[list[int]]) -> np.ndarray:
-        """Pooled hidden states of the last layer, (num_inputs, hidden_size) float32."""
-        meters.TOKENS.add(sum(map(len, inputs)), **self.labels, kind="prompt")
+        """Return pooled hidden states of the last layer, (num_inputs, hidden_size) float32."""
+        num_tokens = sum(len(tokens) for tokens in inputs)
+        meters.TOKENS.add(num_tokens, **self.labels, kind="prompt")
         async with self.serving(checkpoint):
-            return np.stack(await asyncio.gather(*(self._embed(tokens) for tokens in inputs)))
+            vectors = await asyncio.gather(*(self._embed(tokens) for tokens in inputs))
+            return np.stack(vectors)
 
     async def values(self, checkpoint: Checkpoint, inputs: list[list[int]]) -> np.ndarray:
-        """The scalar head's value of each input, (num_inputs,) float64."""
+        """Return the scalar head's value of each input, (num_inputs,) float64."""
         return apply_head(await self.embed(checkpoint, inputs), checkpoint)
 
-    async def probe(self, expected: dict[str, Any], checkpoint: Checkpoint) -> float:
+    async def probe(self, expected: Probe, checkpoint: Checkpoint) -> float:
         vector = await self._embed(expected["prompt_token_ids"])
-        if "value" not in expected:  # a policy, which has no head
-            theirs = np.array(expected["embedding"][self.spec.pooling])
-            return float(np.abs(vector[: len(theirs)] - theirs).max())
-        return float(abs(apply_head(vector[None], checkpoint)[0] - expected["value"]))
+        if "value" in expected:
+            value = apply_head(vector[None], checkpoint)[0]
+            return float(abs(value - expected["value"]))
+        # A policy has no head: its probe holds the first coordinates of the vector for each kind of pooling.
+        assert self.spec.pooling is not None
+        expected_vector = np.array(expected["embedding"][self.spec.pooling])
+        return float(np.abs(vector[: len(expected_vector)] - expected_vector).max())
 
     async def _embed(self, token_ids: list[int]) -> np.ndarray:
         from vllm import PoolingParams
 
-        request = {"prompt_token_ids": token_ids}
         params = PoolingParams(task="embed", use_activation=False)
-        (output,) = [o async for o in self.engine.encode(request, params, request_id=uuid.uuid4().hex)]
+        stream = self.engine.encode({"prompt_token_ids": token_ids}, params, request_id=uuid.uuid4().hex)
+        (output,) = [item async for item in stream]
         return output.outputs.data.float().numpy()
 
 
 def apply_head(vectors: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
-    """The head's value w . h + b of vectors h, (num, hidden_size) -> (num,)."""
+    """Return the head's value w . h + b of vectors h, (num, hidden_size) -> (num,), in float64."""
     from safetensors.numpy import load_file
 
     head = load_file(Path(local_folder(checkpoint.path)) / HEAD_FILE)
-    return vectors.astype(np.float64) @ head["weight"].astype(np.float64)[0] + float(head["bias"][0])
+    weight = head["weight"].astype(np.float64)[0]
+    return vectors.astype(np.float64) @ weight + float(head["bias"][0])

@@ -1,4 +1,7 @@
-"""Entailment replica: does a premise entail a hypothesis, contradict it, or neither? A Ray actor's plain class."""
+"""Entailment replica: labels pairs of texts as entailment, neutral or contradiction. A Ray actor's plain class.
+
+The model is a sequence classifier trained on MNLI, run by transformers and not by vLLM. Its weights never change.
+"""
 
 import logging
 import os
@@ -6,23 +9,27 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int8
 
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.clustering import ENTAILMENT
+from rayrl.engines.serving import ReplicaStatus
 from rayrl.metrics import meters, prometheus
 from rayrl.models.mnli import label_order, load_entailment
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""Tokens, padding included, of one forward pass."""
+"""Tokens, padding included, in one forward pass."""
 
 MAX_CONCURRENCY = 10
-"""Calls that a replica has at once. They are read one after the other, while it says how it is."""
+"""Calls that a replica accepts at once. It classifies one call after the other; the rest is room for health checks."""
 
 Pair = tuple[str, str]
 """(premise, hypothesis)"""
@@ -30,12 +37,12 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class EntailmentSpec:
-    """What a replica is started with."""
+    """Specification of an entailment replica."""
 
     path: str
     """A sequence classifier's folder or hub id."""
     max_tokens: int
-    """Longest pair that is read whole; of a longer one the longer text loses its end first."""
+    """Longest pair that is read whole. A longer one is cut, at the end of its longer text first."""
     threads: int
     """Compute threads, without a GPU."""
     on_gpu: bool
@@ -48,9 +55,9 @@ class Entailments:
     labels: Int8[np.ndarray, " pairs"]
     """0 contradiction, 1 neutral, 2 entailment."""
     asked: Bool[np.ndarray, " pairs"]
-    """The model has read this pair. It has not read an equal one earlier in the list, nor are its two texts one."""
+    """Whether the model read this pair. It reads no pair of equal texts, and of equal pairs only the first."""
     truncated: Bool[np.ndarray, " pairs"]
-    """It has read it without its ends."""
+    """Whether the model read the pair without the ends of its texts."""
 
 
 class EntailmentModel:
@@ -60,7 +67,7 @@ class EntailmentModel:
         import torch
 
         started = time.monotonic()
-        self._turn = threading.Lock()
+        self._classify_lock = threading.Lock()
         self.labels = prometheus.replica()
         meters.RESTARTS.add(prometheus.was_restarted(), **self.labels)
         meters.show_state("starting", self.labels)
@@ -69,7 +76,8 @@ class EntailmentModel:
         self._device = "cuda" if spec.on_gpu else "cpu"
         self._order = np.array(label_order(spec.path), np.int8)
         model, self._tokenizer = load_entailment(spec.path, torch.float16 if spec.on_gpu else torch.float32)
-        self._model = model.to(self._device)
+        # transformers wraps `Module.to` in a function without its types.
+        self._model = model.to(self._device)  # pyright: ignore[reportArgumentType]
         context = self._model.config.to_dict().get("max_position_embeddings") or spec.max_tokens
         self._max_tokens = min(spec.max_tokens, context, self._tokenizer.model_max_length)
         if self._max_tokens < spec.max_tokens:
@@ -79,45 +87,57 @@ class EntailmentModel:
         meters.START_SECONDS.set(self.start_s, **self.labels)
         meters.show_state("serving", self.labels)
 
-    def status(self) -> dict[str, Any]:
-        """Start-up seconds of this replica, whose weights never change; also the health check."""
+    def status(self) -> ReplicaStatus:
+        """Report the start-up; also the health check."""
         return {"start_s": self.start_s, "started_at": self.started_at, "swaps_s": [], "pid": os.getpid()}
 
     def classify(self, pairs: Sequence[Pair]) -> Entailments:
-        """A label per pair. Each distinct pair is read once, and two equal texts entail each other unread."""
-        distinct = {pair: n for n, pair in enumerate(dict.fromkeys(p for p in pairs if p[0] != p[1]))}
-        with self._turn:
+        """Label every pair. Each distinct pair is read once; two equal texts entail each other and are not read."""
+        distinct: dict[Pair, int] = {}
+        for premise, hypothesis in pairs:
+            if premise != hypothesis:
+                distinct.setdefault((premise, hypothesis), len(distinct))
+        with self._classify_lock:
             labels, truncated = self._read(list(distinct))
         meters.ENTAILED.add(len(distinct), **self.labels)
-        which = np.array([distinct.get(pair, -1) for pair in pairs], np.int64)
+        # Position of each pair's answer among those of the distinct pairs. At position -1, the last one, the answer
+        # for equal texts is appended.
+        positions = np.array([distinct.get(pair, -1) for pair in pairs], np.int64)
+        first_of_each = np.unique(positions, return_index=True)[1]
         asked = np.zeros(len(pairs), bool)
-        asked[np.unique(which, return_index=True)[1]] = True
-        asked &= which >= 0
-        return Entailments(  # at -1 is the answer for equal texts
-            labels=np.append(labels, np.int8(ENTAILMENT))[which],
+        asked[first_of_each] = True
+        asked &= positions >= 0
+        return Entailments(
+            labels=np.append(labels, np.int8(ENTAILMENT))[positions],
             asked=asked,
-            truncated=asked & np.append(truncated, False)[which],
+            truncated=asked & np.append(truncated, False)[positions],
         )
 
-    def _read(self, pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        """Label of each pair, and whether it lost its ends."""
+    def _read(self, pairs: list[Pair]) -> tuple[Int8[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
+        """Run the model; returns the label of each pair, and whether the pair was cut."""
         import torch
 
         labels, truncated = np.empty(len(pairs), np.int8), np.zeros(len(pairs), bool)
         if not pairs:
             return labels, truncated
-        encoded = self._encode(pairs, truncation="longest_first", max_length=self._max_tokens)
+        encoded = self._encode(pairs)
         lengths = [len(tokens) for tokens in encoded["input_ids"]]
-        full = [n for n, length in enumerate(lengths) if length == self._max_tokens]
+        # A pair that fills the limit was either cut or fits exactly: only encoding it whole tells which.
+        full = [number for number, length in enumerate(lengths) if length == self._max_tokens]
         if full:
-            whole = self._encode([pairs[n] for n in full], truncation=False, verbose=False)["input_ids"]
+            whole = self._encode([pairs[number] for number in full], cut=False)["input_ids"]
             truncated[full] = [len(tokens) > self._max_tokens for tokens in whole]
         for batch in micro_batches(lengths, BATCH_TOKENS[self._device]):
-            rows = {name: [values[n] for n in batch] for name, values in encoded.items()}
+            rows = {name: [values[number] for number in batch] for name, values in encoded.items()}
             inputs = self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
             with torch.inference_mode():
-                labels[batch] = self._order[self._model(**inputs).logits.argmax(-1).cpu().numpy()]
+                outputs = self._model(**inputs).logits.argmax(-1).cpu().numpy()
+            labels[batch] = self._order[outputs]
         return labels, truncated
 
-    def _encode(self, pairs: list[Pair], **options: Any) -> Any:
-        return self._tokenizer([premise for premise, _ in pairs], [hypothesis for _, hypothesis in pairs], **options)
+    def _encode(self, pairs: list[Pair], *, cut: bool = True) -> "BatchEncoding":
+        premises = [premise for premise, _ in pairs]
+        hypotheses = [hypothesis for _, hypothesis in pairs]
+        if cut:
+            return self._tokenizer(premises, hypotheses, truncation="longest_first", max_length=self._max_tokens)
+        return self._tokenizer(premises, hypotheses, truncation=False, verbose=False)

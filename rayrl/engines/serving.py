@@ -1,41 +1,64 @@
-"""Requests name the weights they are to be answered by: a replica holds the ones, and swaps for the others.
+"""Serving of one checkpoint at a time: each request names the weights that must answer it.
 
-It swaps once nobody runs on what it holds, and nobody starts meanwhile. What an engine is, and how it swaps, is for the
-subclasses to say.
+A replica holds the weights of one checkpoint. When a request names another checkpoint, the replica waits until no
+request runs, loads the named weights, and only then lets requests start again. So no request is ever answered by
+weights that it did not name. Subclasses supply the engine and the loading; nothing here depends on vLLM or Ray.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TypedDict
 
 from rayrl.records import Checkpoint
 
 LOADING = "loading "
-"""Before the version of a replica that is between two."""
+"""Prefix of a replica's version while it is between two checkpoints."""
+
+
+class ReplicaStatus(TypedDict):
+    """A replica's report on itself: the answer to its health check."""
+
+    start_s: float
+    """Seconds that its start took."""
+    started_at: float
+    """When its start ended, as Unix time."""
+    swaps_s: list[float]
+    """Seconds that each weight swap took, in order."""
+    pid: int
+
+
+class EngineStatus(ReplicaStatus):
+    """Report of a replica whose weights can be swapped."""
+
+    version: str
+    """Version of the checkpoint that it serves; with the prefix `LOADING` while it swaps."""
+    num_received: int
+    """Swaps whose weights came straight from a trainer, without a folder."""
 
 
 class Serving:
-    """One checkpoint at a time."""
+    """Base of replicas that serve one checkpoint at a time."""
 
     def __init__(self, version: str):
         self.version = version
-        self._running = 0
+        self._num_running = 0
         self._idle = asyncio.Condition()
-        self._swap = asyncio.Lock()
+        self._swap_lock = asyncio.Lock()
 
     async def load(self, checkpoint: Checkpoint) -> None:
-        """Swap to a checkpoint, whose version is `self.version` from then on. Nobody else does so at the time."""
+        """Swap to a checkpoint and set `self.version` to its version. Called with the swap lock held."""
         raise NotImplementedError
 
     async def adopt(self, checkpoint: Checkpoint, in_flight: bool) -> str:
-        """Swap to a checkpoint; the version that is served.
+        """Swap to a checkpoint and return the version that is served afterwards.
 
         Args:
             checkpoint: the weights.
-            in_flight: do not wait for running requests: they go on under the new weights.
+            in_flight: swap without waiting for running requests; they continue under the new weights.
         """
         if in_flight:
-            async with self._swap:
+            async with self._swap_lock:
                 if checkpoint.version != self.version:
                     await self.load(checkpoint)
         async with self.serving(checkpoint):
@@ -43,19 +66,21 @@ class Serving:
 
     @asynccontextmanager
     async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
-        """Hold a checkpoint's weights while a request runs."""
-        async with self._swap:
+        """Hold a checkpoint's weights while a request runs inside the context."""
+        # A request that needs a swap keeps the lock while it waits for the running ones. Requests that come later
+        # queue behind it, so that a steady stream of requests for the old weights cannot delay the swap for ever.
+        async with self._swap_lock:
             if checkpoint.version != self.version:
-                await self._until_idle()
+                await self._wait_until_idle()
                 await self.load(checkpoint)
-            self._running += 1
+            self._num_running += 1
         try:
             yield
         finally:
-            self._running -= 1
+            self._num_running -= 1
             async with self._idle:
                 self._idle.notify_all()
 
-    async def _until_idle(self) -> None:
+    async def _wait_until_idle(self) -> None:
         async with self._idle:
-            await self._idle.wait_for(lambda: self._running == 0)
+            await self._idle.wait_for(lambda: self._num_running == 0)

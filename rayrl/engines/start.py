@@ -1,55 +1,57 @@
-"""What a vLLM engine is started with, and its start."""
+"""Start of a vLLM engine: its specification, its process's environment, and its arguments."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayrl.config import EngineConfig
 from rayrl.metrics import prometheus
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerFactory
+
 CPU_BATCHED_TOKENS = 8192
-"""Tokens of one forward pass of a CPU engine; a context longer than this raises it."""
+"""Tokens in one forward pass of a CPU engine; a longer context raises it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What an engine is started with. The kind (`runner`) never changes during its life."""
+    """Specification of an engine. Its kind, generation or embedding, stays the same for its whole life."""
 
     checkpoint: Checkpoint
+    """Weights that it starts with."""
     config: EngineConfig
     dtype: str
     max_model_len: int | None
+    """Context in tokens; None is the model's own."""
     trust_remote_code: bool
     on_gpu: bool
     pooling: str | None = None
-    """None is a generation engine; "mean" or "last" an embedding engine."""
+    """None for a generation engine; "mean" or "last" for an embedding engine."""
     weight_transfer: str | None = None
-    """vLLM's engine by which a trainer can send weights; None leaves the folder."""
+    """vLLM's transfer backend over which a trainer sends weights; None if they come through folders only."""
 
 
 def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
-    """Environment of an engine's process.
-
-    On CPU: threads set, and the model inside the core's process; vLLM's own worker process binds threads, and two bound
-    engines share core 0.
-    """
+    """Return the environment variables of an engine's process."""
     variables = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not on_gpu:
+        # On CPU the model runs inside the process of vLLM's core. A worker process of its own would bind its threads,
+        # and two engines that bind threads share core 0.
         variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return variables
 
 
-def start_engine(spec: EngineSpec, name: str) -> Any:
-    """Start an `AsyncLLM`. Takes 10-30 s.
+def engine_arguments(spec: EngineSpec, name: str) -> dict[str, Any]:
+    """Return the arguments of vLLM's `AsyncEngineArgs`; the config's `engine_args` override all others.
 
     Args:
-        spec: what it is started with.
-        name: what vLLM's metrics call it (`model_name`): its fleet; empty is the model's path.
+        spec: the engine's specification.
+        name: label `model_name` of vLLM's metrics, the fleet's name; empty for the model's path.
     """
-    from vllm import AsyncEngineArgs
     from vllm.config import PoolerConfig, WeightTransferConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments: dict[str, Any] = {
         "model": local_folder(spec.checkpoint.path),
@@ -60,16 +62,20 @@ def start_engine(spec: EngineSpec, name: str) -> Any:
         "pipeline_parallel_size": spec.config.pipeline_parallel_size,
         "trust_remote_code": spec.trust_remote_code,
         "seed": 0,
-        "disable_log_stats": True,  # vLLM's log lines; what they say is among the metrics
+        "disable_log_stats": True,  # these are log lines; the same numbers are among the metrics
         "served_model_name": name or None,
     }
+    if spec.checkpoint.revision is not None:
+        arguments |= {"revision": spec.checkpoint.revision, "tokenizer_revision": spec.checkpoint.revision}
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
         if spec.config.num_ranks > 1:
-            # In a placement group vLLM would start Ray actors of its own; this one holds all of the group's GPUs.
+            # Inside a placement group vLLM would start Ray actors of its own. This actor already holds all GPUs of
+            # its group, so plain processes use them.
             arguments["distributed_executor_backend"] = "mp"
     else:
-        # A prefill in chunks would rewind a seeded request's generator, which torch's CPU generator cannot do.
+        # A prefill in chunks would rewind the random generator of a seeded request, which torch cannot do on CPU. So
+        # chunks are off, and then a whole context must fit into one batch.
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": spec.config.kv_cache_mb << 20,
@@ -79,11 +85,22 @@ def start_engine(spec: EngineSpec, name: str) -> Any:
     if spec.weight_transfer is not None:
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=spec.weight_transfer)
     if spec.pooling is not None:
+        # Without the activation a vector comes as it is; vLLM would normalise it.
         pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
         arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
-    loggers: list[Any] = []
+    return arguments | spec.config.engine_args
+
+
+def start_engine(spec: EngineSpec, name: str) -> "AsyncLLM":
+    """Start an engine, which takes 10 to 30 s; the arguments are those of `engine_arguments`."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    loggers: list[StatLoggerFactory] = []
     if prometheus.connected():
+        # Imported here: it patches vLLM's Ray loggers, which nothing outside of Ray needs.
         from rayrl.engines.vllm_metrics import EngineStats
 
         loggers = [EngineStats]
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | spec.config.engine_args)), stat_loggers=loggers)
+    arguments = AsyncEngineArgs(**engine_arguments(spec, name))
+    return AsyncLLM.from_engine_args(arguments, stat_loggers=loggers)

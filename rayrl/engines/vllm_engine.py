@@ -1,9 +1,15 @@
-"""One vLLM engine and the one way its weights are swapped. Not a scheduler: vLLM batches, Ray restarts.
+"""vLLM engine in a Ray actor, with a checked swap of its weights: the base of generation and embedding replicas.
 
-Every request names the checkpoint it must be answered by. A replica that holds other weights (a stage went by, or Ray
-has just restarted it) swaps first: wait for the running requests, pause, load, reset the prefix cache, compare the
-probe with the trainer's numbers, resume. So a stale replica cannot answer, and nobody need keep track of who is stale.
-Only PPO with `overlap` does not wait: a sequence that is being written goes on under the new weights, and names both.
+A swap pauses the engine, loads the weights, resets the prefix cache, resumes, and compares the engine's answer to a
+fixed prompt (the probe) with the trainer's. A replica whose swap fails ends its process, so that half-loaded weights
+never answer, and Ray starts another. Since every request names its weights (`rayrl.engines.serving`), a replica that
+has just restarted, or that an earlier stage left with other weights, swaps before it answers; no caller has to track
+which replicas are stale.
+
+The one exception is PPO with `overlap`: a sequence that is being generated during the swap continues under the new
+weights, and its `versions` name both.
+
+Scheduling is not done here: vLLM batches requests, and Ray restarts processes.
 """
 
 import asyncio
@@ -18,25 +24,27 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayrl.engines.serving import LOADING, Serving
+from rayrl.engines.serving import LOADING, EngineStatus, Serving
 from rayrl.engines.start import EngineSpec, start_engine
-from rayrl.engines.weight_folder import PROBE_FILE, until_there, with_tied_head
+from rayrl.engines.weight_folder import PROBE_FILE, Probe, wait_for_folder, weights_folder, with_tied_head
 from rayrl.errors import StageTimeout, WeightSyncError
 from rayrl.metrics import meters, prometheus
 from rayrl.records import Checkpoint
-from rayrl.runs.storage import local_folder
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a log-probability (nats) or head value between trainer and engine, by dtype."""
 
-CORE_S = 90.0
-"""For an answer of vLLM's core, which gives one between two steps."""
+CORE_TIMEOUT_S = 90.0
+"""Longest wait for vLLM's core in a health check. The core answers between two steps, which may be long."""
+
+EXIT_DELAY_S = 1.0
+"""Delay before a replica with wrong weights ends, so that its error reaches the caller first."""
 
 
 class ServedEngine(Serving):
-    """An engine that serves one checkpoint at a time. Subclasses add the requests and say how to probe."""
+    """vLLM engine that serves one checkpoint at a time. Subclasses add the requests and the probe."""
 
     def __init__(self, spec: EngineSpec):
         super().__init__(spec.checkpoint.version)
@@ -52,26 +60,28 @@ class ServedEngine(Serving):
         self._show_serving()
         self.swaps_s: list[float] = []
         self._num_received = 0
-        self._is_core_taken = False
+        self._is_core_busy = False
 
-    async def probe(self, expected: dict[str, Any], checkpoint: Checkpoint) -> float:
-        """Largest difference between the engine's answer to the probe and the trainer's."""
+    async def probe(self, expected: Probe, checkpoint: Checkpoint) -> float:
+        """Return the largest difference between the engine's answer to the probe and the trainer's."""
         raise NotImplementedError
 
-    async def status(self) -> dict[str, Any]:
-        """Version, start-up, swaps and how many came without a folder of this replica; also the health check.
+    async def status(self) -> EngineStatus:
+        """Report version, start-up and swaps; also the health check.
 
         Raises:
-            StageTimeout: vLLM's core does not answer, and it is no swap that keeps it.
+            StageTimeout: vLLM's core does not answer, and no swap keeps it busy.
         """
         await self.engine.check_health()
         try:
-            if not self._is_core_taken:
-                async with asyncio.timeout(CORE_S):
-                    await self.engine.is_sleeping()  # asked for the answer's sake: it comes from the core's process
+            # `check_health` only reads this process's state. `is_sleeping` is answered by the core, and its answer
+            # shows that the core still works. During a swap the core is busy for long and is not asked.
+            if not self._is_core_busy:
+                async with asyncio.timeout(CORE_TIMEOUT_S):
+                    await self.engine.is_sleeping()
         except TimeoutError:
-            if not self._is_core_taken:
-                raise StageTimeout(f"the engine's core has not answered for {CORE_S:.0f} s") from None
+            if not self._is_core_busy:  # a swap may have begun after the question
+                raise StageTimeout(f"the engine's core has not answered for {CORE_TIMEOUT_S:.0f} s") from None
         return {
             "version": self.version,
             "start_s": self.start_s,
@@ -83,36 +93,48 @@ class ServedEngine(Serving):
 
     @asynccontextmanager
     async def serving(self, checkpoint: Checkpoint) -> AsyncIterator[None]:
-        """Hold the engine on a checkpoint's weights while a request runs; a replica whose engine dies ends."""
+        """Hold a checkpoint's weights while a request runs; end this process if the engine dies meanwhile."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             async with super().serving(checkpoint):
-                meters.RUNNING.set(self._running, **self.labels)
+                meters.RUNNING.set(self._num_running, **self.labels)
                 yield
         except EngineDeadError:
             logger.exception("the engine died; this replica ends, and Ray starts another")
             os._exit(1)
         finally:
-            meters.RUNNING.set(self._running, **self.labels)
+            meters.RUNNING.set(self._num_running, **self.labels)
 
     async def join(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        """Enter a trainer's transfer group, and leave the one before."""
+        """Enter a trainer's transfer group, after leaving the one before.
+
+        Args:
+            init_info: the group, in the format of vLLM's transfer backend.
+            timeout_s: time for the group to form.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        async with self._swap:
-            with self._or_die("joining a transfer group"):
+        async with self._swap_lock:
+            with self._ending_on_failure("joining a transfer group"):
                 async with asyncio.timeout(timeout_s):
                     await self.engine.shutdown_weight_transfer_engine()
                     await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def receive(
-        self, checkpoint: Checkpoint, probe: dict[str, Any], update_info: Any, in_flight: bool, timeout_s: float
+        self, checkpoint: Checkpoint, probe: Probe, update_info: dict[str, Any], in_flight: bool, timeout_s: float
     ) -> None:
-        """Swap to weights that the trainer's group brings, and prove them.
+        """Swap to weights that the trainer's group broadcasts, and check them against the probe.
+
+        Args:
+            checkpoint: the version that the weights have afterwards.
+            probe: the trainer's answer to the probe.
+            update_info: the broadcast, in the format of vLLM's transfer backend.
+            in_flight: swap without waiting for running requests.
+            timeout_s: time for the weights to arrive.
 
         Raises:
-            WeightSyncError: the engine's answer to the probe is not the trainer's.
+            WeightSyncError: the engine's answer to the probe differs from the trainer's.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -122,44 +144,35 @@ class ServedEngine(Serving):
                 await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
                 await self.engine.finish_weight_update()
 
-        async with self._swap:
+        async with self._swap_lock:
             if not in_flight:
-                await self._until_idle()
-            with self._or_die(f"receiving {checkpoint.version}"):
+                await self._wait_until_idle()
+            with self._ending_on_failure(f"receiving {checkpoint.version}"):
                 await self._replace(checkpoint, probe, load)
         self._num_received += 1
 
     async def load(self, checkpoint: Checkpoint) -> None:
-        """Swap to a folder's weights and prove them, or end this replica."""
-        with self._or_die(f"loading {checkpoint.version}"):
+        """Swap to a folder's weights and check them, or end this process."""
+        with self._ending_on_failure(f"loading {checkpoint.version}"):
             await self.swap(checkpoint)
 
-    @contextmanager
-    def _or_die(self, doing: str) -> Iterator[None]:
-        """Around what takes vLLM's core for long, and may leave half of the weights in it, or it in a broken group: a
-        replica that fails there ends, and Ray starts another.
-        """
-        self._is_core_taken = True
-        try:
-            yield
-        except WeightSyncError:
-            raise  # `_replace` ends this replica, once the error has left
-        except Exception:
-            logger.exception("%s failed; this replica ends, and Ray starts another", doing)
-            os._exit(1)
-        finally:
-            self._is_core_taken = False
-
     async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
-        """Load a folder in place and prove it. A replica that fails dies: half-loaded weights must not speak.
+        """Load a folder's weights in place and check them against the folder's probe, if it has one.
+
+        Args:
+            checkpoint: the folder.
+            reset_cache: False leaves the prefix cache of the old weights in place, which the probe then finds. Only a
+                test wants that.
 
         Raises:
-            WeightSyncError: the engine's answer to the probe is not the trainer's.
+            WeightSyncError: the engine's answer to the probe differs from the trainer's.
         """
         if self.spec.weight_transfer is not None:
-            await until_there(checkpoint.path)
-        folder = Path(await asyncio.to_thread(local_folder, checkpoint.path))
-        probe = json.loads((folder / PROBE_FILE).read_text()) if (folder / PROBE_FILE).exists() else None
+            await wait_for_folder(checkpoint.path)
+        # Fetching and copying take long for large models. In a thread, they leave this replica able to report.
+        folder = Path(await asyncio.to_thread(weights_folder, checkpoint))
+        probe_file = folder / PROBE_FILE
+        probe: Probe | None = json.loads(probe_file.read_text()) if probe_file.exists() else None
 
         async def load() -> None:
             with tempfile.TemporaryDirectory() as scratch:
@@ -168,36 +181,63 @@ class ServedEngine(Serving):
 
         await self._replace(checkpoint, probe, load, reset_cache=reset_cache)
 
+    @contextmanager
+    def _ending_on_failure(self, action: str) -> Iterator[None]:
+        """End this process if the action inside fails; Ray then starts another replica.
+
+        For actions that occupy vLLM's core for long. A failure may leave half of the weights in it, or leave it in a
+        broken transfer group.
+        """
+        self._is_core_busy = True
+        try:
+            yield
+        except WeightSyncError:
+            raise  # `_replace` ends the process after a delay, so that the caller learns the reason
+        except Exception:
+            logger.exception("%s failed; this replica ends, and Ray starts another", action)
+            os._exit(1)
+        finally:
+            self._is_core_busy = False
+
     async def _replace(
         self,
         checkpoint: Checkpoint,
-        probe: dict[str, Any] | None,
+        probe: Probe | None,
         load: Callable[[], Awaitable[None]],
         *,
         reset_cache: bool = True,
     ) -> None:
+        """Swap: pause, load, reset the prefix cache, resume, check the probe.
+
+        Raises:
+            WeightSyncError: the engine's answer to the probe differs from the trainer's; the process is about to end.
+        """
         started = time.monotonic()
         self.version = f"{LOADING}{checkpoint.version}"
         meters.show_state("swapping", self.labels)
         await self.engine.pause_generation(mode="keep", clear_cache=False)
         await load()
-        if reset_cache:  # what running requests have read so far is read again, by the new weights
-            await self.engine.reset_prefix_cache(reset_running_requests=self._running > 0)
+        if reset_cache:
+            # The cache holds keys and values of the old weights, and a reload keeps it. Requests that are running
+            # read all of their tokens again, with the new weights.
+            await self.engine.reset_prefix_cache(reset_running_requests=self._num_running > 0)
         await self.engine.resume_generation()
         if probe is not None:
             difference = await self.probe(probe, checkpoint)
-            if not difference <= PROBE_TOLERANCE[self.spec.dtype]:
-                threading.Timer(1.0, os._exit, (1,)).start()  # after the error has left; Ray starts a clean replica
+            tolerance = PROBE_TOLERANCE[self.spec.dtype]
+            if not difference <= tolerance:  # also true for NaN
+                threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
                 raise WeightSyncError(
                     f"replica answers the probe of {checkpoint.version} {difference:.2e} away from the trainer, "
-                    f"more than {PROBE_TOLERANCE[self.spec.dtype]:.0e}: the replica is stopped"
+                    f"more than {tolerance:.0e}: the replica is stopped"
                 )
         self.version = checkpoint.version
-        self.swaps_s.append(time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self.swaps_s.append(seconds)
         meters.SWAPS.add(1, **self.labels)
-        meters.SWAP_SECONDS.add(self.swaps_s[-1], **self.labels)
+        meters.SWAP_SECONDS.add(seconds, **self.labels)
         self._show_serving()
-        logger.info("swapped to %s in %.3f s", checkpoint.version, self.swaps_s[-1])
+        logger.info("swapped to %s in %.3f s", checkpoint.version, seconds)
 
     def _show_serving(self) -> None:
         meters.show_state("serving", self.labels)

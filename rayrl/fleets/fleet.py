@@ -1,23 +1,33 @@
-"""A fleet: replicas of one kind behind one router. Which replica answers is the router's; everything else is Ray's.
+"""Fleet of replicas of one kind behind one router: calls, weights, and readiness.
 
-Ray restarts a dead replica and retries its calls; a restarted replica swaps to the weights the retried call names, and
-so does one that joins. A call that outlives its timeout has met a hung replica: it is given up, and the router told.
+A `Fleet` is the callers' side. It takes a lease from the router, calls the replica, and releases the lease with what
+became of the call:
+
+* Ray restarts a replica that dies and repeats its calls. Since every request names its weights, a replica that restarts
+  or joins swaps to them before it answers.
+* A call that outlives its timeout has met a hung replica. It is cancelled and made once more on another replica, and
+  the router kills the hung one.
+
+Which replica answers is decided by `rayrl.fleets.router`, where it runs by Ray.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.algorithms.scaling import CALLS_PER_REPLICA, ScaleRule
-from rayrl.engines.start import environment
-from rayrl.engines.vllm_engine import EngineSpec, ServedEngine
+from rayrl.engines.serving import ReplicaStatus, Serving
+from rayrl.engines.start import EngineSpec, environment
 from rayrl.errors import FleetError, StageTimeout, WeightSyncError
+from rayrl.fleets import actors
+from rayrl.fleets.actors import Actor
 from rayrl.fleets.replicas import Replicas
 from rayrl.fleets.router import LEASE_S, WAIT_S, Lease, Outcome, Router
 from rayrl.metrics.fleet_state import FleetState
@@ -25,38 +35,49 @@ from rayrl.records import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 START_TIMEOUT_S = 600.0
+"""Longest wait for a fleet's minimum of ready replicas."""
 CALL_TIMEOUT_S = 1800.0
-ROUTER_S = 60.0
-"""For a router's answer, beside what it is asked to wait for; Ray starts one that died again within seconds."""
+"""Longest wait for an answer of a replica."""
+ROUTER_TIMEOUT_S = 60.0
+"""Longest wait for an answer of the router, beside the time that it is asked to wait itself. Ray restarts a router that
+died within seconds."""
 STOP_TIMEOUT_S = 30.0
 MAX_PART = 256
-"""Items of one call to a replica: one that dies loses no more work than that."""
-MAX_HUNG = 2
-"""Replicas one call may find hung, or gone for good, before it gives up."""
+"""Most items in one call of `map`: a replica that dies loses no more work than that."""
+MAX_ATTEMPTS = 2
+"""Replicas on which a call is tried, if they hang or are gone for good."""
+MAX_CONCURRENCY = 1000
+"""Calls that Ray lets into an engine's replica at once; the engine itself batches up to `max_num_seqs` requests."""
+ROUTER_CONCURRENCY = 10_000
+"""Calls that Ray lets into a router at once: every call that waits for a lease is one."""
 
 
 class Fleet:
-    """A handle on a fleet's router; travels to Ray tasks as a value."""
+    """Handle of a fleet. It is a value that can be sent to Ray tasks."""
 
-    def __init__(self, name: str, router: Any):
+    def __init__(self, name: str, router: Actor):
         self.name = name
         self.router = router
 
     @property
     def concurrency(self) -> int:
-        """Blocks to keep in flight: two per replica, also of those that may join."""
+        """Blocks to keep in flight: enough to keep every replica busy, also those that may still join."""
         return CALLS_PER_REPLICA * self._ask("most")
 
     @property
-    def replicas(self) -> list[Any]:
-        """Handles of the replicas that are ready now."""
+    def replicas(self) -> list[Actor]:
+        """Handles of the ready replicas, once the fleet has its minimum of them."""
         leases = self.hold()
         self.release(leases)
         return [lease.replica for lease in leases]
 
-    def call(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Run a method on the least busy replica and wait for its answer. Its size is that of its first list.
+    def call(self, method: str, *arguments: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Run a method on the least busy replica and wait for its answer.
+
+        The call counts as many items as its first argument that is a list has.
 
         Raises:
             StageTimeout: several replicas in turn gave no answer in time, or none was ready.
@@ -64,67 +85,87 @@ class Fleet:
         """
         num_items = next((len(argument) for argument in arguments if isinstance(argument, list)), 1)
         failure: Exception = FleetError(self.name)
-        for _ in range(MAX_HUNG):
-            lease, outcome = self._lease(num_items, timeout_s), "unasked"
-            answer = lease.replica.__getattr__(method).remote(*arguments)
+        for _ in range(MAX_ATTEMPTS):
+            lease = self._lease(num_items, timeout_s)
+            outcome: Outcome = "unasked"
+            answer = getattr(lease.replica, method).remote(*arguments)
             try:
                 self._wait([lease], [answer], timeout_s)
-                outcome = "answered"
+                outcome = "answered"  # also when `ray.get` raises what the method raised
                 return ray.get(answer, timeout=timeout_s)
             except GetTimeoutError:
                 outcome = "hung"
-                ray.cancel(answer)  # or Ray repeats it, for nobody, on the process that takes this one's place
+                # Without the cancel, Ray would repeat the call on the process that replaces this one, to no use.
+                ray.cancel(answer)
                 logger.warning("%s gave no answer to %s within %.0f s", lease.name, method, timeout_s)
                 failure = StageTimeout(f"{self.name}: replicas gave no answer to {method} within {timeout_s:.0f} s")
-            except RayActorError as error:  # for good, or as often as Ray repeats a call
+            except RayActorError as error:
+                # The replica is gone for good, or Ray has repeated the call as often as `MAX_RETRIES` allows.
                 outcome = "suspect"
-                logger.warning("%s is gone; another replica is asked to %s", lease.name, method)
+                logger.warning("%s is gone; %s is tried on another replica", lease.name, method)
                 failure = FleetError(f"{self.name}: replicas do not survive {method}; the last one: {error}")
             finally:
                 self.release([lease], outcome)
         raise failure
 
-    def map(self, num: int, call: Callable[[slice], list[Any]]) -> list[Any]:
-        """The joined answers of calls on parts of `num` items, so many at once that every replica is busy."""
+    def map(self, num_items: int, call: Callable[[slice], Iterable[T]]) -> list[T]:
+        """Run `call` on slices of `num_items` items, enough at once to keep every replica busy, and join the answers.
+
+        Args:
+            num_items: number of items.
+            call: takes a slice of the items and returns an answer for each.
+        """
+        if num_items == 0:
+            return []
         concurrency = self.concurrency
-        size = min(MAX_PART, -(-num // concurrency))
-        parts = [slice(start, start + size) for start in range(0, num, size)] if num else []
+        items_per_call = min(MAX_PART, -(-num_items // concurrency))
+        parts = [slice(start, start + items_per_call) for start in range(0, num_items, items_per_call)]
+        answers: list[T] = []
         with ThreadPoolExecutor(concurrency) as calls:
-            return [answer for answers in calls.map(call, parts) for answer in answers]
+            for part in calls.map(call, parts):
+                answers.extend(part)
+        return answers
 
     def adopt(self, checkpoint: Checkpoint, *, in_flight: bool = False, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """Bring every ready replica to a checkpoint's weights, each proved against the trainer's probe.
+        """Swap every ready replica to a checkpoint's weights, each checked against the trainer's probe.
 
-        With `in_flight` the replicas do not wait for their running requests, which then span two versions. A replica
-        that is not ready, or joins later, is brought to the checkpoint by the first request that names it.
+        A replica that is not ready, or joins later, is swapped by the first request that names the checkpoint.
+
+        Args:
+            checkpoint: the weights.
+            in_flight: swap without waiting for running requests, which then span two versions.
+            timeout_s: longest wait for all replicas.
 
         Raises:
-            WeightSyncError: a replica serves another version, or does not answer as the trainer does.
+            WeightSyncError: a replica serves another version, or does not answer the probe as the trainer does.
             StageTimeout: a replica gave no answer in time.
         """
         leases = self.hold_ready()
-        adopted = [lease.replica.adopt.remote(checkpoint, in_flight) for lease in leases]
-        versions = set()
+        calls = [lease.replica.adopt.remote(checkpoint, in_flight) for lease in leases]
+        versions: set[str] = set()
         try:
-            self._wait(leases, adopted, timeout_s)
-            for lease, answer in zip(leases, adopted, strict=True):
+            self._wait(leases, calls, timeout_s)
+            for lease, call in zip(leases, calls, strict=True):
                 try:
-                    versions.add(ray.get(answer, timeout=timeout_s))
-                except RayActorError:  # another takes its place, and swaps when it is first asked
+                    versions.add(ray.get(call, timeout=timeout_s))
+                except RayActorError:
+                    # The replica that takes its place swaps at its first request. One that is gone must not hide that
+                    # another one has wrong weights, so the loop goes on.
                     logger.warning("%s is gone before it took %s", lease.name, checkpoint.version)
         except GetTimeoutError:
             raise StageTimeout(f"{self.name}: a replica took no weights within {timeout_s:.0f} s") from None
         finally:
             self.release(leases)
-        if stale := versions - {checkpoint.version}:
+        stale = versions - {checkpoint.version}
+        if stale:
             raise WeightSyncError(f"{self.name}: replicas serve {stale} instead of {checkpoint.version}")
 
-    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
-        """Wait until as many engines are up as there are to be at least; start-up times and versions of all that are.
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[ReplicaStatus]:
+        """Wait until the fleet has its minimum of ready replicas; the reports of all that are ready then.
 
         Raises:
-            StageTimeout: they were not up in time; says how many are, and what the cluster has free.
-            FleetError: one cannot start; says why.
+            StageTimeout: they were not ready in time; the message gives their number, and what the cluster has free.
+            FleetError: a replica cannot start; the message gives the reason.
         """
         leases = self.hold(timeout_s)
         try:
@@ -133,82 +174,89 @@ class Fleet:
             self.release(leases)
 
     def hold(self, timeout_s: float = START_TIMEOUT_S) -> list[Lease]:
-        """Wait as `wait_ready` does; leases on all that are ready then, none of which ends before its release.
+        """Wait as `wait_ready` does, and lease all replicas that are ready then. None of them ends before its release.
 
-        They run out unless they are renewed, by `renew` or by what waits for their replicas here.
+        The leases expire unless they are renewed, by `renew` or by a method here that waits for their replicas.
         """
-        found = self._ask("ready", timeout_s, wait_s=timeout_s)
-        return found if isinstance(found, list) else self._refuse(found, timeout_s)
+        found: list[Lease] | FleetState = self._ask("ready", timeout_s, wait_s=timeout_s)
+        if isinstance(found, list):
+            return found
+        self._raise_not_ready(found, timeout_s)
 
     def hold_ready(self) -> list[Lease]:
-        """Leases on all that are ready now, as those of `hold`; it may be none."""
+        """Lease all replicas that are ready now, as `hold` does; there may be none."""
         return self._ask("hold")
 
-    def statuses(self, leases: list[Lease], timeout_s: float = START_TIMEOUT_S) -> list[dict[str, Any]]:
-        """What each of these replicas says of itself.
+    def statuses(self, leases: list[Lease], timeout_s: float = START_TIMEOUT_S) -> list[ReplicaStatus]:
+        """Return the report of each of these replicas.
 
         Raises:
-            StageTimeout: one says nothing.
-            FleetError: one is gone.
+            StageTimeout: a replica gave none in time.
+            FleetError: a replica is gone.
         """
-        statuses = [lease.replica.status.remote() for lease in leases]
+        calls = [lease.replica.status.remote() for lease in leases]
         try:
-            self._wait(leases, statuses, timeout_s)
-            return ray.get(statuses, timeout=timeout_s)
+            self._wait(leases, calls, timeout_s)
+            return ray.get(calls, timeout=timeout_s)
         except GetTimeoutError:
-            raise StageTimeout(f"{self.name}: a replica did not say how it is within {timeout_s:.0f} s") from None
+            raise StageTimeout(f"{self.name}: a replica did not report its status within {timeout_s:.0f} s") from None
         except RayActorError as error:
-            raise FleetError(f"{self.name}: a replica ended before it said how it is: {error}") from None
+            raise FleetError(f"{self.name}: a replica ended before it reported its status: {error}") from None
 
     def renew(self, leases: list[Lease]) -> None:
-        """Keep these leases."""
+        """Keep these leases from expiring."""
         self.router.renew.remote([lease.id for lease in leases])
 
     def release(self, leases: list[Lease], outcome: Outcome = "unasked") -> None:
-        """Give these leases back, and say what came of them."""
+        """Return these leases to the router, with what became of their calls."""
         for lease in leases:
             self.router.release.remote(lease.id, outcome)
 
     def stop(self) -> None:
-        """Release the replicas and what they hold."""
+        """End the replicas and the router, and free their resources."""
         try:
             ray.get(self.router.stop.remote(), timeout=STOP_TIMEOUT_S)
         except (RayError, GetTimeoutError) as error:
             logger.warning("%s: its router did not stop (%s); Ray ends the replicas with it", self.name, error)
-        ray.kill(self.router, no_restart=True)
+        actors.kill(self.router, no_restart=True)
 
     def _lease(self, num_items: int, timeout_s: float) -> Lease:
-        """A lease. Behind others that are answered it waits for its turn, however long; for a replica, `timeout_s`."""
+        """Lease a replica for a call.
+
+        Behind calls that are being answered, the call waits for its turn however long that takes. While no replica is
+        ready, it waits `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             wait_s = min(WAIT_S, max(0.0, deadline - time.monotonic()))
-            answer = self._ask("lease", num_items, wait_s, wait_s=wait_s)
+            answer: Lease | FleetState = self._ask("lease", num_items, wait_s, wait_s=wait_s)
             if isinstance(answer, Lease):
                 return answer
             if answer["ready"]:
                 deadline = time.monotonic() + timeout_s
             elif answer["has_given_up"] or time.monotonic() >= deadline:
-                self._refuse(answer, timeout_s)
+                self._raise_not_ready(answer, timeout_s)
 
-    def _ask(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
-        """The router's answer, which it may take `wait_s` seconds to find.
+    def _ask(self, method: str, *arguments: object, wait_s: float = 0.0) -> Any:
+        """Return the router's answer, for which it may itself wait `wait_s` seconds.
 
         Raises:
-            StageTimeout: it gives none.
-            FleetError: it is gone.
+            StageTimeout: the router gives no answer.
+            FleetError: the router has ended.
         """
+        timeout_s = wait_s + ROUTER_TIMEOUT_S
+        call = getattr(self.router, method).remote(*arguments)
         try:
-            return ray.get(self.router.__getattr__(method).remote(*arguments), timeout=wait_s + ROUTER_S)
+            return ray.get(call, timeout=timeout_s)
         except GetTimeoutError:
             raise StageTimeout(
-                f"{self.name}: its router, on the driver's node, has not answered {method} within "
-                f"{wait_s + ROUTER_S:.0f} s"
+                f"{self.name}: its router, on the driver's node, has not answered {method} within {timeout_s:.0f} s"
             ) from None
         except RayActorError as error:
             raise FleetError(f"{self.name}: its router has ended, perhaps with its run: {error}") from None
 
-    def _refuse(self, state: FleetState, waited_s: float) -> NoReturn:
-        """Say what a wait ended without: a replica that starts, resources to start it, or room in one."""
+    def _raise_not_ready(self, state: FleetState, waited_s: float) -> NoReturn:
+        """Raise the error for a wait that ended without a replica: why none starts, or what the cluster lacks."""
         if state["failure"] is not None:
             raise FleetError(f"{self.name}: a replica cannot start: {state['failure']}")
         free = ray.available_resources()
@@ -218,26 +266,37 @@ class Fleet:
             f"{state['needs']}; free in the cluster now: {free.get('GPU', 0):g} GPU, {free.get('CPU', 0):g} CPU"
         )
 
-    def _wait(self, leases: list[Lease], calls: list[Any], timeout_s: float) -> None:
-        """Wait for the answers, and keep the leases meanwhile."""
+    def _wait(self, leases: list[Lease], calls: list[ObjectRef], timeout_s: float) -> None:
+        """Wait for the answers to calls, renewing their leases meanwhile.
+
+        Raises:
+            GetTimeoutError: an answer is missing after `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
-        pending = calls
+        pending = list(calls)
         while pending:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise GetTimeoutError(f"no answer within {timeout_s:.0f} s")
-            pending = ray.wait(pending, num_returns=len(pending), timeout=min(left_s, LEASE_S / 4))[1]
+            # A quarter of the lease's time: a renewal may be late or lost without the lease expiring.
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=min(left_s, LEASE_S / 4))
             if pending:
                 self.renew(leases)
 
 
-def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Fleet:
-    """Start a fleet; returns at once, the engines come up in the background."""
+def start_fleet(name: str, engine: type[Serving], spec: EngineSpec) -> Fleet:
+    """Start a fleet of engines; returns at once, and the engines come up in the background.
+
+    Args:
+        name: name of the fleet; its actors are named after it.
+        engine: the replicas' class: `Generator`, `Embedder`, or their simulated counterparts.
+        spec: what each engine starts with.
+    """
     config = spec.config
     options = {
         "num_cpus": 0 if spec.on_gpu else config.cpus_per_replica,
         "num_gpus": config.num_gpus if spec.on_gpu else 0,
-        "max_concurrency": 1000,
+        "max_concurrency": MAX_CONCURRENCY,
         "runtime_env": {"env_vars": environment(config, spec.on_gpu)},
     }
     rule = ScaleRule(least=config.least, most=config.most, queue_s=config.queue_s, idle_s=config.idle_s)
@@ -248,33 +307,28 @@ def start_fleet(name: str, engine: type[ServedEngine], spec: EngineSpec) -> Flee
 def start_replicas(
     name: str, replicas: Replicas, num_replicas: int, *, rule: ScaleRule | None = None, max_items: int = 1
 ) -> Fleet:
-    """Start a fleet of any class that is made from a spec and has a `status`; returns at once.
+    """Start a fleet of any class that is made from a spec and has a method `status`; returns at once.
 
     Args:
-        name: of the fleet; its actors are named after it.
-        replicas: how one is made.
-        num_replicas: how many there are at first, and for ever if there is no rule.
-        rule: between which sizes the fleet scales itself.
+        name: name of the fleet; its actors are named after it.
+        replicas: how one replica is started.
+        num_replicas: replicas at first; without a rule, always.
+        rule: bounds between which the fleet scales itself.
         max_items: prompts, inputs or pairs that a replica works on at once.
     """
-    driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    router = (
-        ray.remote(Router)
-        .options(
-            name=f"{name}-router",
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=10_000,
-            scheduling_strategy=driver,
-        )
-        .remote(
-            name,
-            replicas,
-            num_replicas=num_replicas,
-            rule=rule or ScaleRule(least=num_replicas, most=num_replicas),
-            max_items=max_items,
-        )
+    # The router lives and dies with the driver's node, not with a worker node that an autoscaler may take away.
+    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {
+        "name": f"{name}-router",
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": ROUTER_CONCURRENCY,
+        "scheduling_strategy": on_this_node,
+    }
+    rule = rule or ScaleRule(least=num_replicas, most=num_replicas)
+    router: Actor = actors.start(
+        Router, options, name, replicas, num_replicas=num_replicas, rule=rule, max_items=max_items
     )
     router.run.remote()
     return Fleet(name, router)

@@ -1,10 +1,16 @@
-"""The one owner of a fleet: it starts and ends the replicas, and says which of them answers a call.
+"""Router of a fleet: starts and ends its replicas, and leases them to callers.
 
-A plain class, one named Ray actor per fleet, on the driver's node. How many replicas there should be is decided by
-`scale_decision`, where they run by Ray. A call takes a lease on a replica, renews it while it waits, and gives it back;
-that of a caller that died runs out. Only a replica that answers its health check is leased. What has no room waits
-here, not in a replica: one that joins takes its share at once, and one that is to go ends when its own calls are over.
-The replicas live no longer than this actor; restarted, it starts new ones.
+A plain class, run as one named Ray actor per fleet on the driver's node.
+
+* A caller takes a lease on a replica, calls the replica itself, renews the lease while it waits, and releases it. The
+  lease of a caller that died expires.
+* Only replicas that answer their health checks are leased. Calls for which no replica has room wait in this actor and
+  not in a replica. So a replica that joins takes its share at once, and a replica that leaves ends as soon as its own
+  calls are over.
+* `scale_decision` decides how many replicas there should be. Ray decides where they run.
+* The replicas end with this actor. If Ray restarts it, it starts new ones.
+
+Answers do not pass through the router, and it does not know which weights a replica holds.
 """
 
 import asyncio
@@ -15,9 +21,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from rayrl.algorithms.scaling import CALLS_PER_REPLICA, FleetLoad, ScaleRule, scale_decision
+from rayrl.fleets.actors import Actor
 from rayrl.fleets.members import Member, Members, Starter
 from rayrl.metrics import meters
 from rayrl.metrics.fleet_state import FleetState
@@ -25,15 +32,18 @@ from rayrl.metrics.fleet_state import FleetState
 logger = logging.getLogger(__name__)
 
 STEP_S = 0.1
-"""Between two looks at the fleet."""
+"""Time between two steps of the router."""
 LEASE_S = 90.0
-"""A lease that was not renewed for so long is lost with its caller."""
+"""Time after which a lease expires unless it is renewed."""
 WAIT_S = 30.0
-"""For how long a request for a lease waits at most; its caller then learns the fleet's state, and asks again."""
+"""Longest wait for a lease. After it the caller gets the fleet's state, and decides whether to ask again."""
 
 Outcome = Literal["unasked", "answered", "suspect", "hung"]
-"""Of a lease. An answer, whatever it says, shows that the replica is well; a suspect gets no calls before its next
-check; one that did not answer in time is killed."""
+"""Outcome of a lease, given when it is released.
+
+unasked: the replica was not called. answered: it gave an answer, even an error, so it is well. suspect: it gets no
+calls before its next health check. hung: it did not answer in time and is killed.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,27 +52,34 @@ class Lease:
 
     id: str
     name: str
-    replica: Any
+    """Name of the replica."""
+    replica: Actor
 
 
 @dataclass(eq=False)
-class _Held:
+class _HeldLease:
     member: Member
     num_items: int
     taken_at: float
     renewed_at: float
 
 
+@dataclass(eq=False)
+class _WaitingCall:
+    num_items: int
+    turn: "asyncio.Future[Lease | FleetState]"
+
+
 class Router:
     """Membership and leases of one fleet.
 
     Args:
-        name: of the fleet.
+        name: name of the fleet.
         starter: starts and ends replicas.
-        num_replicas: how many to start with.
-        rule: between which sizes the fleet scales itself.
+        num_replicas: replicas to start with.
+        rule: bounds between which the fleet scales itself.
         max_items: prompts, inputs or pairs that a replica works on at once; small calls share a replica up to here.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -78,69 +95,79 @@ class Router:
         self._name = name
         self._members = Members(name, starter)
         self._num_replicas = num_replicas
-        self._configured = self._rule = rule
+        self._configured_rule = rule
+        self._rule = rule
         self._max_items = max_items
         self._clock = clock
-        self._held: dict[str, _Held] = {}
-        self._waiting: deque[tuple[int, asyncio.Future[Lease | FleetState]]] = deque()
+        self._held: dict[str, _HeldLease] = {}
+        self._waiting: deque[_WaitingCall] = deque()
         self._waiting_since: float | None = None
         self._is_stopped = False
-        self._is_over = asyncio.Event()
+        self._has_ended = asyncio.Event()
 
     async def run(self) -> None:
-        """Keep the fleet until it is stopped."""
-        said = ""
+        """Keep the fleet until it is stopped: one step every `STEP_S`."""
+        last_error = ""
         while not self._is_stopped:
             try:
                 self.step()
-            except Exception as error:  # as a name that is not free yet: the next look tries again
-                if str(error) != said:
-                    logger.exception("%s: a look at the fleet failed", self._name)
-                said = str(error)
+            except Exception as error:
+                # For example, Ray may not have freed a replica's name yet. The next step tries again. The same error
+                # ten times a second is logged once.
+                if str(error) != last_error:
+                    logger.exception("%s: a step of the router failed", self._name)
+                last_error = str(error)
             await asyncio.sleep(STEP_S)
-        self._is_over.set()
+        self._has_ended.set()
 
     def step(self) -> None:
-        """One look: health, lost leases, size, and who may end."""
+        """Check health, expire leases, scale, remove drained replicas, and serve waiting calls."""
         now = self._clock()
+        # Health first: what is decided below depends on which replicas are ready and which are gone.
         for member in self._members:
             self._members.check(member, now)
         for lease_id, held in list(self._held.items()):
             if now - held.renewed_at > LEASE_S:
-                logger.warning("the caller of a call to %s is gone", held.member.name)
+                logger.warning("the lease of a call to %s has expired: its caller is gone", held.member.name)
                 self.release(lease_id, "suspect")
         try:
             self._scale(now)
-        finally:  # whatever Ray has against a new replica, the others go on
+        finally:  # if Ray refuses a new replica, the others continue
             for member in self._members:
                 if member.is_draining and not member.num_calls:
                     self._members.remove(member)
-            self._serve()
+            self._serve_waiting()
             self._show()
 
     async def lease(self, num_items: int = 1, wait_s: float = WAIT_S) -> Lease | FleetState:
-        """A lease on the least busy ready replica; the fleet's state if none has room in time, or none can start."""
-        turn: asyncio.Future[Lease | FleetState] = asyncio.get_running_loop().create_future()
-        self._waiting.append((num_items, turn))
-        self._serve()
+        """Wait for a replica with room and lease it; the fleet's state if there is none in time.
+
+        Args:
+            num_items: prompts, inputs or pairs in the call.
+            wait_s: longest wait.
+        """
+        call = _WaitingCall(num_items, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        self._serve_waiting()
         try:
-            return await asyncio.wait_for(turn, wait_s)
+            return await asyncio.wait_for(call.turn, wait_s)
         except TimeoutError:
-            with suppress(ValueError):  # `_serve` has dropped it
-                self._waiting.remove((num_items, turn))
+            with suppress(ValueError):  # `_serve_waiting` may have dropped it already
+                self._waiting.remove(call)
             return self.state()
 
     def hold(self) -> list[Lease]:
-        """A lease on every ready replica, whatever it works on: for what all of them must do."""
+        """Lease every ready replica, however busy it is: for what all of them must do."""
+        # With 0 items, these leases take no room from calls, but keep their replicas from ending.
         return [self._lease(member, 0) for member in self._members.staying() if member.is_ready]
 
     def renew(self, lease_ids: list[str]) -> None:
-        """Say that these calls are still waited for."""
+        """Renew these leases; unknown ones are ignored."""
         for lease_id in self._held.keys() & set(lease_ids):
             self._held[lease_id].renewed_at = self._clock()
 
     def release(self, lease_id: str, outcome: Outcome = "unasked") -> None:
-        """Give a lease back, and say what came of it; one that was lost already is ignored."""
+        """Take a lease back with its outcome. A lease that has expired is ignored."""
         held = self._held.pop(lease_id, None)
         if held is None:
             return
@@ -149,43 +176,50 @@ class Router:
         member.num_items -= held.num_items
         member.freed_at = now
         if outcome == "answered":
+            # A busy replica may be slow to answer its health check. An ended call shows the same.
             member.is_ready, member.seen_at = True, now
         elif outcome == "suspect":
             member.is_ready = False
-        elif outcome == "hung" and held.taken_at >= member.down_at:  # by the process that is up now
+        elif outcome == "hung" and held.taken_at >= member.down_at:
+            # A lease older than `down_at` was on a process that is gone already: the one that is up now may be well.
             self._members.restart(member, "a call got no answer", now)
-        self._serve()
+        self._serve_waiting()
 
     async def ready(self, timeout_s: float) -> list[Lease] | FleetState:
-        """Leases on the ready replicas once there are as many as there are to be at least.
+        """Wait until the fleet has its minimum of ready replicas, and lease all that are ready then.
 
-        The fleet's state if there are not in time, or once several in a row could not start. Who asked for more by
-        hand does not make the run wait for them.
+        An operator who raises the minimum above the configured one does not make the run wait for the difference.
+
+        Returns:
+            The leases; the fleet's state if the time is over, or once several starts in a row have failed.
         """
         deadline = self._clock() + timeout_s
         while True:
             state = self.state()
-            if state["ready"] >= min(self._rule.least, self._configured.least):
+            if state["ready"] >= min(self._rule.least, self._configured_rule.least):
                 return self.hold()
             if state["has_given_up"] or self._clock() >= deadline:
                 return state
-            await asyncio.sleep(STEP_S)
+            await asyncio.sleep(STEP_S)  # only a step changes what is ready
 
     def resize(self, least: int | None, most: int | None) -> FleetState:
-        """Scale between other bounds from now on; None is the configured one."""
-        given = {"least": least, "most": most}
-        rule = replace(self._configured, **{name: size for name, size in given.items() if size is not None})
-        if rule != self._rule:
+        """Scale between other bounds from now on; None restores the configured bound."""
+        rule = self._configured_rule
+        if least is not None:
+            rule = replace(rule, least=least)
+        if most is not None:
+            rule = replace(rule, most=most)
+        if rule != self._rule:  # the driver repeats sizes every few seconds
             logger.info("%s: %d to %d replicas from now on", self._name, rule.least, rule.most)
         self._rule = rule
         return self.state()
 
     def most(self) -> int:
-        """Replicas there may come to be: callers keep enough calls in flight for all of them."""
-        return max(self._rule.most, self._configured.most)
+        """Return the most replicas there may come to be: callers keep enough calls in flight for all of them."""
+        return max(self._rule.most, self._configured_rule.most)
 
     def state(self) -> FleetState:
-        """What the fleet is seen to do."""
+        """Return the state of the fleet, for operators and for callers that wait."""
         staying = self._members.staying()
         num_ready = sum(member.is_ready for member in staying)
         return FleetState(
@@ -203,14 +237,18 @@ class Router:
         )
 
     async def stop(self) -> None:
-        """End every replica at once, whatever it is doing, and then `run`, which Ray would report as killed."""
+        """End every replica at once, whatever it is doing, and return when `run` has ended.
+
+        `run` ends by itself: Ray would report it as failed if this actor were killed while it runs.
+        """
         self._is_stopped = True
         for member in self._members:
             self._members.remove(member)
-        await self._is_over.wait()
+        await self._has_ended.wait()
 
     def _scale(self, now: float) -> None:
         staying = self._members.staying()
+        # The queue counts once it holds enough calls to keep one more replica busy.
         if len(self._waiting) < CALLS_PER_REPLICA:
             self._waiting_since = None
         elif self._waiting_since is None:
@@ -223,7 +261,8 @@ class Router:
             idle_s=tuple(now - member.freed_at for member in staying if not member.num_calls),
         )
         change = scale_decision(load, self._rule)
-        if not self._members.num_started:
+        if self._members.num_started == 0:
+            # The first start brings the configured number, within bounds that an operator may have given before.
             change = max(self._rule.least, min(self._num_replicas, self._rule.most))
         if change > 0:
             self._members.start(change, now)
@@ -236,27 +275,36 @@ class Router:
             meters.FLEET_REPLICAS.set(num, fleet=self._name, state=name)
         meters.QUEUE_DEPTH.set(state["waiting"], fleet=self._name)
 
-    def _serve(self) -> None:
-        """Hand out leases, first come first served, as long as there is room; the bad news if there never will be."""
+    def _serve_waiting(self) -> None:
+        """Give leases to the waiting calls, first come, first served, until no replica has room.
+
+        If the fleet has given up and has no replica left, the waiting calls get its state instead.
+        """
         while self._waiting:
-            num_items, turn = self._waiting[0]
-            if not turn.done() and self._members.has_given_up and not self._members.staying():
-                turn.set_result(self.state())
-            elif not turn.done():
-                room = [member for member in self._members.staying() if self._has_room(member)]
-                if not room:
-                    return
-                turn.set_result(self._lease(min(room, key=lambda member: member.num_items), num_items))
-                meters.CALLS.add(fleet=self._name)
+            call = self._waiting[0]
+            if call.turn.done():  # the caller's wait was over, or was cancelled
+                self._waiting.popleft()
+                continue
+            staying = self._members.staying()
+            if self._members.has_given_up and not staying:
+                call.turn.set_result(self.state())
+                self._waiting.popleft()
+                continue
+            with_room = [member for member in staying if self._has_room(member)]
+            if not with_room:
+                return
+            least_busy = min(with_room, key=lambda member: member.num_items)
+            call.turn.set_result(self._lease(least_busy, call.num_items))
+            meters.CALLS.add(fleet=self._name)
             self._waiting.popleft()
 
     def _has_room(self, member: Member) -> bool:
-        is_busy = member.num_calls >= CALLS_PER_REPLICA and member.num_items >= self._max_items
-        return member.is_ready and not is_busy
+        is_full = member.num_calls >= CALLS_PER_REPLICA and member.num_items >= self._max_items
+        return member.is_ready and not is_full
 
     def _lease(self, member: Member, num_items: int) -> Lease:
         lease, now = Lease(uuid.uuid4().hex, member.name, member.replica), self._clock()
-        self._held[lease.id] = _Held(member, num_items, taken_at=now, renewed_at=now)
+        self._held[lease.id] = _HeldLease(member, num_items, taken_at=now, renewed_at=now)
         member.num_calls += 1
         member.num_items += num_items
         return lease

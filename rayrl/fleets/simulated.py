@@ -1,17 +1,17 @@
-"""Services whose fleets hold simulated engines: rehearsals, fault tests and scale benches without a model."""
+"""Services whose engines are simulated: rehearse a run, test its recovery, or measure its scale without a model.
 
-from typing import Any
+`SimulatedServices` takes the place of `Services` and has the same arguments. Fleets, routers, blocks, tables, oracle
+and trainings are the real ones; only generation and embedding replicas are those of `rayrl.engines.simulated`, whose
+docstring describes their times and answers. The entailment model is not simulated. `jobs/rehearsal.py` runs a whole
+pipeline this way.
+"""
 
-from rayrl.engines.embedder import Embedder
-from rayrl.engines.generator import Generator
 from rayrl.engines.simulated import SimulatedEmbedder, SimulatedGenerator
-from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
 
 
 class SimulatedServices(Services):
-    """Services whose fleets of engines are simulated."""
+    """Services with simulated generation and embedding replicas."""
 
-    def _fleet(self, name: str, engine: Any, *arguments: Any, **options: Any) -> Fleet:
-        simulated = {Generator: SimulatedGenerator, Embedder: SimulatedEmbedder}[engine]
-        return super()._fleet(name, simulated, *arguments, **options)  # type: ignore[arg-type]
+    generator_class = SimulatedGenerator
+    embedder_class = SimulatedEmbedder

@@ -5,25 +5,25 @@ from dataclasses import dataclass
 from rayrl.errors import ConfigError
 
 ROLES = ("generators", "embedders", "evaluators", "entailment", "oracle")
-"""Fleets, and the oracle's concurrency. Evaluators are generators or embedders, as the evaluator is generative or
-scalar."""
+"""Roles of fleets, and the oracle. "evaluators" stands for the role that serves the evaluator: generators if the
+evaluator is generative, embedders if it is scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Replicas of a role, or questions that the oracle is asked at once. None is what the config says."""
+    """Bounds of a fleet's replicas, or of the questions that the oracle is asked at once; None is the config's."""
 
     least: int | None
     most: int | None
 
 
 def parse_sizes(arguments: list[str]) -> dict[str, Size]:
-    """Sizes by role, from `ROLE=N`, `ROLE=MIN-MAX` or `ROLE=auto`.
+    """Parse sizes by role from `ROLE=N`, `ROLE=MIN-MAX` or `ROLE=auto`.
 
     Raises:
         ConfigError: names what is wrong with an argument.
     """
-    return dict(map(_parse, arguments))
+    return dict(_parse(argument) for argument in arguments)
 
 
 def _parse(argument: str) -> tuple[str, Size]:
@@ -33,8 +33,10 @@ def _parse(argument: str) -> tuple[str, Size]:
     if text == "auto":
         return role, Size(least=None, most=None)
     least, dash, most = text.partition("-")
-    bounds = [least, most if dash else least]
-    if not all(bound.isdecimal() and int(bound) > 0 for bound in bounds) or int(bounds[0]) > int(bounds[1]):
+    if not dash:
+        most = least
+    are_positive = all(bound.isdecimal() and int(bound) > 0 for bound in (least, most))
+    if not are_positive or int(least) > int(most):
         raise ConfigError(
             f"the size of {role} must be a number above 0 ({role}=4), a range ({role}=2-8), or auto for what the "
             f"config says, got {text!r}"
@@ -44,4 +46,4 @@ def _parse(argument: str) -> tuple[str, Size]:
             f"the size of oracle must be one number, got {text!r}: it is how many questions may be asked at once, and "
             "how many are follows the queue by itself"
         )
-    return role, Size(least=int(bounds[0]), most=int(bounds[1]))
+    return role, Size(least=int(least), most=int(most))

@@ -1,25 +1,27 @@
-"""State of a fleet (or of the oracle pool) as an operator sees it: `rayrl scale`, `rayrl status --live`."""
+"""State of a fleet, or of the oracle pool, as operators see it: `rayrl scale`, `rayrl status --live`."""
 
 from typing import TypedDict
 
 
 class FleetState(TypedDict):
-    """What a fleet is seen to do."""
+    """Numbers of a fleet at one moment. For the oracle pool, a replica is a slot for one question."""
 
     name: str
     ready: int
+    """Replicas that get calls."""
     starting: int
-    """Pending, starting, or silent."""
+    """Replicas that are pending, starting, or silent."""
     draining: int
+    """Replicas that get no new calls and end when their own are over."""
     calls: int
-    """That replicas work on."""
+    """Calls that replicas work on."""
     waiting: int
-    """Calls that no replica has room for."""
+    """Calls for which no replica has room."""
     least: int
     most: int
     needs: str
-    """What Ray sets aside for each replica."""
+    """Resources that Ray sets aside for each replica, for messages."""
     failure: str | None
-    """`Members.failure`."""
+    """Reason of the last failed start; None once a later start has succeeded."""
     has_given_up: bool
-    """`Members.has_given_up`."""
+    """Whether several starts in a row have failed, and none is under way."""

@@ -1,8 +1,8 @@
-"""Counters and gauges that reach Prometheus through Ray. Without Ray they only keep their numbers.
+"""Counters and gauges that reach Prometheus through Ray. Outside of a Ray cluster they only keep their numbers.
 
-Ray's agent on every node serves what the node's processes send it, each name with `ray_` in front. It adds up a
-counter. A gauge it forgets two exports after a process has sent it: so a process sends its gauges again for as long as
-it lives, and those of a dead one are gone within half a minute.
+On every node an agent of Ray's serves what the node's processes send it, with `ray_` before each name. The agent adds
+up what it gets of a counter. It forgets the value of a gauge two exports after a process has sent it. So every process
+sends the values of its gauges again for as long as it lives, and those of a dead process are gone within half a minute.
 """
 
 import math
@@ -11,10 +11,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import ray.util.metrics
 
 SEND_AGAIN_S = 5.0
-"""Half of the time between two exports (Ray's `metrics_report_interval_ms`)."""
+"""Time between two sends of all gauges: half of the time between two exports (Ray's `metrics_report_interval_ms`)."""
 
 _METERS: list["Meter"] = []
 _lock = threading.Lock()
@@ -22,11 +25,12 @@ _lock = threading.Lock()
 
 @dataclass(eq=False)
 class Meter:
-    """One metric. A measurement names the value of every label; which run it is of is added here."""
+    """Base of the metrics. A measurement gives a value to every label; the label `run` is added here."""
 
     name: str
     unit: str
     about: str
+    """Description, which Prometheus shows too."""
     labels: tuple[str, ...] = ()
     values: dict[tuple[str, ...], float] = field(default_factory=dict, init=False)
     """What this process has counted or last set, by the values of the labels."""
@@ -34,43 +38,37 @@ class Meter:
     suffix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self._ray: Any = None
         _METERS.append(self)
 
     @property
     def exported(self) -> str:
-        """What it is called in Prometheus."""
+        """Name in Prometheus."""
         return f"ray_rayrl_{self.name}{self.suffix}"
 
     def value(self, **labels: str) -> float:
-        """What this process has counted or last set; 0 if nothing."""
+        """Return what this process has counted or last set; 0 if nothing."""
         return self.values.get(self._key(labels), 0.0)
 
     def _key(self, labels: dict[str, str]) -> tuple[str, ...]:
         assert labels.keys() == set(self.labels), f"{self.name} has the labels {self.labels}, got {tuple(labels)}"
         return tuple(labels[name] for name in self.labels)
 
-    def _instrument(self) -> Any:
-        """Ray's side of it."""
-        import ray.util.metrics
-
-        if self._ray is None:
-            of_ray = {"counter": ray.util.metrics.Counter, "gauge": ray.util.metrics.Gauge}[self.kind]
-            self._ray = of_ray(f"rayrl_{self.name}", description=self.about, tag_keys=("run", *self.labels))
-        return self._ray
-
     def _tags(self, key: tuple[str, ...]) -> dict[str, str]:
         return {"run": run_name(), **dict(zip(self.labels, key, strict=True))}
 
 
 class Counter(Meter):
-    """What only grows; Prometheus adds `_total` to its name."""
+    """A number that only grows. Prometheus adds `_total` to its name."""
 
     kind = "counter"
     suffix = "_total"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._ray_counter: ray.util.metrics.Counter | None = None
+
     def add(self, amount: float = 1, **labels: str) -> None:
-        """Count `amount` more; nothing is nothing."""
+        """Add `amount`; 0 is ignored."""
         if amount <= 0:  # Ray refuses to add 0
             return
         key = self._key(labels)
@@ -79,14 +77,28 @@ class Counter(Meter):
         if connected():
             self._instrument().inc(float(amount), tags=self._tags(key))
 
+    def _instrument(self) -> "ray.util.metrics.Counter":
+        """Return Ray's side of the counter. It is made late, because it needs a process that is part of a cluster."""
+        import ray.util.metrics
+
+        if self._ray_counter is None:
+            self._ray_counter = ray.util.metrics.Counter(
+                f"rayrl_{self.name}", description=self.about, tag_keys=("run", *self.labels)
+            )
+        return self._ray_counter
+
 
 class Gauge(Meter):
-    """What has a value now."""
+    """A value that may rise and fall."""
 
     kind = "gauge"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._ray_gauge: ray.util.metrics.Gauge | None = None
+
     def set(self, value: float, **labels: str) -> None:
-        """It is now `value`; a number that is not finite leaves it without one."""
+        """Set the value; a number that is not finite removes it."""
         key = self._key(labels)
         if not math.isfinite(value):
             self.values.pop(key, None)
@@ -94,20 +106,30 @@ class Gauge(Meter):
         self.values[key] = float(value)
         if connected():
             self._instrument().set(float(value), tags=self._tags(key))
-            _keep_sending()
+            _start_sending()
 
     def forget(self) -> None:
-        """It has no value any more, whatever the labels."""
+        """Remove all values, whatever their labels."""
         self.values.clear()
 
     def send_again(self) -> None:
-        """Tell Ray every value anew."""
-        for key, value in list(self.values.items()):
+        """Send every value to Ray again."""
+        for key, value in list(self.values.items()):  # a copy: other threads set values meanwhile
             self._instrument().set(value, tags=self._tags(key))
+
+    def _instrument(self) -> "ray.util.metrics.Gauge":
+        """Return Ray's side of the gauge. It is made late, because it needs a process that is part of a cluster."""
+        import ray.util.metrics
+
+        if self._ray_gauge is None:
+            self._ray_gauge = ray.util.metrics.Gauge(
+                f"rayrl_{self.name}", description=self.about, tag_keys=("run", *self.labels)
+            )
+        return self._ray_gauge
 
 
 def connected() -> bool:
-    """Whether this process is part of a Ray cluster. Loads nothing."""
+    """Tell whether this process is part of a Ray cluster, without importing Ray."""
     if "ray" not in sys.modules:
         return False
     import ray
@@ -116,12 +138,12 @@ def connected() -> bool:
 
 
 def defined() -> list[Meter]:
-    """Every metric, in the order of definition."""
+    """Return every metric, in the order of definition."""
     return list(_METERS)
 
 
 def name_run(name: str) -> None:
-    """Say in the driver, once it is part of a cluster, which run this Ray job is: all its processes read it there."""
+    """Set the name of the run for all processes of this Ray job: in the driver, once it is part of a cluster."""
     from ray.experimental import internal_kv
 
     internal_kv._internal_kv_put(_run_key(), name)
@@ -130,7 +152,7 @@ def name_run(name: str) -> None:
 
 @cache
 def run_name() -> str:
-    """The run that this Ray job is, empty if nobody has said."""
+    """Return the name of this Ray job's run, as the driver has set it; empty if it has not."""
     from ray.experimental import internal_kv
 
     found = internal_kv._internal_kv_get(_run_key())
@@ -138,7 +160,7 @@ def run_name() -> str:
 
 
 def replica() -> dict[str, str]:
-    """The labels `fleet` and `replica` of this process's actor, by its name <fleet>-<number>; else empty."""
+    """Return the labels `fleet` and `replica` of this process's actor, from its name <fleet>-<number>; else empty."""
     name = ""
     if connected():
         import ray
@@ -149,7 +171,7 @@ def replica() -> dict[str, str]:
 
 
 def was_restarted() -> bool:
-    """Whether Ray has started this process's actor again, after it died."""
+    """Tell whether this process runs an actor that Ray has started again after it died."""
     if not connected():
         return False
     import ray
@@ -164,12 +186,12 @@ def _run_key() -> str:
     return f"rayrl-run-{ray.get_runtime_context().get_job_id()}"
 
 
-@cache
-def _keep_sending() -> None:
-    threading.Thread(target=_send_again_and_again, daemon=True, name="rayrl-gauges").start()
+@cache  # one thread for each process
+def _start_sending() -> None:
+    threading.Thread(target=_send_gauges, daemon=True, name="rayrl-gauges").start()
 
 
-def _send_again_and_again() -> None:
+def _send_gauges() -> None:
     while True:
         time.sleep(SEND_AGAIN_S)
         if connected():

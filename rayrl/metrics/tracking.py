@@ -1,20 +1,21 @@
-"""Weights & Biases and MLflow, when asked: they follow the run's curves, which stay the record.
+"""Experiment trackers: pass a run's curves on to Weights & Biases and MLflow, if the config asks for them.
 
 The driver reads what rank 0 writes (metrics/*.jsonl) and passes on what is new. So a tracker that is slow or away costs
-the training nothing, and its key is needed on the driver's node only. `tracking.json` keeps how far each has come.
+the training nothing, and its key is needed on the driver's node only. The run's own curves stay the record. The file
+`tracking-<tracker>.json` keeps the last step of each curve that was passed on.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from rayrl.config import MlflowConfig, WandbConfig
 from rayrl.errors import ConfigError
-from rayrl.metrics.curves import read_metrics
+from rayrl.metrics.curves import CurveRow, read_metrics
 from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.run import Run
@@ -23,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 10.0
 END_S = 300.0
-"""For how long a run that is over waits for its trackers."""
+"""Longest wait of a finished run for its trackers."""
 MLFLOW_BATCH = 100
-"""MLflow takes that many parameters at once, and more metrics than that."""
+"""Parameters that MLflow accepts in one call; it would accept more metrics."""
 
 
 class Tracker(Protocol):
-    """What takes the rows of a curve."""
+    """Receiver of curves."""
 
-    def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
-        """Keep some steps of a stage: `step` and its numbers, None where one was not finite."""
+    def log(self, stage: str, rows: list[CurveRow]) -> None:
+        """Keep some steps of a stage."""
         ...
 
     def close(self, *, failed: bool) -> None:
-        """The run is over."""
+        """End the run at the tracker."""
         ...
 
 
@@ -59,8 +60,9 @@ class WandbTracker:
         )
         self._stages: set[str] = set()
 
-    def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
-        if stage not in self._stages:  # every stage counts its own steps
+    def log(self, stage: str, rows: list[CurveRow]) -> None:
+        if stage not in self._stages:
+            # wandb has one step for the whole run, but every stage counts its own steps from the start.
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self._stages.add(stage)
         for row in rows:
@@ -92,16 +94,15 @@ class MlflowTracker:
         for start in range(0, len(params), MLFLOW_BATCH):
             self._client.log_batch(self._id, params=params[start : start + MLFLOW_BATCH])
 
-    def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
+    def log(self, stage: str, rows: list[CurveRow]) -> None:
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(f"{stage}/{name}", value, now, int(row["step"]))
-            for row in rows
-            for name, value in row.items()
-            if name != "step" and value is not None
-        ]
+        now_ms = int(time.time() * 1000)
+        metrics = []
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    metrics.append(Metric(f"{stage}/{name}", value, now_ms, int(row["step"])))
         for start in range(0, len(metrics), MLFLOW_BATCH):
             self._client.log_batch(self._id, metrics=metrics[start : start + MLFLOW_BATCH])
 
@@ -110,7 +111,7 @@ class MlflowTracker:
 
 
 class Follower:
-    """Passes the new steps of all curves of a run on to a tracker."""
+    """Passes the new steps of all curves of a run on to one tracker."""
 
     def __init__(self, run_url: str, name: str, tracker: Tracker):
         self.name = name
@@ -120,54 +121,57 @@ class Follower:
         self._sent: dict[str, int] = storage.read_json(self._kept) if storage.exists(self._kept) else {}
 
     def pass_on(self) -> None:
-        """Log what is new; what could not be read or logged is tried again at the next call.
+        """Log what is new; what cannot be read or logged now is tried again at the next call.
 
-        A step that an interrupted stage does again is not logged a second time: trackers only append.
+        A step that an interrupted stage repeats is not logged a second time: trackers only append.
         """
         try:
             for stage, url in curves(self._run_url):
-                new = [row for row in read_metrics(url) if row["step"] > self._sent.get(stage, -1)]
+                last_sent = self._sent.get(stage, -1)
+                new = [row for row in read_metrics(url) if row["step"] > last_sent]
                 if new:
                     self.tracker.log(stage, new)
                     self._sent[stage] = new[-1]["step"]
                     storage.write_json(self._kept, self._sent)
-        except Exception as error:  # whatever it is, it is no reason to end the run
+        except Exception as error:  # no error of a tracker is a reason to end the run
             logger.warning("tracking.%s: new steps are kept back: %s", self.name, error)
 
     def close(self, *, failed: bool) -> None:
-        """Pass on what is left, and end."""
+        """Pass on what is left, and end the run at the tracker."""
         self.pass_on()
         try:
             self.tracker.close(failed=failed)
-        except Exception as error:  # the run has its results; they must not go down with a tracker
+        except Exception as error:  # the run has its results, and keeps them without the tracker
             logger.warning("tracking.%s did not end well: %s", self.name, error)
 
 
 def curves(run_url: str) -> list[tuple[str, str]]:
-    """(stage, URL) of every curve there is; a later round's stage is called <stage>-<round>."""
+    """Return (stage, URL) of every curve of a run; a later round's stage is named <stage>-<round>."""
     fs, path = storage.locate(run_url)
     found = []
     for pattern in ("metrics/*.jsonl", "rounds/*/metrics/*.jsonl"):
         for file in sorted(fs.glob(f"{path}/{pattern}")):
-            parts = str(file).split("/")
-            stage = parts[-1].removesuffix(".jsonl")
-            name = f"{stage}-{parts[-3]}" if pattern.startswith("rounds") else stage
-            found.append((name, fs.unstrip_protocol(str(file))))
+            *_, round_number, _, file_name = str(file).split("/")
+            stage = file_name.removesuffix(".jsonl")
+            if pattern.startswith("rounds"):
+                stage = f"{stage}-{round_number}"
+            found.append((stage, fs.unstrip_protocol(str(file))))
     return found
 
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Have the trackers that the config names follow the run meanwhile.
+    """Let the trackers that the config names follow the run inside the context.
 
     Raises:
-        ConfigError: one cannot be reached.
+        ConfigError: a tracker cannot be reached.
     """
-    asked, trackers = run.config.tracking, {}
-    if asked.wandb is not None:
-        trackers["wandb"] = started("wandb", partial(WandbTracker, run, asked.wandb))
-    if asked.mlflow is not None:
-        trackers["mlflow"] = started("mlflow", partial(MlflowTracker, run, asked.mlflow))
+    config = run.config.tracking
+    trackers: dict[str, Tracker] = {}
+    if config.wandb is not None:
+        trackers["wandb"] = started("wandb", partial(WandbTracker, run, config.wandb))
+    if config.mlflow is not None:
+        trackers["mlflow"] = started("mlflow", partial(MlflowTracker, run, config.mlflow))
     followers = [Follower(run.url, name, tracker) for name, tracker in trackers.items()]
     if not followers:
         yield
@@ -177,7 +181,7 @@ def tracked(run: Run) -> Iterator[None]:
 
 
 def started(name: str, start: Callable[[], Tracker]) -> Tracker:
-    """A tracker, started.
+    """Start a tracker.
 
     Raises:
         ConfigError: it cannot be reached.
@@ -193,7 +197,13 @@ def started(name: str, start: Callable[[], Tracker]) -> Tracker:
 
 @contextmanager
 def following(followers: list[Follower], *, poll_s: float = POLL_S, end_s: float = END_S) -> Iterator[None]:
-    """Pass on every `poll_s` seconds, and once more at the end, for which the run waits `end_s` seconds at most."""
+    """Pass new steps on inside the context, and the last ones at its end.
+
+    Args:
+        followers: one for each tracker.
+        poll_s: seconds between two looks at the curves.
+        end_s: longest wait at the end.
+    """
     over = threading.Event()
     failed = True
 
@@ -204,6 +214,7 @@ def following(followers: list[Follower], *, poll_s: float = POLL_S, end_s: float
         for follower in followers:
             follower.close(failed=failed)
 
+    # A daemon: a tracker that hangs must not keep the driver's process from ending.
     thread = threading.Thread(target=follow, daemon=True, name="rayrl-tracking")
     thread.start()
     try:
@@ -216,8 +227,8 @@ def following(followers: list[Follower], *, poll_s: float = POLL_S, end_s: float
             logger.warning("trackers did not end within %.0f s; what they lack is in the run's metrics", end_s)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of a config's settings, with their values."""
+def flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the settings of a config by their dotted names."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")

@@ -1,16 +1,19 @@
-"""The two networks of PPO in one module, so that one engine, one optimizer and one checkpoint hold both."""
+"""Actor and critic of PPO in one module, so that one engine, one optimizer and one checkpoint hold both."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rayrl.algorithms.preference import token_logprobs
-from rayrl.models.reward import Float32Linear
+from rayrl.models.policy import PaddedResponses, response_token_logprobs
+from rayrl.models.scalar_head import last_hidden_states, zero_head
+
+if TYPE_CHECKING:
+    from rayrl.models.scalar_head import Backbone
 
 
 class TokenValues(NamedTuple):
-    """What the two networks say of each response token; padding holds whatever came out."""
+    """Outputs of the two networks for each response token; padding holds arbitrary numbers."""
 
     logprobs: Float[Tensor, "batch seq"]
     """log pi(y_t | x, y_<t), nats."""
@@ -19,44 +22,23 @@ class TokenValues(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """pi and V, each with a backbone of its own. V's head starts at zero (AlpacaFarm)."""
+    """pi and V, each with a backbone of its own. V's head starts at zero, as in AlpacaFarm (arXiv 2305.14387)."""
 
-    def __init__(self, policy: Any, value_backbone: Any):
+    def __init__(self, policy: "Backbone", value_backbone: "Backbone"):
         super().__init__()
         self.policy = policy
         self.value_backbone = value_backbone
-        hidden_size = value_backbone.config.get_text_config().hidden_size
-        self.value_head = Float32Linear(hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = zero_head(value_backbone)
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """As a transformers model has it, for both networks."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool] | None = None) -> None:
+        """Turn gradient checkpointing on for both networks, with the arguments of a transformers model."""
         for network in (self.policy, self.value_backbone):
-            network.gradient_checkpointing_enable(**options)
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
-    def forward(self, batch: Any) -> TokenValues:
-        """Read a `TokenBatch`."""
+    def forward(self, batch: PaddedResponses) -> TokenValues:
+        """Read the response tokens of a micro-batch with both networks."""
         num_response = batch.response_ids.shape[1]
-        hidden = self.value_backbone(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            logits_to_keep=1,
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states[-1]
-        before = hidden[:, -num_response - 1 : -1]  # the state in which token t is chosen ends at token t - 1
-        return TokenValues(policy_logprobs(self.policy, batch), self.value_head(before).squeeze(-1))
-
-
-def policy_logprobs(policy: Any, batch: Any) -> Float[Tensor, "batch seq"]:
-    """Log pi(y_t | x, y_<t) of a `TokenBatch`'s response tokens, nats."""
-    logits = policy(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.response_ids.shape[1] + 1,
-        use_cache=False,
-    ).logits
-    return token_logprobs(logits[:, :-1], batch.response_ids)
+        hidden = last_hidden_states(self.value_backbone, batch.input_ids, batch.attention_mask, batch.position_ids)
+        # The state from which token t is chosen ends at token t - 1, which is one column to the left.
+        before = hidden[:, -num_response - 1 : -1]
+        return TokenValues(response_token_logprobs(self.policy, batch), self.value_head(before).squeeze(-1))

@@ -1,8 +1,8 @@
-"""The judge prompt: one rubric for the expert who is paid and for the evaluator that learns from it.
+"""Judge prompt: one rubric for the oracle that is paid and for the evaluator that learns from it.
 
-Scores are additive points on a whole-number scale (arXiv 2401.10020; our own wording). What is judged is
-untrusted text: it is filled in in one pass, fenced in tags it cannot close, and an answer that is not what
-was asked for is no judgement at all. This module builds and reads text; it calls no model.
+Scores are additive points on a whole-number scale (arXiv 2401.10020; our own wording). The judged texts are untrusted:
+they are filled in in one pass, and fenced in tags that they cannot close. An answer in any other form than the one
+asked for is no judgement at all. This module builds and reads text; it calls no model.
 """
 
 import math
@@ -51,7 +51,7 @@ _TAGS = {
     "first": ('<response order="first">', "</response>"),
     "second": ('<response order="second">', "</response>"),
 }
-"""By slot: what `defuse` keeps the texts from closing."""
+"""Opening and closing tag of each slot. `defuse` keeps the texts from closing them."""
 # Our own tags, and the control tokens of common chat formats: a server may read those even inside a message.
 _DELIMITER = re.compile(
     r"[<\[](?=\s*/?\s*(?:prompt|response)\b|\||/?s>|/?INST\]|(?:start|end)_of_turn>)", re.IGNORECASE
@@ -73,7 +73,7 @@ class Rubric:
 
     @property
     def version(self) -> str:
-        """Content hash: judgements under different rubrics never mix."""
+        """Content hash of the prompt and its scale: judgements under different rubrics never mix."""
         return content_id(self.template, ANSWER_FORMAT, str(self.min_score), str(self.max_score))
 
     def accepts(self, score: float) -> bool:
@@ -82,7 +82,7 @@ class Rubric:
 
 
 def load_rubric(config: RubricConfig) -> Rubric:
-    """The rubric of a run: the built-in one, or the user's template file.
+    """Load the rubric of a run: the built-in one, or the user's template file.
 
     Raises:
         ConfigError: a file is unreadable or lacks a slot, or another scale is asked of the built-in rubric.
@@ -102,54 +102,69 @@ def load_rubric(config: RubricConfig) -> Rubric:
 
 
 def fill(rubric: Rubric, prompt: str, response: str) -> str:
-    """The rubric about one response; nothing inside the two texts is filled in, or closes their tags."""
+    """Fill the rubric with one response. Nothing inside the two texts is filled in, or closes their tags."""
     texts = {"prompt": defuse(prompt), "response": defuse(response)}
     return _SLOT.sub(lambda slot: texts[slot[1]], rubric.template)
 
 
-def expert_prompt(rubric: Rubric, prompt: str, response: str) -> str:
-    """What a paid judge is asked: the filled rubric and the answer format."""
+def oracle_prompt(rubric: Rubric, prompt: str, response: str) -> str:
+    """Write the message to a paid judge: the filled rubric and the answer format."""
     scale = {"min_score": rubric.min_score, "max_score": rubric.max_score}
     return fill(rubric, prompt, response) + ANSWER_FORMAT.format(**scale)
 
 
 def parse_judgement(text: str, rubric: Rubric, *, scoring: Scoring = "rationale_first") -> tuple[int, str] | None:
-    """Score and rationale of a judge's answer, or None if it is not exactly one clear judgement.
+    """Read score and rationale from a judge's answer, or None if it is not exactly one clear judgement.
 
     Args:
-        text: an expert's answer, or what an evaluator wrote after `evaluator_prompt`.
+        text: an oracle's answer, or an evaluator's text after `evaluator_prompt`.
         rubric: gives the scale.
-        scoring: where the score stands: on the last line that is not empty (every expert, and evaluators with
+        scoring: where the score stands: on the last line that is not empty (every oracle, and evaluators with
             "rationale_first"), or on the first.
 
     Returns:
-        None if the score is not there, is off the scale, or if score lines contradict each other.
+        None if there is no score in that place, if it is off the scale, or if score lines contradict each other.
     """
+    # The prompt of a "score_first" evaluator ends with "Score:"; reasoning models think in a block of their own.
     answer = f"Score:{text}" if scoring == "score_first" else text.rpartition("</think>")[2]
-    lines = [line.strip() for line in answer.strip().splitlines() if line.strip()]
-    scores = {index: match for index, line in enumerate(lines) if (match := _SCORE_LINE.fullmatch(line))}
-    place = 0 if scoring == "score_first" else len(lines) - 1
-    if place not in scores or len({int(match[1]) for match in scores.values()}) > 1:
+    score_lines: dict[int, re.Match[str]] = {}
+    rationale: list[str] = []
+    num_lines = 0
+    for line in map(str.strip, answer.strip().splitlines()):
+        if not line:
+            continue
+        match = _SCORE_LINE.fullmatch(line)
+        if match is None:
+            rationale.append(line)
+        else:
+            score_lines[num_lines] = match
+        num_lines += 1
+    place = 0 if scoring == "score_first" else num_lines - 1
+    if place not in score_lines:
         return None
-    score, scale = int(scores[place][1]), scores[place][2]
+    score, scale = int(score_lines[place][1]), score_lines[place][2]
+    # A judge that quotes "Score: 5" from the response and gives 1 itself has not given one clear score.
+    if any(int(match[1]) != score for match in score_lines.values()):
+        return None
     if not rubric.accepts(score) or scale not in (None, str(rubric.max_score)):
         return None
-    return score, "\n".join(line for index, line in enumerate(lines) if index not in scores)
+    return score, "\n".join(rationale)
 
 
 def whole_score(rubric: Rubric, score: float) -> int:
-    """The nearest score on the scale, halves up: evaluators speak whole numbers, experts need not."""
+    """Round to the nearest score on the scale, halves up: evaluators write whole numbers, oracles need not."""
     return min(rubric.max_score, max(rubric.min_score, math.floor(score + 0.5)))
 
 
 def evaluator_prompt(rubric: Rubric, prompt: str, response: str, scoring: Scoring) -> str:
-    """What the generative evaluator reads; ends where it starts to write."""
+    """Write the prompt of the generative evaluator; it ends where the evaluator starts to write."""
     cue = "Score:" if scoring == "score_first" else "Review:"
     return f"{fill(rubric, prompt, response)}\n{cue}"
 
 
 def evaluator_target(rubric: Rubric, score: float, rationale: str, scoring: Scoring) -> str:
-    """What the generative evaluator learns to write after `evaluator_prompt`; the score is `whole_score`."""
+    """Write the text that the generative evaluator learns to write after `evaluator_prompt`, with `whole_score`."""
+    # A score line inside the rationale would contradict the score when the text is read back.
     lines = [line for line in rationale.strip().splitlines() if not _SCORE_LINE.fullmatch(line.strip())]
     reasons = "\n".join(lines).strip()
     number = whole_score(rubric, score)
@@ -159,26 +174,27 @@ def evaluator_target(rubric: Rubric, score: float, rationale: str, scoring: Scor
 
 
 def score_texts(rubric: Rubric) -> dict[int, str]:
-    """Each score as it continues a text that ends in "Score:"; a text may span several tokens."""
+    """Map each score to its text after "Score:"; a text may span several tokens."""
     return {score: f" {score}" for score in range(rubric.min_score, rubric.max_score + 1)}
 
 
 def upto_score(text: str) -> str | None:
-    """A written judgement up to where its score is read, "Score:" included; None if it never got there."""
+    """Cut a written judgement after "Score:", where its score is read; None if it has no such line."""
     place = text.rfind("\nScore:")
     return None if place < 0 else text[: place + len("\nScore:")]
 
 
 def _read_template(path: str, setting: str, slots: tuple[str, ...]) -> str:
-    """A user's template with tags around the slots that have none."""
+    """Read a user's template, and put tags around the slots that have none."""
     try:
         template = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting} must be a UTF-8 text file, got {path}: {error}") from None
-    missing = [f"{{{slot}}}" for slot in slots if f"{{{slot}}}" not in template]
+    needed = [f"{{{slot}}}" for slot in slots]
+    missing = [slot for slot in needed if slot not in template]
     if missing:
         raise ConfigError(
-            f"{setting} must contain {' and '.join(f'{{{slot}}}' for slot in slots)}, got {path} "
+            f"{setting} must contain {' and '.join(needed)}, got {path} "
             f"without {' and '.join(missing)}; write them where the texts belong"
         )
 
@@ -190,5 +206,5 @@ def _read_template(path: str, setting: str, slots: tuple[str, ...]) -> str:
 
 
 def defuse(text: str) -> str:
-    """A text that closes none of our tags and speaks no chat format's control tokens."""
+    """Escape a text, so that it closes none of our tags and holds no control tokens of a chat format."""
     return _DELIMITER.sub(lambda match: "&lt;" if match[0] == "<" else "&#91;", text)

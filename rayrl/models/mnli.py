@@ -1,18 +1,27 @@
-"""The entailment model: a sequence classifier with the three labels of MNLI, in whatever order and case it has them."""
+"""Entailment model: a sequence classifier with the three labels of MNLI, in any order and case.
+
+A model with other labels, or whose classifier was never trained, is refused with the setting that names it.
+"""
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rayrl.algorithms.clustering import CONTRADICTION, ENTAILMENT, NEUTRAL
 from rayrl.errors import ConfigError
 from rayrl.runs.storage import local_folder
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 MNLI = {"contradiction": CONTRADICTION, "neutral": NEUTRAL, "entailment": ENTAILMENT}
+MAX_SHOWN = 4
+"""Names of missing weights in a message."""
 
 
 def label_order(path: str) -> list[int]:
-    """What each of a model's outputs means, as one of 0, 1, 2.
+    """Return the meaning of each output of the model in a folder or on the hub: 0, 1 or 2, as in `MNLI`.
 
     Raises:
         ConfigError: there is no such model, or its labels are not MNLI's.
@@ -20,7 +29,7 @@ def label_order(path: str) -> list[int]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(local_folder(path), local_files_only=_offline())
+        config = AutoConfig.from_pretrained(local_folder(path), local_files_only=_is_offline())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"refresh.spg.entailment_model must be a model's folder or a hub id, got {path}: {error}; correct it, "
@@ -29,13 +38,14 @@ def label_order(path: str) -> list[int]:
     return check_labels(config.id2label or {}, path)
 
 
-def check_labels(id2label: Mapping[Any, str], path: str) -> list[int]:
-    """What each output means, as one of 0, 1, 2, given the names a model's config.json has for them.
+def check_labels(id2label: Mapping[int, str] | Mapping[str, str], path: str) -> list[int]:
+    """Return the meaning of each output, 0, 1 or 2, given the names that a model's config.json has for them.
 
     Raises:
         ConfigError: they are not MNLI's.
     """
-    ordered = [id2label[output] for output in sorted(id2label, key=int)]
+    by_output = {int(output): name for output, name in id2label.items()}  # JSON has the numbers as strings
+    ordered = [by_output[output] for output in sorted(by_output)]
     if sorted(name.lower() for name in ordered) != sorted(MNLI):
         raise ConfigError(
             f"refresh.spg.entailment_model must have the labels {', '.join(MNLI)}, got {path} with "
@@ -44,15 +54,15 @@ def check_labels(id2label: Mapping[Any, str], path: str) -> list[int]:
     return [MNLI[name.lower()] for name in ordered]
 
 
-def load_entailment(path: str, dtype: Any) -> tuple[Any, Any]:
-    """The model, from safetensors only and with every weight it needs, and its tokenizer.
+def load_entailment(path: str, dtype: "torch.dtype") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load the model and its tokenizer from a folder or the hub; from safetensors only, and with every weight it needs.
 
     Raises:
         ConfigError: there is no such model, or its classifier was never trained.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder, is_offline = local_folder(path), _offline()
+    folder, is_offline = local_folder(path), _is_offline()
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=is_offline, output_loading_info=True
@@ -63,13 +73,15 @@ def load_entailment(path: str, dtype: Any) -> tuple[Any, Any]:
             f"refresh.spg.entailment_model must be a sequence classifier saved as safetensors with its tokenizer, "
             f"got {path}: {error}"
         ) from None
-    if loaded["missing_keys"]:
+    # transformers fills missing weights with random numbers, and only warns.
+    missing = sorted(loaded["missing_keys"])
+    if missing:
         raise ConfigError(
             f"refresh.spg.entailment_model must be a trained sequence classifier, got {path}, which has no weights for "
-            f"{', '.join(sorted(loaded['missing_keys'])[:4])}; fine-tune it on MNLI, or name another"
+            f"{', '.join(missing[:MAX_SHOWN])}; fine-tune it on MNLI, or name another"
         )
     return model.eval(), tokenizer
 
 
-def _offline() -> bool:
+def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,18 +1,18 @@
-"""A reward model with the auxiliary branch of multi-view learning beside its head, as one module under one engine."""
+"""Reward model with the auxiliary branch of multi-view learning beside its head, as one module under one engine."""
 
 import torch
 from torch import Tensor, nn
 
 from rayrl.algorithms.information import Gaussian, uml_loss
 from rayrl.config import UmlConfig
-from rayrl.models.reward import RewardModel
+from rayrl.models.reward_model import RewardModel
 from rayrl.models.view_networks import Critic, GaussianEncoder
 
 
 class MultiViewRewardModel(nn.Module):
-    """Rewards, or the loss of two views. The branch lives for the training only; what is exported is `reward_model`.
+    """Rewards, or the loss of two views. The branch exists during training only; `reward_model` is what is exported.
 
-    A view is what the head reads: the last layer's hidden state, pooled. The paper names the layer, not the position.
+    A view is the input of the head: the last layer's hidden state, pooled. The paper names the layer, not the position.
     """
 
     def __init__(self, reward_model: RewardModel, uml: UmlConfig | None):
@@ -21,6 +21,7 @@ class MultiViewRewardModel(nn.Module):
         self.uml = uml
         if uml is not None:
             view_dim = reward_model.head.in_features
+            # "infomax" compares a code with a view, the other objectives compare two codes.
             first_dim = view_dim if uml.objective == "infomax" else uml.z_dim
             self.encoder = GaussianEncoder(view_dim, uml.z_dim, uml.hidden_dim)
             self.critic = Critic(first_dim, uml.z_dim, uml.hidden_dim)
@@ -28,24 +29,30 @@ class MultiViewRewardModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, view_seed: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Rewards; with a seed for the codes (loss, mi, skl) of a batch of first views, then second ones.
+        """Return the rewards of a batch; or (loss, mi, skl) of a batch of first views, then second ones.
 
-        "infomax" compares the codes with detached views: the critic is to move the encoder, and through the codes the
-        backbone, and not to make the views themselves easy to tell apart.
+        Args:
+            input_ids: tokens.
+            attention_mask: 0 on padding.
+            position_ids: positions of the tokens, padding left out.
+            view_seed: draws the codes of two views; None asks for rewards.
         """
         if view_seed is None:
             return self.reward_model(input_ids, attention_mask, position_ids)
         assert self.uml is not None
         views = self.reward_model.pooled(input_ids, attention_mask, position_ids)
-        both = self.encoder(views)
-        first, second = (Gaussian(*halves) for halves in zip(both.mu.chunk(2), both.sigma.chunk(2), strict=True))
-        one, other = views.detach().chunk(2)
-        outcome = uml_loss(
-            (one, other),
-            (first, second),
+        codes = self.encoder(views)
+        first_mu, second_mu = codes.mu.chunk(2)
+        first_sigma, second_sigma = codes.sigma.chunk(2)
+        # Only "infomax" reads the views. They are detached for it: the critic is to move the encoder, and through the
+        # codes the backbone, and not to make the views themselves easy to tell apart.
+        first_view, second_view = views.detach().chunk(2)
+        result = uml_loss(
+            (first_view, second_view),
+            (Gaussian(first_mu, first_sigma), Gaussian(second_mu, second_sigma)),
             self.critic,
             objective=self.uml.objective,
             skl_weight=self.uml.skl_weight,
             generator=torch.Generator(views.device).manual_seed(view_seed),
         )
-        return outcome.loss, outcome.mi, outcome.skl
+        return result.loss, result.mi, result.skl

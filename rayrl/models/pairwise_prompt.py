@@ -1,8 +1,9 @@
-"""The pairwise judge prompt: which of two responses is better?
+"""Pairwise judge prompt: which of two responses is better?
 
-As in `judge`, what is judged is untrusted text: filled in in one pass, fenced in tags it cannot close, and an answer
-that is not exactly what was asked for is no comparison at all. Judges favour a position, so that the other order is
-another question: whoever asks decides whether to ask both. This module builds and reads text; it calls no model.
+As in `rayrl.models.judge_prompt`, the judged texts are untrusted: they are filled in in one pass, fenced in tags that
+they cannot close, and an answer in any other form than the one asked for is no comparison at all. Judges favour a
+position, so that the other order is another question; the caller decides whether to ask both. This module builds and
+reads text; it calls no model.
 """
 
 import re
@@ -39,20 +40,21 @@ asked it covers, and whether that is right; whether it is direct, complete and w
 for this very request, with nothing superfluous. Neither the order of the responses nor their length is a merit."""
     + PAIRWISE_FORMAT
 )
-"""The built-in one."""
+"""The built-in comparison."""
 
 _SLOT = re.compile(r"\{(prompt|first|second)\}")
+_PREFERENCES: dict[str, Preference] = {"first": "first", "second": "second", "tie": "tie"}
 # "Better: first", also in Markdown's bold; nothing else may stand on the line.
 _VERDICT_LINE = re.compile(r"[*#\s]*better:[*\s]*<?(first|second|tie)>?[*\s]*\.?", re.IGNORECASE)
 
 
 def pairwise_version(rubric: Rubric) -> str:
-    """Content hash of what is asked: comparisons under different rubrics never mix."""
+    """Content hash of the prompt: comparisons under different rubrics never mix."""
     return content_id(_question(rubric))
 
 
 def pairwise_prompt(rubric: Rubric, prompt: str, first: str, second: str) -> str:
-    """What a paid judge is asked; nothing inside the three texts is filled in, or closes their tags."""
+    """Write the message to a paid judge. Nothing inside the three texts is filled in, or closes their tags."""
     texts = {"prompt": defuse(prompt), "first": defuse(first), "second": defuse(second)}
     return _SLOT.sub(lambda slot: texts[slot[1]], _question(rubric))
 
@@ -62,13 +64,23 @@ def _question(rubric: Rubric) -> str:
 
 
 def parse_comparison(text: str) -> tuple[Preference, str] | None:
-    """Preference and rationale of a judge's answer, or None if it is not exactly one clear verdict.
+    """Read preference and rationale from a judge's answer, or None if it is not exactly one clear verdict.
 
     The last line that is not empty must be the verdict, and no other verdict line may contradict it.
     """
-    lines = [line.strip() for line in text.rpartition("</think>")[2].strip().splitlines() if line.strip()]
-    verdicts = {index: match[1].lower() for index, line in enumerate(lines) if (match := _VERDICT_LINE.fullmatch(line))}
-    if len(lines) - 1 not in verdicts or len(set(verdicts.values())) > 1:
+    verdicts: set[Preference] = set()
+    last: Preference | None = None
+    rationale: list[str] = []
+    # Reasoning models think in a block of their own, where they may consider any verdict.
+    for line in map(str.strip, text.rpartition("</think>")[2].splitlines()):
+        if not line:
+            continue
+        match = _VERDICT_LINE.fullmatch(line)
+        last = None if match is None else _PREFERENCES[match[1].lower()]
+        if last is None:
+            rationale.append(line)
+        else:
+            verdicts.add(last)
+    if last is None or len(verdicts) > 1:
         return None
-    preference: Preference = verdicts[len(lines) - 1]  # type: ignore[assignment]
-    return preference, "\n".join(line for index, line in enumerate(lines) if index not in verdicts)
+    return last, "\n".join(rationale)

@@ -1,30 +1,67 @@
-"""The policy: loading it, and the log-probability it gives a response."""
+"""Policy: a causal language model, its low-rank adapters, and the log-probabilities that it gives to responses."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from rayrl.algorithms.preference import sequence_logprobs
+from rayrl.algorithms.preference import sequence_logprobs, token_logprobs
 from rayrl.config import LoraConfig
+from rayrl.records import Checkpoint
+from rayrl.runs.storage import local_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+CausalLM = Callable[..., Any]
+"""A causal language model as transformers makes it, with adapters or without, or an engine around one. Called with
+tokens it returns an output that has `logits`."""
 
 
-def load_policy(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """A causal language model from a local folder or hub id, safetensors only."""
+class PaddedResponses(Protocol):
+    """Prompts and responses of one micro-batch: the part of `rayrl.data.collate.TokenBatch` that models read.
+
+    All responses start in the same column, behind their prompts.
+    """
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def response_ids(self) -> Tensor: ...
+    @property
+    def response_mask(self) -> Tensor: ...
+
+
+def load_policy(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """Load a causal language model from a folder, a URL or the hub; from safetensors only.
+
+    Pickled weights are refused, since loading them can run code.
+    """
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, attn_implementation="sdpa"
+        local_folder(checkpoint.path),
+        revision=checkpoint.revision or "main",
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        attn_implementation="sdpa",
     )
 
 
-def add_lora(model: Any, lora: LoraConfig) -> Any:
-    """Freeze the model and add low-rank adapters to it."""
+def add_lora(model: "PreTrainedModel", lora: LoraConfig) -> "PeftModel":
+    """Freeze a model and add low-rank adapters to it."""
     from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         PeftLoraConfig(
             r=lora.rank,
@@ -34,10 +71,22 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+    assert isinstance(adapted, PeftModel), "only several adapters at once make a PeftMixedModel"
+    return adapted
 
 
-def response_logprobs(model: nn.Module, batch: Any) -> Float[Tensor, "batch"]:
-    """Summed log p(response | prompt) of a `TokenBatch`, nats."""
+def response_logprobs(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch"]:
+    """Return log p(response | prompt) of each row, summed over the response's tokens, nats."""
+    return sequence_logprobs(_response_logits(model, batch), batch.response_ids, batch.response_mask)
+
+
+def response_token_logprobs(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch seq"]:
+    """Return log pi(y_t | x, y_<t) of each response token, nats; padding holds arbitrary numbers."""
+    return token_logprobs(_response_logits(model, batch), batch.response_ids)
+
+
+def _response_logits(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch seq vocab"]:
+    """Return the logits that predict the response's tokens; no others are computed, as the vocabulary is large."""
     num_response = batch.response_ids.shape[1]
     logits = model(
         input_ids=batch.input_ids,
@@ -46,4 +95,5 @@ def response_logprobs(model: nn.Module, batch: Any) -> Float[Tensor, "batch"]:
         logits_to_keep=num_response + 1,
         use_cache=False,
     ).logits
-    return sequence_logprobs(logits[:, :-1], batch.response_ids, batch.response_mask)
+    # A token is predicted in the column before its own; the last column predicts what follows the response.
+    return logits[:, :-1]

@@ -1,4 +1,7 @@
-"""What a reward is to those who ask it: a function of responses, whoever computes it."""
+"""Reward as its callers see it: a function of responses, whatever computes it.
+
+Reward models on their fleet, an evaluator on its fleet, and a user's Python function all have this form.
+"""
 
 from typing import Protocol
 
@@ -6,8 +9,8 @@ from rayrl.records import Scored
 
 
 class ServedReward(Protocol):
-    """Whoever says what a response is worth: reward models, an evaluator, or a Python function."""
+    """A reward that is ready to be called."""
 
     def score(self, items: list[Scored]) -> list[float | None]:
-        """One reward per response; None abstains, and the response takes no part."""
+        """Return one reward per response. None is an abstention: the response is left out of training and metrics."""
         ...

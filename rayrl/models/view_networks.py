@@ -1,8 +1,8 @@
-"""The two networks of `rayrl.algorithms.information`: an encoder of views into Gaussian codes, and a critic of pairs.
+"""Networks of multi-view learning: an encoder of views to Gaussian codes, and a critic of pairs.
 
-They are a branch beside the reward head, used in training only. RLP (arXiv 2403.19279, Sec. 5.3) says that mu and sigma
-are two three-layer MLPs and leaves out the sizes and the critic; those here are the defaults of arXiv 2002.07017's
-release, which has one MLP for mu and sigma together.
+Their loss is in `rayrl.algorithms.information`. They are a branch beside the reward head, used in training only. RLP
+(arXiv 2403.19279, Sec. 5.3) states that mu and sigma are two MLPs of three layers. It gives neither their sizes nor the
+critic; those here are the defaults of the release of arXiv 2002.07017, which has one MLP for mu and sigma together.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from rayrl.algorithms.information import Gaussian
-from rayrl.models.reward import Float32Linear
+from rayrl.models.scalar_head import Float32Linear
 
 MIN_SIGMA = 1e-7
-"""Keeps the divergence of two codes finite; that of arXiv 2002.07017's release."""
+"""Keeps the divergence of two codes finite; the value is from the release of arXiv 2002.07017."""
 
 
 class GaussianEncoder(nn.Module):
@@ -38,7 +38,8 @@ class Critic(nn.Module):
         self.net = _mlp(first_dim + second_dim, hidden_dim, 1)
 
     def forward(self, a: Float[Tensor, "batch d"], b: Float[Tensor, "batch e"]) -> Float[Tensor, "batch"]:
-        return self.net(torch.cat([a.float(), b.float()], -1)).squeeze(-1)
+        both = torch.cat([a.float(), b.float()], -1)
+        return self.net(both).squeeze(-1)
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:

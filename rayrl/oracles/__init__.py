@@ -1,4 +1,4 @@
-"""Paid experts behind one Protocol, and the ledger that guards the money.
+"""Paid oracles behind one Protocol, and the ledger that guards the money.
 
-Start with `protocol`; `build` chooses the expert a config names; `rayrl.oracles.pool` runs it.
+Start with `protocol`. `build` makes the oracle that a config names, and `pool` runs it as an actor.
 """

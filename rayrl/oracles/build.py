@@ -1,26 +1,21 @@
-"""From a config to the expert it names."""
+"""Build the oracle that a config names."""
 
-from rayrl.config import HttpOracleConfig, OracleConfig, ReplayOracleConfig, ScriptedOracleConfig
+import importlib
+from collections.abc import Callable
+
+from rayrl.config import OracleLimits
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.protocol import Oracle
-from rayrl.oracles.replay import ReplayOracle
-from rayrl.oracles.scripted import ScriptedOracle
 
 
-def build_oracle(config: OracleConfig, rubric: Rubric) -> Oracle:
-    """The expert a config names, on a rubric.
+def build_oracle(config: OracleLimits, rubric: Rubric) -> Oracle:
+    """Build a config's implementation, on a rubric.
 
     Raises:
         ConfigError: its key, function or address is unusable.
         DataError: its table is.
     """
-    match config:
-        case HttpOracleConfig():
-            # The SDK takes a second to import: only those who use it pay that.
-            from rayrl.oracles.http import HttpOracle
-
-            return HttpOracle(config, rubric)
-        case ScriptedOracleConfig():
-            return ScriptedOracle(config, rubric)
-        case ReplayOracleConfig():
-            return ReplayOracle(config, rubric)
+    module, _, name = config.implementation.partition(":")
+    # Imported by name and only here: the SDK of a chat endpoint takes a second, and other types need not pay that.
+    implementation: Callable[[OracleLimits, Rubric], Oracle] = getattr(importlib.import_module(module), name)
+    return implementation(config, rubric)

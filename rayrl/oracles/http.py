@@ -1,12 +1,14 @@
-"""Any OpenAI-compatible chat endpoint as the expert.
+"""Any OpenAI-compatible chat endpoint as the oracle.
 
-One reserved query is at most one call that may cost money. What surely cost nothing (a refused connection,
-an error status) is tried again with exponential backoff and jitter. A call whose fate is unknown (no answer
-in time, a connection lost after the question was sent) is not: it counts as paid, at its estimated price.
+One reserved query is at most one call that may cost money. A call that surely cost nothing (a refused connection, an
+error status) is tried again with exponential backoff and jitter. A call whose outcome is unknown (no answer in time, a
+connection lost after the question was sent) is not tried again: it counts as paid, at its estimated price.
 """
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TypedDict
 from urllib.parse import urlsplit
 
 import openai
@@ -15,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rayrl.config import HttpOracleConfig
 from rayrl.errors import ConfigError
-from rayrl.models.judge_prompt import Rubric, expert_prompt, parse_judgement
+from rayrl.models.judge_prompt import Rubric, oracle_prompt, parse_judgement
 from rayrl.models.pairwise_prompt import pairwise_prompt, parse_comparison
 from rayrl.oracles.keys import read_key
 from rayrl.oracles.limits import RateLimit
@@ -30,8 +32,17 @@ _MAX_REASON = 300
 _CHAT_OVERHEAD_TOKENS = 64
 """Allowance for the chat template around one message."""
 
-_Answer = tuple[float, str] | None
-"""Score and rationale, if the answer is clear."""
+_Parsed = tuple[float, str] | None
+"""Score and rationale of an answer; None if it is not clear."""
+
+
+class _Connection(TypedDict):
+    """Settings of the SDK's client."""
+
+    base_url: str
+    api_key: str
+    max_retries: int
+    timeout: openai.Timeout
 
 
 class _Message(BaseModel):
@@ -48,18 +59,19 @@ class _Usage(BaseModel):
 
 
 class _Completion(BaseModel):
-    """What is needed of a chat completion; compatible servers differ in the rest."""
+    """The part of a chat completion that is read here; compatible servers differ in the rest."""
 
     choices: list[_Choice] = Field(min_length=1)
     usage: _Usage | None = None
 
 
 class HttpOracle:
-    """Asks a chat model to judge and to compare. Limits hold for this object: one per run makes them global."""
+    """Asks a chat model to judge and to compare. The limits hold for one object, of which a run has one."""
 
     def __init__(self, config: HttpOracleConfig, rubric: Rubric) -> None:
         _require_plain_url(config.base_url)
         self._config = config
+        self._prices = config.prices()
         self._rubric = rubric
         self._key = read_key(config.api_key_env)
         self._headers = {"Authorization": openai.Omit()} if self._key is None else {}
@@ -72,7 +84,7 @@ class HttpOracle:
         return f"HttpOracle(model={self._config.model!r}, base_url={self._config.base_url!r})"
 
     def check(self) -> None:
-        """Ask for the list of models, which is free; a server that has no such list is there all the same."""
+        """Ask for the list of models, which is free. A server without such a list answers 404, and passes."""
         config = self._config
         where = f"oracle.base_url {config.base_url}"
         try:
@@ -97,15 +109,16 @@ class HttpOracle:
     def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
         if second is not None:
             return self._bound_usd(pairwise_prompt(self._rubric, prompt, response, second))
-        return self._bound_usd(expert_prompt(self._rubric, prompt, response))
+        return self._bound_usd(oracle_prompt(self._rubric, prompt, response))
 
     async def judge(self, prompt: str, response: str) -> Verdict:
-        return await self._ask(expert_prompt(self._rubric, prompt, response), self._read_score)
+        return await self._ask(oracle_prompt(self._rubric, prompt, response), self._read_score)
 
     async def compare(self, prompt: str, first: str, second: str) -> Verdict:
         return await self._ask(pairwise_prompt(self._rubric, prompt, first, second), _read_preference)
 
-    async def _ask(self, question: str, read: Callable[[str], _Answer]) -> Verdict:
+    async def _ask(self, question: str, read: Callable[[str], _Parsed]) -> Verdict:
+        # The price of a call whose outcome is unknown.
         unknown_usd = self._bound_usd(question)
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._config.max_retries + 1),
@@ -114,7 +127,7 @@ class HttpOracle:
             reraise=True,
         )
         try:
-            body = await retrying(self._call, question)
+            body: str = await retrying(self._call, question)
         except openai.APIStatusError as error:
             return Verdict(score=None, rationale=self._reason(error.message), billed=False)
         except (TimeoutError, openai.APITimeoutError) as error:
@@ -125,8 +138,9 @@ class HttpOracle:
         return self._verdict(body, read, unknown_usd)
 
     async def _call(self, question: str) -> str:
-        """One request under the limits; the body of the answer as it came."""
+        """Send one request under the limits, and return the body of the answer as it came."""
         config = self._config
+        # About four bytes of text are a token; corrected below, once the server has counted.
         expected_tokens = len(question.encode()) // 4 + config.max_tokens
         await self._requests.acquire()
         await self._tokens.acquire(expected_tokens)
@@ -147,40 +161,39 @@ class HttpOracle:
             self._tokens.correct(usage.prompt_tokens + usage.completion_tokens - expected_tokens)
         return body
 
-    def _verdict(self, body: str, read: Callable[[str], _Answer], unknown_usd: float) -> Verdict:
+    def _verdict(self, body: str, read: Callable[[str], _Parsed], unknown_usd: float) -> Verdict:
         usage = _usage(body)
-        num_input, num_output = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        paid = {
-            "cost_usd": self._cost_usd(num_input, num_output) if usage else unknown_usd,
-            "input_tokens": num_input,
-            "output_tokens": num_output,
-        }
+        # Without a count of the tokens, the price that is safe to assume.
+        verdict = Verdict(score=None, rationale="", cost_usd=unknown_usd)
+        if usage is not None:
+            verdict = replace(
+                verdict,
+                cost_usd=self._cost_usd(usage.prompt_tokens, usage.completion_tokens),
+                input_tokens=usage.prompt_tokens,
+                output_tokens=usage.completion_tokens,
+            )
         try:
             answer = _Completion.model_validate_json(body).choices[0].message.content or ""
         except ValidationError:
-            return Verdict(score=None, rationale=self._reason(f"not a chat completion: {body}"), **paid)
+            return replace(verdict, rationale=self._reason(f"not a chat completion: {body}"))
         parsed = read(answer)
         if parsed is None:
-            return Verdict(score=None, rationale=self._reason(f"no clear verdict: {answer}"), **paid)
+            return replace(verdict, rationale=self._reason(f"no clear verdict: {answer}"))
         score, rationale = parsed
-        return Verdict(score=score, rationale=self._without_key(rationale), **paid)
+        return replace(verdict, score=score, rationale=self._without_key(rationale))
 
-    def _read_score(self, answer: str) -> _Answer:
+    def _read_score(self, answer: str) -> _Parsed:
         parsed = parse_judgement(answer, self._rubric)
-        return parsed and (float(parsed[0]), parsed[1])
+        return None if parsed is None else (float(parsed[0]), parsed[1])
 
     def _bound_usd(self, question: str) -> float:
-        """Upper bound: a token is at least one byte of text, and an answer has at most `max_tokens`."""
+        """Bound the price from above: a token is at least one byte of text, an answer has at most `max_tokens`."""
         return self._cost_usd(len(question.encode()) + _CHAT_OVERHEAD_TOKENS, self._config.max_tokens)
 
     def _cost_usd(self, num_input: int, num_output: int) -> float:
-        input_price, output_price = (
-            self._config.usd_per_1m_input or 0.0,
-            self._config.usd_per_1m_output or 0.0,
-        )
-        return (num_input * input_price + num_output * output_price) / 1e6
+        return 0.0 if self._prices is None else self._prices.cost_usd(num_input, num_output)
 
-    def _connection(self, timeout_s: float) -> dict:
+    def _connection(self, timeout_s: float) -> _Connection:
         return {
             "base_url": self._config.base_url,
             "api_key": self._key or "none",  # the SDK insists on one, and would take it from the environment
@@ -192,17 +205,17 @@ class HttpOracle:
         return self._without_key(text)[:_MAX_REASON]
 
     def _without_key(self, text: str) -> str:
-        """Servers quote requests in their errors, the key included."""
+        """Hide the key in a text of the server's: some quote the request in their errors."""
         return text.replace(self._key, "[api key]") if self._key else text
 
 
-def _read_preference(answer: str) -> _Answer:
+def _read_preference(answer: str) -> _Parsed:
     parsed = parse_comparison(answer)
-    return parsed and (PREFERENCE_SHARES[parsed[0]], parsed[1])
+    return None if parsed is None else (PREFERENCE_SHARES[parsed[0]], parsed[1])
 
 
 def _failed(reason: str, unknown_usd: float, *, billed: bool) -> Verdict:
-    """A call without an answer; if it may have been billed, at the price that is safe to assume."""
+    """Abstain on a call without an answer; if it may have been billed, at the price that is safe to assume."""
     return Verdict(score=None, rationale=reason, billed=billed, cost_usd=unknown_usd if billed else 0.0)
 
 
@@ -211,7 +224,7 @@ def _require_plain_url(url: str) -> None:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname is not None
         secret = parts.username is not None or parts.password is not None
-    except ValueError:
+    except ValueError:  # for instance an IPv6 address without its closing bracket
         usable, secret = False, False
     if secret:
         raise ConfigError("oracle.base_url must hold no user name or password (configs are saved); use api_key_env")
@@ -220,6 +233,7 @@ def _require_plain_url(url: str) -> None:
 
 
 def _usage(body: str) -> _Usage | None:
+    """Tokens that the server counted; None if it does not tell."""
     try:
         return _Completion.model_validate_json(body).usage
     except ValidationError:

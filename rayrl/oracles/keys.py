@@ -1,4 +1,4 @@
-"""Where an API key comes from. No message, log or repr ever shows one."""
+"""API keys, read from the environment or a file. No message, log or repr ever shows one."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from rayrl.errors import ConfigError
 
 
 def read_key(source: str | None) -> str | None:
-    """The key from the environment variable `source`, or from the file "file:<path>"; None is no key.
+    """Read the key from the environment variable `source`, or from the file "file:<path>"; None is no key.
 
     Raises:
         ConfigError: there is no key at that place, or `source` looks like a key itself.
@@ -22,6 +22,7 @@ def read_key(source: str | None) -> str | None:
         except (OSError, UnicodeDecodeError):
             raise ConfigError(f"oracle.api_key_env: the key file {path} cannot be read; create it") from None
         place = f"the key file {path}"
+    # A name in capitals that is not set is a variable that was forgotten; anything else may be the key itself.
     elif source in os.environ or re.fullmatch(r"[A-Z_][A-Z0-9_]*", source):
         key, place = os.environ.get(source, "").strip(), f"the environment variable {source}"
     else:

@@ -1,13 +1,13 @@
-"""The ledger of paid judgements: reserve before a call, commit after it, in a SQLite file.
+"""Ledger of paid questions: reserve before a call, commit after it, in a SQLite file.
 
-An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded`
-(it cost nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count
-against the budget. A judgement or comparison is keyed by what was asked of whom, not by purpose: paid once, it is
-free ever after.
+An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded` (it cost
+nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count against the budget.
+A judgement or comparison is keyed by its texts, the oracle and the rubric, not by its purpose: paid once, it is free
+ever after.
 
-One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth:
-this process works on a copy, and `sync` uploads it, which must be awaited between a reservation and its
-call.
+One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this process
+works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call. The ledger makes no
+calls, and does not wait: `rayrl.oracles.pool` does both.
 """
 
 import asyncio
@@ -17,38 +17,34 @@ import logging
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 from rayrl.errors import BudgetExhausted, RunDirectoryError
 from rayrl.oracles import ledger_schema as sql
 from rayrl.oracles.ledger_file import is_remote, own, working_copy
 from rayrl.oracles.protocol import Verdict
-from rayrl.oracles.queries import Outcome, PairQuery, Query, Question, comparison, judgement
-from rayrl.records import Comparison, Judgement
+from rayrl.oracles.questions import Question, answered, reused
+from rayrl.records import Judgement
 from rayrl.runs import storage
-
-__all__ = ["Ledger", "PairQuery", "Query", "Reserved"]
+from rayrl.runs.stage_metrics import LedgerCounts
 
 logger = logging.getLogger(__name__)
 
-A = TypeVar("A")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved(Generic[A]):
-    """The right to make one call. Ends in `commit`, `release` or `lose`."""
+class Reserved(Generic[Question]):
+    """The right to make one call. Ends in `Ledger.commit` or `Ledger.lose`."""
 
     attempt: int
-    query: Question[A]
-    purpose: str
+    question: Question
     estimated_usd: float
 
 
 class Ledger:
-    """The durable account of one run. Methods are atomic, and safe to call from several threads.
+    """Durable account of one run. Methods are atomic, and safe to call from several threads.
 
     Args:
         location: a local path, or an fsspec URL.
@@ -75,82 +71,76 @@ class Ledger:
         path = working_copy(location, self._scratch.name) if self._scratch else Path(location)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._owner = own(path, owner_wait_s)
+        # Reentrant: a transaction holds it, and what runs inside one may take it again.
         self._lock = threading.RLock()
         self._uploading = asyncio.Lock()
         self._num_writes = self._num_uploaded = 0
         try:
             self._db = sql.connect(path)
-            lost = self._db.execute("UPDATE attempts SET state = 'lost' WHERE state = 'reserved'").rowcount
+            num_lost = self._db.execute(sql.LOSE_ALL).rowcount
             spent = self._db.execute(sql.SPENT).fetchall()
         except sqlite3.DatabaseError as error:
             raise RunDirectoryError(f"{location} is not a usable ledger: {error}") from None
-        self._num_spent = {purpose: count for purpose, count, _ in spent}
-        self._spent_usd = sum(usd for _, _, usd in spent)
-        if lost:
-            logger.warning("%d calls were under way when the last process died: counted as spent", lost)
+        # Counted here and kept up to date, so that a reservation need not add up the whole table.
+        self._num_spent: dict[str, int] = {purpose: count for purpose, count, _ in spent}
+        self._spent_usd: float = sum(usd for _, _, usd in spent)
+        if num_lost:
+            logger.warning("%d calls were under way when the last process died: counted as spent", num_lost)
 
-    def reserve(self, query: Question[A], purpose: str, estimated_usd: float = 0.0) -> Reserved[A] | A:
-        """The right to ask, or the answer if it was paid for already, under whatever purpose.
+    def reserve(self, question: Question, estimated_usd: float = 0.0) -> Reserved[Question] | Question:
+        """Reserve the right to ask, or return the answer if it was paid for already, under whatever purpose.
+
+        Args:
+            question: with its key, oracle and purpose (`rayrl.oracles.questions.address`).
+            estimated_usd: the most that the call may cost.
 
         Raises:
             BudgetExhausted: one more call could exceed the purpose's budget, or the budget in USD.
         """
         with self._transaction() as db:
-            row = db.execute(sql.KNOWN, (query.key,)).fetchone()
+            row = db.execute(sql.KNOWN, (question.key,)).fetchone()
             if row is not None and row["state"] != "reserved":
-                return query.answered(_outcome(row, query, purpose))
-            assert row is None, f"query {query.key} is already under way"
-            self._refuse_overspending(purpose, estimated_usd)
-            values = {"key": query.key, "purpose": purpose, "cost_usd": estimated_usd}
-            attempt = db.execute(sql.RESERVE, query.columns() | values).lastrowid
-            assert attempt is not None
-            self._num_spent[purpose] = self._num_spent.get(purpose, 0) + 1
+                return _known(question, row)
+            assert row is None, f"question {question.key} is already under way"
+            self._refuse_overspending(question.purpose, estimated_usd)
+            attempt = sql.insert(db, question, estimated_usd)
+            self._num_spent[question.purpose] = self._num_spent.get(question.purpose, 0) + 1
             self._spent_usd += estimated_usd
-        return Reserved(attempt=attempt, query=query, purpose=purpose, estimated_usd=estimated_usd)
+        return Reserved(attempt=attempt, question=question, estimated_usd=estimated_usd)
 
-    def commit(self, reserved: Reserved[A], verdict: Verdict) -> A:
-        """Keep what the call brought. An abstention that cost nothing gives its reservation back."""
-        unscored = "abstained" if verdict.billed else "refunded"
-        state = unscored if verdict.score is None else "scored"
-        cost_usd = 0.0 if state == "refunded" else verdict.cost_usd
-        answer = (
-            state,
-            verdict.score,
-            verdict.rationale,
-            cost_usd,
-            verdict.input_tokens,
-            verdict.output_tokens,
-        )
+    def commit(self, reserved: Reserved[Question], verdict: Verdict) -> Question:
+        """Keep the result of the call. An abstention that cost nothing gives its reservation back."""
+        answer = answered(reserved.question, verdict)
+        is_refunded = verdict.score is None and not verdict.billed
         with self._transaction() as db:
-            changed = db.execute(sql.SETTLE, (*answer, reserved.attempt)).rowcount
-            assert changed == 1, f"attempt {reserved.attempt} is not reserved"
-            row = db.execute("SELECT * FROM attempts WHERE attempt = ?", (reserved.attempt,)).fetchone()
+            sql.settle(
+                db,
+                reserved.attempt,
+                answer,
+                state="refunded" if is_refunded else answer.status,
+                input_tokens=verdict.input_tokens,
+                output_tokens=verdict.output_tokens,
+            )
         with self._lock:
-            self._spent_usd += cost_usd - reserved.estimated_usd
-            self._num_spent[reserved.purpose] -= state == "refunded"
-        return reserved.query.answered(_outcome(row, reserved.query, reserved.purpose))
+            self._spent_usd += answer.cost_usd - reserved.estimated_usd
+            if is_refunded:
+                self._num_spent[answer.purpose] -= 1
+        return answer
 
-    def release(self, reserved: Reserved[A], reason: str) -> A:
-        """Give a reservation back: the call was not made, or cost nothing. The same may be asked again."""
-        return self.commit(reserved, Verdict(score=None, rationale=reason, billed=False))
-
-    def lose(self, reserved: Reserved) -> None:
-        """Give a call up whose outcome is unknown: it stays counted, and the same may be asked again."""
+    def lose(self, reserved: Reserved[Question]) -> None:
+        """Give up a call whose outcome is unknown: it stays counted, and the same may be asked again."""
         with self._transaction() as db:
-            db.execute("UPDATE attempts SET state = 'lost' WHERE attempt = ?", (reserved.attempt,))
+            db.execute(sql.LOSE, (reserved.attempt,))
 
-    def judgements(self, purpose: str) -> list[Judgement]:
-        """Every judgement paid for under a purpose, in the order it was asked; abstentions included."""
+    def answers(self, record: type[Question], purpose: str) -> list[Question]:
+        """Read all judgements (or comparisons) paid for under a purpose, as they were asked; abstentions included."""
+        id_column = "response_id" if record is Judgement else "second_id"
         with self._lock:
-            return [judgement(row, _outcome(row)) for row in self._db.execute(sql.JUDGED, (purpose,))]
-
-    def comparisons(self, purpose: str) -> list[Comparison]:
-        """Every comparison paid for under a purpose, in the order it was asked; abstentions included."""
-        with self._lock:
-            return [comparison(row, _outcome(row)) for row in self._db.execute(sql.COMPARED, (purpose,))]
+            rows = self._db.execute(sql.ANSWERS.format(id_column=id_column), (purpose,)).fetchall()
+        return [sql.read_answer(row, record) for row in rows]
 
     def num_spent(self, keys: Iterable[str], purpose: str) -> int:
-        """How much of a purpose's budget these questions took, with the calls that were lost on the way."""
+        """Count what these questions took of a purpose's budget, with the calls that were lost on the way."""
         with self._lock:
             return self._db.execute(sql.SPENT_ON, (purpose, json.dumps(sorted(set(keys))))).fetchone()[0]
 
@@ -159,24 +149,29 @@ class Ledger:
         with self._lock:
             return dict(self._num_spent), self._spent_usd
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Per purpose: budget, spent, scored, abstained, refunded, lost, in_flight (calls) and cost_usd.
-
-        spent = scored + abstained + lost; what is in flight is held back from the budget too.
-        """
+    def summary(self) -> dict[str, LedgerCounts]:
+        """Count the queries of every purpose. What is in flight is held back from the budget too."""
         with self._lock:
             rows = self._db.execute(sql.SUMMARY).fetchall()
-        purposes = [*self._budgets, *sorted({row["purpose"] for row in rows} - set(self._budgets))]
-        summary: dict[str, dict[str, float]] = {}
-        for purpose in purposes:
-            counts = {state: count for name, state, count, _ in rows if name == purpose}
-            summary[purpose] = {
-                "budget": self._budgets.get(purpose, 0),
-                "spent": sum(counts.get(state, 0) for state in ("scored", "abstained", "lost")),
-                **{state: counts.get(state, 0) for state in ("scored", "abstained", "refunded", "lost")},
-                "in_flight": counts.get("reserved", 0),
-                "cost_usd": sum((usd for name, _, _, usd in rows if name == purpose), 0.0),
-            }
+        num_by_state: dict[str, dict[str, int]] = {purpose: {} for purpose in self._budgets}
+        cost_usd: dict[str, float] = {}
+        # Sorted, so that purposes of an earlier config, which have no budget now, come in a fixed order.
+        for purpose, state, num, usd in sorted(rows, key=tuple):
+            num_by_state.setdefault(purpose, {})[state] = num
+            cost_usd[purpose] = cost_usd.get(purpose, 0.0) + usd
+        summary: dict[str, LedgerCounts] = {}
+        for purpose, num in num_by_state.items():
+            scored, abstained, lost = (num.get(state, 0) for state in ("scored", "abstained", "lost"))
+            summary[purpose] = LedgerCounts(
+                budget=self._budgets.get(purpose, 0),
+                spent=scored + abstained + lost,
+                scored=scored,
+                abstained=abstained,
+                refunded=num.get("refunded", 0),
+                lost=lost,
+                in_flight=num.get("reserved", 0),
+                cost_usd=cost_usd.get(purpose, 0.0),
+            )
         return summary
 
     async def sync(self) -> None:
@@ -185,6 +180,7 @@ class Ledger:
             return
         wanted = self._num_writes
         async with self._uploading:
+            # Another caller's upload may have covered these writes while this one waited.
             if self._num_uploaded >= wanted:
                 return
             with self._lock:
@@ -193,7 +189,7 @@ class Ledger:
             self._num_uploaded = num_writes
 
     def close(self) -> None:
-        """Give the file up. What is still reserved is lost when it is opened again."""
+        """Give the file up. Attempts that are still reserved are lost when it is opened again."""
         with self._lock:
             self._db.close()
             self._owner.close()
@@ -201,8 +197,9 @@ class Ledger:
                 self._scratch.cleanup()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Generator[sqlite3.Connection]:
         with self._lock, self._db:
+            # Immediate: the read and the write of a reservation must not let another writer in between.
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
             self._num_writes += 1
@@ -219,16 +216,10 @@ class Ledger:
             )
 
 
-def _outcome(row: sqlite3.Row, query: Question | None = None, purpose: str | None = None) -> Outcome:
-    """A settled row, for whoever asks. The cost stays with the question it was paid for."""
-    paid_here = query is None or (
-        row["purpose"] == purpose and all(row[name] == value for name, value in query.columns().items())
-    )
-    return Outcome(
-        key=row["key"],
-        status="scored" if row["state"] == "scored" else "abstained",
-        score=row["score"],
-        rationale=row["rationale"],
-        purpose=purpose or row["purpose"],
-        cost_usd=row["cost_usd"] if paid_here else 0.0,
-    )
+def _known(question: Question, row: sqlite3.Row) -> Question:
+    """Answer a question from the ledger."""
+    paid = sql.read_answer(row, type(question))
+    answer = reused(question, paid)
+    # A caller that repeats its question, after a restart or in a rerun, sees the cost again: it is the one who paid.
+    is_same_question = replace(answer, cost_usd=paid.cost_usd) == paid
+    return paid if is_same_question else answer

@@ -1,4 +1,4 @@
-"""Where a ledger lies: who owns the file, and its copy when the run directory is remote."""
+"""File of a ledger: its lock, and its working copy where the run directory is remote."""
 
 import fcntl
 import time
@@ -12,7 +12,7 @@ _POLL_S = 0.1
 
 
 def own(path: Path, wait_s: float) -> IO[str]:
-    """An open, locked file: this process owns the ledger. The kernel drops the lock when the process dies.
+    """Lock the ledger for this process, by an open file. The kernel drops the lock when the process dies.
 
     Raises:
         RunDirectoryError: another process still owns it after `wait_s`, or the filesystem has no locks.
@@ -41,7 +41,7 @@ def is_remote(location: str) -> bool:
 
 
 def working_copy(url: str, folder: str) -> Path:
-    """A local copy of a remote ledger, or the place for a new one, in `folder`."""
+    """Copy a remote ledger to `folder`, if there is one, and return the path of the local file."""
     path = Path(folder) / "ledger.sqlite"
     if storage.exists(url):
         path.write_bytes(storage.read_bytes(url))

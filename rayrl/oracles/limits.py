@@ -1,5 +1,7 @@
-"""How hard an expert is pressed: a rate limit that spaces requests (or tokens) evenly, so that no minute ever holds
-more than its share, and slots for so many calls at once.
+"""Rate limits and slots of an oracle.
+
+A rate limit spaces requests (or tokens) evenly, so that no minute ever holds more than its share. Slots let in a number
+of calls at once. Both are for one event loop; neither is shared between processes.
 """
 
 import asyncio
@@ -8,7 +10,7 @@ from collections import deque
 
 
 class RateLimit:
-    """At most `per_minute` units a minute, evenly spaced; None is no limit. For one event loop."""
+    """At most `per_minute` units a minute, evenly spaced; None is no limit."""
 
     def __init__(self, per_minute: int | None) -> None:
         self._seconds_per_unit = 60.0 / per_minute if per_minute else 0.0
@@ -18,17 +20,18 @@ class RateLimit:
         """Wait until `amount` units may be used; callers are served in order."""
         now = asyncio.get_running_loop().time()
         start = max(now, self._free_at)
+        # Moved before the wait, so that the next caller queues behind this one.
         self._free_at = start + amount * self._seconds_per_unit
         if start > now:
             await asyncio.sleep(start - now)
 
     def correct(self, amount: float) -> None:
-        """Add (or with a negative amount give back) units once the true use is known."""
+        """Charge `amount` more units (or give back, if negative) once the true use is known."""
         self._free_at += amount * self._seconds_per_unit
 
 
 class Slots:
-    """So many at once, in order; how many may change while they are used. For one event loop."""
+    """At most `num` callers at once, in the order in which they came; the number may change at any time."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -37,6 +40,7 @@ class Slots:
 
     @property
     def num_waiting(self) -> int:
+        """Callers without a slot. Those that were cancelled are still in the queue, and do not count."""
         return sum(not turn.done() for turn in self._waiting)
 
     async def __aenter__(self) -> None:
@@ -46,7 +50,7 @@ class Slots:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # the slot was given, and is not wanted any more
+            if not turn.cancelled():  # the slot was given just before the caller went away
                 await self.__aexit__()
             raise
 
@@ -55,7 +59,7 @@ class Slots:
         self._admit()
 
     def resize(self, num: int) -> None:
-        """Let so many in from now on. Who is in stays."""
+        """Let in this number of callers from now on. Callers that hold a slot keep it."""
         self.num = num
         self._admit()
 

@@ -1,4 +1,7 @@
-"""Tables of earlier judgements and comparisons as the expert: reruns without paying, experiments on published ones."""
+"""Tables of earlier judgements and comparisons as the oracle: reruns without paying, experiments on published ones."""
+
+# pyarrow has no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
 import csv
 import gzip
@@ -6,25 +9,25 @@ import io
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
-import fsspec
 import pyarrow.parquet as parquet
 
 from rayrl.config import ReplayOracleConfig
 from rayrl.errors import DataError
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
-from rayrl.records import content_id
+from rayrl.records import Row, content_id
+from rayrl.runs import storage
 
-_NOT_THERE = Verdict(score=None, rationale="not in the table", billed=False)
+_NOT_IN_TABLE = Verdict(score=None, rationale="not in the table", billed=False)
 
 
 class ReplayOracle:
-    """Answers from tables; what they do not hold, or hold without a usable answer, abstains unbilled.
+    """Answers from tables. A question that they do not hold, or hold without a usable answer, abstains unbilled.
 
-    Of several rows about the same response the first counts; of several about the same two responses the first in
-    the order asked for, and else the first in the other order, turned around.
+    Of several rows about the same response the first counts. Of several rows about the same two responses the first in
+    the order asked for counts, and without one the first in the other order, turned around.
     """
 
     def __init__(self, config: ReplayOracleConfig, rubric: Rubric) -> None:
@@ -39,14 +42,14 @@ class ReplayOracle:
             self._read_comparisons(config, config.comparisons_path)
 
     def check(self) -> None:
-        """Nothing left to check: the tables were read."""
+        """Do nothing: the tables were read when this object was made."""
 
     def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
         return 0.0
 
     async def judge(self, prompt: str, response: str) -> Verdict:
         if (found := self._scores.get(content_id(prompt, response))) is None:
-            return _NOT_THERE
+            return _NOT_IN_TABLE
         score, rationale = found
         if not self._rubric.accepts(score):
             scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
@@ -58,7 +61,7 @@ class ReplayOracle:
             return Verdict(score=found[0], rationale=found[1])
         if (found := self._shares.get(content_id(prompt, second, first))) is not None:
             return Verdict(score=1.0 - found[0], rationale=found[1])
-        return _NOT_THERE
+        return _NOT_IN_TABLE
 
     def _read_judgements(self, config: ReplayOracleConfig, path: str) -> None:
         for row in _rows(path, config.judgement_columns, "oracle.path"):
@@ -68,13 +71,15 @@ class ReplayOracle:
             raise DataError(f"oracle.path {path} holds no judgements")
 
     def _read_comparisons(self, config: ReplayOracleConfig, path: str) -> None:
-        """Rows whose preference is none of the three words are not there."""
-        columns = config.comparison_columns
-        for row in _rows(path, columns, "oracle.comparisons_path"):
-            prompt, first, second, preference = (str(row[column]) for column in columns[:4])
-            for word, share in PREFERENCE_SHARES.items():
-                if preference.strip().lower() == word:
-                    self._shares.setdefault(content_id(prompt, first, second), (share, _rationale(row, config)))
+        """Read the rows whose preference is one of the three words, and skip all others."""
+        share_of_word: dict[str, float] = {**PREFERENCE_SHARES}
+        for row in _rows(path, config.comparison_columns, "oracle.comparisons_path"):
+            share = share_of_word.get(str(row[config.preference_column]).strip().lower())
+            if share is None:
+                continue
+            prompt, first = str(row[config.prompt_column]), str(row[config.first_column])
+            key = content_id(prompt, first, str(row[config.second_column]))
+            self._shares.setdefault(key, (share, _rationale(row, config)))
         if not self._shares:
             words = '"first", "second" or "tie"'
             raise DataError(
@@ -86,24 +91,24 @@ def _file_name(path: str | None) -> str:
     return (path or "none").rstrip("/").rpartition("/")[2]
 
 
-def _rationale(row: dict[str, Any], config: ReplayOracleConfig) -> str:
+def _rationale(row: Row, config: ReplayOracleConfig) -> str:
     return str(row.get(config.rationale_column) or "") if config.rationale_column else ""
 
 
-def _rows(path: str, needed: list[str], setting: str) -> Iterable[dict[str, Any]]:
+def _rows(path: str, needed: list[str], setting: str) -> Iterable[Row]:
+    """Yield the rows of a file, each of which must have the needed columns."""
     for number, row in enumerate(_read(path, setting), start=1):
-        missing = [column for column in needed if column not in row]
-        if missing:
-            there = ", ".join(map(str, row)) or "none"
-            raise DataError(f"{setting} {path}, row {number}: no column {missing[0]}; there are: {there}")
+        for column in needed:
+            if column not in row:
+                columns = ", ".join(map(str, row)) or "none"
+                raise DataError(f"{setting} {path}, row {number}: no column {column}; there are: {columns}")
         yield row
 
 
-def _read(path: str, setting: str) -> list[dict[str, Any]]:
-    """Rows of a JSONL, JSON, CSV or Parquet file, gzip'd or not, on any filesystem."""
+def _read(path: str, setting: str) -> list[Row]:
+    """Read a JSONL, JSON, CSV or Parquet file, gzip'd or not, on any filesystem."""
     try:
-        filesystem, place = fsspec.url_to_fs(path)
-        content: bytes = filesystem.cat_file(place)
+        content = storage.read_bytes(path)
     except OSError as error:
         raise DataError(f"{setting} must be a file, got {path}: {error}") from None
     suffix = path.removesuffix(".gz").rpartition(".")[2]
@@ -111,20 +116,23 @@ def _read(path: str, setting: str) -> list[dict[str, Any]]:
         content = gzip.decompress(content) if path.endswith(".gz") else content
         match suffix:
             case "jsonl":
+                # Not splitlines: a JSON text may hold other line separators.
                 return [json.loads(line) for line in content.decode().split("\n") if line.strip()]
             case "json":
                 return json.loads(content)
             case "csv":
                 return list(csv.DictReader(io.StringIO(content.decode(), newline="")))
             case "parquet":
-                return parquet.read_table(io.BytesIO(content)).to_pylist()
+                return cast(list[Row], parquet.read_table(io.BytesIO(content)).to_pylist())
+            case _:
+                pass
     except (ValueError, OSError, EOFError, csv.Error) as error:  # Arrow's and JSON's errors are ValueErrors
         raise DataError(f"{setting} {path} is not a readable {suffix} file: {error}") from None
     raise DataError(f"{setting} must end in .jsonl, .json, .csv or .parquet, or in one of these and .gz; got {path}")
 
 
 def _number(cell: Any) -> float:
-    """A score cell; an empty or unreadable one is NaN, which is on no scale."""
+    """Read a cell with a score; an empty or unreadable one is NaN, which is on no scale."""
     try:
         return float(cell)
     except (TypeError, ValueError):

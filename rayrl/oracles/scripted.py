@@ -1,4 +1,4 @@
-"""A Python function as the expert: tests, simulations, and judges that are reached by code of one's own."""
+"""Python functions as the oracle: tests, simulations, and judges that the user's own code reaches."""
 
 import asyncio
 import importlib
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 from rayrl.config import ScriptedOracleConfig
 from rayrl.errors import ConfigError
@@ -24,9 +24,9 @@ class ScriptedOracle:
     """Calls `function(prompt, response)`, plain or async, which returns a score or (score, rationale), and
     `compare_function(prompt, first, second)`, which returns "first", "second" or "tie", or that and a rationale.
 
-    Every call that returns counts as paid, whatever it returned; None abstains. A call that raises
-    is refunded, so that a bug in the function does not eat the budget; one that runs out of time is not,
-    since it may have paid somebody. Without a `compare_function` no two responses are compared: scoring both with
+    Every call that returns counts as paid, whatever it returned; None abstains. A call that raises is refunded, so that
+    a bug in the function does not use up the budget. A call that runs out of time is not refunded, since the function
+    may have paid for something. Without a `compare_function` no two responses are compared: scoring both with
     `function` would be two calls under one reservation, and a budget must cover every call.
     """
 
@@ -43,7 +43,7 @@ class ScriptedOracle:
         self.comparer = f"scripted:{compare}"
 
     def check(self) -> None:
-        """Nothing left to check: the functions were imported."""
+        """Do nothing: the functions were imported when this object was made."""
 
     def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
         return 0.0
@@ -56,7 +56,9 @@ class ScriptedOracle:
             return Verdict(score=None, rationale="oracle.compare_function is not set", billed=False)
         return await self._ask(self._compare_function, (prompt, first, second), _read_preference)
 
-    async def _ask(self, function: Callable[..., Any], texts: tuple[str, ...], read: Callable[[Any], float]) -> Verdict:
+    async def _ask(
+        self, function: Callable[..., object], texts: tuple[str, ...], read: Callable[[object], float]
+    ) -> Verdict:
         await self._requests.acquire()
         deadline = asyncio.timeout(self._timeout_s)
         try:
@@ -67,29 +69,42 @@ class ScriptedOracle:
                 return Verdict(score=None, rationale=f"no answer within {self._timeout_s:g} s")
             reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
             return Verdict(score=None, rationale=reason, billed=False)
-        answer, rationale = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
+        answer, rationale = _split(returned)
         if answer is None:
-            return Verdict(score=None, rationale=str(rationale) or "the function abstained")
+            return Verdict(score=None, rationale=rationale or "the function abstained")
         try:
-            return Verdict(score=read(answer), rationale=str(rationale))
+            return Verdict(score=read(answer), rationale=rationale)
         except ValueError as error:
             return Verdict(score=None, rationale=str(error)[:_MAX_REASON])
 
-    async def _call(self, function: Callable[..., Any], texts: tuple[str, ...]) -> Any:
+    async def _call(self, function: Callable[..., object], texts: tuple[str, ...]) -> object:
         if inspect.iscoroutinefunction(function):
             return await function(*texts)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, *texts)
 
-    def _read_score(self, answer: Any) -> float:
-        is_number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
-        if not is_number or not self._rubric.accepts(float(answer)):
-            scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
-            raise ValueError(f"not a score from {scale}: {answer!r}")
-        return float(answer)
+    def _read_score(self, answer: object) -> float:
+        # Real and not float, since the function may return a number of numpy's; True would be a number, too.
+        if not isinstance(answer, bool) and isinstance(answer, numbers.Real):
+            score = float(answer)
+            if self._rubric.accepts(score):
+                return score
+        scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
+        raise ValueError(f"not a score from {scale}: {answer!r}")
 
 
-def _read_preference(answer: Any) -> float:
+def _split(returned: object) -> tuple[object, str]:
+    """Split what a function returned into the answer and its rationale, "" where it gives none."""
+    answer: object = returned
+    rationale = ""
+    if isinstance(returned, tuple):
+        parts = cast(tuple[object, ...], returned)
+        if len(parts) == 2:
+            answer, rationale = parts[0], str(parts[1])
+    return answer, rationale
+
+
+def _read_preference(answer: object) -> float:
     for preference, share in PREFERENCE_SHARES.items():
         if isinstance(answer, str) and answer == preference:
             return share
@@ -97,12 +112,13 @@ def _read_preference(answer: Any) -> float:
 
 
 def load_function(path: str, setting: str) -> Callable[..., Any]:
-    """The function that a setting names as "module:function", importable from the working directory.
+    """Import the function that a setting names as "module:function", from the working directory if it is there.
 
     Raises:
         ConfigError: there is no such module or function.
     """
     module_name, _, function_name = path.partition(":")
+    # A console script has its own folder on the path, and not the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -118,7 +134,7 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
 
 
 def source_of(path: str, setting: str) -> str:
-    """Text of the module that defines the function of a setting: it names what the function does.
+    """Read the text of the module that defines a setting's function; it stands for what the function does in keys.
 
     Raises:
         ConfigError: there is no such function, or it has no text.

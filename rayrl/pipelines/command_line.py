@@ -1,4 +1,4 @@
-"""What every entry point in jobs/ does with its command line: plan, or run to the report; 2 for a user's mistake."""
+"""Command line of the entry points in jobs/: plan, or run to the report. Exit code 2 for a user's mistake."""
 
 import importlib
 import logging
@@ -20,14 +20,14 @@ def main(name: str, arguments: list[str], about: str | None) -> int:
     Args:
         name: module and function in rayrl/pipelines, and the config's `pipeline`.
         arguments: the command line's.
-        about: what --help says first.
+        about: first lines of --help.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{about}\n{USAGE.format(name=name)}")
         return 0
     try:
-        config = load_config(arguments[0], [a for a in arguments[1:] if a != "--plan"])
+        config = load_config(arguments[0], [argument for argument in arguments[1:] if argument != "--plan"])
         if config.pipeline != name:
             raise ConfigError(
                 f'pipeline must be "{name}" for jobs/{name}.py, got "{config.pipeline}"; '
@@ -52,7 +52,7 @@ def plan(config: RunConfig) -> int:
 
 
 def run(config: RunConfig) -> int:
-    """Everything, from the preflight to the report."""
+    """Check everything, connect to Ray (RAY_ADDRESS, or a cluster of its own), and run to the report."""
     import ray
 
     from rayrl.fleets.control import NAMESPACE

@@ -4,6 +4,7 @@ from ray.actor import ActorHandle
 
 from rayrl.fleets.services import Services
 from rayrl.runs.run import Manifest, Run
+from rayrl.runs.stage_metrics import EvaluateMetrics
 from rayrl.stages.artifacts import Judgements
 from rayrl.stages.evaluation.evaluate import evaluate
 from rayrl.stages.labelling.query import query
@@ -17,8 +18,8 @@ from rayrl.stages.selection.candidates import candidates
 from rayrl.stages.selection.select import select
 
 
-def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
-    """Align the policy with what `select.budget` expert queries can teach; returns the evaluation.
+def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest[EvaluateMetrics]:
+    """Align the policy with what `select.budget` oracle queries can teach; returns the evaluation.
 
     Further rounds (ours) are iterative DPO: each samples the policy that the last one made, asks about what is new,
     fits the evaluator from M1 on all judgements so far, and starts DPO from that policy, with it as the reference.
@@ -31,9 +32,10 @@ def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest:
     for now in run.rounds():
         responses = generate(now, services, policy, pool)  # Y ~ M1(. | X)
         query_set = select(now, services, policy, candidates(now, responses, judgements))  # Q, the coreset of Y
-        judgements.append(query(now, oracle, query_set))  # E = expert(Q); costs budget
+        judgements.append(query(now, oracle, query_set))  # E = oracle(Q); costs budget
         evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval = fit(M1, E)
         # P = M_eval(Y), best against worst
         pairs = pseudo_label(now, services, policy, evaluator, responses, judgements)
         policy = dpo(now, services, policy, pairs)  # M2 = DPO(M1, P)
-    return evaluate(run, services, oracle, pool, m1=m1, m2=policy, evaluator=evaluator)
+    rewards = {"evaluator": evaluator} if evaluator is not None else {}
+    return evaluate(run, services, oracle, pool, {"m1": m1, "m2": policy}, rewards)

@@ -1,4 +1,4 @@
-"""Around a pipeline: open the run, start its control and oracle pool, and whatever happens leave no actor behind."""
+"""A pipeline from its config to its report: opens the run, starts its control and oracle pool, and leaves no actor."""
 
 import logging
 import signal
@@ -21,27 +21,38 @@ from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run, open_run
+from rayrl.runs.stage_metrics import EvaluateMetrics
+from rayrl.runs.stage_table import reward_fleets
 
 logger = logging.getLogger(__name__)
 
-Pipeline = Callable[[Run, Services, ActorHandle], Manifest]
+Pipeline = Callable[[Run, Services, ActorHandle], Manifest[EvaluateMetrics]]
+
+NOISY_LOGGERS = ("ray.data", "ray.train", "matplotlib")
 
 
 def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float) -> str:
-    """Run a pipeline to its report; returns the report's URL."""
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the stages draw their own
-    for noisy in ("ray.data", "ray.train", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    """Run a pipeline to its report; returns the report's URL.
+
+    Args:
+        config: the run.
+        plan: the preflight's: resource mode, source of the reference, and the ledger's caps.
+        pipeline: `proxy_dpo` or `rlp`.
+        ray_start_s: seconds that connecting to Ray took, for the report's table of start-up times.
+    """
+    # The stages draw progress bars of their own.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     run = open_run(config)
     run.record_time("ray", ray_start_s)
     prometheus.name_run(config.name)
-    scalar = config.rewards_by_embedders if config.pipeline == "rlp" else config.evaluator.type == "scalar"
-    budgets = {"label": plan.num_label_queries, "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget}
     with ExitStack() as ends:
         meters.RUN.set(1)
         ends.callback(meters.RUN.forget)
-        control = start_control(config.name, evaluators="embedders" if scalar else "generators")
-        ends.callback(ray.kill, control)  # last: a run is alive as long as its control is
+        control = start_control(config.name, evaluators=evaluators_role(config))
+        # Registered first, so it ends last: a run counts as alive for as long as its control is.
+        ends.callback(ray.kill, control)
         driver = Driver(control)
         interrupt_when_stopped(driver)
         oracle = start_oracle_pool(
@@ -49,7 +60,7 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
             config.oracle,
             rubric=load_rubric(config.rubric),
             ledger=storage.join(run.url, "ledger.sqlite"),
-            budgets=budgets,
+            budgets=plan.budgets,
         )
         ends.callback(ray.kill, oracle)
         driver.show("oracle", "oracle", oracle)
@@ -62,10 +73,19 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
     return storage.join(run.url, "report.html")
 
 
-def interrupt_when_stopped(driver: Driver) -> None:
-    """Raise KeyboardInterrupt once an operator ends the run, if this is the main thread, which alone may be told.
+def evaluators_role(config: RunConfig) -> str:
+    """Return the fleets that `rayrl scale evaluators=N` means: those that serve the evaluator or the reward models."""
+    if config.pipeline == "rlp":
+        serves_by_embedders = any(use.role == "embedders" for use in reward_fleets(config))
+        return "embedders" if serves_by_embedders else "generators"
+    return config.evaluator.served_by
 
-    By SIGUSR1: what Ray Train does on SIGINT ends the process with exit code 0, as if the run had finished.
+
+def interrupt_when_stopped(driver: Driver) -> None:
+    """Raise KeyboardInterrupt in the main thread once an operator ends the run (`rayrl stop`).
+
+    By SIGUSR1, and not by SIGINT: what Ray Train does on SIGINT ends the process with exit code 0, as if the run had
+    finished. Only the main thread of a process receives signals; in any other nothing is installed.
     """
     main = threading.current_thread()
     if main is not threading.main_thread():

@@ -1,8 +1,8 @@
-"""What a cluster's autoscaler may add, from whoever can say.
+"""Limits of a cluster's autoscaler: the kinds of node it may add, and how many.
 
 Ray has no public call for it. What Ray Train and Ray Data ask (`ray._private.state`) is a record that the open-source
-autoscalers of Ray 2.60 do not write: it is there on managed platforms only. Elsewhere the autoscaler's own config is
-read, which has one form for all of them:
+autoscalers of Ray 2.60 do not write: only managed platforms have it. Elsewhere the autoscaler's own config is read,
+which has one form for all of them:
 
 * `RAYRL_AUTOSCALING_CONFIG` names the file that `ray start --head --autoscaling-config=FILE` was given;
 * on Kubernetes it follows from the RayCluster resource, which the head's pod may read: its autoscaler does the same;
@@ -36,40 +36,44 @@ class Growth:
 
 
 def find_node_types() -> Growth | None:
-    """What the autoscaler of the connected cluster may add; None if nobody here can say.
+    """Find the limits of the connected cluster's autoscaler; None if they cannot be found out from here.
 
     Raises:
         ConfigError: RAYRL_AUTOSCALING_CONFIG names no such file.
     """
     if named := os.environ.get(SETTING):
-        return _of_file(named)
-    found = _reported() or _of_kuberay()
+        return _read_file(named)
+    found = _read_platform() or _read_kuberay()
     if found is None and Path(BOOTSTRAP).expanduser().exists():
-        return _of_file(BOOTSTRAP)
+        return _read_file(BOOTSTRAP)
     return found
 
 
 def growth_of(config: Mapping[str, Any]) -> Growth:
-    """What an autoscaler with this config (the form of `ray up`'s file) may add."""
-    most = config.get("max_workers", math.inf)
+    """Limits in an autoscaler's config, which has the form of the file that `ray up` takes."""
+    most_workers = config.get("max_workers", math.inf)
     head = config.get("head_node_type")
-    kinds = {
-        name: NodeType(resources=kind.get("resources") or {}, most=kind.get("max_workers", 0 if name == head else most))
-        for name, kind in config["available_node_types"].items()
-    }
-    return Growth(node_types=tuple(kind for kind in kinds.values() if kind.most > 0), most_workers=most)
+    node_types = []
+    for name, kind in config["available_node_types"].items():
+        # Like Ray's autoscaler: a worker's kind without a limit of its own has the cluster's, the head's has none.
+        default = 0 if name == head else most_workers
+        node_type = NodeType(resources=kind.get("resources") or {}, most=kind.get("max_workers", default))
+        if node_type.most > 0:
+            node_types.append(node_type)
+    return Growth(node_types=tuple(node_types), most_workers=most_workers)
 
 
 def growth_of_kuberay(resource: Mapping[str, Any]) -> Growth:
-    """What KubeRay's autoscaler may add to a RayCluster, given as its resource."""
+    """Limits of KubeRay's autoscaler for a RayCluster, given as its resource."""
     if not resource["spec"].get("enableInTreeAutoscaling"):
         return Growth(node_types=())
     from ray.autoscaler._private.kuberay import autoscaling_config
 
+    # Private, but it is the very translation that the autoscaler beside the head makes of the resource.
     return growth_of(autoscaling_config._derive_autoscaling_config_from_ray_cr(dict(resource)))
 
 
-def _of_file(path: str) -> Growth:
+def _read_file(path: str) -> Growth:
     import yaml
 
     try:
@@ -81,22 +85,23 @@ def _of_file(path: str) -> Growth:
         ) from None
 
 
-def _reported() -> Growth | None:
-    """What a managed platform's autoscaler has told Ray."""
+def _read_platform() -> Growth | None:
+    """Limits that a managed platform's autoscaler has recorded in Ray; None without such a record."""
     from ray._private.state import state
 
     config = state.get_cluster_config()
     if config is None or not config.node_group_configs:
         return None
-    kinds = (
-        NodeType(resources=dict(kind.resources), most=math.inf if kind.max_count < 0 else kind.max_count)
-        for kind in config.node_group_configs
-    )
-    return Growth(node_types=tuple(kinds))
+    node_types = []
+    for group in config.node_group_configs:
+        # The record has -1 for a group without a limit.
+        most = math.inf if group.max_count < 0 else group.max_count
+        node_types.append(NodeType(resources=dict(group.resources), most=most))
+    return Growth(node_types=tuple(node_types))
 
 
-def _of_kuberay() -> Growth | None:
-    """What the resource of this pod's RayCluster says; None outside Kubernetes and where the pod may not read it."""
+def _read_kuberay() -> Growth | None:
+    """Limits in the resource of this pod's RayCluster; None outside Kubernetes and where the pod may not read it."""
     name, namespace = os.environ.get("RAY_CLUSTER_NAME"), _SERVICE_ACCOUNT / "namespace"
     if not name or not namespace.exists():
         return None

@@ -1,20 +1,15 @@
-"""What a Ray cluster has, and what its autoscaler may make of it: what every stage's needs are compared with."""
+"""Cluster: the resources of its nodes, and those that its autoscaler may add.
+
+A plan compares the needs of every stage with these numbers. Finding out what a running cluster has is the work of
+`rayrl.preflight.discovery`.
+"""
 
 import math
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-from rayrl.errors import ResourceError
 
 HEAD = "node:__internal_head__"
 """A resource that only the head has."""
-UNKNOWN = (
-    "if it grows by itself, this process cannot see to what: name the autoscaler's config in RAYRL_AUTOSCALING_CONFIG, "
-    "or raise the minimum"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,96 +23,62 @@ class NodeType:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The nodes that are there, each with its resources, and the kinds of which more may come."""
+    """The nodes of a cluster, each with its resources, and the kinds of node that may be added."""
 
     nodes: tuple[Mapping[str, float], ...]
     node_types: tuple[NodeType, ...] = ()
     most_workers: float = math.inf
     """Nodes of all kinds together, without the head."""
     remark: str = ""
-    """What a refusal adds, where it may be wrong."""
+    """Added to a refusal that may be wrong, because the autoscaler's limits are not known."""
 
     def has(self, resource: str) -> float:
-        """What all nodes that are there have of a resource."""
-        return sum(node.get(resource, 0) for node in self.nodes)
+        """Sum of a resource over the nodes that are up."""
+        return _total(resource, self.nodes)
 
     def most(self, resource: str) -> float:
-        """What there is of a resource once the autoscaler has added all that it may, as if for nothing else."""
-        total = sum(node.get(resource, 0) for node in self.nodes if HEAD in node)
-        left = self.most_workers
+        """Amount of a resource once the autoscaler has added all nodes it may, chosen for this resource alone."""
+        total = _total(resource, [node for node in self.nodes if HEAD in node])
+        workers_left = self.most_workers
         kinds = [(kind.resources.get(resource, 0), kind.most) for kind in self.node_types]
-        for each, num in sorted(kinds, reverse=True):
-            num = min(num, left)
-            if each > 0 and num > 0:
-                if math.isinf(num):
-                    return math.inf
-                total, left = total + num * each, left - num
+        # The richest kind first: the limit on all workers together leaves the others less room.
+        for amount, most in sorted(kinds, reverse=True):
+            num = min(most, workers_left)
+            if amount <= 0 or num <= 0:
+                continue
+            if math.isinf(num):
+                return math.inf
+            total += num * amount
+            workers_left -= num
+        # Nodes that were started by hand count too, whatever the autoscaler's limits are.
         return max(total, self.has(resource))
 
-    def said(self, resource: str) -> str:
-        """What there is of a resource and what it may grow to, for humans."""
+    def describe(self, resource: str) -> str:
+        """Present and possible amount of a resource, for a message."""
         has, most = self.has(resource), self.most(resource)
-        return f"{has:g}" if most == has else f"{has:g} and may grow to {written(most)}"
+        return f"{has:g}" if most == has else f"{has:g} and may grow to {describe_amount(most)}"
 
     def largest(self, resource: str) -> float:
-        """The most of a resource that one node has, or may have."""
-        kinds = [kind.resources for kind in self.node_types if min(kind.most, self.most_workers) > 0]
-        return max((of.get(resource, 0) for of in (*self.nodes, *kinds)), default=0)
+        """Largest amount of a resource that one node has, or may have."""
+        amounts = [node.get(resource, 0) for node in self.nodes]
+        for kind in self.node_types:
+            if min(kind.most, self.most_workers) > 0:
+                amounts.append(kind.resources.get(resource, 0))
+        return max(amounts, default=0)
 
     def memory(self) -> float:
-        """Bytes of memory there may be, objects included; infinite if not every node says what it has."""
-        if not all("memory" in of for of in (*self.nodes, *(kind.resources for kind in self.node_types))):
-            return math.inf
+        """Bytes of memory there may be, objects included; infinite if the memory of some node is not known."""
+        for resources in (*self.nodes, *(kind.resources for kind in self.node_types)):
+            if "memory" not in resources:
+                return math.inf
+        # Ray subtracts its object store from a node's memory; engines and workers may have both.
         return self.most("memory") + self.most("object_store_memory")
 
 
-def written(amount: float) -> str:
-    """A number, or that there is no limit."""
+def _total(resource: str, nodes: Iterable[Mapping[str, float]]) -> float:
+    return sum(node.get(resource, 0) for node in nodes)
+
+
+def describe_amount(amount: float) -> str:
+    """Write a number; an infinite one as "any number"."""
     return "any number" if math.isinf(amount) else f"{amount:g}"
-
-
-def find_cluster() -> Cluster:
-    """The Ray cluster that RAY_ADDRESS names, or this machine if it names none.
-
-    Raises:
-        ResourceError: the cluster does not answer.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
-        gpus, memory = float(_num_local_gpus()), float(_local_memory())
-        return Cluster(nodes=({"CPU": float(os.cpu_count() or 1), "GPU": gpus, "memory": memory},))
-    import ray
-
-    from rayrl.preflight.autoscaling import find_node_types
-
-    is_ours = not ray.is_initialized()
-    try:
-        if is_ours:
-            ray.init(address, log_to_driver=False)
-        nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
-        found = find_node_types()
-    except ConnectionError as error:
-        raise ResourceError(
-            f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or unset RAY_ADDRESS"
-        ) from None
-    finally:
-        if is_ours:
-            ray.shutdown()
-    if found is None:
-        return Cluster(nodes=nodes, remark=UNKNOWN)
-    return Cluster(nodes=nodes, node_types=found.node_types, most_workers=found.most_workers)
-
-
-def _num_local_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
-    return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
-
-
-def _local_memory() -> int:
-    """Bytes of this machine, or of the container it is."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return min(machine, int(text)) if text.isdigit() else machine

@@ -1,4 +1,7 @@
-"""The user's files, read once: is everything there, how many prompts, and do they fit the context?"""
+"""Inputs of a run: the user's files, each read once, and the keys, modules and packages that the run needs.
+
+Nothing here uses the network or imports the user's code.
+"""
 
 import heapq
 import importlib.util
@@ -6,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayrl.config import DataConfig, HttpOracleConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
+from rayrl.config import RunConfig
 from rayrl.data import tokenizing
 from rayrl.data.chats import Messages
 from rayrl.data.reading import (
@@ -29,7 +32,7 @@ _CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PoolFacts:
-    """What the checks need to know about the pool."""
+    """Facts of the pool that the checks need."""
 
     counts: PromptCounts
     mean_tokens: float
@@ -40,13 +43,14 @@ class PoolFacts:
 
 
 def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
-    """Read the pool once; memory holds the longest prompts only.
+    """Count the prompts of the pool, and measure the longest. The pool is read once, and never held in memory whole.
 
     Raises:
         DataError: missing, empty, malformed, or without the column.
         ConfigError: a prompt fills the context.
     """
     counts = PromptCounts()
+    # A heap of the longest prompts: whether a prompt fits the context shows at these, and tokenising all takes minutes.
     longest: list[tuple[int, str]] = []
     num_characters = 0
     for prompt in read_prompts(config.pool, renderer(config, model), counts):
@@ -64,7 +68,8 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
             counts=counts, mean_tokens=mean_characters / _CHARACTERS_PER_TOKEN, longest_tokens=0, num_cut=0
         )
     num_tokens = count_tokens(config, model, [text for _, text in longest])
-    tokens_per_character = sum(num_tokens) / sum(length for length, _ in longest)
+    num_characters_measured = sum(length for length, _ in longest)
+    tokens_per_character = sum(num_tokens) / num_characters_measured
     return PoolFacts(
         counts=counts,
         mean_tokens=mean_characters * tokens_per_character,
@@ -74,19 +79,21 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
 
 
 def count_tokens(config: RunConfig, model: ModelFacts, rendered: list[str]) -> list[int]:
-    """Tokens of rendered prompts; an estimate where the tokenizer is unknown."""
+    """Count the tokens of rendered prompts; estimate them where the tokenizer is unknown."""
     if model.tokenizer is None:
         return [len(text) // _CHARACTERS_PER_TOKEN for text in rendered]
+    # A chat template writes the special tokens itself.
     is_plain = tokenizing.resolve_format(model.tokenizer, config.policy.prompt_format) == "plain"
     return model.tokenizer.count_tokens(rendered, add_special_tokens=is_plain)
 
 
 def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], num_prompts: int) -> int:
-    """Refuse prompts without room for one token; the number of those whose responses may be cut."""
+    """Refuse prompts that leave no room for one token; count those whose responses may be cut."""
     if model.max_model_len is None:
         return 0
     num_too_long = sum(n >= model.max_model_len for n in num_tokens)
     if num_too_long:
+        # Only the longest were measured: if all of those are too long, there may be more.
         at_least = "at least " if num_too_long == _MEASURED_PROMPTS else ""
         raise ConfigError(
             f"pool.path: a prompt must be shorter than the context of {model.max_model_len} tokens, but "
@@ -97,7 +104,7 @@ def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], 
 
 
 def renderer(config: RunConfig, model: ModelFacts) -> Render:
-    """What the policy reads of a prompt; an approximation where its tokenizer is unknown."""
+    """Make the function that renders a prompt for the policy; it approximates where the tokenizer is unknown."""
 
     def render(source: str | Messages) -> str:
         if model.tokenizer is not None:
@@ -108,7 +115,7 @@ def renderer(config: RunConfig, model: ModelFacts) -> Render:
 
 
 def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | None:
-    """Refuse seed data that trains nothing; its counts (of all rows only where they are queried).
+    """Refuse seed data without a usable row, and count its rows: all of them where the oracle is asked about them.
 
     Raises:
         DataError: missing, empty, malformed, without a column, or no row passes.
@@ -117,6 +124,7 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
         return None
     counts = PromptCounts()
     for _ in read_seed_rows(config.seed_data, renderer(config, model), counts):
+        # One usable row shows that SFT has something to learn; the number matters only for queries.
         if config.generate.source != "seed":
             break
     if counts.num_kept == 0:
@@ -129,14 +137,14 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
 
 
 def inspect_others(config: RunConfig) -> None:
-    """Refuse missing reference answers, benchmark tasks, trackers, and oracle inputs, without touching the network.
+    """Refuse missing trackers, reference answers, benchmark tasks, functions and oracle inputs, without the network.
 
     Raises:
         DataError: a table is missing or lacks a column.
         ConfigError: a key, module or folder is missing.
     """
     _inspect_tracking(config)
-    answers: DataConfig | None = config.evaluate.reference_answers
+    answers = config.evaluate.reference_answers
     if answers is not None:
         require_columns(answers.path, columns_of(answers), answers.split)
     lm_eval = config.evaluate.lm_eval
@@ -146,30 +154,27 @@ def inspect_others(config: RunConfig) -> None:
         raise ConfigError(f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}")
     if config.pipeline == "rlp" and config.ppo.function is not None:
         check_module(config.ppo.function, "ppo.function")
-    match config.oracle:
-        case HttpOracleConfig():
-            read_key(config.oracle.api_key_env)
-        case ScriptedOracleConfig():
-            check_module(config.oracle.function, "oracle.function")
-            if config.oracle.compare_function is not None:
-                check_module(config.oracle.compare_function, "oracle.compare_function")
-        case ReplayOracleConfig(path=None) if config.asks_for_judgements:
-            raise ConfigError(
-                "oracle.path is missing: single responses are judged here (to label them, or to evaluate), and a table "
-                "of comparisons judges none; name a table of judgements, or set evaluate.budget = 0 if only that asks"
-            )
-        case ReplayOracleConfig() as replay:
-            if replay.path is not None:
-                require_columns(replay.path, replay.judgement_columns)
-            if replay.comparisons_path is not None:
-                require_columns(replay.comparisons_path, replay.comparison_columns)
+    _inspect_oracle(config)
+
+
+def _inspect_oracle(config: RunConfig) -> None:
+    """Refuse an oracle whose key, functions or tables are missing, or that cannot judge where the run needs it to."""
+    oracle = config.oracle
+    # The key is read to see that it is there; it is kept nowhere.
+    read_key(oracle.key_source())
+    for setting, function in oracle.functions().items():
+        check_module(function, setting)
+    if config.asks_for_judgements and (missing := oracle.missing_to_judge()):
+        raise ConfigError(missing)
+    for table in oracle.tables():
+        require_columns(table.path, table.columns)
 
 
 def _inspect_tracking(config: RunConfig) -> None:
-    """Refuse a tracker whose package or key is missing, or whose file cannot be where the run is."""
+    """Refuse a tracker whose package or key is missing, or whose files cannot be where the run is."""
     wandb, mlflow = config.tracking.wandb, config.tracking.mlflow
-    for name, asked in (("wandb", wandb), ("mlflow", mlflow)):
-        if asked is not None and importlib.util.find_spec(name) is None:
+    for name, tracker in (("wandb", wandb), ("mlflow", mlflow)):
+        if tracker is not None and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"tracking.{name} needs the package {name}, which is not installed here; "
                 f'pip install "rayrl[{name}]", or leave the table out'
@@ -179,15 +184,16 @@ def _inspect_tracking(config: RunConfig) -> None:
             'tracking.wandb.mode = "online" needs a key in the environment variable WANDB_API_KEY or in ~/.netrc of '
             'the node that runs the job, and there is none; put it there, or set mode = "offline"'
         )
-    for name, local in (
-        ("tracking.wandb.mode", wandb is not None and wandb.mode == "offline"),
-        ("tracking.mlflow.tracking_uri", mlflow is not None and mlflow.tracking_uri is None),
-    ):
-        if local and not storage.is_local(config.run_dir):
-            raise ConfigError(
-                f"{name} as it is writes files into run_dir, which must then be on a filesystem, got {config.run_dir}; "
-                + ('set it to "online"' if name.endswith("mode") else "set it to your server's address")
-            )
+    if storage.is_local(config.run_dir):
+        return
+    # Both trackers write plain files, which a bucket cannot take while they grow.
+    writes_files = "as it is writes files into run_dir, which must then be on a filesystem"
+    if wandb is not None and wandb.mode == "offline":
+        raise ConfigError(f'tracking.wandb.mode {writes_files}, got {config.run_dir}; set it to "online"')
+    if mlflow is not None and mlflow.tracking_uri is None:
+        raise ConfigError(
+            f"tracking.mlflow.tracking_uri {writes_files}, got {config.run_dir}; set it to your server's address"
+        )
 
 
 def _has_netrc() -> bool:
@@ -195,7 +201,7 @@ def _has_netrc() -> bool:
 
 
 def check_module(function: str, setting: str) -> None:
-    """Refuse a "module:function" whose module is not here.
+    """Refuse a "module:function" whose module cannot be found from the working directory.
 
     Only the top-level name is looked for: importing the user's code may take long.
     """

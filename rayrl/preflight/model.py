@@ -1,4 +1,4 @@
-"""The policy's folder, judged by its config.json and file names. No weights are read."""
+"""Facts of a model folder, from its config.json and file names. No weights are read."""
 
 import os
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from rayrl.errors import ConfigError
 from rayrl.runs import storage
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""What vLLM 0.32.0's CPU attention takes (`CPUAttentionBackend.get_supported_head_sizes`)."""
+"""Sizes that vLLM 0.32.0's CPU attention has (`CPUAttentionBackend.get_supported_head_sizes`)."""
 
 _BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What the checks need to know about the policy; None is unknown."""
+    """Facts of the policy that the checks need; None is unknown."""
 
     weights_bytes: int | None = None
     num_parameters: int | None = None
@@ -26,7 +26,9 @@ class ModelFacts:
 
 
 def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> ModelFacts:
-    """Refuse a policy that cannot run; of a hub model that is not here yet, nothing is known unless `online`.
+    """Refuse a policy that cannot run, and return its facts.
+
+    Nothing is known of a model on the hub that is not in the cache yet, unless `online`.
 
     Raises:
         ConfigError: no model folder, no safetensors, a head_dim or context the engine cannot have.
@@ -49,7 +51,7 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
 
 
 def model_folder(path: str, revision: str | None, *, online: bool, setting: str) -> str | None:
-    """The folder of a model; of a hub model its cached snapshot, or None where there is none yet.
+    """Find the folder of a model: for a hub id its cached snapshot, or None where there is none yet.
 
     Raises:
         ConfigError: neither a model folder nor, as far as can be told, a hub id.
@@ -62,12 +64,13 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
         raise ConfigError(f"{setting} must be a model folder or a hub id, got {path}: there is no such folder")
     from huggingface_hub import constants, snapshot_download
 
-    offline = not online or constants.HF_HUB_OFFLINE
+    is_offline = not online or constants.HF_HUB_OFFLINE
+    small_files = ["*.json", "*.jinja"]
     try:
-        small = ["*.json", "*.jinja"]
-        folder = snapshot_download(path, revision=revision, allow_patterns=small, local_files_only=offline)
+        folder = snapshot_download(path, revision=revision, allow_patterns=small_files, local_files_only=is_offline)
     except (OSError, ValueError) as error:
-        if not offline or constants.HF_HUB_OFFLINE:
+        # A plan asks the cache only, and a run may still download the model. Without a hub it never will.
+        if not is_offline or constants.HF_HUB_OFFLINE:
             raise ConfigError(
                 f"{setting} must be a model folder or a hub id, got {path}: no such folder, and not to be "
                 f"had from the hub ({error}); download the model and give its folder"
@@ -77,6 +80,8 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
 
 
 def _check_head_dim(config: dict[str, Any], path: str) -> None:
+    """Refuse a model whose attention vLLM cannot compute without a GPU."""
+    # Older architectures have names of their own for these settings.
     hidden = config.get("hidden_size") or config.get("n_embd")
     heads = config.get("num_attention_heads") or config.get("n_head")
     head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
@@ -89,22 +94,26 @@ def _check_head_dim(config: dict[str, Any], path: str) -> None:
 
 
 def _weights_bytes(folder: str, path: str) -> int | None:
+    """Sum the sizes of a folder's safetensors; None for a cached snapshot without weights."""
     fs, root = storage.locate(folder)
     sizes = {file["name"]: file["size"] for file in fs.ls(root, detail=True)}
     weights = [size for name, size in sizes.items() if name.endswith(".safetensors")]
     if weights:
         return sum(weights)
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in sizes) or folder == path:
+    has_pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in sizes)
+    if has_pickles or folder == path:
         raise ConfigError(
             f"policy.path must hold weights as *.safetensors, got {path}, which has none; convert them with "
             "save_pretrained (pickled weights can run code, and are never loaded)"
         )
-    return None  # a cached snapshot of the small files only
+    return None  # a snapshot of the small files only, which another command has cached
 
 
 def _max_model_len(policy: PolicyConfig, config: dict[str, Any]) -> int | None:
+    """The context that the engines will have; refuses one that is longer than the model's own."""
     context = config.get("max_position_embeddings") or config.get("n_positions")
     scaled = config.get("rope_scaling") or (config.get("rope_parameters") or {}).get("factor")
+    # A rope that is scaled may reach further than max_position_embeddings says.
     if policy.max_model_len and context and not scaled and policy.max_model_len > context:
         raise ConfigError(
             f"policy.max_model_len must be at most the model's context {context}, got {policy.max_model_len}"

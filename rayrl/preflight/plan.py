@@ -1,13 +1,20 @@
-"""What a run will do, need and pay, as a value and as text."""
+"""Plan of a run: what it will do, need and pay, as a value and as text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from rayrl.preflight.cluster import Cluster, written
+from rayrl.preflight.cluster import Cluster, describe_amount
+
+Mode = Literal["overlap", "alternate"]
+"""Whether fleets stay up beside trainings, or make room for them."""
+ReferenceSource = Literal["generation", "pass"]
+"""Origin of DPO's reference log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """What one replica takes of a resource, all of it on one node."""
+    """The share of a resource that one replica needs on one node."""
 
     resource: str
     amount: float
@@ -16,11 +23,9 @@ class Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagePlan:
-    """One stage: what it does and what it reserves while it runs."""
+class Needs:
+    """Reservations of a training, of a fleet, or of all that runs at the same time."""
 
-    name: str
-    what: str
     actors: str = ""
     """Engines and workers, for humans."""
     num_gpus: float = 0
@@ -34,6 +39,15 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StagePlan(Needs):
+    """One stage: what it does, and the most that it reserves at a time; while it trains, if it does."""
+
+    name: str
+    """The stage's name in `rayrl.runs.stage_table`."""
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The run, resolved. Counts are after duplicates and empty prompts were dropped."""
 
@@ -41,23 +55,24 @@ class Plan:
     pipeline: str
     run_dir: str
     stages: tuple[StagePlan, ...]
+    """Those of the first round, and those before and after all rounds."""
     cluster: Cluster
-    mode: str
-    """"overlap" or "alternate"."""
-    reference: str
-    """Where DPO's reference log-probabilities come from: "generation" or "pass"."""
+    mode: Mode
+    reference: ReferenceSource
     num_prompts: int
     """Unlabelled prompts that train; the held-out ones come on top."""
     num_eval_prompts: int
     num_responses: int
     """Sampled for labels and for the refresh; PPO's rollouts are not counted."""
     label_queries: tuple[int, ...]
-    """Paid in each round, at most; empty if nothing is asked."""
+    """Paid in each round, at most; empty if the oracle labels nothing."""
     num_eval_queries: int
     num_eval_comparisons: int
     """Of those: with reference answers."""
     num_pairs: int
     """Before ties are dropped."""
+    budgets: Mapping[str, int]
+    """Caps of the ledger: paid queries over all rounds, by `rayrl.runs.stage_table.Purpose`."""
     usd: float | None
     """At most about this much for all paid queries; None without prices."""
     disk_bytes: int | None
@@ -66,7 +81,7 @@ class Plan:
     """Of the run directory's disk; None where it is remote."""
     warnings: tuple[str, ...] = ()
     rounds: str = ""
-    """What they ask and repeat; empty if there is one."""
+    """Description of the rounds; empty if there is one."""
 
     @property
     def on_gpu(self) -> bool:
@@ -83,58 +98,77 @@ class Plan:
 
 
 def render_plan(plan: Plan) -> str:
-    """The plan as plain text, for a terminal or a log."""
-    price = "no prices given" if plan.usd is None else f"at most about {plan.usd:,.2f} USD"
-    beside = f" ({plan.num_eval_comparisons:,} comparisons with references)" if plan.num_eval_comparisons else ""
-    disk = "unknown" if plan.disk_bytes is None else f"about {plan.disk_bytes / 2**30:,.2f} GiB"
-    free = "" if plan.free_bytes is None else f"; {plan.free_bytes / 2**30:,.2f} GiB are free for run_dir"
-    facts = {
-        "run": f"{plan.name} -> {plan.run_dir}",
-        **(_of_rlp(plan) if plan.pipeline == "rlp" else _of_proxy_dpo(plan)),
-        "paid": f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries{beside}; "
-        f"{price}",
-        "disk": disk + free,
-        "cluster": _of_cluster(plan.cluster),
-    }
-    if plan.rounds:
-        facts["rounds"] = plan.rounds
-    lines = [f"{name:<9}{fact}" for name, fact in facts.items()]
+    """Write the plan as plain text, for a terminal or a log."""
+    lines = [f"{name:<9}{fact}" for name, fact in _facts(plan).items()]
     name_width = 2 + max(len(stage.name) for stage in plan.stages)
-    what_width = max(len(stage.what) for stage in plan.stages)
-    lines += ["", f"{'stage':<{name_width}}{'what':<{what_width + 2}}reserves"]
+    what_width = 2 + max(len(stage.what) for stage in plan.stages)
+    lines += ["", f"{'stage':<{name_width}}{'what':<{what_width}}reserves"]
     for stage in plan.stages:
-        needs = [f"{stage.num_gpus:g} GPU"] * (stage.num_gpus > 0) + [f"{stage.num_cpus} CPU"] * (stage.num_cpus > 0)
-        reserves = stage.actors + (f" ({', '.join(needs)})" if needs else "")
-        lines.append(f"{stage.name:<{name_width}}{stage.what:<{what_width + 2}}{reserves}".rstrip())
-    lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
+        row = f"{stage.name:<{name_width}}{stage.what:<{what_width}}{stage.actors}{_amounts(stage)}"
+        lines.append(row.rstrip())  # a stage of the driver alone reserves nothing
+    if plan.warnings:
+        lines.append("")
+        lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
 
 
-def _of_cluster(cluster: Cluster) -> str:
-    has, most = (
-        ", ".join(f"{written(of(resource))} {resource}" for resource in ("CPU", "GPU"))
-        for of in (cluster.has, cluster.most)
-    )
-    return f"has {has}" + (f"; may grow to {most}" if most != has else "")
+def _facts(plan: Plan) -> dict[str, str]:
+    """The lines above the stages, by their titles."""
+    paid = f"{plan.num_label_queries:,} label queries and {plan.num_eval_queries:,} evaluation queries"
+    if plan.num_eval_comparisons:
+        paid += f" ({plan.num_eval_comparisons:,} comparisons with references)"
+    price = "no prices given" if plan.usd is None else f"at most about {plan.usd:,.2f} USD"
+    disk = "unknown" if plan.disk_bytes is None else f"about {plan.disk_bytes / 2**30:,.2f} GiB"
+    if plan.free_bytes is not None:
+        disk += f"; {plan.free_bytes / 2**30:,.2f} GiB are free for run_dir"
+    facts = {
+        "run": f"{plan.name} -> {plan.run_dir}",
+        **(_rlp_facts(plan) if plan.pipeline == "rlp" else _proxy_dpo_facts(plan)),
+        "paid": f"{paid}; {price}",
+        "disk": disk,
+        "cluster": _cluster_fact(plan.cluster),
+    }
+    if plan.rounds:
+        facts["rounds"] = plan.rounds
+    return facts
 
 
-def _of_proxy_dpo(plan: Plan) -> dict[str, str]:
-    how = {"overlap": "scoring streams into training", "alternate": "scoring ends before training starts"}
+def _proxy_dpo_facts(plan: Plan) -> dict[str, str]:
+    # Over all rounds. A run that holds out all its prompts was refused, and a plan can be made by hand.
     num_each = plan.num_responses // max(plan.num_prompts, 1)
+    meaning = "scoring streams into training" if plan.mode == "overlap" else "scoring ends before training starts"
+    source = "generation" if plan.reference == "generation" else "one pass before the first step"
     return {
         "pool": f"{plan.num_prompts:,} prompts x {num_each} responses = {plan.num_responses:,}, "
         f"and {plan.num_eval_prompts:,} prompts held out",
         "pairs": f"{plan.num_pairs:,}, or {plan.pairs_per_query:.1f} per paid query, before ties are dropped",
-        "mode": f"{plan.mode}: {how[plan.mode]}; reference log-probabilities from "
-        f"{'generation' if plan.reference == 'generation' else 'one pass before the first step'}",
+        "mode": f"{plan.mode}: {meaning}; reference log-probabilities from {source}",
     }
 
 
-def _of_rlp(plan: Plan) -> dict[str, str]:
-    pairs = {"pairs": f"{plan.num_pairs:,} to learn from, before ties are dropped"} if plan.num_pairs else {}
-    return {
+def _rlp_facts(plan: Plan) -> dict[str, str]:
+    facts = {
         "pool": f"{plan.num_prompts:,} prompts, {plan.num_responses:,} responses besides PPO's own, "
         f"and {plan.num_eval_prompts:,} prompts held out",
-        **pairs,
-        "mode": "replicas stay up beside every training",
     }
+    # PPO on a function or an evaluator learns from no pairs.
+    if plan.num_pairs:
+        facts["pairs"] = f"{plan.num_pairs:,} to learn from, before ties are dropped"
+    facts["mode"] = "replicas stay up beside every training"
+    return facts
+
+
+def _cluster_fact(cluster: Cluster) -> str:
+    has = f"{describe_amount(cluster.has('CPU'))} CPU, {describe_amount(cluster.has('GPU'))} GPU"
+    most = f"{describe_amount(cluster.most('CPU'))} CPU, {describe_amount(cluster.most('GPU'))} GPU"
+    return f"has {has}" if most == has else f"has {has}; may grow to {most}"
+
+
+def _amounts(stage: StagePlan) -> str:
+    """GPUs and CPUs of a stage in brackets; empty if it reserves neither."""
+    amounts = []
+    if stage.num_gpus > 0:
+        amounts.append(f"{stage.num_gpus:g} GPU")
+    if stage.num_cpus > 0:
+        amounts.append(f"{stage.num_cpus} CPU")
+    return f" ({', '.join(amounts)})" if amounts else ""

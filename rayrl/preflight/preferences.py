@@ -1,12 +1,12 @@
-"""The preference pairs, or whoever is asked for them: is everything there that `gather_preferences` needs?"""
+"""Checks of the preferences D: the file of pairs, or the oracle and the budget that are to make them."""
 
 import heapq
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from rayrl.algorithms.budget import round_share
 from rayrl.algorithms.comparisons import queries_per_pair
-from rayrl.config import HttpOracleConfig, PreferencesConfig, ReplayOracleConfig, RunConfig, ScriptedOracleConfig
+from rayrl.config import PreferencesConfig, RunConfig
 from rayrl.data.pairs import PairCounts, read_pairs
 from rayrl.errors import ConfigError, DataError
 from rayrl.preflight.inputs import count_tokens, renderer
@@ -16,6 +16,8 @@ _MEASURED_PAIRS = 2000
 """Pairs that are tokenised: those of the shortest prompts, and the longest. A file this small is measured whole."""
 MIN_PROMPTS = 2
 """A reward model is fitted on the pairs of one prompt at least, and checked on those of another."""
+
+T = TypeVar("T", bound=tuple[object, ...])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class PairFacts:
     """Pairs of which the context cuts an answer, or leaves nothing; of the measured ones."""
 
     def warnings(self) -> list[str]:
-        """What a user should know of it."""
+        """Warn of pairs that the context cuts."""
         if not self.num_cut:
             return []
         return [
@@ -37,12 +39,14 @@ class PairFacts:
 
 
 def inspect_preferences(config: RunConfig, model: ModelFacts) -> PairFacts | None:
-    """Refuse preferences that cannot be had; the facts of a file of pairs, which is read once.
+    """Refuse preferences that cannot be had, and return the facts of a file of pairs, which is read once.
+
+    None where the reward model learns from no file of pairs.
 
     Raises:
         DataError: a table is missing, empty, malformed or lacks a column; a chosen answer equals the rejected one;
             too few pairs.
-        ConfigError: the budget or `generate.k` is too small for comparisons, the expert cannot compare, or no pair of
+        ConfigError: the budget or `generate.k` is too small for comparisons, the oracle cannot compare, or no pair of
             the file fits the context.
     """
     preferences = config.preferences
@@ -50,10 +54,13 @@ def inspect_preferences(config: RunConfig, model: ModelFacts) -> PairFacts | Non
         return None
     if preferences.source == "oracle":
         _check_budget(config, preferences)
-        _check_expert(config)
+        if missing := config.oracle.missing_to_compare(config.rubric):
+            raise ConfigError(missing)
         return None
     assert preferences.data is not None, "the config is refused without a file"
     counts = PairCounts()
+    # Two heaps, since tokenising a whole file takes minutes: whether any pair fits shows at the shortest prompts, and
+    # how many are cut at the longest pairs.
     shortest: list[tuple[int, str]] = []
     longest: list[tuple[int, str, str]] = []
     for prompt, chosen, rejected in read_pairs(preferences.data, renderer(config, model), counts):
@@ -70,8 +77,8 @@ def inspect_preferences(config: RunConfig, model: ModelFacts) -> PairFacts | Non
     return PairFacts(counts=counts, num_cut=_num_cut(config, model, longest))
 
 
-def _keep(largest: list[Any], item: Any) -> None:
-    """Put an item on a heap of the largest ones."""
+def _keep(largest: list[T], item: T) -> None:
+    """Put an item on a heap of the largest ones, and drop the smallest once there are enough."""
     if len(largest) < _MEASURED_PAIRS:
         heapq.heappush(largest, item)
     else:
@@ -93,22 +100,27 @@ def _check_room(config: RunConfig, model: ModelFacts, prompts: list[str], counts
 
 
 def _num_cut(config: RunConfig, model: ModelFacts, pairs: list[tuple[int, str, str]]) -> int:
-    """Pairs whose prompt, longer answer and end of sequence exceed the context."""
+    """Count pairs whose prompt, longer answer and end of sequence exceed the context."""
     if model.tokenizer is None or model.max_model_len is None:
         return 0
     prompts = count_tokens(config, model, [prompt for _, prompt, _ in pairs])
     answers = model.tokenizer.count_tokens([answer for *_, answer in pairs], add_special_tokens=False)
-    limit = model.max_model_len
-    return sum(prompt + answer + 1 > limit for prompt, answer in zip(prompts, answers, strict=True))
+    num_cut = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        num_tokens = prompt + answer + 1  # the end of sequence
+        num_cut += num_tokens > model.max_model_len
+    return num_cut
 
 
 def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
+    """Refuse a budget or a number of responses that is too small for comparisons."""
     least = MIN_PROMPTS * queries_per_pair(preferences.order)
+    # The first round's share is the smallest one that is certain: what a round leaves over goes to later ones.
     if round_share(config.select.budget, 0, config.rounds) < least:
-        of_rounds = f" and rounds is {config.rounds}" if config.rounds > 1 else ""
+        rounds = f" and rounds is {config.rounds}" if config.rounds > 1 else ""
         raise ConfigError(
             f"select.budget must be at least {(least - 1) * config.rounds + 1} when preferences.order is "
-            f'"{preferences.order}"{of_rounds} ({MIN_PROMPTS} pairs, one to learn from and one to check on), '
+            f'"{preferences.order}"{rounds} ({MIN_PROMPTS} pairs, one to learn from and one to check on), '
             f"got {config.select.budget}"
         )
     if config.generate.k < 2 * preferences.pairs_per_prompt:
@@ -117,24 +129,3 @@ def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
             f"preferences.pairs_per_prompt is {preferences.pairs_per_prompt}, since two responses to a prompt are "
             f"compared and none of them twice; got {config.generate.k}"
         )
-
-
-def _check_expert(config: RunConfig) -> None:
-    rubric = config.rubric
-    match config.oracle:
-        case HttpOracleConfig() if rubric.template is not None and rubric.pairwise_template is None:
-            raise ConfigError(
-                'rubric.pairwise_template is missing: preferences.source = "oracle" compares two responses, and the '
-                f"built-in comparison asks for something else than rubric.template {rubric.template}, by which the "
-                "policies are evaluated; write the same criteria to a file with {prompt}, {first} and {second}"
-            )
-        case ScriptedOracleConfig(compare_function=None):
-            raise ConfigError(
-                'oracle.compare_function is missing: preferences.source = "oracle" asks which of two responses is '
-                'better; name a "module:function" of (prompt, first, second) that returns "first", "second" or "tie"'
-            )
-        case ReplayOracleConfig(comparisons_path=None):
-            raise ConfigError(
-                'oracle.comparisons_path is missing: preferences.source = "oracle" asks which of two responses is '
-                "better; name a table with both responses and a preference"
-            )

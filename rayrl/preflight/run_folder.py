@@ -1,19 +1,21 @@
-"""The run directory: whose it is, whether it can be written, and whether its disk is large enough."""
+"""Checks of the run directory: it belongs to this config, it can be written, and its disk is large enough."""
 
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayrl.config import RunConfig, TrainingConfig
+from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
 from rayrl.preflight.model import ModelFacts
 from rayrl.runs import storage
 from rayrl.runs.run import differences
+from rayrl.runs.stage_table import PPO, PPO_REFRESHED, stages_of
 from rayrl.training.checkpoints import NUM_KEPT
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
+_PPO_STAGES = (PPO, PPO_REFRESHED)
 _SHOWN_DIFFERENCES = 6
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
@@ -33,10 +35,7 @@ def check_run_folder(config: RunConfig) -> None:
             continue
         try:
             is_local = storage.is_local(url)
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # fsspec: a package is missing, or nobody knows the protocol
+        except (ImportError, ValueError) as error:  # fsspec: a package is missing, or the protocol is unknown
             raise ConfigError(
                 f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}"
             ) from None
@@ -65,10 +64,10 @@ def check_run_folder(config: RunConfig) -> None:
 
 
 def _check_reachable(url: str) -> None:
-    """Refuse a remote place that does not answer, or whose bucket is not there.
+    """Refuse a remote place that does not answer, or whose bucket does not exist.
 
     Raises:
-        RunDirectoryError: says what the filesystem said.
+        RunDirectoryError: holds the filesystem's own message.
     """
     fs, path = storage.locate(url)
     bucket = path.partition("/")[0]  # empty on filesystems without buckets
@@ -86,14 +85,15 @@ def _check_reachable(url: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskFacts:
-    """What a run still has to write, in bytes, and what its disk has free; None is unknown."""
+    """Bytes that a run still has to write, and that its disk has free; None is unknown."""
 
     needed: int | None = None
-    """At most, about: whole fits' checkpoints, and responses as long as they may be; less what is there."""
+    """At most, about: whole fits' checkpoints, and responses as long as they may be; less the files of an earlier
+    attempt."""
     free: int | None = None
 
     def warnings(self) -> list[str]:
-        """What may not fit; what cannot fit was refused."""
+        """Warn of a run that may not fit; one that cannot was refused."""
         if self.needed is None or self.free is None or self.needed <= self.free:
             return []
         return [
@@ -103,9 +103,9 @@ class DiskFacts:
 
 
 def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> DiskFacts:
-    """What the run may write, an estimate, against what the disk of its folder has free, if that is a local one.
+    """Compare an estimate of what the run may write with the free space of its folder's disk, if that is a local one.
 
-    What an earlier attempt has written there is not needed again.
+    Files of an earlier attempt are not written again.
 
     Raises:
         ResourceError: the weights and one checkpoint's optimizer alone are more than is free.
@@ -115,40 +115,46 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> Disk
     free = shutil.disk_usage(existing_parent(url)).free if is_local else None
     if model.weights_bytes is None or model.num_parameters is None:
         return DiskFacts(free=free)
-    num_models, fits = _written(config)
-    num_optimized = max((num for num, fit in fits if fit.lora is None), default=0)
-    optimizer = num_optimized * _OPTIMIZER_BYTES * model.num_parameters
-    there = sum(storage.sizes(url).values()) if is_local and storage.exists(url) else 0
-    least = max(0, num_models * model.weights_bytes + optimizer - there)
+    optimizer = num_optimized_models(config) * _OPTIMIZER_BYTES * model.num_parameters
+    written = sum(storage.sizes(url).values()) if is_local and storage.exists(url) else 0
+    least = max(0, num_written_models(config) * model.weights_bytes + optimizer - written)
     if free is not None and least > free:
         raise ResourceError(
             f"run_dir {config.run_dir} needs {_gib(least)} at least (weights and optimizer), "
             f"and its disk has {_gib(free)} free; free some, or put run_dir on another disk"
         )
     tables = num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
+    # A fit keeps its last checkpoints while it writes the next one.
     return DiskFacts(needed=least + NUM_KEPT * optimizer + tables, free=free)
+
+
+def num_written_models(config: RunConfig) -> int:
+    """Models of the policy's size that are on the disk at the end of a run, or before that at once."""
+    num = 0
+    for stage, _ in stages_of(config):
+        training = stage.training(config)
+        if training is not None:
+            # PPO keeps the last policy and the best one.
+            num += 2 if stage in _PPO_STAGES else training.num_members
+    # While rlp trains, the replicas have files of their own: two versions of the policy on their way to them.
+    return num + 2 * (config.pipeline == "rlp")
+
+
+def num_optimized_models(config: RunConfig) -> int:
+    """Most models that one training of the run optimizes as a whole, and not by adapters."""
+    most = 0
+    for stage, _ in stages_of(config):
+        training = stage.training(config)
+        if training is not None and training.settings.lora is None:
+            # PPO trains the policy and a value model.
+            most = max(most, 2 if stage in _PPO_STAGES else 1)
+    return most
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB"
 
 
-def _written(config: RunConfig) -> tuple[int, list[tuple[int, TrainingConfig]]]:
-    """Models of the policy's size that are on disk at the end or at once, and each fit with how many it optimizes."""
-    sft: list[tuple[int, TrainingConfig]] = [(1, config.sft)] * config.sft.enabled
-    if config.pipeline == "proxy_dpo":
-        return 2 * config.rounds + len(sft), [*sft, (1, config.evaluator), (1, config.dpo)]
-    kept, served = 2, 2  # the last policy and the best one; those on their way to the replicas, until PPO ends
-    ppo = (2, config.ppo)  # policy and value model
-    if config.ppo.reward == "reward_model":
-        again = config.rounds if config.asks_for_comparisons else 1  # a file's pairs make one r and one pi
-        num_fits = again * (config.reward_model.path is None) + config.rounds * (config.refresh.method != "none")
-        num_models = len(sft) + config.reward_model.num_members * num_fits + kept * (again + config.rounds) + served
-        return num_models, [*sft, (1, config.reward_model), ppo]
-    evaluator: list[tuple[int, TrainingConfig]] = [(1, config.evaluator)] * (config.ppo.reward == "evaluator")
-    return len(sft) + (len(evaluator) + kept) * config.rounds + served, [*sft, *evaluator, ppo]
-
-
 def existing_parent(path: str) -> Path:
-    """The path itself or the nearest parent that exists."""
+    """Find the path itself or the nearest parent that exists."""
     return next(p for p in [Path(path), *Path(path).parents] if p.exists())

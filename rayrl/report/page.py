@@ -1,86 +1,86 @@
 """The report of one run: report.json (the facts) and report.html (one file, no script, nothing to load).
 
-Built from the run directory alone, at any time; what the run has not reached is shown as not run. Model
-output is untrusted data: the template escapes it, figures are images, a content security policy forbids more.
+Built from the run directory alone, at any time; what the run has not reached is shown as not run. Model output is
+untrusted data: the template escapes it, figures are images, a content security policy forbids more.
 """
 
 import base64
-import re
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import numpy as np
-import pyarrow as pa
 from matplotlib.figure import Figure
+from pydantic import JsonValue
 
-from rayrl.report import plots
+from rayrl.report import formats, plots
+from rayrl.report.facts import RunFacts
 from rayrl.report.figures import draw_figures
+from rayrl.report.sections import PAPERS, sections, tiles
 from rayrl.report.settings import shown_settings
-from rayrl.report.summary import gain, plus_minus, summarize_run
-from rayrl.report.tables import read_parquet
+from rayrl.report.summary import summarize_run
 from rayrl.runs import storage
 
-__all__ = ["draw_figures", "read_parquet", "write_report"]
-NUM_SAMPLES = 20
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-
-def write_report(run_dir: str) -> dict[str, Any]:
-    """Write report.json and report.html into a run directory; returns the facts in report.json.
+def write_report(run_dir: str) -> RunFacts:
+    """Write report.json and report.html into a run directory; returns the facts of both.
 
     Raises:
         RunDirectoryError: the folder does not exist or holds no run.
-        DataError: one of its files is damaged.
+        DataError: one of its files is damaged, or of another version of rayrl.
     """
     facts = summarize_run(run_dir)
-    evaluated = read_parquet(storage.join(run_dir, "stages", "evaluate", "table"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"estimate": plus_minus, "number": _number, "duration": _duration, "text": _text}
-    html = environment.get_template(f"{facts['pipeline']}.html.jinja").render(
-        facts=facts,
-        gain=gain(facts),
-        settings=shown_settings(facts["config"]),
-        figures={name: _image(figure) for name, figure in draw_figures(run_dir, facts, evaluated).items()},
-        samples=_samples(evaluated),
-    )
-    storage.write_bytes(storage.join(run_dir, "report.html"), html.encode())
-    storage.write_json(storage.join(run_dir, "report.json"), facts)
+    storage.write_bytes(storage.join(facts.run_dir, "report.html"), render_html(facts).encode())
+    storage.write_json(storage.join(facts.run_dir, "report.json"), render_json(facts))
     return facts
 
 
-def _samples(evaluated: pa.Table | None) -> list[dict[str, Any]]:
-    """Evenly spaced rows of the evaluation table: shown as they come, not picked."""
-    if evaluated is None or not evaluated.num_rows:
-        return []
-    num = min(NUM_SAMPLES, evaluated.num_rows)
-    return evaluated.take(np.linspace(0, evaluated.num_rows - 1, num).astype(int)).to_pylist()
+def render_html(facts: RunFacts) -> str:
+    """Write the page of a run."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,  # a misspelt field is an error, not an empty cell
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": formats.number,
+        "duration": formats.duration,
+        "printable": formats.printable,
+    }
+    return environment.get_template("report.html.jinja").render(
+        facts=facts,
+        tiles=tiles(facts),
+        sections=sections(facts),
+        settings=shown_settings(facts.run.config),
+        figures={name: _image(figure) for name, figure in draw_figures(facts).items()},
+        paper=PAPERS[facts.pipeline],
+    )
+
+
+def render_json(facts: RunFacts) -> dict[str, JsonValue]:
+    """Write the facts as JSON values: one schema for both pipelines, what is not known as null.
+
+    `metrics` holds each stage's metrics by its name, those of the last round that finished it; `rounds` those of every
+    round, where there are several.
+    """
+    run = facts.run
+    content: dict[str, JsonValue] = {}
+    for field in fields(facts):
+        if field.name != "run":
+            content[field.name] = formats.json_value(getattr(facts, field.name))
+    content["config"] = run.config.model_dump(mode="json")
+    metrics: dict[str, JsonValue] = {}
+    rounds: list[dict[str, JsonValue]] = [{} for _ in run.rounds()]
+    for stage, number in run.manifests:
+        # Repeated rounds give the same value: the last round's.
+        metrics[stage.name] = formats.json_value(run.last(stage))
+        rounds[number - 1][stage.name] = formats.json_value(run.metrics(stage, number))
+    content["metrics"] = metrics
+    content["rounds"] = formats.json_value(rounds if len(rounds) > 1 else [])
+    return content
 
 
 def _image(figure: Figure) -> str:
+    # As an image an SVG can neither run scripts nor load anything, whatever text is drawn in it.
     return "data:image/svg+xml;base64," + base64.b64encode(plots.to_svg(figure).encode()).decode()
-
-
-def _number(value: Any, format: str = ",.0f", missing: str = "not run") -> str:
-    return missing if value is None or isinstance(value, jinja2.Undefined) else f"{value:{format}}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _text(value: str) -> str:
-    """Text with control and direction-changing characters made visible; the template escapes the rest."""
-    return _UNPRINTABLE.sub("\ufffd", value)

@@ -1,6 +1,7 @@
-"""The report's figures: plain values in, a matplotlib Figure out. No pyplot, no global state, no files.
+"""Figures of the report: plain values in, a matplotlib Figure out. No pyplot, no global state, no files.
 
-The notebook draws the same figures. `to_svg` turns one into text that stands alone.
+The notebooks draw the same figures. `to_svg` turns one into text that stands alone. Which figures a run has data for is
+decided in `rayrl.report.figures`.
 """
 
 import io
@@ -8,12 +9,19 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from rayrl.algorithms.estimate import CalibrationBin, Estimate
+from rayrl.runs.stage_metrics import PpoMetrics, TrackedPoint
+
+Row = Mapping[str, float | None]
+"""One logged step of a curve: "step" and its values, None where one was not finite."""
+Curve = Sequence[Row]
 
 M1, M2, PPO, MUTED, INK, GRID = "#8a94a6", "#2563eb", "#d97706", "#c3cad5", "#1f2937", "#e5e9f0"
 COLORS = {2: (M1, M2), 3: (M1, PPO, M2), 4: (M1, PPO, M2, MUTED)}
@@ -53,72 +61,104 @@ UNPLOTTED = (
     "tokens_per_s",
     "padding_share",
 )
+MAX_PANELS = 4
+"""Panels of one training."""
+FEW_STEPS = 30
+"""A curve of fewer steps has its points marked."""
+PPO_PANELS = {
+    "reward": "reward (dashed: held-out prompts)",
+    "kl": "KL to M1, nats (dashed: kl_coef, right)",
+    "length": "length, tokens",
+    "policy_loss": "policy loss",
+    "value_loss": "value loss",
+    "clip_fraction": "clip fraction",
+}
+TIMES = {"generate_s": "generation", "reward_s": "reward", "train_s": "training", "sync_s": "weight sync"}
+"""What PPO's time goes into: fields of `PpoMetrics`, with their titles."""
+
+
+class _Line(TypedDict, total=False):
+    """Style of a line."""
+
+    color: str
+    linestyle: str
+    linewidth: float
+    marker: str | None
+    markersize: float
+    alpha: float
+    label: str
 
 
 def colors_of(num: int) -> list[str]:
-    """Colors of so many policies, M1 first."""
+    """Choose the colors of so many policies, M1 first."""
     known = COLORS.get(num, COLORS[3])
     return [*known, *itertools.islice(itertools.cycle(MORE), num - len(known))]
 
 
 @mpl.rc_context(STYLE)
 def plot_scores(policies: Mapping[str, Sequence[float]]) -> Figure:
-    """Share of evaluation responses at each expert score, by policy."""
+    """Draw the share of evaluation responses at each oracle score, by policy."""
     values = np.unique(np.concatenate(list(policies.values())))
-    discrete = bool(np.all(values == np.round(values)))
+    is_discrete = bool(np.all(values == np.round(values)))
     low, high = values[0], values[-1]
-    edges = np.arange(low - 0.5, high + 1) if discrete else np.linspace(low, max(high, low + 1e-6), 12)
+    # Twelve edges for scores that are no whole numbers; their range may be a single point.
+    edges = np.arange(low - 0.5, high + 1) if is_discrete else np.linspace(low, max(high, low + 1e-6), 12)
     centers, width = (edges[:-1] + edges[1:]) / 2, 0.8 / len(policies) * (edges[1] - edges[0])
-    figure, axes = new_figure(5.2, 3.0)
+    # Long titles need a line each; two fit beside each other where there are few policies.
+    num_columns = 2 if len(policies) <= 3 else 1
+    num_more = max(0, len(policies) - 3)
+    figure, axes = new_figure(5.2, 3.0 + 0.2 * num_more)
     for i, ((name, scores), color) in enumerate(zip(policies.items(), colors_of(len(policies)), strict=True)):
         share = np.histogram(scores, edges)[0] / len(scores)
+        offset = (i - (len(policies) - 1) / 2) * width
         label = f"{name}, mean {np.mean(scores):.2f} (n = {len(scores)})"
-        axes.bar(centers + (i - (len(policies) - 1) / 2) * width, 100 * share, width, color=color, label=label)
-    if discrete:
+        axes.bar(centers + offset, 100 * share, width, color=color, label=label)
+    if is_discrete:
         axes.set_xticks(centers)
     axes.grid(axis="x", visible=False)
-    title = "Expert scores before and after" if len(policies) == 2 else "Expert scores by policy"
-    axes.set(xlabel="expert score", ylabel="% of responses", title=title)
-    add_legend(figure, axes)
+    axes.set(xlabel="oracle score", ylabel="% of responses", title="Oracle scores by policy")
+    add_legend(figure, axes, num_columns=num_columns)
     return figure
 
 
 @mpl.rc_context(STYLE)
 def plot_paid_scores(histogram: Mapping[str, int]) -> Figure:
-    """Number of paid judgements at each score."""
+    """Draw the number of paid judgements at each score."""
     scores = sorted(histogram, key=float)
     figure, axes = new_figure(5.2, 3.0)
     axes.bar(scores, [histogram[score] for score in scores], 0.6, color=MUTED)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="expert score", ylabel="paid judgements", title="What the expert said about M1's responses")
+    axes.set(xlabel="oracle score", ylabel="paid judgements", title="Scores of the paid judgements")
     return figure
 
 
 @mpl.rc_context(STYLE)
-def plot_calibration(bins: Sequence[Mapping[str, Any]]) -> Figure:
-    """Expert against predicted score on held-out judgements; `bins` as in `validation.calibration`."""
-    bins = [b for b in bins if b["num"]]
-    predicted, expert = [b["mean_predicted"] for b in bins], [b["mean_expert"] for b in bins]
+def plot_calibration(bins: Sequence[CalibrationBin]) -> Figure:
+    """Draw the oracle's score against the predicted one, on held-out judgements."""
+    predicted = [one.mean_predicted for one in bins]
+    oracle = [one.mean_oracle for one in bins]
     figure, axes = new_figure(5.2, 3.0)
-    ends = [min(predicted + expert), max(predicted + expert)]
+    # The diagonal: a calibrated evaluator predicts the oracle's score.
+    ends = [min(predicted + oracle), max(predicted + oracle)]
     axes.plot(ends, ends, color=MUTED, linestyle="--", linewidth=1, label="perfect")
-    axes.plot(predicted, expert, color=M2, linewidth=1, alpha=0.5)
-    axes.scatter(predicted, expert, s=[20 + 4 * b["num"] for b in bins], color=M2, label="held-out (area: number)")
-    for b in bins:
-        axes.annotate(f"{b['num']}", (b["mean_predicted"], b["mean_expert"]), (0, -13), textcoords="offset points")
+    axes.plot(predicted, oracle, color=M2, linewidth=1, alpha=0.5)
+    axes.scatter(predicted, oracle, s=[20 + 4 * one.num for one in bins], color=M2, label="held-out (area: number)")
+    for one in bins:
+        axes.annotate(str(one.num), (one.mean_predicted, one.mean_oracle), (0, -13), textcoords="offset points")
     axes.margins(0.12, 0.2)
-    axes.set(xlabel="evaluator's score", ylabel="expert's score", title="Evaluator calibration")
+    axes.set(xlabel="evaluator's score", ylabel="oracle's score", title="Evaluator calibration")
     add_legend(figure, axes)
     return figure
 
 
 @mpl.rc_context(STYLE)
 def plot_coverage(x: Sequence[float], y: Sequence[float], selected: Sequence[bool]) -> Figure:
-    """The pool on its first two principal components, with the points the expert was asked about."""
+    """Draw the pool on its first two principal components, with the points the oracle was asked about."""
     points, chosen = np.column_stack([x, y]), np.asarray(selected, dtype=bool)
     figure, axes = new_figure(5.2, 3.6)
-    pool = {"s": 5, "color": MUTED, "linewidths": 0, "rasterized": True}
-    axes.scatter(*points[~chosen].T, label=f"pool ({int((~chosen).sum())} shown)", **pool)
+    # As pixels: thousands of circles would be a large file.
+    others = f"pool ({int((~chosen).sum())} shown)"
+    axes.scatter(*points[~chosen].T, s=5, color=MUTED, linewidths=0, rasterized=True, label=others)
     axes.scatter(*points[chosen].T, s=11, color=M2, linewidths=0, label=f"selected ({int(chosen.sum())} shown)")
     axes.set(xlabel="first component", ylabel="second component", title="Coverage of the selected points")
     add_legend(figure, axes, marker_scale=2)
@@ -127,8 +167,9 @@ def plot_coverage(x: Sequence[float], y: Sequence[float], selected: Sequence[boo
 
 @mpl.rc_context(STYLE)
 def plot_radius(radius: Sequence[float]) -> Figure:
-    """Covering radius (largest distance of a response to its nearest selected one) as the selection grew."""
+    """Draw the covering radius (largest distance of a response to its nearest selected one) as the selection grew."""
     figure, axes = new_figure(5.2, 3.6)
+    # Only about 200 of the radii are kept, evenly spaced: a share of the picks is known, their number is not.
     axes.plot(np.linspace(0, 100, len(radius)), radius, color=M2, linewidth=1.5)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="% of the picks", ylabel="covering radius", title="Covering radius during selection")
@@ -136,17 +177,15 @@ def plot_radius(radius: Sequence[float]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Training curves by stage, as read by `read_metrics`: one panel per metric, at most four per stage."""
+def plot_curves(curves: Mapping[str, Curve]) -> Figure:
+    """Draw training curves by stage, as read by `read_metrics`: one panel per metric, at most four per stage."""
     panels = [(stage, name) for stage, rows in curves.items() for name in _plotted(rows)]
     num_columns = 4
     num_rows = max(1, math.ceil(len(panels) / num_columns))
     figure = Figure(figsize=(10.6, 2.4 * num_rows), layout="constrained")
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes, (stage, name) in zip(grid, panels, strict=False):
-        curve = [(row["step"], row[name]) for row in curves[stage] if row.get(name) is not None]
-        marker = "." if len(curve) < 30 else None
-        axes.plot(*np.array(curve).reshape(-1, 2).T, color=M2, linewidth=1.2, marker=marker)
+        _draw(axes, curves[stage], name, color=M2, linewidth=1.2)
         axes.set(xlabel="step", title=f"{stage} / {name}")
         axes.locator_params(nbins=4)
     for axes in grid[len(panels) :]:
@@ -154,28 +193,183 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _plotted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _plotted(rows: Curve) -> list[str]:
+    """Choose the metrics of a training that are drawn."""
     logged = list(dict.fromkeys(name for row in rows for name in row))
+    known = [name for name in CURVES if name in logged]
     others = [name for name in logged if name not in CURVES and name not in UNPLOTTED and not name.endswith("_s")]
-    return ([name for name in CURVES if name in logged] + others)[:4]
+    return (known + others)[:MAX_PANELS]
+
+
+@mpl.rc_context(STYLE)
+def plot_ppo(curves: Mapping[str, Curve]) -> Figure:
+    """Draw the curves of the PPO trainings, by title, one line each; as read by `read_metrics`."""
+    figure = Figure(figsize=(10.6, 5.2), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, PPO_PANELS.items(), strict=True):
+        # The coefficient adapts to the KL, so the two are read together.
+        beside = axes.twinx() if name == "kl" else None
+        for (label, rows), color in zip(curves.items(), colors_of(1 + len(curves))[1:], strict=True):
+            _draw(axes, rows, name, color=color, label=label, linewidth=1.4)
+            if name == "reward":
+                _draw(axes, rows, "held_out_reward", color=color, linestyle="--", marker="o", markersize=3)
+            if beside is not None:
+                _draw(beside, rows, "kl_coef", color=color, linestyle="--", linewidth=1, alpha=0.6)
+        if beside is not None:
+            beside.grid(visible=False)
+            beside.set_ylim(bottom=0)
+        axes.set(xlabel="rollout", title=title)
+        axes.locator_params(nbins=5)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    return figure
+
+
+def _draw(axes: Axes, rows: Curve, name: str, **style: Unpack[_Line]) -> None:
+    """Draw one metric of a curve over its steps, without the steps that lack it."""
+    steps: list[float] = []
+    values: list[float] = []
+    for row in rows:
+        step, value = row["step"], row.get(name)
+        if step is not None and value is not None:
+            steps.append(step)
+            values.append(value)
+    if steps:
+        line: _Line = {"marker": "." if len(steps) < FEW_STEPS else None}
+        line.update(style)
+        axes.plot(steps, values, **line)
+
+
+@mpl.rc_context(STYLE)
+def plot_times(trained: Mapping[str, PpoMetrics]) -> Figure:
+    """Draw the seconds of each PPO, by title, and what they went into."""
+    figure, axes = new_figure(5.2, 2.4)
+    titles = list(trained)
+    left = np.zeros(len(titles))  # where the next part of each bar begins
+    for (name, label), color in zip(TIMES.items(), (M2, PPO, M1, MUTED), strict=True):
+        seconds = np.array([float(getattr(metrics, name)) for metrics in trained.values()])
+        axes.barh(titles, seconds, 0.55, left=left, color=color, label=label)
+        left += seconds
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="seconds", title="Where PPO's time went")
+    add_legend(figure, axes, num_columns=4)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_confidences(confidences: Mapping[str, int], gamma: float | None) -> Figure:
+    """Draw prompts by confidence, the share of the samples in the largest cluster; a bin is named by its upper edge."""
+    edges = np.array(sorted(map(float, confidences)))
+    figure, axes = new_figure(5.2, 3.0)
+    # Bins are a tenth wide and named by their right end.
+    axes.bar(edges - 0.05, [confidences[f"{edge:.1f}"] for edge in edges], 0.09, color=M2)
+    _mark_gamma(axes, gamma)
+    axes.grid(axis="x", visible=False)
+    axes.set(xlim=(0, 1), xlabel="confidence", ylabel="prompts", title="Confidence of the largest cluster")
+    add_legend(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_gamma(
+    pairs_by_gamma: Mapping[str, int], gamma: float | None, quality: Mapping[str, Estimate | None]
+) -> Figure:
+    """Draw the pairs there would be at each gamma, and with how many of them the oracle agrees, where it was asked."""
+    gammas = sorted(pairs_by_gamma, key=float)
+    figure, axes = new_figure(5.2, 3.0)
+    pairs = [pairs_by_gamma[each] for each in gammas]
+    axes.plot([float(each) for each in gammas], pairs, color=M2, marker="o", markersize=4, label="pairs")
+    _mark_gamma(axes, gamma)
+    axes.set_ylim(bottom=0)
+    axes.set(xlim=(0, 1), xlabel="gamma", ylabel="pairs", title="Pairs accepted at each gamma")
+    known = {float(each): estimate for each, estimate in quality.items() if estimate is not None}
+    if known:
+        beside = axes.twinx()
+        beside.grid(visible=False)
+        _errorbar(beside, known, color=PPO, label="the oracle agrees (right)")
+        beside.axhline(0.5, color=MUTED, linewidth=0.8)
+        beside.set(ylim=(0, 1), ylabel="share")
+        # An empty line, for the legend: that is of the other axes.
+        axes.plot([], [], color=PPO, marker="o", markersize=4, label="the oracle agrees (right)")
+    add_legend(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_tracked(points: Sequence[TrackedPoint], titles: Mapping[str, str], rewards: Mapping[str, str]) -> Figure:
+    """Draw, along each PPO by its KL to M1, the oracle's mean score, and how well each reward orders two answers.
+
+    Args:
+        points: as `track_rewards` measures them.
+        titles: of the PPO trainings, by stage.
+        rewards: titles of the rewards, by name.
+    """
+    figure = Figure(figsize=(10.6, 3.2), layout="constrained")
+    scores, accuracy = figure.subplots(1, 2)
+    ppos = list(dict.fromkeys(point.ppo for point in points))
+    for ppo, color in zip(ppos, COLORS[3][1:], strict=False):
+        along = [point for point in points if point.ppo == ppo or point.step == 0]  # all start from M1
+        title = titles.get(ppo, ppo)
+        measured = {point.kl: point.oracle_score for point in along}
+        _errorbar(scores, _known(measured), color=color, label=title)
+        for (reward, name), line in zip(rewards.items(), ("-", "--"), strict=False):
+            measured = {point.kl: point.rewards[reward].accuracy for point in along}
+            _errorbar(accuracy, _known(measured), color=color, linestyle=line, label=f"{name} on {title}")
+    accuracy.axhline(0.5, color=MUTED, linewidth=0.8)
+    scores.set(xlabel="KL to M1, nats", title="The oracle's mean score")
+    accuracy.set(xlabel="KL to M1, nats", ylim=(0, 1), title="Share of answers ordered as the oracle does")
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    return figure
+
+
+def _known(estimates: Mapping[float, Estimate | None]) -> dict[float, Estimate]:
+    return {at: estimate for at, estimate in estimates.items() if estimate is not None}
+
+
+def _errorbar(axes: Axes, estimates: Mapping[float, Estimate], *, color: str, label: str, linestyle: str = "-") -> None:
+    """Draw means with their standard errors; a single observation has none."""
+    x = sorted(estimates)
+    means = [estimates[at].mean for at in x]
+    errors = [estimates[at].standard_error for at in x]
+    # At most 1: a longer bar would hide the rest of the figure.
+    lengths = [min(error, 1.0) if math.isfinite(error) else 0.0 for error in errors]
+    axes.errorbar(
+        x,
+        means,
+        lengths,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        linewidth=1.4,
+        color=color,
+        linestyle=linestyle,
+        label=label,
+    )
+
+
+def _mark_gamma(axes: Axes, gamma: float | None) -> None:
+    if gamma is not None:
+        axes.axvline(gamma, color=PPO, linestyle="--", linewidth=1.2, label=f"this run's gamma, {gamma:g}")
 
 
 @mpl.rc_context(STYLE)
 def to_svg(figure: Figure) -> str:
-    """The figure as one SVG element that loads nothing."""
+    """Write the figure as one SVG element that loads nothing."""
     buffer = io.StringIO()
+    # Without date and version the same figure is the same bytes.
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # The XML declaration and the doctype name a file on the web.
     return re.sub(r"\A.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one panel, in inches."""
+    """Make a figure of one panel, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def add_legend(figure: Figure, axes: Axes, *, marker_scale: float = 1, num_columns: int = 2) -> None:
-    """The legend below the panel, out of the data's way."""
+    """Put the legend below the panel, out of the data's way."""
     handles, labels = axes.get_legend_handles_labels()
-    place: dict[str, Any] = {"loc": "outside lower left", "ncols": num_columns, "handletextpad": 0.4}
-    figure.legend(handles, labels, markerscale=marker_scale, **place)
+    figure.legend(
+        handles, labels, markerscale=marker_scale, loc="outside lower left", ncols=num_columns, handletextpad=0.4
+    )

@@ -1,89 +1,120 @@
-"""The settings a report shows: those that say what the run was."""
+"""Settings that a report shows: those that say what the run was. All others are in config.json."""
 
-from collections.abc import Mapping
-from typing import Any
+from rayrl.config import RunConfig
+from rayrl.config.oracle import HttpOracleConfig, ReplayOracleConfig, ScriptedOracleConfig
+from rayrl.runs.stage_table import fits_evaluator, learns_from_comparisons, learns_from_judgements
 
-from rayrl.report.stages import pipeline_of, reward_of
-
-_SHARED = {
-    "rounds": "rounds",
-    "policy": "policy.path",
-    "prompts": "pool.path",
-    "responses per prompt": "generate.k",
-    "selection": "select.strategy",
-}
-_EXPERT = {
-    "expert": "oracle.type",
-    "expert model": "oracle.model",
-    "expert function": "oracle.function",
-}
-SHOWN = {
-    "proxy_dpo": {
-        **_SHARED,
-        "unit": "select.unit",
-        "embedded text": "select.text",
-        **_EXPERT,
-        "evaluator": "evaluator.type",
-        "scoring": "evaluator.scoring",
-        "pairing": "pseudo_label.pairing",
-        "synthetic pairs": "pseudo_label.synthetic",
-        "DPO loss": "dpo.loss",
-        "DPO beta": "dpo.beta",
-        "DPO learning rate": "dpo.learning_rate",
-        "DPO epochs": "dpo.epochs",
-    },
-    "rlp": {
-        **_SHARED,
-        "PPO reward": "ppo.reward",
-        "reward function": "ppo.function",
-        "evaluator": "evaluator.type",
-        "scoring": "evaluator.scoring",
-        "preferences": "preferences.source",
-        "preference file": "preferences.data.path",
-        "order of comparisons": "preferences.order",
-        **_EXPERT,
-        "comparing function": "oracle.compare_function",
-        "reward models": "reward_model.num_members",
-        "ready-made reward model": "reward_model.path",
-        "ensemble objective": "reward_model.objective",
-        "reward model learning rate": "reward_model.learning_rate",
-        "PPO learning rate": "ppo.learning_rate",
-        "PPO KL coefficient": "ppo.kl_coef",
-        "PPO target KL": "ppo.target_kl",
-        "PPO clip range": "ppo.clip_range",
-        "PPO rollout size": "ppo.rollout_size",
-        "PPO overlap": "ppo.overlap",
-        "refresh": "refresh.method",
-        "samples per prompt": "refresh.n",
-        "clustering": "refresh.spg.clustering",
-        "gamma": "refresh.spg.gamma",
-        "views' objective": "refresh.uml.objective",
-    },
-}
-_OF_METHOD = {"refresh.spg.": "spg", "refresh.uml.": "uml"}
-_OF_REWARD = {
-    "evaluator.": {"evaluator"},
-    "preferences.": {"reward_model"},
-    "reward_model.": {"reward_model"},
-    "refresh.": {"reward_model"},
-    "generate.k": {"reward_model", "evaluator"},
-    "select.": {"reward_model", "evaluator"},
-}
-"""Of rlp: the rewards for which a table matters."""
+Value = str | int | float | None
 
 
-def shown_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Titles and values of the settings that are there and matter to the run's method."""
-    method = config.get("refresh", {}).get("method")
-    pipeline, reward = pipeline_of(config), reward_of(config)
-    shown = {}
-    for title, dotted in SHOWN[pipeline].items():
-        if pipeline == "rlp" and any(dotted.startswith(p) and reward not in of for p, of in _OF_REWARD.items()):
-            continue
-        needs = next((name for prefix, name in _OF_METHOD.items() if dotted.startswith(prefix)), method)
-        value: Any = config
-        for name in dotted.split("."):
-            value = (value or {}).get(name)
-        if value is not None and needs == method:
-            shown[title] = value
+def shown_settings(config: RunConfig) -> dict[str, str]:
+    """Name the settings that matter to the run's method, with their values; unset ones are left out."""
+    shown: dict[str, Value] = {
+        "rounds": config.rounds,
+        "policy": config.policy.path,
+        "prompts": config.pool.path,
+    }
+    if learns_from_judgements(config) or config.asks_for_comparisons:
+        shown |= _of_selection(config)
+    if config.pipeline == "rlp":
+        shown |= {"PPO reward": config.ppo.reward, "reward function": config.ppo.function}
+    shown |= _of_oracle(config)
+    if fits_evaluator(config):
+        # A scalar evaluator has one way to score.
+        is_generative = config.evaluator.type == "generative"
+        shown |= {
+            "evaluator": config.evaluator.type,
+            "scoring": config.evaluator.scoring if is_generative else None,
+        }
+    if config.pipeline == "proxy_dpo":
+        shown |= _of_dpo(config)
+    if learns_from_comparisons(config):
+        shown |= _of_preferences(config)
+    if config.pipeline == "rlp":
+        shown |= _of_ppo(config)
+    if learns_from_comparisons(config):
+        shown |= _of_refresh(config)
+    return {title: str(value) for title, value in shown.items() if value is not None}
+
+
+def _of_selection(config: RunConfig) -> dict[str, Value]:
+    return {
+        "responses per prompt": config.generate.k,
+        "selection": config.select.strategy,
+        "unit": config.select.unit if learns_from_judgements(config) else None,
+        "embedded text": config.select.text,
+    }
+
+
+def _of_oracle(config: RunConfig) -> dict[str, Value]:
+    shown: dict[str, Value] = {"oracle": config.oracle.type}
+    # Settings of the other types of oracle do not exist in this config.
+    match config.oracle:
+        case HttpOracleConfig():
+            shown |= {"oracle model": config.oracle.model}
+        case ScriptedOracleConfig():
+            shown |= {
+                "oracle function": config.oracle.function,
+                "comparing function": config.oracle.compare_function,
+            }
+        case ReplayOracleConfig():
+            shown |= {"judgements": config.oracle.path, "comparisons": config.oracle.comparisons_path}
     return shown
+
+
+def _of_dpo(config: RunConfig) -> dict[str, Value]:
+    is_synthetic = config.pseudo_label.synthetic
+    return {
+        "pairing": config.pseudo_label.pairing,
+        "synthetic pairs": "yes" if is_synthetic else "no",
+        "clustering": config.refresh.spg.clustering if is_synthetic else None,
+        "gamma": config.refresh.spg.gamma if is_synthetic else None,
+        "DPO loss": config.dpo.loss,
+        "DPO beta": config.dpo.beta,
+        "DPO learning rate": config.dpo.learning_rate,
+        "DPO epochs": config.dpo.epochs,
+    }
+
+
+def _of_preferences(config: RunConfig) -> dict[str, Value]:
+    assert config.preferences is not None, "the config is refused without preferences"
+    data = config.preferences.data
+    is_asked = config.asks_for_comparisons
+    return {
+        "preferences": config.preferences.source,
+        "preference file": None if is_asked or data is None else data.path,
+        "order of comparisons": config.preferences.order if is_asked else None,
+        "reward models": config.reward_model.num_members,
+        "ready-made reward model": config.reward_model.path,
+        "ensemble objective": config.reward_model.objective if config.reward_model.num_members > 1 else None,
+        "reward model learning rate": config.reward_model.learning_rate,
+    }
+
+
+def _of_ppo(config: RunConfig) -> dict[str, Value]:
+    return {
+        "PPO learning rate": config.ppo.learning_rate,
+        "PPO KL coefficient": config.ppo.kl_coef,
+        "PPO target KL": config.ppo.target_kl,
+        "PPO clip range": config.ppo.clip_range,
+        "PPO rollout size": config.ppo.rollout_size,
+        "PPO overlap": "yes" if config.ppo.overlap else "no",
+    }
+
+
+def _of_refresh(config: RunConfig) -> dict[str, Value]:
+    refresh = config.refresh
+    is_spg = refresh.method == "spg"
+    samples_responses = refresh.method not in ("ocrm", "none")
+    return {
+        "refresh": refresh.method,
+        "samples per prompt": refresh.n if samples_responses else None,
+        "clustering": refresh.spg.clustering if is_spg else None,
+        "gamma": refresh.spg.gamma if is_spg else None,
+        "views' objective": refresh.uml.objective if refresh.method == "uml" else None,
+    }
+
+
+def label_queries(config: RunConfig) -> str:
+    """Name the queries of the label budget."""
+    return "preference queries" if learns_from_comparisons(config) else "label queries"

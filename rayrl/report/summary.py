@@ -1,199 +1,330 @@
-"""What a run directory says about its run: the facts behind the report, `rayrl runs` and `rayrl status`.
+"""Summary of a run directory: the facts behind the report, `rayrl runs` and `rayrl status`.
 
-Reads the config, the manifests, the timings and the ledger's counts, and changes nothing. What a run has not
-reached yet is None: a report can be made at any time, while the run goes on too.
+Reads the config, the manifests, the timings, the ledger's counts and the evaluation's table, and changes nothing. What
+a run has not reached yet is None: a summary can be made at any time, while the run goes on too.
 """
 
-import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Literal, TypedDict
 
-from rayrl.errors import DataError, RunDirectoryError
+import numpy as np
+import pyarrow as pa
+
+from rayrl.algorithms.estimate import Estimate
+from rayrl.algorithms.statistics import paired_difference
+from rayrl.errors import DataError
 from rayrl.report.caveats import caveats
-from rayrl.report.pace import pace
-from rayrl.report.rlp_caveats import rlp_caveats
-from rayrl.report.rlp_summary import rlp_controls, rlp_facts
-from rayrl.report.rounds import num_rounds, round_folders, stages_by_round, titled
-from rayrl.report.spending import spending
-from rayrl.report.stages import STAGES, has_ready_pairs, left_out, nested, pipeline_of, reward_of
+from rayrl.report.controls import controls
+from rayrl.report.facts import (
+    Answer,
+    Compute,
+    Paid,
+    PaidQueries,
+    PolicyFacts,
+    RewardFacts,
+    RewardModelFacts,
+    RunFacts,
+    Sample,
+    StageFacts,
+    StartUp,
+)
+from rayrl.report.ledger_counts import ledger_counts
+from rayrl.report.policies import latest, policy_titles, reward_titles, trained_policies
+from rayrl.report.recorded_run import RecordedRun, read_run, title
+from rayrl.report.stage_progress import stage_progress
 from rayrl.report.tables import read_parquet
 from rayrl.runs import storage
+from rayrl.runs.run import Manifest
+from rayrl.runs.stage_metrics import EvaluateMetrics, LedgerCounts, RewardModelMetrics, StageMetrics
+from rayrl.runs.stage_table import (
+    AUDIT_PAIRS,
+    DPO,
+    EVALUATE,
+    FIT_REWARD_MODEL,
+    PPO,
+    PREFERENCES,
+    PSEUDO_LABEL,
+    QUERY,
+    REFIT_REWARD_MODEL,
+    Purpose,
+    Stage,
+    learns_from_judgements,
+)
+
+NUM_SAMPLES = 20
 
 
-def summarize_run(run_dir: str) -> dict[str, Any]:
-    """The facts of one run as plain JSON values.
+class Timing(TypedDict):
+    """One entry of timings.json that matters here."""
+
+    what: str
+    seconds: float
+
+
+def summarize_run(run_dir: str) -> RunFacts:
+    """Summarize one run.
 
     Raises:
         RunDirectoryError: the folder does not exist or holds no run.
-        DataError: one of its files is damaged.
+        DataError: one of its files is damaged, or of another version of rayrl.
     """
-    run_dir = storage.absolute(run_dir)
-    if not any(storage.exists(storage.join(run_dir, name)) for name in ("config.json", "stages")):
-        raise RunDirectoryError(
-            f"run_dir must be the folder of a run (with config.json in it), got {run_dir}; "
-            "`rayrl runs FOLDER` lists the runs in a folder"
-        )
-    config = _read(run_dir, "config.json") or {}
-    config = config or _recalled(run_dir)
-    pipeline = pipeline_of(config)
-    folders = round_folders(run_dir, config)
-    manifests = {at: _read(folders[at[1]], "stages", at[0], "manifest.json") for at in stages_by_round(config)}
-    rounds = [_metrics(manifests, pipeline, [number]) for number in folders]
-    metrics = _metrics(manifests, pipeline, folders)
-    absent = left_out(config)
-    shown = {at: manifest for at, manifest in manifests.items() if manifest is not None or at[0] not in absent}
-    stages = [
-        _stage(folders[n], stage, m, config, run_dir) | {"stage": titled(stage, n)} for (stage, n), m in shown.items()
-    ]
-    inner = nested(config)
-    outermost = [(m or {}).get("seconds", 0.0) for (stage, _), m in shown.items() if stage not in inner]
-    facts = {
-        "name": config.get("name", run_dir.rpartition("/")[2]),
-        "run_dir": run_dir,
-        "pipeline": pipeline,
-        "seed": config.get("seed"),
-        "control": [*(rlp_controls(config) if pipeline == "rlp" else []), *_controls(config)],
-        "config": config,
-        "seconds": sum(outermost),
-        "stages": stages,
-        "startup": _add_up(_read(run_dir, "timings.json") or []),
-        "metrics": metrics,
-        "rounds": rounds if num_rounds(config) > 1 else [],
-        "paid": _paid(config, rounds, spending(run_dir)),
-    }
-    if pipeline == "rlp":
-        evaluated = read_parquet(storage.join(run_dir, "stages", "evaluate", "table"))
-        facts["rlp"] = rlp_facts(config, metrics, stages, evaluated)
-    facts = _valid_json(facts)
-    return facts | {"caveats": rlp_caveats(facts) if pipeline == "rlp" else caveats(facts)}
+    run = read_run(run_dir)
+    table = read_parquet(run.stage_folder(EVALUATE, 1, "table"))
+    evaluated = run.metrics(EVALUATE)
+    titles = policy_titles(run.config, None if evaluated is None else list(evaluated.policies))
+    policies = _policies(evaluated, titles)
+    trained = trained_policies(run.config)
+    aligned = trained[0]
+    for policy in trained:
+        # A study's run may end at plain PPO: then that policy is what it is for.
+        if latest(titles, policy.name, run.config.rounds) in titles:
+            aligned = policy
+    aligned_name = latest(titles, aligned.name, run.config.rounds)
+    gain_over_ppo = None
+    if len(trained) > 1:
+        gain_over_ppo = _gain_over(table, latest(titles, trained[-1].name, run.config.rounds), trained[0].name)
+    facts = RunFacts(
+        run=run,
+        name=run.config.name,
+        run_dir=run.url,
+        pipeline=run.config.pipeline,
+        seed=run.config.seed,
+        controls=controls(run.config),
+        seconds=_seconds(run, list(run.manifests)),
+        stages=_stages(run),
+        startup=_add_up(_timings(run.url)),
+        paid=_paid(run),
+        policies=policies,
+        aligned=aligned_name,
+        aligned_title=aligned.title,
+        gain=_gain(policies, aligned_name),
+        gain_over_ppo=gain_over_ppo,
+        rewards=_rewards(run, evaluated),
+        compute=_compute(run),
+        samples=_samples(table, titles),
+        caveats=[],
+    )
+    # Caveats are drawn from the other facts.
+    return replace(facts, caveats=caveats(facts))
 
 
-def gain(facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The aligned policy minus M1 in mean expert score; None unless it was measured with its standard error."""
-    return facts["rlp"]["gain"] if facts["pipeline"] == "rlp" else facts["metrics"]["evaluate"].get("difference")
+def _stages(run: RecordedRun) -> list[StageFacts]:
+    return [_stage(run, stage, number, manifest) for (stage, number), manifest in run.manifests.items()]
 
 
-def plus_minus(estimate: dict[str, Any] | None, *, signed: bool = False, percent: bool = False) -> str:
-    """An estimate with its standard error, `+0.42 ± 0.05`. A mean without a standard error is not shown."""
-    if estimate is None or estimate.get("mean") is None:
-        return "not measured"
-    mean, error = estimate["mean"], estimate.get("standard_error")
-    if error is None:
-        return "no standard error"
-    if percent:
-        return f"{100 * mean:{'+' if signed else ''}.1f}% \u00b1 {100 * error:.1f}"
-    digits = 3 if error < 0.05 else 2
-    return f"{mean:{'+' if signed else ''}.{digits}f} \u00b1 {error:.{digits}f}"
+def _seconds(run: RecordedRun, stages: Sequence[tuple[Stage, int]]) -> float:
+    """Add up the seconds of those of these stages that are finished."""
+    seconds = 0.0
+    for at in stages:
+        manifest = run.manifests[at]
+        if manifest is not None:
+            seconds += manifest.seconds
+    return seconds
 
 
-def _read(run_dir: str, *parts: str) -> Any:
-    url = storage.join(run_dir, *parts)
+def _timings(run_dir: str) -> list[Timing]:
+    url = storage.join(run_dir, "timings.json")
     if not storage.exists(url):
-        return None
+        return []
     try:
         return storage.read_json(url)
     except ValueError as error:
         raise DataError(f"{url} must be JSON, but is damaged ({error}): delete it and run again") from None
 
 
-def _metrics(manifests: dict[tuple[str, int], Any], pipeline: str, numbers: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Metrics of every stage, of the last of these rounds that has finished it."""
-    found: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES[pipeline]}
-    for (stage, number), manifest in manifests.items():
-        if manifest is not None and number in numbers:
-            found[stage] = manifest.get("metrics", {})
-    return found
-
-
-def _recalled(run_dir: str) -> dict[str, Any]:
-    """What the stages still tell of a config that is gone."""
-
-    def has(stage: str) -> bool:
-        return storage.exists(storage.join(run_dir, "stages", stage))
-
-    if has("preferences"):
-        return {"pipeline": "rlp"}
-    return {"pipeline": "rlp", "ppo": {"reward": "evaluator" if has("query") else "function"}} if has("ppo") else {}
-
-
-def _controls(config: dict[str, Any]) -> list[str]:
-    """Which controls of labelling the config turns on; empty is the method itself."""
-    if pipeline_of(config) == "rlp" and reward_of(config) != "evaluator":
-        return []
-    labels = {
-        "direct": "direct expert labels: DPO on the paid judgements alone",
-        "expert": "all labels by the expert: the ceiling",
-        "shuffled": "shuffled labels: the floor",
-    }
-    found = [labels[config["labels"]]] if config.get("labels") in labels else []
-    if config.get("select", {}).get("strategy") == "random":
-        found.append("random selection")
-    if config.get("generate", {}).get("source") == "seed":
-        found.append("off-policy queries: responses of the seed data")
-    return found
-
-
-def _stage(
-    folder: str, stage: str, manifest: dict[str, Any] | None, config: dict[str, Any], run_dir: str
-) -> dict[str, Any]:
-    """A stage of the round in `folder`: what its manifest says; or whether it has begun, and how it goes."""
-    if manifest is not None:
-        kept = {name: manifest.get(name) for name in ("seconds", "num_rows", "summary", "finished_at")}
-        return {"stage": stage, "state": "done"} | kept
-    begun = (stage, f"{stage}-0")  # the second is the first member of an ensemble
-    state = "started" if any(storage.exists(storage.join(folder, "stages", name)) for name in begun) else "not run"
-    going = pace(folder, stage, config, run_dir) if state == "started" else None
-    summary = f"{going['done']} {going['unit']} done" if going else None
-    return {"stage": stage, "state": state, "seconds": None, "num_rows": None, "summary": summary, "pace": going}
-
-
-def _add_up(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Start-up times by what started: a resumed run starts things several times."""
-    totals: dict[str, dict[str, Any]] = {}
+def _add_up(timings: Sequence[Timing]) -> list[StartUp]:
+    """Add up start-up times by what started."""
+    seconds: dict[str, list[float]] = {}
     for timing in timings:
-        total = totals.setdefault(timing["what"], {"what": timing["what"], "num": 0, "seconds": 0.0})
-        total["num"] += 1
-        total["seconds"] += timing["seconds"]
-    return list(totals.values())
+        seconds.setdefault(timing["what"], []).append(timing["seconds"])
+    return [StartUp(what=what, num=len(times), seconds=sum(times)) for what, times in seconds.items()]
 
 
-def _paid(config: dict[str, Any], rounds: list[dict[str, Any]], ledger: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The query budgets, what all rounds spent of them and what that bought; the latest count wins."""
-    compares = pipeline_of(config) == "rlp" and reward_of(config) == "reward_model"
-    stage = "preferences" if compares else "query"
-    asked: dict[str, Any] = next((of[stage] for of in reversed(rounds) if of[stage]), {})
-    counts = (asked, rounds[0]["evaluate"].get("ledger", {}), ledger)
-    paid: dict[str, Any] = {}
-    for purpose, section in (("label", "select"), ("evaluate", "evaluate")):
-        table = config.get(section, {})
-        paid[purpose] = {"budget": table["budget"] + table.get("diagnosis_budget", 0) if "budget" in table else None}
-        for count in counts:
-            paid[purpose] |= count.get(purpose, {})
-    if pipeline_of(config) == "rlp":
-        if reward_of(config) == "function" or has_ready_pairs(config):
-            paid["label"] |= {"budget": 0, "spent": 0}
-        return paid | {"num_pairs": asked.get("num_pairs")}
-    spent = paid["label"].get("spent")
-    num_scored, num_pairs, num_synthetic = (
-        _total(rounds, name) for name in ("num_scored", "num_pairs", "num_synthetic")
-    )
-    ratio = num_pairs / spent if num_pairs is not None and spent else None
-    paid |= {"num_scored": num_scored, "num_pairs": num_pairs, "pairs_per_query": ratio}
-    return paid if num_synthetic is None else paid | {"num_synthetic": num_synthetic}
+def _stage(run: RecordedRun, stage: Stage, number: int, manifest: Manifest[StageMetrics] | None) -> StageFacts:
+    """Describe a stage by its manifest; or say whether it has begun, and how it goes."""
+    name = title(stage.name, number)
+    if manifest is not None:
+        return StageFacts(
+            stage=name,
+            state="done",
+            seconds=manifest.seconds,
+            num_rows=manifest.num_rows,
+            summary=manifest.summary,
+            finished_at=manifest.finished_at,
+        )
+    # An ensemble's stage has no folder of its own before its first member has one.
+    begun = (stage, stage.member(0))
+    has_begun = any(storage.exists(run.stage_folder(part, number)) for part in begun)
+    state: Literal["started", "not run"] = "started" if has_begun else "not run"
+    progress = stage_progress(run, stage, number) if has_begun else None
+    summary = None if progress is None else f"{progress.done} {progress.unit} done"
+    return StageFacts(stage=name, state=state, summary=summary, progress=progress)
 
 
-def _total(rounds: list[dict[str, Any]], name: str) -> int | None:
-    """A count of `pseudo_label` over the rounds that have it; None if none has."""
-    counts = [of["pseudo_label"][name] for of in rounds if of["pseudo_label"].get(name) is not None]
-    return sum(counts) if counts else None
+def _policies(evaluated: EvaluateMetrics | None, titles: dict[str, str]) -> list[PolicyFacts]:
+    references = None if evaluated is None else evaluated.references
+    return [
+        PolicyFacts(
+            name=name,
+            title=shown,
+            evaluation=None if evaluated is None else evaluated.policies[name],
+            reference=None if references is None else references.policies.get(name),
+        )
+        for name, shown in titles.items()
+    ]
 
 
-def _valid_json(value: Any) -> Any:
-    """NaN and infinity as null: JSON has neither."""
-    if isinstance(value, float) and not math.isfinite(value):
+def _gain(policies: list[PolicyFacts], name: str) -> Estimate | None:
+    policy = next((policy for policy in policies if policy.name == name), None)
+    return None if policy is None or policy.evaluation is None else policy.evaluation.difference
+
+
+def _gain_over(table: pa.Table | None, name: str, base: str) -> Estimate | None:
+    """Paired difference in oracle score of two policies, over the prompts where both were scored."""
+    columns = {f"{name}_score", f"{base}_score"}
+    if table is None or not columns <= set(table.column_names):
         return None
-    if isinstance(value, dict):
-        return {name: _valid_json(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_valid_json(item) for item in value]
-    return value
+    ours = np.array(table[f"{name}_score"].to_pylist(), np.float64)
+    theirs = np.array(table[f"{base}_score"].to_pylist(), np.float64)
+    is_scored = ~(np.isnan(ours) | np.isnan(theirs))
+    # The standard error of a single prompt is not known.
+    return paired_difference(ours[is_scored], theirs[is_scored]) if is_scored.sum() > 1 else None
+
+
+def _rewards(run: RecordedRun, evaluated: EvaluateMetrics | None) -> list[RewardFacts]:
+    measured = {} if evaluated is None else evaluated.rewards
+    models = {"r": run.last(FIT_REWARD_MODEL), "refreshed": run.last(REFIT_REWARD_MODEL)}
+    rewards: list[RewardFacts] = []
+    for name, shown in reward_titles(run.config).items():
+        newest = latest(measured, name, run.config.rounds)
+        rewards.append(
+            RewardFacts(
+                name=name,
+                title=shown,
+                agreement=measured.get(newest, {}),
+                model=_reward_model(models.get(name)),
+            )
+        )
+    return rewards
+
+
+def _reward_model(metrics: RewardModelMetrics | None) -> RewardModelFacts | None:
+    if metrics is None:
+        return None
+    error = metrics.validation.calibration_error
+    if len(metrics.members) > 1:
+        # The combined rewards of an ensemble are standardised: their margins are no log-odds.
+        errors = [member.validation.calibration_error for member in metrics.members]
+        known = [error for error in errors if error is not None]
+        error = float(np.mean(known)) if known else None
+    return RewardModelFacts(
+        num_members=len(metrics.members),
+        num_pairs=metrics.num_pairs,
+        validation=metrics.validation,
+        calibration_error=error,
+    )
+
+
+def _paid(run: RecordedRun) -> Paid:
+    live = ledger_counts(run.url)
+    label, evaluate = _paid_queries(run, "label", live), _paid_queries(run, "evaluate", live)
+    labelled = run.all_rounds(PSEUDO_LABEL)
+    if not labelled:
+        preferences = run.last(PREFERENCES)
+        return Paid(
+            label=label,
+            evaluate=evaluate,
+            num_pairs=None if preferences is None else preferences.num_pairs,  # with those of earlier rounds
+            num_scored=None,
+            num_ties=None,
+            num_synthetic=None,
+            pairs_per_query=None,
+        )
+    num_pairs = sum(metrics.num_pairs for metrics in labelled)
+    num_synthetic = sum(metrics.num_synthetic for metrics in labelled)
+    return Paid(
+        label=label,
+        evaluate=evaluate,
+        num_pairs=num_pairs,
+        num_scored=sum(metrics.num_scored for metrics in labelled),
+        num_ties=sum(metrics.num_ties for metrics in labelled),
+        num_synthetic=num_synthetic if run.config.pseudo_label.synthetic else None,
+        pairs_per_query=num_pairs / label.spent if label.spent else None,
+    )
+
+
+def _paid_queries(run: RecordedRun, purpose: Purpose, live: dict[str, LedgerCounts]) -> PaidQueries:
+    """Count the queries of one purpose over all rounds; `live` is what the ledger itself counts."""
+    config = run.config
+    if purpose == "evaluate":
+        budget = config.evaluate.budget + config.evaluate.diagnosis_budget
+    elif learns_from_judgements(config) or config.asks_for_comparisons:
+        budget = config.select.budget
+    else:
+        return PaidQueries(budget=0, spent=0)
+    counts = None
+    for ledger in _recorded_ledgers(run):
+        if purpose in ledger:
+            counts = ledger[purpose]
+            # The ledger's cap is lower than the config's budget where there is less to ask.
+            budget = counts.budget
+    # The ledger itself is newer than any manifest, while the run goes on. Its file does not keep the budget.
+    if purpose in live:
+        counts = replace(live[purpose], budget=budget)
+    return PaidQueries(budget=budget) if counts is None else PaidQueries(**asdict(counts))
+
+
+def _recorded_ledgers(run: RecordedRun) -> list[dict[str, LedgerCounts]]:
+    """Collect the ledger's counts as of the end of each stage that keeps them, oldest first."""
+    ledgers = [metrics.ledger for metrics in run.all_rounds(QUERY)]
+    for preferences in run.all_rounds(PREFERENCES):
+        if preferences.asked is not None:
+            ledgers.append(preferences.asked.ledger)
+    audited, evaluated = run.metrics(AUDIT_PAIRS), run.metrics(EVALUATE)
+    if audited is not None:
+        ledgers.append(audited.ledger)
+    if evaluated is not None:
+        ledgers.append(evaluated.ledger)
+    return ledgers
+
+
+def _compute(run: RecordedRun) -> Compute:
+    """Add up seconds of finished stages: to the end of the first policy, after it, and of measuring."""
+    training = [at for at in run.manifests if at[0].place != "end"]
+    measuring = [at for at in run.manifests if at[0].place == "end"]
+    first_policy = (DPO if run.has(DPO) else PPO, 1)
+    num_first = training.index(first_policy) + 1
+    # Each part is over when the last of its stages is.
+    first_s = _seconds(run, training[:num_first]) if _is_over(run, training[:num_first]) else None
+    added_s = _seconds(run, training[num_first:]) if _is_over(run, training[num_first:]) else None
+    training_s = _seconds(run, training) if first_s is not None and _is_over(run, training) else None
+    return Compute(
+        first_policy_s=first_s,
+        added_s=added_s,
+        training_s=training_s,
+        ratio=training_s / first_s if training_s is not None and first_s else None,
+        evaluate_s=_seconds(run, measuring) if _is_over(run, measuring) else None,
+    )
+
+
+def _is_over(run: RecordedRun, stages: Sequence[tuple[Stage, int]]) -> bool:
+    """Whether the last of these stages is finished."""
+    return bool(stages) and run.manifests[stages[-1]] is not None
+
+
+def _samples(table: pa.Table | None, titles: dict[str, str]) -> list[Sample]:
+    """Take evenly spaced rows of the evaluation's table: shown as they come, not picked."""
+    if table is None or not table.num_rows:
+        return []
+    places = np.linspace(0, table.num_rows - 1, min(NUM_SAMPLES, table.num_rows)).astype(int)
+    names = [name for name in titles if f"{name}_response" in table.column_names]
+    samples: list[Sample] = []
+    for row in table.take(places).to_pylist():
+        answers: dict[str, Answer] = {}
+        for name in names:
+            answers[name] = Answer(
+                response=row[f"{name}_response"], score=row[f"{name}_score"], num_tokens=row[f"{name}_num_tokens"]
+            )
+        samples.append(Sample(prompt=row["prompt"], answers=answers))
+    return samples

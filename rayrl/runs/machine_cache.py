@@ -1,19 +1,19 @@
-"""Folders fetched once per machine, whichever of its processes asks for them."""
+"""Cache of remote folders on a machine: each is fetched once, whichever of the machine's processes needs it."""
 
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rayrl.errors import StageTimeout
 
 NUM_CACHED = 4
-"""Folders beside each other that a machine keeps: those last used. PPO sends one after every update."""
+"""Folders that a machine keeps beside each other: those used last. PPO publishes one after every update."""
 FETCH_S = 3600.0
-"""For how long a process waits for another one that fetches."""
+"""Longest wait for another process that fetches."""
 
 
 def fetch_once(folder: Path, fetch: Callable[[str], object]) -> None:
@@ -29,22 +29,26 @@ def fetch_once(folder: Path, fetch: Callable[[str], object]) -> None:
     if _used(folder):
         return
     with _alone(folder.parent):
-        if _used(folder):  # another process fetched it meanwhile
+        # Another process may have fetched it while this one waited for the lock.
+        if _used(folder):
             return
         unfinished = Path(f"{folder.parent}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        # A process that was killed may have left it.
+        shutil.rmtree(unfinished, ignore_errors=True)
         try:
             fetch(str(unfinished))
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        _used(folder)  # a large file is written for long after its folder
-        for old in sorted(folder.parent.iterdir(), key=lambda one: one.stat().st_mtime)[:-NUM_CACHED]:
+        # A large file is written for long after its folder was made, so the folder's time is set again.
+        _used(folder)
+        oldest_first = sorted(folder.parent.iterdir(), key=lambda cached: cached.stat().st_mtime)
+        for old in oldest_first[:-NUM_CACHED]:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def _used(folder: Path) -> bool:
-    """Note that a folder was used just now; whether it is there."""
+    """Note that a folder was used just now; False if it does not exist."""
     try:
         os.utime(folder)
     except FileNotFoundError:
@@ -53,7 +57,7 @@ def _used(folder: Path) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Generator[None]:
     """Hold a folder's lock, which the system releases when this process ends, however it does."""
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + FETCH_S

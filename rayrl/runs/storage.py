@@ -4,17 +4,20 @@ Endpoints and keys are the filesystem's own business: s3fs reads AWS_ENDPOINT_UR
 AWS config files, or the machine's role, in every process anew.
 """
 
+# fsspec has no type stubs
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+
 import errno
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -30,30 +33,54 @@ OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci
 """They have no folders to make, and publish an object only when it is complete."""
 
 
+class FileSystem(Protocol):
+    """The part of fsspec's (untyped) AbstractFileSystem that is used here."""
+
+    protocol: str | tuple[str, ...]
+
+    def exists(self, path: str) -> bool: ...
+    def cat_file(self, path: str) -> bytes: ...
+    def pipe_file(self, path: str, value: bytes) -> None: ...
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+    def mv(self, path1: str, path2: str) -> None: ...
+    def rm(self, path: str, recursive: bool = False) -> None: ...
+    def rm_file(self, path: str) -> None: ...
+    def get(self, rpath: str, lpath: str, recursive: bool = False) -> None: ...
+    def put(self, lpath: str, rpath: str, recursive: bool = False) -> None: ...
+    def put_file(self, lpath: str, rpath: str) -> None: ...
+    def find(self, path: str, *, detail: bool) -> dict[str, dict[str, Any]]: ...
+    def ls(self, path: str, detail: bool = True) -> list[str]: ...
+
+
 def locate(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL and the path on it. Nothing is remembered of folders: other processes write there too."""
-    return url_to_fs(url, use_listings_cache=False)
+    """Return the filesystem of a URL and the path on it. Listings are not cached: other processes write there, too."""
+    return cast(tuple[AbstractFileSystem, str], url_to_fs(url, use_listings_cache=False))
+
+
+def _files(url: str) -> tuple[FileSystem, str]:
+    filesystem, path = locate(url)
+    return cast(FileSystem, filesystem), path
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL is a path of the local filesystem (NFS included)."""
+    """Tell whether a URL is a path of the local filesystem (NFS included)."""
     return isinstance(locate(url)[0], LocalFileSystem)
 
 
 def absolute(url: str) -> str:
-    """A URL every process can open: a relative local path becomes absolute, anything else stays."""
+    """Return a URL that every process can open: a relative local path becomes absolute, anything else stays."""
     return str(Path(locate(url)[1]).absolute()) if is_local(url) else url.rstrip("/")
 
 
 def join(url: str, *parts: str) -> str:
-    """A URL inside a folder's URL."""
+    """Return a URL inside a folder's URL."""
     return "/".join([url.rstrip("/"), *parts])
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there."""
-    fs, path = locate(url)
-    return bool(fs.exists(path))
+    """Tell whether a file or folder exists."""
+    fs, path = _files(url)
+    return fs.exists(path)
 
 
 def write_bytes(url: str, content: bytes) -> None:
@@ -62,7 +89,7 @@ def write_bytes(url: str, content: bytes) -> None:
     Raises:
         DiskFull: the disk has no room for it; what was there before is still there.
     """
-    fs, path = locate(url)
+    fs, path = _files(url)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     if not OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
         fs.pipe_file(path, content)
@@ -87,15 +114,15 @@ def write_bytes(url: str, content: bytes) -> None:
 
 
 @contextmanager
-def refusing_full_disk(url: str, what: str = "") -> Iterator[None]:
-    """Around writing: says which disk is full, and what is free there.
+def refusing_full_disk(url: str, what: str = "") -> Generator[None]:
+    """Turn a full disk, while something is written, into an error that names the disk and what is free there.
 
     Args:
-        url: where is written; it need not exist.
-        what: is written, for the message.
+        url: place that is written to; it need not exist.
+        what: the thing that is written, for the message.
 
     Raises:
-        DiskFull: what is written does not fit.
+        DiskFull: there is no room for it.
     """
     try:
         yield
@@ -117,7 +144,7 @@ def _free(url: str) -> str:
 
 
 def _is_full(error: Exception) -> bool:
-    """Libraries like torch write files outside of Python, and say in words what errno would say."""
+    """Recognise a full disk. Libraries like torch write files outside of Python: they report in words, not by errno."""
     words = ("No space left on device", "File too large", "Disk quota exceeded")
     words += ("PytorchStreamWriter failed writing", "iostream error", "inline_container")
     return getattr(error, "errno", None) in FULL or any(part in str(error) for part in words)
@@ -125,11 +152,11 @@ def _is_full(error: Exception) -> bool:
 
 def read_bytes(url: str) -> bytes:
     """Read a whole file."""
-    fs, path = locate(url)
-    return fs.cat_file(path)  # type: ignore[return-value]
+    fs, path = _files(url)
+    return fs.cat_file(path)
 
 
-def write_json(url: str, content: Any) -> None:
+def write_json(url: str, content: object) -> None:
     """Write a whole JSON file or nothing."""
     write_bytes(url, json.dumps(content, indent=2, sort_keys=True).encode())
 
@@ -141,7 +168,7 @@ def read_json(url: str) -> Any:
 
 def copy_folder(source: str, target: str, *, last: str) -> None:
     """Replace a folder by a copy of another, its file `last` copied last; on one local disk by hard links, for free."""
-    fs, path = locate(target)
+    fs, path = _files(target)
     if fs.exists(path):
         fs.rm(path, recursive=True)
     if is_local(source) and is_local(target):
@@ -150,7 +177,7 @@ def copy_folder(source: str, target: str, *, last: str) -> None:
         _link(join(root, last), join(path, last))
         return
     with tempfile.TemporaryDirectory() as local:
-        theirs, folder = locate(source)
+        theirs, folder = _files(source)
         theirs.get(folder, f"{local}/copy", recursive=True)
         os.rename(f"{local}/copy/{last}", f"{local}/{last}")
         fs.put(f"{local}/copy/", f"{path}/", recursive=True)
@@ -160,13 +187,15 @@ def copy_folder(source: str, target: str, *, last: str) -> None:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another device
+    except OSError:
+        # Another device, or a filesystem without hard links.
         shutil.copy2(source, target)
 
 
 def local_folder(url: str) -> str:
-    """A local folder with the content of `url`; a remote one is fetched once per machine, and again when its files have
-    changed. A hub id stays as it is.
+    """Return a local folder with the content of `url`; a hub id is returned as it is.
+
+    A remote folder is fetched once per machine, and again when its files have changed.
 
     Raises:
         DiskFull: this machine has no room for it.
@@ -176,34 +205,37 @@ def local_folder(url: str) -> str:
         return url
     if is_local(url):
         return str(locate(url)[1])
-    fs, path = locate(url)
-    files = fs.find(path, detail=True)  # sizes, times, tags: a run made again has other weights at the same place
+    fs, path = _files(url)
+    # Sizes, times and tags name the cache: a run made again has other weights at the same place.
+    files = fs.find(path, detail=True)
     caches = Path(tempfile.gettempdir()) / "rayrl-models" / content_id(url.rstrip("/").rpartition("/")[0])
-    cache = caches / content_id(url, *(f"{n} {files[n]}" for n in sorted(files)))
+    cache = caches / content_id(url, *(f"{name} {files[name]}" for name in sorted(files)))
     with refusing_full_disk(str(cache)):
         fetch_once(cache, lambda folder: fs.get(path, folder, recursive=True))
     return str(cache)
 
 
 @contextmanager
-def new_folder(url: str) -> Iterator[str]:
-    """A local folder to fill, which then takes its place in the run: whole, or, if filling it fails, not at all.
+def new_folder(url: str) -> Generator[str]:
+    """Yield a local folder to fill, which then takes its place in the run: whole or, if filling it fails, not at all.
 
-    On an object store the files follow one by one: it is the stage's manifest that says that all are there.
+    On an object store the files follow one by one; the stage's manifest, written later, tells that all are there.
 
     Raises:
         DiskFull: there is no room for it.
     """
-    fs, path = locate(url)
+    fs, path = _files(url)
     if is_local(url):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         parent, prefix = Path(path).parent, f"{Path(path).name}."
         with refusing_full_disk(path), tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as unfinished:
             yield unfinished
-            os.chmod(unfinished, 0o755)  # a temporary folder is its owner's alone
+            # A temporary folder can be read by its owner alone.
+            os.chmod(unfinished, 0o755)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
-            os.mkdir(unfinished)  # for the one that removes it
+            # TemporaryDirectory removes this one when it ends.
+            os.mkdir(unfinished)
         return
     with refusing_full_disk(tempfile.gettempdir()), tempfile.TemporaryDirectory() as unfinished:
         yield unfinished
@@ -212,8 +244,8 @@ def new_folder(url: str) -> Iterator[str]:
 
 
 def children(url: str) -> list[str]:
-    """Names in a folder; none if it is not there."""
-    fs, path = locate(url)
+    """List the names in a folder; none if it does not exist."""
+    fs, path = _files(url)
     try:
         return sorted(child.rstrip("/").rpartition("/")[2] for child in fs.ls(path, detail=False))
     except FileNotFoundError:
@@ -221,37 +253,39 @@ def children(url: str) -> list[str]:
 
 
 def sizes(url: str) -> dict[str, int]:
-    """Bytes of every file in a folder and below, by its path in the folder."""
-    fs, path = locate(url)
+    """Return the bytes of every file in a folder and below, by its path in the folder."""
+    fs, path = _files(url)
     root = path.strip("/")
-    found: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
+    found = fs.find(path, detail=True)
     return {name.strip("/")[len(root) + 1 :]: file["size"] for name, file in found.items()}
 
 
 def times(url: str) -> dict[str, float]:
-    """When every file in a folder and below was written, as Unix time, by its path in the folder."""
-    fs, path = locate(url)
+    """Return when every file in a folder and below was written, as Unix time, by its path in the folder."""
+    fs, path = _files(url)
     root = path.strip("/")
-    found: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
-    written = {
-        name: file.get("mtime") or file.get("LastModified") or file.get("created") for name, file in found.items()
-    }
-    return {
-        name.strip("/")[len(root) + 1 :]: at.timestamp() if isinstance(at, datetime) else float(at)
-        for name, at in written.items()
-        if isinstance(at, datetime | float | int)
-    }
+    found = fs.find(path, detail=True)
+    written: dict[str, float] = {}
+    for name, file in found.items():
+        # Local files, S3 and other stores each have a name of their own for it.
+        at: object = file.get("mtime") or file.get("LastModified") or file.get("created")
+        inside = name.strip("/")[len(root) + 1 :]
+        if isinstance(at, datetime):
+            written[inside] = at.timestamp()
+        elif isinstance(at, float | int):
+            written[inside] = float(at)
+    return written
 
 
 def remove(url: str) -> None:
-    """Remove a file, if it is there."""
-    fs, path = locate(url)
+    """Remove a file, if it exists."""
+    fs, path = _files(url)
     with suppress(FileNotFoundError):
         fs.rm_file(path)
 
 
 def remove_folder(url: str) -> None:
-    """Remove a folder, if it is there."""
-    fs, path = locate(url)
+    """Remove a folder, if it exists."""
+    fs, path = _files(url)
     if fs.exists(path):
         fs.rm(path, recursive=True)

@@ -1,14 +1,18 @@
-"""Artifacts that stages hand to each other: keys and tables, never rows."""
+"""Artifacts that stages hand to each other: a key and the tables it names, never rows.
+
+An artifact's key names the work behind it, so that a stage which reads it can name its own. Artifacts are values: they
+travel to Ray tasks, and making one starts nothing.
+"""
 
 from dataclasses import dataclass
 
 from rayrl.data.blocks import BlockTable
-from rayrl.records import Judgement, Said, from_table
+from rayrl.records import Judgement, ResponseKey, from_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """The unlabelled prompts X and the held-out ones, both with tokens."""
+    """The unlabelled prompts X and the held-out ones, both with their tokens."""
 
     key: str
     train: BlockTable
@@ -19,19 +23,17 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """The responses table Y: one row per prompt (`Sampled`), k responses nested."""
+    """The responses table Y: one row per prompt (`Sampled`), its responses nested."""
 
     key: str
     table: BlockTable
     num_prompts: int
     num_responses: int
-    block_counts: list[int]
-    """Responses per block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuerySet:
-    """The query set Q: a one-part table of the chosen responses, in the order they were picked."""
+    """The query set Q: a one-part table of the chosen responses, in the order in which they were picked."""
 
     key: str
     table: BlockTable
@@ -43,29 +45,29 @@ class Judgements:
 
     key: str
     table: BlockTable
-    asked: BlockTable
-    """The query set they answer."""
+    query_set: QuerySet
+    """The responses they judge."""
 
     def all(self) -> list[Judgement]:
-        """Abstentions included."""
+        """Read every judgement, abstentions included."""
         return from_table(self.table.read(0), Judgement)
 
     def scored(self) -> list[Judgement]:
-        """Those with a score; abstentions are never trained on."""
-        return [j for j in self.all() if j.status == "scored"]
+        """Read those with a score; abstentions are never trained on."""
+        return [judgement for judgement in self.all() if judgement.status == "scored"]
 
-    def token_ids(self) -> dict[Said, list[int]]:
-        """Prompt and response tokens of what was judged."""
-        rows = self.asked.read(0).select(["prompt_id", "response", "token_ids"]).to_pylist()
+    def token_ids(self) -> dict[ResponseKey, list[int]]:
+        """Read the prompt and response tokens of what was judged."""
+        rows = self.query_set.table.read(0).select(["prompt_id", "response", "token_ids"]).to_pylist()
         return {(row["prompt_id"], row["response"]): row["token_ids"] for row in rows}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preferences:
-    """D: a table of `PreferencePair`s."""
+    """Preference pairs D: a table of `PreferencePair`s."""
 
     key: str
     table: BlockTable
     num_pairs: int
-    compared: tuple[BlockTable, ...] = ()
-    """What the expert was asked (`Comparison`s), round by round."""
+    comparisons: tuple[BlockTable, ...] = ()
+    """What the oracle was asked (tables of `Comparison`s), one table per round; empty for the pairs of a file."""

@@ -1,13 +1,14 @@
-"""What the three training stages share: the stream of rows per rank, and the fit with its curve."""
+"""The part that all training stages share: the stream of rows for each rank, and a fit with its curve."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import ray.data
 
 from rayrl.config import TrainingConfig
 from rayrl.data.blocks import BlockTable, stream_blocks
@@ -16,11 +17,29 @@ from rayrl.metrics.curves import read_metrics
 from rayrl.metrics.progress import progress_bars
 from rayrl.runs import storage
 from rayrl.runs.run import Run
+from rayrl.runs.stage_metrics import FitMetrics
+from rayrl.runs.stage_table import Stage
 from rayrl.training.launch import Rows, Stream, fit
 from rayrl.training.steps import num_steps
 
 STREAM_CONCURRENCY = 2
+"""Blocks in flight where they only have to be read."""
 POLL_S = 2.0
+"""Between two looks at the curve for the progress bar."""
+LAST_STEPS = 10
+"""Steps whose mean loss is the final one."""
+
+
+class Job(Protocol):
+    """A training job, as far as this module has to know it."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
 
 
 def stream_of(
@@ -29,63 +48,86 @@ def stream_of(
     compute: Callable[[int], pa.Table] | None = None,
     concurrency: int = STREAM_CONCURRENCY,
 ) -> Stream:
-    """Rows of a table for each rank, block by block in an order drawn by the seed.
+    """Stream a table's rows to each rank, block by block in an order drawn by the seed.
 
     Args:
         table: where the blocks are.
         seed: draws the order of the blocks.
-        compute: makes a block that is not there yet (streaming); it is made once, and read in later epochs.
+        compute: makes a block that is not there yet; it is made once, and read in later epochs.
         concurrency: blocks in flight.
     """
     order = np.random.default_rng(seed).permutation(table.num_blocks)
 
-    def of_rank(rank: int, world_size: int) -> Any:
+    def rows_of_rank(rank: int, world_size: int) -> ray.data.Dataset:
         blocks = order[rank::world_size]
 
-        def block(position: int) -> pa.Table:
+        def read(position: int) -> pa.Table:
             number = int(blocks[position])
             return table.memoised(number, compute) if compute else table.read(number)
 
-        return stream_blocks(len(blocks), block, concurrency=concurrency, name="train")
+        return stream_blocks(len(blocks), read, concurrency=concurrency, name="train")
 
-    return of_rank
+    return rows_of_rank
 
 
 def fit_stage(
     run: Run,
     services: Services,
-    stage: str,
-    loop: Callable[[Any, Rows], None],
-    job: Any,
+    stage: Stage,
+    loop: Callable[[J, Rows], None],
+    job: J,
     training: TrainingConfig,
     stream: Stream,
-) -> dict[str, Any]:
-    """Train (in mode `alternate` the fleets make room), note the time; first and final loss, steps and seconds."""
+    *,
+    batch_size: int | None = None,
+) -> FitMetrics:
+    """Train, and return what the curve says: steps, first and final loss, seconds.
+
+    In mode `alternate` the fleets make room for the training first.
+
+    Args:
+        run: the run.
+        services: fleets.
+        stage: names the fit and its curve.
+        loop: the worker's loop, a function of the job and its rows.
+        job: its argument.
+        training: workers, epochs and restarts.
+        stream: the rows of each rank.
+        batch_size: rows of one logged step; None is `training.batch_size`.
+    """
     if services.mode == "alternate":
         services.release()
     started = time.monotonic()
-    with progress_of(run, stage, num_steps(job.num_rows, training)):
-        name = f"{run.config.name}-{stage}"
-        fit(loop, job, training, stream, storage=run.folder(stage, "fit"), on_gpu=services.on_gpu, name=name)
+    with progress_of(run, stage, num_steps(job.num_rows, training, batch_size or training.batch_size)):
+        fit(
+            loop,
+            job,
+            training,
+            stream,
+            storage=run.folder(stage, "fit"),
+            on_gpu=services.on_gpu,
+            name=f"{run.config.name}-{stage.name}",
+        )
     seconds = time.monotonic() - started
-    run.record_time(f"fit:{stage}", seconds)
-    curve = [row for row in read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl")) if row["step"]]
-    return {
-        "num_steps": len(curve),
-        "first_loss": curve[0]["loss"],
-        "final_loss": float(np.mean([row["loss"] for row in curve[-10:]])),
-        "fit_s": seconds,
-    }
+    run.record_time(f"fit:{stage.name}", seconds)
+    # PPO logs the policy that it starts from as step 0.
+    curve = [row for row in read_metrics(run.curve(stage)) if row["step"] > 0]
+    return FitMetrics(
+        num_steps=len(curve),
+        first_loss=curve[0]["loss"],
+        final_loss=float(np.mean([row["loss"] for row in curve[-LAST_STEPS:]])),
+        fit_s=seconds,
+    )
 
 
 @contextmanager
-def progress_of(run: Run, stage: str, total: int) -> Iterator[None]:
-    """A progress bar that follows the curve rank 0 writes; how long it will be is kept beside it for others to see."""
-    url = storage.join(run.url, "metrics", f"{stage}.jsonl")
-    storage.write_json(storage.join(run.url, "metrics", f"{stage}.json"), {"num_steps": total})
+def progress_of(run: Run, stage: Stage, total: int) -> Iterator[None]:
+    """Show a progress bar that follows the curve rank 0 writes, and keep the planned steps beside it for `status`."""
+    url = run.curve(stage)
+    storage.write_json(storage.join(run.url, "metrics", f"{stage.name}.json"), {"num_steps": total})
     over = threading.Event()
     with progress_bars() as bars:
-        bar = bars.add_task(stage, total=total)
+        bar = bars.add_task(stage.name, total=total)
 
         def follow() -> None:
             while not over.wait(POLL_S):

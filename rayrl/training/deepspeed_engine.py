@@ -1,13 +1,14 @@
-"""DeepSpeed behind a few verbs: start, step, gather, save, load. The only importer of deepspeed.
+"""DeepSpeed engine behind a few verbs: start, step, gather, save, load. The only importer of deepspeed.
 
-One optimizer step is any number of micro-batches; ranks may have different numbers of rows, and a rank without rows
-takes part with a zero loss, so that collectives always meet and no row is dropped.
+One optimizer step is any number of micro-batches. Ranks may have different numbers of rows: a rank without rows takes
+part with a zero loss, so that collectives always meet and no row is dropped.
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,44 @@ from torch import Tensor, nn
 
 from rayrl.config import TrainingConfig
 
+B = TypeVar("B")
+M = TypeVar("M", bound=nn.Module)
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
+LEAST_SHARE = 0.1
+"""Share of the learning rate that the schedules "linear" and "cosine" end at."""
+TAG = "state"
+"""DeepSpeed's name for the folder of a checkpoint inside ours."""
+
+
+class Engine(Protocol[M_co]):
+    """The part of a `deepspeed.DeepSpeedEngine` that is used here, around a module. Calling it calls the module."""
+
+    @property
+    def module(self) -> M_co: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def global_steps(self) -> int: ...
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
+    def train(self) -> object: ...
+    def eval(self) -> object: ...
+    def backward(self, loss: Tensor) -> object: ...
+    def step(self) -> object: ...
+    def get_lr(self) -> list[float]: ...
+    def zero_optimization_stage(self) -> int: ...
+    def save_checkpoint(
+        self, save_dir: str, *, tag: str, client_state: dict[str, Any], exclude_frozen_parameters: bool
+    ) -> object: ...
+    def load_checkpoint(
+        self, load_dir: str, *, tag: str, load_module_strict: bool
+    ) -> tuple[str | None, dict[str, Any]]: ...
+
 
 def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration; `managed_gradient_accumulation` off: a step ends where we say so."""
-    zero: dict[str, Any] = {"stage": training.zero_stage}
+    """Translate the training's settings to DeepSpeed's."""
+    zero: dict[str, int | dict[str, str]] = {"stage": training.zero_stage}
     if training.cpu_offload and training.zero_stage >= 1:
         zero["offload_optimizer"] = {"device": "cpu"}
         if training.zero_stage == 3:
@@ -26,6 +61,7 @@ def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        # A step ends where `train_step` ends it: the number of micro-batches changes from step to step.
         "managed_gradient_accumulation": False,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
@@ -43,44 +79,65 @@ def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def prepare_zero3(training: TrainingConfig, dtype: torch.dtype) -> Any:
-    """Make `from_pretrained` shard as it loads (ZeRO-3). Keep the returned object alive until the model is loaded."""
+@contextmanager
+def sharded_loading(training: TrainingConfig, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, `from_pretrained` shards a model over the ranks as it loads, if the training is ZeRO-3."""
     if training.zero_stage != 3:
-        return None
+        yield
+        return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    _without_compiler()
-    return HfDeepSpeedConfig(zero_config(training, dtype))
+    _avoid_compiler()
+    # transformers keeps a weak reference only: models are sharded for as long as this object is alive.
+    config = HfDeepSpeedConfig(zero_config(training, dtype))
+    try:
+        yield
+    finally:
+        del config
 
 
-def start(model: nn.Module, training: TrainingConfig, dtype: torch.dtype, num_steps: int) -> Any:
-    """Wrap a model for training over all workers of the fit."""
+def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int) -> Engine[M]:
+    """Wrap a model for training over all workers of the fit.
+
+    Args:
+        model: what is trained; its frozen parameters stay as they are.
+        training: optimizer, schedule and sharding.
+        dtype: precision of the weights.
+        num_steps: length of the learning-rate schedule.
+    """
     import deepspeed
 
-    _without_compiler()
+    _avoid_compiler()
     if training.gradient_checkpointing:
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-                break
+        _checkpoint_gradients(model)
     # Gradients of a sharply peaked softmax are full of denormal numbers, on which a CPU's matrix products run several
     # times slower. Flushed, they are zero; what a step changes by them is far below float32's resolution.
     torch.set_flush_denormal(True)
     os.environ.setdefault("LOCAL_RANK", "0")
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, num_steps, training))
+
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],  # type: ignore[arg-type]
         config=zero_config(training, dtype),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule(step, num_steps, training)
-        ),  # type: ignore[arg-type]
+        lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
     )
-    return engine
+    return cast("Engine[M]", engine)
 
 
-def _without_compiler() -> None:
-    """On CPU DeepSpeed would compile a shared-memory all-reduce when it first meets the process group.
+def _checkpoint_gradients(model: nn.Module) -> None:
+    """Turn gradient checkpointing on in the outermost module that offers it, which passes it on to those below."""
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing_enable"):
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            return
+
+
+def _avoid_compiler() -> None:
+    """Keep DeepSpeed from compiling a shared-memory all-reduce when it first meets the process group on a CPU.
 
     That takes minutes, a C++ compiler, and a lock file that a killed process leaves for ever. gloo reduces as well.
     """
@@ -90,38 +147,43 @@ def _without_compiler() -> None:
 
 
 def schedule(step: int, num_steps: int, training: TrainingConfig) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to a tenth."""
-    warmup = math.ceil(training.warmup_ratio * num_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    """Return the factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to a tenth."""
+    num_warmup = math.ceil(training.warmup_ratio * num_steps)
+    if step < num_warmup:
+        return (step + 1) / (num_warmup + 1)
+    progress = min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup))
     if training.schedule == "linear":
-        return 1.0 - 0.9 * progress
+        return 1.0 - (1 - LEAST_SHARE) * progress
     if training.schedule == "cosine":
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        return LEAST_SHARE + (1 - LEAST_SHARE) / 2 * (1 + math.cos(math.pi * progress))
     return 1.0
 
 
-def total(value: float, engine: Any) -> float:
-    """Sum of a number over the ranks."""
+def sum_over_ranks(value: float, engine: Engine) -> float:
+    """Sum a number over the ranks, all of which take part."""
     return _reduce(value, engine, dist.ReduceOp.SUM)
 
 
-def largest(value: float, engine: Any) -> float:
-    """Largest of a number over the ranks."""
+def max_over_ranks(value: float, engine: Engine) -> float:
+    """Return the largest of a number over the ranks, all of which take part."""
     return _reduce(value, engine, dist.ReduceOp.MAX)
 
 
-def summed(tensor: Tensor, engine: Any) -> Tensor:
-    """Elementwise sum of a tensor over the ranks."""
+def sum_tensor_over_ranks(tensor: Tensor, engine: Engine) -> Tensor:
+    """Sum a tensor elementwise over the ranks, all of which take part."""
     if not dist.is_initialized():
         return tensor
-    everywhere = tensor.to(engine.device)
-    dist.all_reduce(everywhere, dist.ReduceOp.SUM)
-    return everywhere.to(tensor.device)
+    on_device = tensor.to(engine.device)
+    dist.all_reduce(on_device, dist.ReduceOp.SUM)
+    return on_device.to(tensor.device)
 
 
-def _reduce(value: float, engine: Any, operation: Any) -> float:
+def barrier(engine: Engine) -> None:
+    """Wait until every rank is here."""
+    max_over_ranks(0.0, engine)
+
+
+def _reduce(value: float, engine: Engine, operation: dist.ReduceOp.RedOpType) -> float:
     tensor = torch.tensor(float(value), dtype=torch.float64, device=engine.device)
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
@@ -129,22 +191,22 @@ def _reduce(value: float, engine: Any, operation: Any) -> float:
 
 
 def train_step(
-    engine: Any,
-    micro_batches: Sequence[Any],
-    loss_of: Callable[[Any], Tensor],
+    engine: Engine,
+    micro_batches: Sequence[B],
+    summed_loss: Callable[[B], Tensor],
     weight: float,
-    idle: Any,
+    idle: B,
     names: Sequence[str] = (),
 ) -> float:
-    """One optimizer step on the mean loss over all ranks.
+    """Take one optimizer step on the mean loss over all ranks.
 
     Args:
         engine: the DeepSpeed engine.
         micro_batches: this rank's micro-batches; may be empty, and differ in number between ranks.
-        loss_of: sum of the losses of a micro-batch's samples.
+        summed_loss: sum of the losses of a micro-batch's samples.
         weight: this rank's share of the mean's denominator (samples, or tokens).
         idle: a micro-batch to run at zero weight while other ranks still work.
-        names: what this rank's rows are called, for the message when they break the loss.
+        names: this rank's rows, for the message when they break the loss.
 
     Returns:
         The mean loss.
@@ -152,53 +214,60 @@ def train_step(
     Raises:
         FloatingPointError: the loss is not finite; the optimizer has not been stepped.
     """
-    denominator = total(weight, engine)
-    num_micro = int(largest(len(micro_batches), engine))
-    summed = 0.0
+    denominator = sum_over_ranks(weight, engine)
+    num_micro = int(max_over_ranks(len(micro_batches), engine))
+    own_loss = 0.0
     for i in range(num_micro):
-        own = i < len(micro_batches)
-        loss = loss_of(micro_batches[i] if own else idle)
-        scaled = loss * (engine.world_size / denominator if own else 0.0)
-        summed += loss.item() if own else 0.0
-        engine.backward(scaled)
-    mean = total(summed, engine) / denominator
+        if i < len(micro_batches):
+            loss = summed_loss(micro_batches[i])
+            own_loss += loss.item()
+            # DeepSpeed averages gradients over the ranks; the factor makes that a sum.
+            factor = engine.world_size / denominator
+        else:
+            loss = summed_loss(idle)
+            factor = 0.0
+        engine.backward(loss * factor)
+    mean = sum_over_ranks(own_loss, engine) / denominator
     if not math.isfinite(mean):
         rows = f" on rows {', '.join(names)}" if names else ""
-        where = "; this worker's rows are fine" if math.isfinite(summed) else rows
+        where = "; this worker's rows are fine" if math.isfinite(own_loss) else rows
         step = engine.global_steps + 1
         raise FloatingPointError(f"loss is {mean} at step {step}{where}; the last checkpoint is intact")
     engine.step()
     return mean
 
 
-def gathered(engine: Any, parameters: dict[str, nn.Parameter], device: Any = "cpu") -> dict[str, Tensor]:
-    """Copies of some parameters, whole, on rank 0 (empty elsewhere), whatever the ZeRO stage. All ranks take part."""
+def gather(
+    engine: Engine, parameters: Mapping[str, nn.Parameter], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Copy some parameters whole to rank 0, whatever the ZeRO stage; other ranks get nothing. All ranks take part."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    sharded = engine.zero_optimization_stage() == 3
-    with GatheredParameters(list(parameters.values()), enabled=sharded):
+    is_sharded = engine.zero_optimization_stage() == 3
+    with GatheredParameters(list(parameters.values()), enabled=is_sharded):
         if dist.is_initialized() and dist.get_rank() != 0:
             return {}
         return {name: p.detach().to(device, copy=True) for name, p in parameters.items()}
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, also where this rank holds a shard of it."""
+    """Return the shape of the whole parameter, also where this rank holds a shard of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def save(engine: Any, folder: str, position: dict[str, float]) -> None:
-    """Write this rank's part of a checkpoint, and where the data stood."""
-    engine.save_checkpoint(folder, tag="state", client_state={"position": position}, exclude_frozen_parameters=True)
+def save(engine: Engine, folder: str, position: dict[str, float]) -> None:
+    """Write this rank's part of a checkpoint, with the position in the data."""
+    engine.save_checkpoint(folder, tag=TAG, client_state={"position": position}, exclude_frozen_parameters=True)
 
 
-def load(engine: Any, folder: str) -> dict[str, float]:
-    """Restore weights, optimizer, schedule and random state; returns where the data stood.
+def load(engine: Engine, folder: str) -> dict[str, float]:
+    """Restore weights, optimizer, schedule and random state, and return the position in the data.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint of this engine.
     """
-    path, client_state = engine.load_checkpoint(folder, tag="state", load_module_strict=False)
+    # Not strict: frozen parameters are not in the checkpoint.
+    path, client_state = engine.load_checkpoint(folder, tag=TAG, load_module_strict=False)
     if path is None:
         raise FileNotFoundError(f"no training state in {folder}")
     return client_state["position"]

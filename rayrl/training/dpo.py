@@ -1,43 +1,55 @@
 """Direct preference optimisation (arXiv 2305.18290) of M1 on the pseudo-labelled pairs."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.preference import dpo_loss
-from rayrl.config import DpoConfig, PolicyConfig
-from rayrl.data.batches import Row
+from rayrl.config import DpoConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
-from rayrl.models.policy import add_lora, load_policy, response_logprobs
+from rayrl.models.policy import CausalLM, add_lora, load_policy, response_logprobs
+from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
-from rayrl.training.sync import export
+from rayrl.training.job import TrainingJob
+from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
+from rayrl.training.sync.export import export_policy
+
+
+class References(TypedDict):
+    """The reference's log-probabilities of a pair's responses, nats."""
+
+    chosen_reference_logprob: float
+    rejected_reference_logprob: float
+
+
+class PairRow(References):
+    """The part of a `PreferencePair` that is trained on."""
+
+    chosen_id: str
+    rejected_id: str
+    prompt_token_ids: list[int]
+    chosen_token_ids: list[int]
+    rejected_token_ids: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoJob:
-    """Rows are `PreferencePair`s."""
+class DpoJob(TrainingJob):
+    """Rows are `PairRow`s."""
 
-    run_url: str
-    checkpoint_url: str
-    policy: PolicyConfig
-    """`path` is M1: the start and the reference."""
+    start: Checkpoint
+    """M1: weights to start from, and the reference."""
     dpo: DpoConfig
     reference: str
     """"generation": the rows' own reference log-probabilities; "pass": one pass of M1 before the first step."""
-    dtype: str
-    seed: int
-    num_rows: int
-    """Pairs expected; sets the length of the learning-rate schedule."""
 
 
 @dataclass(frozen=True)
@@ -50,61 +62,75 @@ class PairBatch:
     reference_rejected: Tensor
 
     def to(self, device: torch.device) -> "PairBatch":
-        return PairBatch(
-            self.names, self.tokens.to(device), self.reference_chosen.to(device), self.reference_rejected.to(device)
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            reference_chosen=self.reference_chosen.to(device),
+            reference_rejected=self.reference_rejected.to(device),
         )
 
 
-def train_dpo(job: DpoJob, data: launch.Rows) -> None:
-    """The worker's loop."""
+IDLE_PAIR: PairRow = {
+    "chosen_id": "idle",
+    "rejected_id": "idle",
+    "prompt_token_ids": [0],
+    "chosen_token_ids": [0],
+    "rejected_token_ids": [0],
+    "chosen_reference_logprob": 0.0,
+    "rejected_reference_logprob": 0.0,
+}
+"""Stands in on a rank that has no pair while other ranks still work."""
+
+
+def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
+    """Train a policy on this worker's pairs, and export it."""
+    dpo = job.dpo
     torch.manual_seed(job.seed)
-    dtype = getattr(torch, job.dtype)
-    sharding = zero.prepare_zero3(job.dpo, dtype)
-    policy = load_policy(storage.local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code)
-    if job.dpo.lora:
-        policy = add_lora(policy, job.dpo.lora)
-    engine = zero.start(policy, job.dpo, dtype, num_steps(job.num_rows, job.dpo))
-    del sharding
+    with zero.sharded_loading(dpo, job.torch_dtype):
+        policy = load_policy(job.start, job.torch_dtype, trust_remote_code=job.policy.trust_remote_code)
+        if dpo.lora:
+            policy = add_lora(policy, dpo.lora)
+        engine = zero.start(policy, dpo, job.torch_dtype, num_steps(job.num_rows, dpo, dpo.batch_size))
     references = reference_pass(engine, job, data) if job.reference == "pass" else {}
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
-    rewards: list[Tensor] = []
+    margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
 
-    def loss_of(batch: PairBatch) -> Tensor:
-        losses, chosen_rewards, rejected_rewards = pair_losses(engine, batch, job.dpo)
-        rewards.append((chosen_rewards - rejected_rewards).detach())
+    def summed_loss(batch: PairBatch) -> Tensor:
+        losses, chosen_rewards, rejected_rewards = pair_losses(engine, batch, dpo)
+        margins.append((chosen_rewards - rejected_rewards).detach())
         return losses.sum()
 
-    with rank_zero_log(job.run_url, "dpo") as log:
-        for step, rows, waited_s in steps(engine, job.dpo, job.seed, data):
+    with rank_zero_log(job.run_url, job.stage) as log:
+        for step in steps(engine, dpo, job.seed, data):
             started = time.monotonic()
-            rows = [row | references.get(name_of(row), {}) for row in rows]
-            batches = [batch.to(engine.device) for batch in collated(rows, job.dpo.micro_batch_tokens)]
-            rewards.clear()
-            loss = zero.train_step(engine, batches, loss_of, len(rows), idle, names_of(rows))
+            rows = [with_references(row, references) for row in step.rows]
+            batches = [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens)]
+            margins.clear()
+            loss = zero.train_step(engine, batches, summed_loss, len(rows), idle, row_names(rows))
             num_tokens = sum(batch.tokens.num_tokens for batch in batches)
-            meters.TRAINING_TOKENS.add(num_tokens, stage="dpo")
-            if rewards:
-                margins = torch.cat(rewards)
-                padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
-                log(
-                    step,
-                    loss=loss,
-                    reward_margin=margins.mean(),
-                    reward_accuracy=(margins > 0).float().mean(),
-                    learning_rate=engine.get_lr()[0],
-                    num_tokens=num_tokens,
-                    padding_share=1 - num_tokens / max(1, padded),
-                    seconds=time.monotonic() - started,
-                    waited_s=waited_s,
-                )
-    export.export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
+            num_padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
+            meters.TRAINING_TOKENS.add(num_tokens, stage=job.stage)
+            step_margins = torch.cat(margins)
+            log(
+                step.number,
+                loss=loss,
+                reward_margin=step_margins.mean(),
+                reward_accuracy=(step_margins > 0).float().mean(),
+                learning_rate=engine.get_lr()[0],
+                num_tokens=num_tokens,
+                padding_share=1 - num_tokens / max(1, num_padded),
+                seconds=time.monotonic() - started,
+                waited_s=step.waited_s,
+            )
+    export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 
 
-def pair_losses(model: torch.nn.Module, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-pair losses and the implicit rewards of both sides, (B,) each."""
+def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each pair, and the implicit rewards of both sides, (B,) each."""
     chosen, rejected = response_logprobs(model, batch.tokens).chunk(2)
     chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
+    # IPO is on mean log-ratios, as its authors read their paper and TRL has it.
     normalised = dpo.length_normalised or dpo.loss == "ipo"
     return dpo_loss(
         chosen - batch.reference_chosen,
@@ -116,60 +142,69 @@ def pair_losses(model: torch.nn.Module, batch: PairBatch, dpo: DpoConfig) -> tup
     )
 
 
-def collated(rows: list[Row], max_tokens: int) -> list[PairBatch]:
-    """Micro-batches of pairs of similar length, each at most `max_tokens` with its padding."""
-    lengths = [
-        2 * (len(r["prompt_token_ids"]) + max(len(r["chosen_token_ids"]), len(r["rejected_token_ids"]))) for r in rows
-    ]
-    return [pair_batch([rows[i] for i in batch]) for batch in micro_batches(lengths, max_tokens)]
+def collated(rows: list[PairRow], max_tokens: int) -> list[PairBatch]:
+    """Collate pairs in micro-batches of similar length, each at most `max_tokens` with its padding."""
+    lengths: list[int] = []
+    for row in rows:
+        longer = max(len(row["chosen_token_ids"]), len(row["rejected_token_ids"]))
+        lengths.append(2 * (len(row["prompt_token_ids"]) + longer))  # a pair is two rows
+    return [pair_batch([rows[i] for i in indices]) for indices in micro_batches(lengths, max_tokens)]
 
 
-def pair_batch(rows: list[Row]) -> PairBatch:
-    """One micro-batch of pairs."""
-    prompts = [r["prompt_token_ids"] for r in rows]
-    responses = [r["chosen_token_ids"] for r in rows] + [r["rejected_token_ids"] for r in rows]
+def pair_batch(rows: list[PairRow]) -> PairBatch:
+    """Collate pairs to one micro-batch."""
+    prompts = [row["prompt_token_ids"] for row in rows]
+    chosen = [row["chosen_token_ids"] for row in rows]
+    rejected = [row["rejected_token_ids"] for row in rows]
     return PairBatch(
-        [name_of(r) for r in rows],
-        collate(prompts + prompts, responses),
-        torch.tensor([r["chosen_reference_logprob"] for r in rows], dtype=torch.float32),
-        torch.tensor([r["rejected_reference_logprob"] for r in rows], dtype=torch.float32),
+        names=row_names(rows),
+        tokens=collate(prompts + prompts, chosen + rejected),
+        reference_chosen=_references(rows, "chosen_reference_logprob"),
+        reference_rejected=_references(rows, "rejected_reference_logprob"),
     )
 
 
-IDLE_PAIR: Row = {
-    "chosen_id": "idle",
-    "rejected_id": "idle",
-    "prompt_token_ids": [0],
-    "chosen_token_ids": [0],
-    "rejected_token_ids": [0],
-    "chosen_reference_logprob": 0.0,
-    "rejected_reference_logprob": 0.0,
-}
+def _references(rows: list[PairRow], side: Literal["chosen_reference_logprob", "rejected_reference_logprob"]) -> Tensor:
+    return torch.tensor([row[side] for row in rows], dtype=torch.float32)
 
 
-def reference_pass(engine: Any, job: DpoJob, data: launch.Rows) -> dict[str, dict[str, float]]:
-    """M1's log-probabilities of every pair, read once before the first step and kept beside the fit.
+def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow]) -> dict[str, References]:
+    """Read M1's log-probabilities of every pair of this rank, by the pair's name. All ranks take part.
 
-    A restarted worker reads them back: by then the policy has moved.
+    They are read once, before the first step, and kept beside the fit: when a worker restarts, the policy is no longer
+    M1.
     """
-    url = storage.join(job.run_url, "stages", "dpo", f"references-{launch.rank()}-of-{launch.world_size()}.json")
+    name = f"references-{launch.rank()}-of-{launch.world_size()}.json"
+    url = storage.join(job.run_url, "stages", job.stage, name)
     if storage.exists(url):
         return storage.read_json(url)
     engine.eval()
-    references: dict[str, dict[str, float]] = {}
+    references: dict[str, References] = {}
     rows = data()
-    while zero.largest(len(chunk := list(islice(rows, job.dpo.batch_size))), engine) > 0:
+    while True:
+        chunk = list(islice(rows, job.dpo.batch_size))
+        if zero.max_over_ranks(len(chunk), engine) == 0:
+            break
         batches = collated(chunk, job.dpo.micro_batch_tokens)
-        for i in range(int(zero.largest(len(batches), engine))):
+        # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read idle ones beside the others.
+        for i in range(int(zero.max_over_ranks(len(batches), engine))):
             batch = (batches[i] if i < len(batches) else pair_batch([IDLE_PAIR])).to(engine.device)
             with torch.no_grad():
                 chosen, rejected = response_logprobs(engine, batch.tokens).chunk(2)
-            for name, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
-                references[name] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
+            for pair, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
+                references[pair] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
     storage.write_json(url, references)
     return references
 
 
-def name_of(pair: Row) -> str:
-    """What a pair's reference log-probabilities are kept under."""
-    return f"{pair['chosen_id']}/{pair['rejected_id']}"
+def with_references(row: PairRow, references: dict[str, References]) -> PairRow:
+    """Put the log-probabilities of the pass, if there was one, in the place of the row's own."""
+    (name,) = row_names([row])
+    if name not in references:
+        return row
+    found = references[name]
+    return {
+        **row,
+        "chosen_reference_logprob": found["chosen_reference_logprob"],
+        "rejected_reference_logprob": found["rejected_reference_logprob"],
+    }

@@ -1,86 +1,102 @@
-"""The scalar evaluator: regression on the expert's scores. Bradley-Terry on pairs is the reward model's training."""
+"""Scalar evaluator: regression on the oracle's scores.
+
+With Bradley-Terry on pairs as its loss, an evaluator is trained as a reward model is (`rayrl.training.reward_model`).
+"""
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
-from rayrl.config import EvaluatorConfig, PolicyConfig
-from rayrl.data.batches import Row
+from rayrl.config import EvaluatorConfig
 from rayrl.data.collate import TokenBatch
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
+from rayrl.models.reward_model import Pooling
+from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
+from rayrl.training.job import TrainingJob
 from rayrl.training.reward_model import new_reward_model, sequence_batch
-from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
-from rayrl.training.sync import export
+from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
+from rayrl.training.sync.export import export_reward_model
 
 MicroBatch = tuple[TokenBatch, Tensor]
+"""Sequences, and the score of each."""
+
+
+class ScoredRow(TypedDict):
+    """One judgement."""
+
+    response_id: str
+    token_ids: list[int]
+    """Prompt and response."""
+    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalarJob:
-    """Rows have `token_ids`, prompt included, `score` and `response_id`."""
+class ScalarJob(TrainingJob):
+    """Rows are `ScoredRow`s."""
 
-    stage: str
-    run_url: str
-    checkpoint_url: str
-    policy: PolicyConfig
-    """`path` is M1: the backbone starts there."""
+    start: Checkpoint
+    """M1: the backbone starts there."""
     evaluator: EvaluatorConfig
-    pooling: Literal["mean", "last"]
-    dtype: str
-    seed: int
-    num_rows: int
+    pooling: Pooling
     mean_score: float
     """The head's bias starts here."""
 
 
-def train_scalar(job: ScalarJob, data: launch.Rows) -> None:
-    """The worker's loop."""
+def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
+    """Train an evaluator on this worker's judgements, and export it."""
+    training = job.evaluator
     torch.manual_seed(job.seed)
-    dtype = getattr(torch, job.dtype)
-    sharding = zero.prepare_zero3(job.evaluator, dtype)
-    reward_model = new_reward_model(job.policy, job.evaluator, job.pooling, dtype)
-    torch.nn.init.constant_(reward_model.head.bias, job.mean_score)
-    engine = zero.start(reward_model, job.evaluator, dtype, num_steps(job.num_rows, job.evaluator))
-    del sharding
+    with zero.sharded_loading(training, job.torch_dtype):
+        evaluator = new_reward_model(
+            job.start,
+            job.pooling,
+            job.torch_dtype,
+            lora=training.lora,
+            trust_remote_code=job.policy.trust_remote_code,
+        )
+        # The first steps then learn differences between responses, and not the level of the scale.
+        torch.nn.init.constant_(evaluator.head.bias, job.mean_score)
+        schedule_steps = num_steps(job.num_rows, training, training.batch_size)
+        engine = zero.start(evaluator, training, job.torch_dtype, schedule_steps)
     engine.train()
-    idle = (sequence_batch([[0]]).to(engine.device), torch.zeros(1, device=engine.device))
+    idle = sequence_batch([[0]]).to(engine.device), torch.zeros(1, device=engine.device)
 
-    def loss_of(micro: MicroBatch) -> Tensor:
-        batch, scores = micro
-        return (engine(batch.input_ids, batch.attention_mask, batch.position_ids) - scores).square().sum()
+    def summed_loss(micro_batch: MicroBatch) -> Tensor:
+        tokens, scores = micro_batch
+        predicted = engine(tokens.input_ids, tokens.attention_mask, tokens.position_ids)  # (B,)
+        return (predicted - scores).square().sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step, rows, waited_s in steps(engine, job.evaluator, job.seed, data):
+        for step in steps(engine, training, job.seed, data):
             started = time.monotonic()
-            micro = [
-                (batch.to(engine.device), scores.to(engine.device))
-                for batch, scores in collated(rows, job.evaluator.micro_batch_tokens)
+            batches = [
+                (tokens.to(engine.device), scores.to(engine.device))
+                for tokens, scores in collated(step.rows, training.micro_batch_tokens)
             ]
-            loss = zero.train_step(engine, micro, loss_of, len(rows), idle, names_of(rows))
-            meters.TRAINING_TOKENS.add(sum(batch.num_tokens for batch, _ in micro), stage=job.stage)
+            loss = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
+            meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
             log(
-                step,
+                step.number,
                 loss=loss,
                 learning_rate=engine.get_lr()[0],
                 seconds=time.monotonic() - started,
-                waited_s=waited_s,
+                waited_s=step.waited_s,
             )
-    export.export_reward_model(engine, reward_model, load_tokenizer(job.policy), job.checkpoint_url)
+    export_reward_model(engine, evaluator, load_tokenizer(job.policy), job.checkpoint_url)
 
 
-def collated(rows: list[Row], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of similar length with their scores, each at most `max_tokens` with its padding."""
-    return [
-        (
-            sequence_batch([rows[i]["token_ids"] for i in batch]),
-            torch.tensor([rows[i]["score"] for i in batch], dtype=torch.float32),
-        )
-        for batch in micro_batches([len(row["token_ids"]) for row in rows], max_tokens)
-    ]
+def collated(rows: list[ScoredRow], max_tokens: int) -> list[MicroBatch]:
+    """Collate rows in micro-batches of similar length, each at most `max_tokens` with its padding."""
+    batches: list[MicroBatch] = []
+    for indices in micro_batches([len(row["token_ids"]) for row in rows], max_tokens):
+        tokens = sequence_batch([rows[i]["token_ids"] for i in indices])
+        scores = torch.tensor([rows[i]["score"] for i in indices], dtype=torch.float32)
+        batches.append((tokens, scores))
+    return batches

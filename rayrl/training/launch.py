@@ -1,10 +1,10 @@
 """One `fit()` of Ray Train around a training loop. The only importer of ray.train.
 
-A lost worker is Ray Train's to restart, and so is a lost driver: the same storage path continues the same fit. Left to
-itself it would also wait for ever, a minute at a time, for room for its workers.
+A lost worker is restarted by Ray Train, and a lost driver continues the same fit from the same storage path. Ray Train
+alone would also wait for ever for room for its workers, a minute at a time; here that wait has an end.
 
-From which checkpoint is for the workers to say (rayrl/training/checkpoints.py): Ray Train knows the last one it was
-told of, and not whether it can be read.
+From which checkpoint a fit continues is decided by its workers (`rayrl.training.checkpoints`): Ray Train knows the last
+checkpoint that was reported to it, and not whether it can be read.
 """
 
 import logging
@@ -13,18 +13,19 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+import pyarrow as pa
 import ray.data
 import ray.train
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -37,12 +38,15 @@ from rayrl.training import checkpoints
 
 logger = logging.getLogger(__name__)
 
+J = TypeVar("J")
+R = TypeVar("R")
+
 Stream = Callable[[int, int], "ray.data.Dataset"]
 """(rank, world size) -> the rows of that rank, in an order that never changes."""
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Ray Train's environment variable: seconds for which a fit, or a restart of its workers, waits for room."""
 START_TIMEOUT_S = 600.0
-"""Unless the environment says otherwise: as long as a fleet waits for its engines."""
+"""Unless the environment sets another: as long as a fleet waits for its engines."""
 POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 POLL_S = 0.5
 """Between two looks of Ray Train's controller at its workers. Each checkpoint waits for one, and so does the end."""
@@ -51,41 +55,79 @@ _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
 
 
+class Trainer(Protocol):
+    """The part of a `TorchTrainer` that runs it."""
+
+    def fit(self) -> Result: ...
+
+
+class Rows(Generic[R]):
+    """This worker's rows. Call it once an epoch; it yields them from the first one on.
+
+    The first epoch's first block is asked for at once, so that Ray Data works beside the imports and the loading.
+    """
+
+    def __init__(self, shard: "ray.data.DataIterator | ray.data.Dataset"):
+        self._shard = shard
+        self._prefetched: Future[Iterator[pa.Table]] | None = ThreadPoolExecutor(1).submit(self._started_tables)
+
+    def __call__(self) -> Iterator[R]:
+        if self._prefetched is not None:
+            tables = self._prefetched.result()
+            self._prefetched = None
+        else:
+            tables = self._started_tables()
+        for table in tables:
+            yield from table.to_pylist()
+
+    def _started_tables(self) -> Iterator[pa.Table]:
+        """Start an epoch: return its blocks, the first of which is there."""
+        # No batch size: blocks as they are, without copying rows from one into another.
+        tables = iter(
+            self._shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore[arg-type]
+        )
+        first = next(tables, None)
+        return iter(()) if first is None else chain([first], tables)
+
+
 def fit(
-    loop: Callable[[Any, "Rows"], None],
-    job: Any,
+    loop: Callable[[J, Rows[Any]], None],
+    job: J,
     training: TrainingConfig,
     stream: Stream,
     *,
     storage: str,
     on_gpu: bool,
     name: str = "fit",
-) -> dict[str, Any]:
-    """Run a loop on every worker and return the metrics of its last report.
+) -> None:
+    """Run a loop on every worker, to its end.
 
     Args:
         loop: the training function; called with `job` and its rows on every worker.
-        job: a picklable dataclass with all the loop needs.
+        job: a picklable record with all that the loop needs.
         training: workers and failures.
         stream: the training rows of each rank.
         storage: folder of the fit's checkpoints (any fsspec URL).
         on_gpu: one GPU per worker, else one CPU.
-        name: what Ray's dashboard calls it, and the folder in `storage`.
+        name: of the fit on Ray's dashboard, and of its folder in `storage`.
 
     Raises:
         RayRLError: a worker's own, DiskFull among them; the whole checkpoints are still there.
-        StageTimeout: there was no room for the workers in time; says what they take, and what there is.
+        StageTimeout: there was no room for the workers in time; the message has their needs and what is free.
     """
     os.environ.setdefault(START_TIMEOUT, f"{START_TIMEOUT_S:g}")
     os.environ.setdefault(POLL, f"{POLL_S:g}")
     started = time.monotonic()
-    url = join(storage, name)
+    fit_url = join(storage, name)
     filesystem, path = _filesystem(storage)
-    options = ray.data.ExecutionOptions(preserve_order=True)
-    trainer = partial(
+    # Each rank has a stream of its own, so that the rows of a rank never depend on how fast the others are.
+    streams: dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]] = {}
+    for rank_of_stream in range(training.num_workers):
+        streams[_stream_name(rank_of_stream)] = stream(rank_of_stream, training.num_workers)
+    new_trainer = partial(
         TorchTrainer,
         _run,
-        train_loop_config={"loop": loop, "job": job, "fit_url": url},
+        train_loop_config={"loop": loop, "job": job, "fit_url": fit_url},
         scaling_config=ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=on_gpu,
@@ -99,36 +141,38 @@ def fit(
             failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),
         ),
-        datasets={f"rank{r}": stream(r, training.num_workers) for r in range(training.num_workers)},
-        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
+        datasets=streams,
+        dataset_config=DataConfig(
+            datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
+        ),
     )
     try:
-        with _naming_this_cluster():
-            metrics = _fitted(trainer, url, training.max_failures)
+        with _address_in_environment():
+            _fit_with_tidy_folder(new_trainer, fit_url, training.max_failures)
     except WorkerGroupStartupTimeoutError:
-        has, free = ray.cluster_resources(), ray.available_resources()
-        raise StageTimeout(no_room(name, training.num_workers, on_gpu, has, free)) from None
+        total, free = ray.cluster_resources(), ray.available_resources()
+        raise StageTimeout(no_room(name, training.num_workers, on_gpu, total, free)) from None
     logger.debug("fit in %s took %.1f s", storage, time.monotonic() - started)
-    return metrics
 
 
-def no_room(name: str, num_workers: int, on_gpu: bool, has: Mapping[str, float], free: Mapping[str, float]) -> str:
-    """What a fit's workers waited for, given what the cluster has and what of it is free."""
+def no_room(name: str, num_workers: int, on_gpu: bool, total: Mapping[str, float], free: Mapping[str, float]) -> str:
+    """Describe what a fit's workers waited for, given the resources of the cluster and those that are free."""
     resource = "GPU" if on_gpu else "CPU"
     return (
         f"{name}: waited {float(os.environ[START_TIMEOUT]):.0f} s for room for {num_workers} training worker(s); each "
-        f"takes 1 {resource}; the cluster has {has.get(resource, 0):g} {resource}, and {free.get(resource, 0):g} free "
-        "now; the same command continues once there is room, with a smaller fleet or a larger cluster; "
+        f"takes 1 {resource}; the cluster has {total.get(resource, 0):g} {resource}, and {free.get(resource, 0):g} "
+        "free now; the same command continues once there is room, with a smaller fleet or a larger cluster; "
         f"{START_TIMEOUT} waits longer"
     )
 
 
 @contextmanager
-def _naming_this_cluster() -> Iterator[None]:
-    """Meanwhile the environment that Ray Train hands on to its controller says which cluster this is.
+def _address_in_environment() -> Iterator[None]:
+    """Name this cluster in the environment that Ray Train hands on to its controller.
 
-    What removes the workers of a lost controller asks whichever cluster it finds on the machine whether that lives. Of
-    two runs on one machine it can find the other's, which knows of no such controller, and so it would end this fit.
+    The watchdog that removes the workers of a lost controller asks any cluster that it finds on the machine whether the
+    controller is alive. With two runs on one machine it can find the other run's cluster, which knows of no such
+    controller, and would end this fit.
     """
     before = os.environ.get(ADDRESS)
     ENV_VARS_TO_PROPAGATE.add(ADDRESS)
@@ -142,36 +186,44 @@ def _naming_this_cluster() -> Iterator[None]:
             os.environ[ADDRESS] = before
 
 
-def _fitted(trainer: Callable[[], TorchTrainer], url: str, max_failures: int) -> dict[str, Any]:
-    """Run it; before and after, the folder of its checkpoints is tidied. What a worker refused reaches the user."""
-    checkpoints.tidy(url)
+def _fit_with_tidy_folder(new_trainer: Callable[[], Trainer], fit_url: str, max_failures: int) -> None:
+    """Run a fit, and tidy the folder of its checkpoints before and after; raise the errors that workers raised."""
+    checkpoints.tidy(fit_url)
     try:
-        result = _ended(trainer, max_failures)
-    except ray.train.ControllerError as error:  # it writes Ray Train's list of checkpoints
+        result = _fit_to_end(new_trainer, max_failures)
+    except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise error.controller_failure from None
-        with refusing_full_disk(url):
+        # The controller writes Ray Train's list of checkpoints, and may be the one that finds the disk full.
+        with refusing_full_disk(fit_url):
             raise
     except ray.train.WorkerGroupError as error:
-        causes = [cause for failure in error.worker_failures.values() for cause in (failure, *failure.args)]
-        raise next((cause for cause in causes if isinstance(cause, RayRLError)), error) from None
+        raise _own_error(error) or error from None
     finally:
-        checkpoints.tidy(url)
-        checkpoints.tell(url)
+        checkpoints.tidy(fit_url)
+        checkpoints.remove_damaged(fit_url)
     if result.error is not None:
         raise result.error
-    return dict(result.metrics or {})
 
 
-def _ended(trainer: Callable[[], TorchTrainer], max_failures: int) -> Any:
-    """Run it to its end; again, if its workers were lost while they started, or its controller at any time.
+def _own_error(error: ray.train.WorkerGroupError) -> RayRLError | None:
+    """Find the first error of ours among those of the workers, which Ray Train wraps."""
+    for failure in error.worker_failures.values():
+        for cause in (failure, *failure.args):
+            if isinstance(cause, RayRLError):
+                return cause
+    return None
 
-    Ray Train has one limit for the former and for workers that find no room, which must not be waited for again, and
-    does not start its controller again.
+
+def _fit_to_end(new_trainer: Callable[[], Trainer], max_failures: int) -> Result:
+    """Run a fit to its end; again, if its workers were lost while they started, or its controller at any time.
+
+    Ray Train has one limit for workers that are lost at their start and for those that find no room. The latter must
+    not be waited for again. It does not start its controller again either.
     """
     for num_failures in range(max_failures + 1):
         try:
-            return trainer().fit()
+            return new_trainer().fit()
         except (ray.train.ControllerError, RayActorError) as error:
             cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
             is_lost = isinstance(cause, WorkerGroupStartupFailedError | RayActorError)
@@ -182,49 +234,38 @@ def _ended(trainer: Callable[[], TorchTrainer], max_failures: int) -> Any:
 
 
 def _filesystem(url: str) -> tuple[FileSystem | None, str]:
-    """For Ray Train: a remote place by fsspec, so that endpoint and keys come from one source; and the path on it."""
-    fs, path = locate(url)
-    return (None, url) if is_local(url) else (PyFileSystem(FSSpecHandler(fs)), path)
+    """Return Ray Train's filesystem for a URL, and the path on it.
+
+    A remote one is fsspec's, so that endpoint and keys come from one source; None is the local one.
+    """
+    filesystem, path = locate(url)
+    return (None, url) if is_local(url) else (PyFileSystem(FSSpecHandler(filesystem)), path)
+
+
+def _stream_name(rank: int) -> str:
+    return f"rank{rank}"
 
 
 def _run(config: dict[str, Any]) -> None:
+    """Run the loop in a worker."""
     _fit_url.set(config["fit_url"])
-    config["loop"](config["job"], Rows(ray.train.get_dataset_shard(f"rank{rank()}")))
-
-
-class Rows:
-    """This worker's rows: call it for an epoch, and it gives them from the start.
-
-    The first epoch's first block is asked for at once, so that Ray Data gets going beside the imports and the loading.
-    """
-
-    def __init__(self, shard: Any):
-        self._shard = shard
-        self._ahead = [ThreadPoolExecutor(1).submit(self._begin)]
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        first, rest = self._ahead.pop().result() if self._ahead else self._begin()
-        for table in chain(first, rest):
-            yield from table.to_pylist()
-
-    def _begin(self) -> tuple[list[Any], Iterator[Any]]:
-        batches = iter(self._shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-        first = next(batches, None)
-        return ([] if first is None else [first]), batches
+    shard = ray.train.get_dataset_shard(_stream_name(rank()))
+    assert shard is not None, "`fit` makes a stream for every rank"
+    config["loop"](config["job"], Rows(shard))
 
 
 def rank() -> int:
-    """This worker's rank."""
+    """Return this worker's rank."""
     return ray.train.get_context().get_world_rank()
 
 
 def world_size() -> int:
-    """Workers of this fit."""
+    """Return the number of workers of this fit."""
     return ray.train.get_context().get_world_size()
 
 
 def whole_checkpoints() -> list[str]:
-    """Names of this fit's whole checkpoints, the newest first, the same on every rank. All ranks take part."""
+    """Return the names of this fit's whole checkpoints, the newest first, equal on every rank. All ranks take part."""
     names: list[str] = []
     if rank() == 0:
         checkpoints.tidy(_fit_url.get())
@@ -232,23 +273,29 @@ def whole_checkpoints() -> list[str]:
     return broadcast_from_rank_zero(names)
 
 
-def opened(name: str) -> AbstractContextManager[str]:
-    """A local folder with a checkpoint in it, fetched once per node. All ranks take part."""
+def fetched(name: str) -> AbstractContextManager[str]:
+    """Return a local folder with a checkpoint in it, fetched once per node. All ranks take part."""
     filesystem, path = _filesystem(join(_fit_url.get(), name))
-    checkpoint = Checkpoint(path, filesystem) if rank() == 0 else None
-    return broadcast_from_rank_zero(checkpoint).as_directory()  # type: ignore[union-attr]  # one object, one download
+    # Ray Train downloads once for equal objects only, so all ranks get rank 0's.
+    checkpoint = broadcast_from_rank_zero(Checkpoint(path, filesystem) if rank() == 0 else None)
+    assert checkpoint is not None
+    return checkpoint.as_directory()
 
 
-def damaged(name: str, folder: str) -> bool:
-    """Whether this rank's part of a checkpoint has changed since it was written; the driver will tell the user."""
-    files = checkpoints.damaged(folder, rank(), world_size())
+def is_damaged(name: str, folder: str) -> bool:
+    """Whether this rank's part of a checkpoint has changed since it was written; if so, the driver will log it."""
+    files = checkpoints.changed_files(folder, rank(), world_size())
     if files:
-        checkpoints.note(_fit_url.get(), name, files)
+        checkpoints.note_damage(_fit_url.get(), name, files)
     return bool(files)
 
 
-def report(metrics: dict[str, Any], save: Callable[[str], None]) -> None:
-    """Save on every rank and register the checkpoint with Ray Train.
+def report(metrics: dict[str, float], save: Callable[[str], None]) -> None:
+    """Save a checkpoint on every rank, and register it with Ray Train.
+
+    Args:
+        metrics: of the checkpoint, its `step` among them.
+        save: writes this rank's part into a folder.
 
     Raises:
         DiskFull: the checkpoint does not fit; those before it are still there.
@@ -260,5 +307,6 @@ def report(metrics: dict[str, Any], save: Callable[[str], None]) -> None:
             save(folder)
             checkpoints.seal(folder, step, rank(), world_size())
         with refusing_full_disk(_fit_url.get(), what):
-            name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"  # rank 0's counts
+            # Ray Train takes rank 0's name. The random end keeps a repeated step from writing into an older folder.
+            name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)

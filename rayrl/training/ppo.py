@@ -1,126 +1,90 @@
 """Proximal policy optimisation of M1 against a reward, with the KL to M1 held in check (arXiv 2403.19279, section 2).
 
-One fit for the whole of it. A step of the loop is a rollout: the fleet answers the prompts, the rewards come back, the
-trainer learns from them for a few passes, and the replicas take the new weights, proved by a probe.
+The whole training is one fit. A step of the loop is a rollout: the fleet answers the prompts, the rewards come back,
+the trainer learns from them for a few passes, and the replicas take the new weights, proved by a probe.
 """
 
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayrl.algorithms import ppo
-from rayrl.config import PolicyConfig, PpoConfig
-from rayrl.data.batches import Row, optimizer_batches
-from rayrl.data.collate import TokenBatch, collate
-from rayrl.engines.generator import Sampling
-from rayrl.fleets.fleet import Fleet
+from rayrl.config import PpoConfig
+from rayrl.data.collate import collate
 from rayrl.metrics import meters
 from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import add_lora, load_policy
-from rayrl.models.served_reward import ServedReward
-from rayrl.records import Checkpoint
-from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.rollout import TENSORS, Experience, experience
-from rayrl.training.steps import checkpoint, rank_zero_log, restore
-from rayrl.training.sync.served_policy import ServedPolicy
-from rayrl.training.sync.transfer import Transport
+from rayrl.training.ppo_job import PpoJob, num_rollouts
+from rayrl.training.rollout import Experience, MicroBatch, PromptRow, TokenTargets, evaluate_rollout
+from rayrl.training.served_policy import ServedPolicy
+from rayrl.training.steps import checkpoint, rank_batches, rank_share, rank_zero_log, restore
 
-MicroBatch = tuple[TokenBatch, dict[str, Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PpoJob:
-    """Rows are `Prompt`s."""
-
-    stage: str
-    run_url: str
-    checkpoint_url: str
-    best_url: str
-    """Where the policy of the highest held-out reward is kept."""
-    held_out_url: str
-    """Where the answers to the held-out prompts are kept, by step."""
-    sync_url: str
-    """Folder through which weights reach the replicas, or those that restart: shared memory on one machine."""
-    transport: Transport | None = None
-    """What brings weights to the replicas without a folder."""
-    m1: Checkpoint
-    """The start and the reference."""
-    policy: PolicyConfig
-    value_path: str
-    """Whose backbone the value starts from: the reward model's."""
-    ppo: PpoConfig
-    sampling: Sampling
-    fleet: Fleet
-    rewards: ServedReward
-    held_out: list[Row]
-    """Prompts on which the reward is measured along the way."""
-    dtype: str
-    seed: int
-    num_rows: int
+WATCHED: tuple[str, ...] = ("policy_loss", "value_loss", "clip_fraction", "approximate_kl")
+"""Means per token that the curve shows of an update."""
 
 
-def num_rollouts(num_rows: int, config: PpoConfig) -> int:
-    """Rollouts of a whole training."""
-    rollouts = config.epochs * -(-num_rows // config.rollout_size)
-    return min(rollouts, config.max_rollouts or rollouts)
-
-
-def train_ppo(job: PpoJob, data: launch.Rows) -> None:
-    """The worker's loop."""
+def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
+    """Train a policy on this worker's prompts, and export it."""
     config = job.ppo
     engine, reference = start(job)
     noted = {"step": 0, "kl_coef": config.kl_coef, "best_reward": -np.inf} | restore(engine)
     step, kl_coef = int(noted["step"]), noted["kl_coef"]
     served = ServedPolicy(job, engine, best_reward=noted["best_reward"])
-    rollouts = prompts_of_rollouts(job, data, skip=step)
-    prompts = next(rollouts, [])
-    with rank_zero_log(job.run_url, job.stage) as log, ThreadPoolExecutor(1) as ahead:
+    prompts_of_rollouts = rollout_prompts(job, data, skip=step)
+    prompts = next(prompts_of_rollouts, [])
+    with rank_zero_log(job.run_url, job.stage) as log, ThreadPoolExecutor(1) as background:
         if step:
-            served.publish(step)
+            served.publish(step)  # the replicas may hold later weights, or M1's
         else:
             log(0, **served.measure(0))
-        goes_on = zero.largest(len(prompts), engine) > 0
-        asked = ahead.submit(served.answers, prompts, step + 1)
-        served.keep()
+        goes_on = zero.max_over_ranks(len(prompts), engine) > 0
+        sampling = background.submit(served.sample, prompts, step + 1)
+        served.ensure_exported()
         while goes_on:
             step, started = step + 1, time.monotonic()
-            answers = asked.result()
+            rollout = sampling.result()
             waited_s = time.monotonic() - started
-            prompts = next(rollouts, [])
-            goes_on = zero.largest(len(prompts), engine) > 0
+
+            prompts = next(prompts_of_rollouts, [])
+            goes_on = zero.max_over_ranks(len(prompts), engine) > 0
             if config.overlap:  # the next rollout begins with the weights before this update
-                asked = ahead.submit(served.answers, prompts, step + 1)
-            rollout = experience(engine, reference, answers, config, kl_coef)
-            seen = means(rollout.sums, "num_responses", engine)
-            learnt = learn(engine, rollout, job, step)
+                sampling = background.submit(served.sample, prompts, step + 1)
+
+            experience = evaluate_rollout(engine, reference, rollout, config, kl_coef)
+            seen = means(experience.sums, "num_responses", engine)
+            learnt = learn(engine, experience, job, step)
             train_s = time.monotonic() - started - waited_s
+
             sync_s = served.publish(step)
-            ran_away = not seen["kl"] <= config.max_kl
+            is_runaway = not seen["kl"] <= config.max_kl  # a KL that is not a number is one too
             if not config.overlap:
-                asked = ahead.submit(served.answers, [] if ran_away else prompts, step + 1)
-            served.keep()
-            times = {"generate_s": answers.generate_s, "reward_s": answers.reward_s, "train_s": train_s}
-            times |= {"sync_s": sync_s, "waited_s": waited_s, "seconds": time.monotonic() - started}
+                sampling = background.submit(served.sample, [] if is_runaway else prompts, step + 1)
+            served.ensure_exported()
+            seconds = time.monotonic() - started
             log(
                 step,
                 **seen,
                 **learnt,
-                **times,
+                generate_s=rollout.generate_s,
+                reward_s=rollout.reward_s,
+                train_s=train_s,
+                sync_s=sync_s,
+                waited_s=waited_s,
+                seconds=seconds,
                 **served.measure(step, always=not goes_on),
                 kl_coef=kl_coef,
                 learning_rate=engine.get_lr()[0],
-                updates_behind=step - 1 - answers.step,
+                updates_behind=step - 1 - rollout.step,
             )
-            if ran_away:
+            if is_runaway:
                 return  # the stage tells the user
             kl_coef = next_kl_coef(kl_coef, seen, config)
             if goes_on and step % config.checkpoint_every == 0:
@@ -129,17 +93,44 @@ def train_ppo(job: PpoJob, data: launch.Rows) -> None:
     checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
 
 
-def prompts_of_rollouts(job: PpoJob, data: launch.Rows, *, skip: int) -> Iterator[list[Row]]:
-    """This rank's share of the prompts of every rollout after the first `skip`."""
+def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
+    """Start the engine around policy and value, and the frozen M1.
+
+    With adapters there is no M1 of its own: it is the policy without them.
+    """
+    config, dtype, trust = job.ppo, job.torch_dtype, job.policy.trust_remote_code
+    torch.manual_seed(job.seed)
+    reference: nn.Module | None = None
+    if not config.lora:
+        # Before the others: under ZeRO-3 those are sharded as they load, and M1 stays whole on every rank.
+        reference = frozen(load_policy(job.m1, dtype, trust_remote_code=trust))
+    rollouts = num_rollouts(job.num_rows, config)
+    updates_per_epoch = -(-config.rollout_size // config.batch_size)
+    with zero.sharded_loading(config, dtype):
+        policy = load_policy(job.m1, dtype, trust_remote_code=trust)
+        value = load_policy(job.value_start, dtype, trust_remote_code=trust)
+        if config.lora:
+            policy, value = add_lora(policy, config.lora), add_lora(value, config.lora)
+        num_updates = rollouts * config.inner_epochs * updates_per_epoch
+        engine = zero.start(ActorCritic(policy, value), config, dtype, num_updates)
+    return engine, None if reference is None else reference.to(engine.device)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Turn training off."""
+    return model.eval().requires_grad_(False)
+
+
+def rollout_prompts(job: PpoJob, data: launch.Rows[PromptRow], *, skip: int) -> Iterator[list[PromptRow]]:
+    """Return this rank's share of the prompts of every rollout after the first `skip`."""
     config = job.ppo
-    share = -(-config.rollout_size // launch.world_size())
-    batches = optimizer_batches(data, epochs=config.epochs, batch_size=share, seed=job.seed, skip=skip)
-    left = None if config.max_rollouts is None else max(0, config.max_rollouts - skip)
-    return (rows for _, rows in islice(batches, left))
+    batches = rank_batches(data, epochs=config.epochs, batch_size=config.rollout_size, seed=job.seed, skip=skip)
+    num_left = None if config.max_rollouts is None else max(0, config.max_rollouts - skip)
+    return islice(batches, num_left)
 
 
 def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> float:
-    """The coefficient after a rollout; it stays as it is without a target."""
+    """Return the coefficient after a rollout; it stays as it is without a target."""
     if config.target_kl is None:
         return kl_coef
     return ppo.adapted_kl_coef(
@@ -151,80 +142,79 @@ def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> f
     )
 
 
-def start(job: PpoJob) -> tuple[Any, Any]:
-    """The engine around policy and value, and the frozen M1 (None under LoRA: there M1 is the policy unadapted)."""
-    torch.manual_seed(job.seed)
-    config, dtype = job.ppo, getattr(torch, job.dtype)
-    path, trust = storage.local_folder(job.m1.path), job.policy.trust_remote_code
-    # Loaded first: under ZeRO-3 from_pretrained shards, and M1 stays whole on every rank.
-    reference = None if config.lora else load_policy(path, dtype, trust_remote_code=trust).eval().requires_grad_(False)
-    sharding = zero.prepare_zero3(config, dtype)
-    policy = load_policy(path, dtype, trust_remote_code=trust)
-    value = load_policy(storage.local_folder(job.value_path), dtype, trust_remote_code=trust)
-    if config.lora:
-        policy, value = add_lora(policy, config.lora), add_lora(value, config.lora)
-    updates = num_rollouts(job.num_rows, config) * config.inner_epochs * -(-config.rollout_size // config.batch_size)
-    engine = zero.start(ActorCritic(policy, value), config, dtype, updates)
-    del sharding
-    return engine, None if reference is None else reference.to(engine.device)
-
-
-def learn(engine: Any, rollout: Experience, job: PpoJob, step: int) -> dict[str, float]:
-    """The inner epochs over one rollout; mean losses per token, and how often and how far the ratio moved."""
+def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob, step: int) -> dict[str, float]:
+    """Take the inner epochs over one rollout; mean losses per token, and how often and how far the ratio moved."""
     config = job.ppo
-    share = -(-config.batch_size // launch.world_size())
-    num_batches = int(zero.largest(-(-len(rollout) // share), engine))
-    nothing = collate([[0]], [[0]])
-    nothing = replace(nothing, response_mask=torch.zeros_like(nothing.response_mask)).to(engine.device)
-    idle: MicroBatch = nothing, {n: torch.zeros(1, 1) for n in TENSORS}
-    names = ("num_tokens", "policy_loss", "value_loss", "clip_fraction", "approximate_kl")
-    sums: dict[str, float] = dict.fromkeys(names, 0.0)
+    share = rank_share(config.batch_size)
+    num_batches = int(zero.max_over_ranks(-(-len(experience) // share), engine))
+    idle = idle_micro_batch(engine.device)
+    sums: dict[str, float] = dict.fromkeys(("num_tokens", *WATCHED), 0.0)
 
-    def loss_of(micro: MicroBatch) -> Tensor:
-        losses, measured = token_losses(engine, micro, config)
-        for name, value in measured.items():
+    def summed_loss(micro_batch: MicroBatch) -> Tensor:
+        loss, watched = token_losses(engine, micro_batch, config)
+        for name, value in watched.items():
             sums[name] += value
-        return losses
+        return loss
 
     engine.train()
     for epoch in range(config.inner_epochs):
-        order = np.random.default_rng([job.seed, step, epoch, launch.rank()]).permutation(len(rollout)).tolist()
+        rng = np.random.default_rng([job.seed, step, epoch, launch.rank()])
+        order = rng.permutation(len(experience)).tolist()
         for n in range(num_batches):
             rows = order[n * share : (n + 1) * share]
-            micro = [(t.to(engine.device), of) for t, of in rollout.micro_batches(rows, config.micro_batch_tokens)]
-            num_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in micro)
-            zero.train_step(engine, micro, loss_of, num_tokens, idle, [rollout.ids[i] for i in rows])
-            meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in micro), stage=job.stage)
+            batches = [
+                (tokens.to(engine.device), targets)
+                for tokens, targets in experience.micro_batches(rows, config.micro_batch_tokens)
+            ]
+            num_response_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in batches)
+            names = [experience.ids[i] for i in rows]
+            zero.train_step(engine, batches, summed_loss, num_response_tokens, idle, names)
+            meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
     learnt = means(sums, "num_tokens", engine)
-    del learnt["num_tokens"]  # of all inner epochs
-    return learnt | {"loss": learnt["policy_loss"] + config.value_coef * learnt["value_loss"]}
+    del learnt["num_tokens"]  # it counts every inner epoch
+    learnt["loss"] = learnt["policy_loss"] + config.value_coef * learnt["value_loss"]
+    return learnt
 
 
-def means(sums: dict[str, float], per: str, engine: Any) -> dict[str, float]:
-    """Sums over all ranks, divided by one of them; numbers (num_*) stay as they are."""
-    totals = {name: zero.total(value, engine) for name, value in sums.items()}
-    return {n: value if n.startswith("num_") else value / max(1.0, totals[per]) for n, value in totals.items()}
+def idle_micro_batch(device: torch.device) -> MicroBatch:
+    """Make a micro-batch without loss, for a rank that has no response while other ranks still work."""
+    tokens = collate([[0]], [[0]])
+    tokens = replace(tokens, response_mask=torch.zeros_like(tokens.response_mask))
+    return tokens.to(device), TokenTargets.zeros(1, 1)
 
 
-def token_losses(engine: Any, micro: MicroBatch, config: PpoConfig) -> tuple[Tensor, dict[str, float]]:
-    """Summed loss of a micro-batch's response tokens, and sums to watch."""
-    tokens, rows = micro
-    rows = {name: tensor.to(engine.device) for name, tensor in rows.items()}
-    now = engine(tokens)
+def token_losses(
+    engine: zero.Engine[ActorCritic], micro_batch: MicroBatch, config: PpoConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the loss of a micro-batch, summed over its response tokens, and sums to watch."""
+    tokens, targets = micro_batch
+    targets = targets.to(engine.device)
     mask = tokens.response_mask
-    policy = ppo.policy_loss(
+    now = engine(tokens)
+    policy_losses = ppo.policy_loss(
         now.logprobs,
-        rows["logprobs"],
-        rows["advantages"],
+        targets.logprobs,
+        targets.advantages,
         clip_range=config.clip_range,
-        importance=rows["importance"],
+        importance=targets.importance,
     )
-    value = ppo.value_loss(now.values, rows["values"], rows["returns"], clip_range=config.value_clip_range)
-    moved = (now.logprobs - rows["logprobs"]).detach()
-    clipped = ((moved.exp() - 1).abs() > config.clip_range).float()
-    policy, value, moved, clipped = (torch.where(mask, t, 0.0).sum() for t in (policy, value, moved, clipped))
-    measured = {"policy_loss": policy, "value_loss": value, "clip_fraction": clipped, "approximate_kl": -moved}
-    return policy + config.value_coef * value, {
+    value_losses = ppo.value_loss(now.values, targets.values, targets.returns, clip_range=config.value_clip_range)
+    log_ratio = (now.logprobs - targets.logprobs).detach()
+    is_clipped = ((log_ratio.exp() - 1).abs() > config.clip_range).float()
+    policy_loss = torch.where(mask, policy_losses, 0.0).sum()
+    value_loss = torch.where(mask, value_losses, 0.0).sum()
+    watched = {
         "num_tokens": float(mask.sum()),
-        **{name: tensor.item() for name, tensor in measured.items()},
+        "policy_loss": policy_loss.item(),
+        "value_loss": value_loss.item(),
+        "clip_fraction": torch.where(mask, is_clipped, 0.0).sum().item(),
+        "approximate_kl": -torch.where(mask, log_ratio, 0.0).sum().item(),
     }
+    return policy_loss + config.value_coef * value_loss, watched
+
+
+def means(sums: dict[str, float], per: str, engine: zero.Engine) -> dict[str, float]:
+    """Add sums up over the ranks and divide them by one of them; those named num_* are not divided."""
+    totals = {name: zero.sum_over_ranks(value, engine) for name, value in sums.items()}
+    denominator = max(1.0, totals[per])
+    return {name: total if name.startswith("num_") else total / denominator for name, total in totals.items()}

@@ -1,14 +1,14 @@
-"""A rollout: what the policy says, what that is worth, and the advantages PPO learns from.
+"""Rollout: responses of the policy with their rewards, and the advantages that PPO learns from.
 
-Sampling and rewards are the fleets' work; log-probabilities and values are read by the trainer itself, with the weights
-it starts the update from, so that the ratio begins at one.
+The fleets sample and score. Log-probabilities and values are read by the trainer itself, with the weights from which
+the update starts, so that the probability ratio begins at one.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,25 +17,38 @@ from torch.nn.utils.rnn import pad_sequence
 from rayrl.algorithms import ppo
 from rayrl.algorithms.batching import micro_batches
 from rayrl.config import PpoConfig
-from rayrl.data.batches import Row
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.fleets.fleet import Fleet
-from rayrl.models.actor_critic import ActorCritic, policy_logprobs
+from rayrl.models.actor_critic import ActorCritic
+from rayrl.models.policy import CausalLM, response_token_logprobs
 from rayrl.models.served_reward import ServedReward
-from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id
+from rayrl.records import Checkpoint, HeldOutAnswer, Scored
+from rayrl.runs.run import drawn_seed
 from rayrl.training import deepspeed_engine as zero
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class PromptRow(TypedDict):
+    """One prompt to respond to."""
+
+    id: str
+    text: str
+    token_ids: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """Responses of one version of the policy to prompts, with their rewards."""
+class Rollout:
+    """One response to each of some prompts, by one version of the policy, with its reward."""
 
     step: int
     """The update whose weights wrote them; 0 is M1."""
-    prompts: list[Row]
+    prompts: list[PromptRow]
     continuations: list[Continuation]
     rewards: list[float | None]
+    """None is an abstention."""
     generate_s: float
     reward_s: float
 
@@ -43,77 +56,114 @@ class Answers:
 def sample(
     fleet: Fleet,
     policy: Checkpoint,
-    prompts: list[Row],
+    prompts: list[PromptRow],
     sampling: Sampling,
     rewards: ServedReward,
-    step_and_seed: tuple[int, str],
-) -> Answers:
-    """One response to each prompt, and its reward. A response's random stream follows from the seed and its prompt.
+    *,
+    step: int,
+    seed: str,
+) -> Rollout:
+    """Sample one response to each prompt, and score it.
 
-    A reward that is no finite number abstains: it would spread over the whole rollout.
+    Args:
+        fleet: generates.
+        policy: the weights that must write the responses.
+        prompts: may be none.
+        sampling: temperature and lengths.
+        rewards: scores. A reward that is no finite number counts as an abstention, since it would spread over the whole
+            rollout.
+        step: the update that the weights are from.
+        seed: decides, with a prompt, the random stream of its response.
     """
-    step, seed = step_and_seed
     if not prompts:
-        return Answers(step=step, prompts=[], continuations=[], rewards=[], generate_s=0.0, reward_s=0.0)
+        return Rollout(step=step, prompts=[], continuations=[], rewards=[], generate_s=0.0, reward_s=0.0)
     started = time.monotonic()
-    seeds = [[response_seed(seed, row["id"])] for row in prompts]
-    token_ids = [row["token_ids"] for row in prompts]
-    sampled = fleet.map(
-        len(prompts), lambda part: fleet.call("generate", policy, token_ids[part], seeds[part], sampling)
-    )
-    continuations = [continuation for (continuation,) in sampled]
-    sampled_at = time.monotonic()
-    items = [
-        Scored(prompt=row["text"], response=said.text, token_ids=row["token_ids"] + said.token_ids)
-        for row, said in zip(prompts, continuations, strict=True)
+    token_ids = [prompt["token_ids"] for prompt in prompts]
+    seeds = [[response_seed(seed, prompt["id"])] for prompt in prompts]
+
+    def generate(part: slice) -> list[list[Continuation]]:
+        return fleet.call("generate", policy, token_ids[part], seeds[part], sampling)
+
+    continuations = [continuation for (continuation,) in fleet.map(len(prompts), generate)]
+    generated = time.monotonic()
+    responses = [
+        Scored(
+            prompt=prompt["text"],
+            response=continuation.text,
+            token_ids=prompt["token_ids"] + continuation.token_ids,
+        )
+        for prompt, continuation in zip(prompts, continuations, strict=True)
     ]
-    return Answers(
+    scores = rewards.score(responses)
+    return Rollout(
         step=step,
         prompts=prompts,
         continuations=continuations,
-        rewards=[r if r is not None and math.isfinite(r) else None for r in rewards.score(items)],
-        generate_s=sampled_at - started,
-        reward_s=time.monotonic() - sampled_at,
+        rewards=[score if score is not None and math.isfinite(score) else None for score in scores],
+        generate_s=generated - started,
+        reward_s=time.monotonic() - generated,
     )
 
 
 def response_seed(seed: str, prompt_id: str) -> int:
-    """The random stream of a prompt's response in one rollout, a function of the rollout's seed and the prompt."""
-    return int(content_id("rollout", seed, prompt_id), 16) >> 1
+    """Draw the random stream of a prompt's response from the rollout's seed."""
+    return drawn_seed("rollout", seed, prompt_id)
 
 
-def held_out_answers(answers: Answers) -> Iterator[HeldOutAnswer]:
-    """The answers as rows of a table."""
-    for prompt, said, reward in zip(answers.prompts, answers.continuations, answers.rewards, strict=True):
-        yield HeldOutAnswer(
+def held_out_answers(rollout: Rollout) -> list[HeldOutAnswer]:
+    """Return a rollout on held-out prompts as records."""
+    answers: list[HeldOutAnswer] = []
+    for prompt, continuation, reward in zip(rollout.prompts, rollout.continuations, rollout.rewards, strict=True):
+        answer = HeldOutAnswer(
             prompt_id=prompt["id"],
             prompt=prompt["text"],
             prompt_token_ids=prompt["token_ids"],
-            response=said.text,
-            token_ids=said.token_ids,
+            response=continuation.text,
+            token_ids=continuation.token_ids,
             reward=reward,
         )
+        answers.append(answer)
+    return answers
 
 
-TENSORS = ("logprobs", "values", "advantages", "returns", "importance")
-"""Of an `Experience`, what the losses read."""
+@dataclass(frozen=True, kw_only=True)
+class TokenTargets:
+    """What the losses read of each response token besides the networks' outputs: (N, R), padded on the right."""
+
+    logprobs: Tensor
+    """Under the policy from which the update starts, nats."""
+    values: Tensor
+    """Of the value function from which the update starts."""
+    advantages: Tensor
+    returns: Tensor
+    importance: Tensor
+    """pi_old / pi_sampler, capped; 1 but for rounding when the sampler held the trainer's weights."""
+
+    @classmethod
+    def zeros(cls, num_responses: int, num_tokens: int) -> "TokenTargets":
+        """Targets of responses that do not count."""
+        return cls(**{field.name: torch.zeros(num_responses, num_tokens) for field in fields(cls)})
+
+    def rows(self, rows: Sequence[int], num_tokens: int) -> "TokenTargets":
+        """Take some responses, and of each the first tokens."""
+        return TokenTargets(**{name: tensor[list(rows), :num_tokens] for name, tensor in vars(self).items()})
+
+    def to(self, device: torch.device) -> "TokenTargets":
+        return TokenTargets(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+MicroBatch = tuple[TokenBatch, TokenTargets]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """N responses with what PPO needs of each token; (N, R) tensors padded on the right, on the CPU."""
+    """N responses of this rank, with what PPO needs of each token, on the CPU."""
 
     ids: list[str]
     """Of the prompts, for messages."""
     prompts: list[list[int]]
     responses: list[list[int]]
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    importance: Tensor
-    """pi_old / pi_sampler, capped; 1 but for rounding when the sampler held the trainer's weights."""
+    targets: TokenTargets
     sums: dict[str, float]
     """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, abstentions, and how many
     span two versions of the weights."""
@@ -121,88 +171,141 @@ class Experience:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def micro_batches(self, indices: list[int], max_tokens: int) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
-        """The chosen responses in batches of similar length, with their rows of the tensors."""
+    def micro_batches(self, indices: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+        """Yield the given responses in batches of similar length, with their targets."""
         lengths = [len(self.prompts[i]) + len(self.responses[i]) for i in indices]
         for batch in micro_batches(lengths, max_tokens):
-            rows = [indices[i] for i in batch]
+            rows = [indices[n] for n in batch]
             tokens = collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
-            width = tokens.response_ids.shape[1]
-            yield tokens, {name: getattr(self, name)[rows, :width] for name in TENSORS}
+            yield tokens, self.targets.rows(rows, tokens.response_ids.shape[1])
 
 
-def experience(engine: Any, reference: Any, answers: Answers, config: PpoConfig, kl_coef: float) -> Experience:
-    """Advantages of the answered prompts. Empty and unrewarded responses are left out.
+class TokenReadings(NamedTuple):
+    """Outputs of the networks for the tokens of N responses, (N, R), padded on the right, on the CPU."""
+
+    logprobs: Tensor
+    values: Tensor
+    reference_logprobs: Tensor
+
+
+def evaluate_rollout(
+    engine: zero.Engine[ActorCritic],
+    reference: CausalLM | None,
+    rollout: Rollout,
+    config: PpoConfig,
+    kl_coef: float,
+) -> Experience:
+    """Compute the advantages of a rollout. Empty and unrewarded responses are left out.
 
     Args:
         engine: the DeepSpeed engine around `ActorCritic`.
         reference: the frozen M1, or None to read it from the policy without its adapters.
-        answers: this rank's share of the rollout.
+        rollout: this rank's share.
         config: estimator, discounts, scaling.
         kl_coef: reward taken per nat and token.
     """
-    kept = [i for i, r in enumerate(answers.rewards) if r is not None and answers.continuations[i].token_ids]
-    prompts = [answers.prompts[i]["token_ids"] for i in kept]
-    said = [answers.continuations[i] for i in kept]
-    old, values, under_reference = _read(engine, reference, prompts, said, config.micro_batch_tokens)
-    sampler = _padded([torch.tensor(c.token_logprobs) for c in said])
-    mask = _padded([torch.ones(len(c.token_ids)) for c in said]).bool()
-    scores = torch.tensor([answers.rewards[i] for i in kept], dtype=torch.float32)
-    finished = torch.tensor([c.finish_reason == "stop" for c in said], dtype=torch.bool)
-    kl = ppo.kl_penalty(old, under_reference, config.kl_estimator)
-    shaped = ppo.shaped_rewards(ppo.truncation_penalty(scores, finished, config.truncation_penalty), kl, mask, kl_coef)
-    if config.scale_rewards:
-        shaped = ppo.scale_to_unit_std(shaped, mask, zero.summed(ppo.masked_moments(shaped, mask), engine))
-    advantages, returns = ppo.gae(shaped, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-    advantages = ppo.whiten(advantages, mask, zero.summed(ppo.masked_moments(advantages, mask), engine))
+    ids: list[str] = []
+    prompts: list[list[int]] = []
+    kept: list[Continuation] = []
+    rewards: list[float] = []
+    for prompt, continuation, reward in zip(rollout.prompts, rollout.continuations, rollout.rewards, strict=True):
+        if reward is not None and continuation.token_ids:
+            ids.append(prompt["id"])
+            prompts.append(prompt["token_ids"])
+            kept.append(continuation)
+            rewards.append(reward)
+    responses = [continuation.token_ids for continuation in kept]
+    mask = _padded([torch.ones(len(token_ids)) for token_ids in responses]).bool()
+    scores = torch.tensor(rewards, dtype=torch.float32)
+    is_finished = torch.tensor([continuation.finish_reason == "stop" for continuation in kept], dtype=torch.bool)
+    read = read_tokens(engine, reference, prompts, responses, config.micro_batch_tokens)
+
+    penalised = ppo.truncation_penalty(scores, is_finished, config.truncation_penalty)
+    kl = ppo.kl_penalty(read.logprobs, read.reference_logprobs, config.kl_estimator)
+    shaped = ppo.shaped_rewards(penalised, kl, mask, kl_coef)
+    advantages, returns = normalised_advantages(engine, shaped, read.values, mask, config)
+
+    # The responses may be older than the trainer's weights, and engines round in another way than the trainer.
+    sampler_logprobs = _padded([torch.tensor(continuation.token_logprobs) for continuation in kept])
+    importance = ppo.truncated_importance(read.logprobs, sampler_logprobs, config.importance_cap)
+    log_ratio = torch.where(mask, read.logprobs - read.reference_logprobs, 0.0)
     return Experience(
-        ids=[answers.prompts[i]["id"] for i in kept],
+        ids=ids,
         prompts=prompts,
-        responses=[c.token_ids for c in said],
-        mask=mask,
-        logprobs=old,
-        values=values,
-        advantages=advantages,
-        returns=returns,
-        importance=ppo.truncated_importance(old, sampler, config.importance_cap),
+        responses=responses,
+        targets=TokenTargets(
+            logprobs=read.logprobs,
+            values=read.values,
+            advantages=advantages,
+            returns=returns,
+            importance=importance,
+        ),
         sums={
             "num_responses": len(kept),
             "reward": scores.sum().item(),
-            "kl": torch.where(mask, old - under_reference, 0.0).sum().item(),
+            "kl": log_ratio.sum().item(),  # unbiased, whichever estimator shapes the rewards
             "length": mask.sum().item(),
-            "truncated": float((~finished).sum()),
-            "spanning": sum(len(c.versions) > 1 for c in said),
-            "num_abstained": len(answers.rewards) - len(kept),
+            "truncated": float((~is_finished).sum()),
+            "spanning": sum(len(continuation.versions) > 1 for continuation in kept),
+            "num_abstained": len(rollout.rewards) - len(kept),
         },
     )
 
 
-def _read(
-    engine: Any, reference: Any, prompts: list[list[int]], said: list[Continuation], max_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log pi, V and log pi_ref of every response token, (N, R) each."""
-    actor_critic: ActorCritic = engine.module
+def normalised_advantages(
+    engine: zero.Engine, shaped: Tensor, values: Tensor, mask: Tensor, config: PpoConfig
+) -> tuple[Tensor, Tensor]:
+    """Return whitened advantages, and returns, of shaped rewards. All ranks take part.
+
+    The moments are those of all ranks, so that a token is treated alike on whichever rank it is.
+    """
+    if config.scale_rewards:
+        moments = zero.sum_tensor_over_ranks(ppo.masked_moments(shaped, mask), engine)
+        shaped = ppo.scale_to_unit_std(shaped, mask, moments)
+    advantages, returns = ppo.gae(shaped, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    moments = zero.sum_tensor_over_ranks(ppo.masked_moments(advantages, mask), engine)
+    return ppo.whiten(advantages, mask, moments), returns
+
+
+def read_tokens(
+    engine: zero.Engine[ActorCritic],
+    reference: CausalLM | None,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    max_tokens: int,
+) -> TokenReadings:
+    """Read log pi, V and log pi_ref of every response token. All ranks take part."""
     engine.eval()
-    width = max((len(c.token_ids) for c in said), default=1)
-    read = torch.zeros(3, len(said), width)
-    batches = micro_batches([len(p) + len(c.token_ids) for p, c in zip(prompts, said, strict=True)], max_tokens)
+    width = max(map(len, responses), default=1)
+    read = torch.zeros(3, len(responses), width)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    batches = micro_batches(lengths, max_tokens)
     with torch.no_grad():
-        for n in range(int(zero.largest(len(batches), engine))):
+        # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read a dummy beside the others.
+        for n in range(int(zero.max_over_ranks(len(batches), engine))):
             rows = batches[n] if n < len(batches) else []
-            tokens = collate([prompts[i] for i in rows] or [[0]], [said[i].token_ids for i in rows] or [[0]])
+            if rows:
+                tokens = collate([prompts[i] for i in rows], [responses[i] for i in rows])
+            else:
+                tokens = collate([[0]], [[0]])
             tokens = tokens.to(engine.device)
             logprobs, values = engine(tokens)
-            if reference is None:
-                with actor_critic.policy.disable_adapter():
-                    under_reference = policy_logprobs(actor_critic.policy, tokens)
-            else:
-                under_reference = policy_logprobs(reference, tokens)
-            read[:, rows, : logprobs.shape[1]] = (
-                torch.stack([logprobs, values, under_reference]).float().cpu()[:, : len(rows)]
-            )
+            reference_logprobs = _reference_logprobs(engine.module, reference, tokens)
+            outputs = torch.stack([logprobs, values, reference_logprobs]).float().cpu()
+            # A batch is as wide as its longest response; a dummy's row is dropped.
+            read[:, rows, : outputs.shape[2]] = outputs[:, : len(rows)]
     engine.train()
-    return read[0], read[1], read[2]
+    return TokenReadings(*read)
+
+
+def _reference_logprobs(actor_critic: ActorCritic, reference: CausalLM | None, tokens: TokenBatch) -> Tensor:
+    if reference is not None:
+        return response_token_logprobs(reference, tokens)
+    policy: PeftModel = actor_critic.policy  # type: ignore[assignment]  # without a reference it has adapters
+    with policy.disable_adapter():
+        return response_token_logprobs(policy, tokens)
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
+    # A rank whose responses were all left out has none to pad.
     return pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1)

@@ -1,81 +1,90 @@
 """Supervised fine-tuning: -log p(response | prompt), loss on the response only.
 
-Trains M1 from the seed data, and the generative evaluator from the expert's written judgements.
+Trains M1 on the seed data, and the generative evaluator on the oracle's written judgements.
 """
 
 import time
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
-from rayrl.config import PolicyConfig, SftConfig, TrainingConfig
-from rayrl.data.batches import Row
+from rayrl.config import TrainingConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
-from rayrl.runs.storage import local_folder
+from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.steps import names_of, num_steps, rank_zero_log, steps
-from rayrl.training.sync import export
+from rayrl.training.job import TrainingJob
+from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
+from rayrl.training.sync.export import export_policy
+
+
+class SftRow(TypedDict):
+    """One example."""
+
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    prompt_id: NotRequired[str]
+    """For messages; or the response's."""
+    response_id: NotRequired[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftJob:
-    """Rows have `prompt_token_ids` and `response_token_ids`, and an id for messages."""
+class SftJob(TrainingJob):
+    """Rows are `SftRow`s."""
 
-    stage: str
-    run_url: str
-    checkpoint_url: str
-    policy: PolicyConfig
-    """`path` is the model to start from."""
-    training: SftConfig | TrainingConfig
-    dtype: str
-    seed: int
-    num_rows: int
+    start: Checkpoint
+    """Weights to start from."""
+    training: TrainingConfig
 
 
-def train_sft(job: SftJob, data: launch.Rows) -> None:
-    """The worker's loop."""
+def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
+    """Train a policy on this worker's rows, and export it."""
+    training = job.training
     torch.manual_seed(job.seed)
-    dtype = getattr(torch, job.dtype)
-    sharding = zero.prepare_zero3(job.training, dtype)
-    policy = load_policy(local_folder(job.policy.path), dtype, trust_remote_code=job.policy.trust_remote_code)
-    if job.training.lora:
-        policy = add_lora(policy, job.training.lora)
-    engine = zero.start(policy, job.training, dtype, num_steps(job.num_rows, job.training))
-    del sharding
+    with zero.sharded_loading(training, job.torch_dtype):
+        policy = load_policy(job.start, job.torch_dtype, trust_remote_code=job.policy.trust_remote_code)
+        if training.lora:
+            policy = add_lora(policy, training.lora)
+        schedule_steps = num_steps(job.num_rows, training, training.batch_size)
+        engine = zero.start(policy, training, job.torch_dtype, schedule_steps)
     engine.train()
     idle = collate([[0]], [[0]]).to(engine.device)
 
-    def loss_of(batch: TokenBatch) -> Tensor:
+    def summed_loss(batch: TokenBatch) -> Tensor:
         return -response_logprobs(engine, batch).sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step, rows, waited_s in steps(engine, job.training, job.seed, data):
+        for step in steps(engine, training, job.seed, data):
             started = time.monotonic()
-            batches = [batch.to(engine.device) for batch in collated(rows, job.training.micro_batch_tokens)]
-            num_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
-            loss = zero.train_step(engine, batches, loss_of, num_tokens, idle, names_of(rows))
+            batches = [batch.to(engine.device) for batch in collated(step.rows, training.micro_batch_tokens)]
+            # The mean is over response tokens, not over examples: long responses count for more.
+            num_response_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
+            names = row_names(step.rows)
+            loss = zero.train_step(engine, batches, summed_loss, num_response_tokens, idle, names)
             meters.TRAINING_TOKENS.add(sum(batch.num_tokens for batch in batches), stage=job.stage)
             log(
-                step,
+                step.number,
                 loss=loss,
                 learning_rate=engine.get_lr()[0],
-                num_tokens=num_tokens,
+                num_tokens=num_response_tokens,
                 seconds=time.monotonic() - started,
-                waited_s=waited_s,
+                waited_s=step.waited_s,
             )
-    export.export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
+    export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 
 
-def collated(rows: list[Row], max_tokens: int) -> list[TokenBatch]:
-    """Micro-batches of similar length, each at most `max_tokens` with its padding."""
+def collated(rows: list[SftRow], max_tokens: int) -> list[TokenBatch]:
+    """Collate rows in micro-batches of similar length, each at most `max_tokens` with its padding."""
     lengths = [len(row["prompt_token_ids"]) + len(row["response_token_ids"]) for row in rows]
-    return [
-        collate([rows[i]["prompt_token_ids"] for i in batch], [rows[i]["response_token_ids"] for i in batch])
-        for batch in micro_batches(lengths, max_tokens)
-    ]
+    batches: list[TokenBatch] = []
+    for indices in micro_batches(lengths, max_tokens):
+        prompts = [rows[i]["prompt_token_ids"] for i in indices]
+        responses = [rows[i]["response_token_ids"] for i in indices]
+        batches.append(collate(prompts, responses))
+    return batches

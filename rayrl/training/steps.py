@@ -1,79 +1,119 @@
-"""The walk through the data that every training shares: resume, one step at a time, checkpoint."""
+"""Steps through the data, as every training takes them: resume, one optimizer step at a time, checkpoint."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, NamedTuple, Protocol, TypeVar, cast
+
+from torch import Tensor
 
 from rayrl.config import TrainingConfig
-from rayrl.data.batches import Row, optimizer_batches
+from rayrl.data.batches import optimizer_batches
 from rayrl.metrics.curves import MetricLog
+from rayrl.records import Row
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 
+R = TypeVar("R", bound=Mapping[str, object])
 
-def num_steps(num_rows: int, training: TrainingConfig) -> int:
-    """Optimizer steps of a fit over `num_rows` samples."""
-    return training.epochs * -(-num_rows // training.batch_size)
+
+class Step(NamedTuple, Generic[R]):
+    """One optimizer step to be taken."""
+
+    number: int
+    """From 1, over all epochs."""
+    rows: list[R]
+    """This rank's share; empty while only other ranks have rows left."""
+    waited_s: float
+    """For the rows."""
+
+
+class CurveLog(Protocol):
+    """Writes one point of the training's curve."""
+
+    def __call__(self, step: int, **values: float | Tensor) -> None: ...
+
+
+def num_steps(num_rows: int, training: TrainingConfig, batch_size: int) -> int:
+    """Return the optimizer steps of a fit over `num_rows` rows, `batch_size` of them a step."""
+    steps_per_epoch = -(-num_rows // batch_size)
+    return training.epochs * steps_per_epoch
+
+
+def rank_share(batch_size: int) -> int:
+    """Return the number of a batch's rows that one rank takes, rounded up."""
+    return -(-batch_size // launch.world_size())
+
+
+def rank_batches(
+    data: Callable[[], Iterable[R]], *, epochs: int, batch_size: int, seed: int, skip: int
+) -> Iterator[list[R]]:
+    """Yield this rank's share of the batches of all epochs, without the first `skip`."""
+    stream = cast("Callable[[], Iterable[Row]]", data)  # rows are only passed on
+    shares = optimizer_batches(stream, epochs=epochs, batch_size=rank_share(batch_size), seed=seed, skip=skip)
+    for _, rows in shares:
+        yield cast("list[R]", rows)
 
 
 def steps(
-    engine: Any, training: TrainingConfig, seed: int, rows: Callable[[], Iterable[Row]]
-) -> Iterator[tuple[int, list[Row], float]]:
-    """Yield (step, this rank's rows, seconds waited for them) until every rank is out of rows.
-
-    Continues after the last checkpoint.
+    engine: zero.Engine, training: TrainingConfig, seed: int, data: Callable[[], Iterable[R]]
+) -> Iterator[Step[R]]:
+    """Yield the steps after the last checkpoint, until every rank is out of rows.
 
     The caller takes one optimizer step per item. After `checkpoint_every` of them, and at the end, the state is saved
     on every rank.
     """
-    saved = None
-    step = int(restore(engine).get("step", 0))
-    share = -(-training.batch_size // launch.world_size())
-    stream = optimizer_batches(rows, epochs=training.epochs, batch_size=share, seed=seed, skip=step)
+    number = int(restore(engine).get("step", 0))
+    saved: int | None = None
+    batches = rank_batches(data, epochs=training.epochs, batch_size=training.batch_size, seed=seed, skip=number)
     while True:
         asked = time.monotonic()
-        _, batch = next(stream, (training.epochs, []))
+        rows = next(batches, [])
         waited_s = time.monotonic() - asked
-        if zero.largest(len(batch), engine) == 0:
+        # Ranks have different numbers of rows; one that is out of them still takes part in the others' steps.
+        if zero.max_over_ranks(len(rows), engine) == 0:
             break
-        step += 1
-        yield step, batch, waited_s
-        if step % training.checkpoint_every == 0:
-            checkpoint(engine, step)
-            saved = step
-    if step != saved:
-        checkpoint(engine, step)
+        number += 1
+        yield Step(number, rows, waited_s)
+        if number % training.checkpoint_every == 0:
+            checkpoint(engine, number)
+            saved = number
+    if number != saved:
+        checkpoint(engine, number)
 
 
-def restore(engine: Any) -> dict[str, float]:
-    """Load the fit's last checkpoint that is whole on all ranks, if there is one; what was noted with it."""
+def restore(engine: zero.Engine) -> dict[str, float]:
+    """Load the fit's last checkpoint that is whole and undamaged on all ranks, and return what was noted with it.
+
+    Empty without such a checkpoint.
+    """
     for name in launch.whole_checkpoints():
-        with launch.opened(name) as folder:
-            if zero.largest(launch.damaged(name, folder), engine) == 0:
+        with launch.fetched(name) as folder:
+            if zero.max_over_ranks(launch.is_damaged(name, folder), engine) == 0:
                 return zero.load(engine, folder)
     return {}
 
 
-def names_of(rows: list[Row]) -> list[str]:
-    """What rows are called in messages: by their pair's, their response's or their prompt's id."""
-    return [
-        f"{row['chosen_id']}/{row['rejected_id']}"
-        if "chosen_id" in row
-        else str(row.get("response_id") or row.get("prompt_id") or row.get("id"))
-        for row in rows
-    ]
-
-
-def checkpoint(engine: Any, step: int, **noted: float) -> None:
-    """Register a checkpoint of this step with Ray Train; `noted` goes with it and into the fit's metrics."""
+def checkpoint(engine: zero.Engine, step: int, **noted: float) -> None:
+    """Register a checkpoint of this step with Ray Train; `noted` is kept in it."""
     position = {"step": step, **noted}
     launch.report(position, lambda folder: zero.save(engine, folder, position))
 
 
+def row_names(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Name rows for messages, by the id of their pair, their response or their prompt."""
+    names: list[str] = []
+    for row in rows:
+        if "chosen_id" in row:
+            names.append(f"{row['chosen_id']}/{row['rejected_id']}")
+        else:
+            names.append(str(row.get("response_id") or row.get("prompt_id") or row.get("id")))
+    return names
+
+
 @contextmanager
-def rank_zero_log(run_url: str, stage: str) -> Iterator[Callable[..., None]]:
-    """`log(step, **values)`: one process writes the curve, the others' calls do nothing."""
+def rank_zero_log(run_url: str, stage: str) -> Iterator[CurveLog]:
+    """Open the stage's curve on rank 0; the log of the other ranks does nothing."""
     if launch.rank() != 0:
         yield lambda step, **values: None
         return

@@ -1,7 +1,7 @@
 """Two views of every prompt: two responses to it, for the auxiliary loss of a reward model.
 
 A worker reads its prompts from the responses' blocks itself: they join the steps of a training whose rows are pairs,
-and start over whenever they run out.
+and start over when they run out.
 """
 
 import sys
@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 from rayrl.config import UmlConfig
-from rayrl.data.batches import Row, optimizer_batches
+from rayrl.data.batches import optimizer_batches
 from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import TokenBatch, collate
-from rayrl.records import content_id
+from rayrl.records import Row, content_id
+from rayrl.runs.run import drawn_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Where the views come from, and what is made of them."""
+    """Source of the views, and the settings of their loss."""
 
     table: BlockTable
     """Rows are `Sampled`."""
@@ -36,7 +37,7 @@ class ViewBatch:
 
     tokens: TokenBatch
     weight: float
-    """Of the batch's mean loss."""
+    """Factor of the batch's mean loss."""
     seed: int
     """Draws the codes."""
 
@@ -48,37 +49,49 @@ class ViewBatch:
 
 
 def view_batches(views: Views, seed: int, rank: int, num_ranks: int, *, skip: int) -> Iterator[ViewBatch]:
-    """A rank's batches without end, one per optimizer step; the same ones after a restart at step `skip`.
+    """Yield a rank's batches without end, one per optimizer step; the same ones after a restart at step `skip`.
 
-    Every epoch draws two other responses of a prompt. Each prompt is some rank's; a batch of one prompt, which has no
-    negatives, is left out.
+    Every epoch draws two other responses of a prompt. Each prompt belongs to one rank. A batch of one prompt is left
+    out.
     """
-    size = max(2, -(-views.uml.batch_size // num_ranks))
+    rank_batch_size = max(2, -(-views.uml.batch_size // num_ranks))  # one prompt alone has no negatives
     endless = optimizer_batches(
         lambda: islice(prompts_with_views(views.table), rank, None, num_ranks),
         epochs=sys.maxsize,
-        batch_size=size,
+        batch_size=rank_batch_size,
         seed=seed,
     )
-    wide = ((epoch, rows) for epoch, rows in endless if len(rows) > 1)
-    for step, (epoch, rows) in enumerate(islice(wide, skip, None), skip):
-        pairs = [two_views(row, views.max_tokens, seed, epoch) for row in rows]
-        sequences = [view for side in zip(*pairs, strict=True) for view in side]
-        tokens = collate([s[:-1] for s in sequences], [s[-1:] for s in sequences])
-        code_seed = int(content_id("codes", str(seed), str(step), str(rank)), 16) >> 1
-        yield ViewBatch(tokens, views.uml.weight, code_seed)
+    with_negatives = ((epoch, rows) for epoch, rows in endless if len(rows) > 1)
+    for step, (epoch, rows) in enumerate(islice(with_negatives, skip, None), skip):
+        first_views: list[list[int]] = []
+        second_views: list[list[int]] = []
+        for row in rows:
+            first, second = two_views(row, views.max_tokens, seed, epoch)
+            first_views.append(first)
+            second_views.append(second)
+        sequences = first_views + second_views
+        # The last token as a response: then all sequences end in the same column.
+        tokens = collate([view[:-1] for view in sequences], [view[-1:] for view in sequences])
+        yield ViewBatch(tokens, views.uml.weight, drawn_seed("codes", str(seed), str(step), str(rank)))
 
 
 def prompts_with_views(table: BlockTable) -> Iterator[Row]:
-    """Rows with at least two different responses, in order; one block in memory at a time."""
+    """Yield the rows with at least two different responses, in order; one block is in memory at a time."""
     for block in table.blocks():
-        yield from (row for row in block.to_pylist() if len({r["text"] for r in row["responses"]}) > 1)
+        for row in block.to_pylist():
+            if len({response["text"] for response in row["responses"]}) > 1:
+                yield row
 
 
 def two_views(row: Row, max_tokens: int, seed: int, epoch: int) -> tuple[list[int], list[int]]:
-    """Prompt with response, for two different responses drawn by (seed, epoch, prompt)."""
-    different = list({response["text"]: response for response in row["responses"]}.values())
-    drawn_by = int(content_id("views", str(seed), str(epoch), row["prompt_id"]), 16)
-    drawn = np.random.default_rng(drawn_by).choice(len(different), 2, replace=False)
-    first, second = (row["prompt_token_ids"] + different[i]["token_ids"] for i in drawn)
-    return first[:max_tokens], second[:max_tokens]
+    """Return the prompt with two different responses of it, drawn by (seed, epoch, prompt)."""
+    # Responses with equal text count once, so that a frequent answer is not its own second view.
+    by_text = {response["text"]: response for response in row["responses"]}
+    different = list(by_text.values())
+    rng = np.random.default_rng(int(content_id("views", str(seed), str(epoch), row["prompt_id"]), 16))
+    first, second = rng.choice(len(different), 2, replace=False)
+    prompt = row["prompt_token_ids"]
+    return (
+        (prompt + different[first]["token_ids"])[:max_tokens],
+        (prompt + different[second]["token_ids"])[:max_tokens],
+    )

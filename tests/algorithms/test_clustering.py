@@ -6,7 +6,7 @@ import pytest
 from beartype import beartype
 
 from rayrl.algorithms import clustering
-from rayrl.algorithms.clustering import CONTRADICTION, ENTAILMENT, NEUTRAL, distinct
+from rayrl.algorithms.clustering import CLUSTERINGS, CONTRADICTION, ENTAILMENT, NEUTRAL, Clustering, distinct
 
 checked = jaxtyping.jaxtyped(typechecker=beartype)
 entailment_clusters = checked(clustering.entailment_clusters)
@@ -117,6 +117,33 @@ def test_ids_are_consecutive_and_neither_direction_nor_diagonal_counts(definitio
         assert entailment_clusters(labels.T, definition).tolist() == ids
         np.fill_diagonal(labels, CONTRADICTION)
         assert entailment_clusters(labels, definition).tolist() == ids
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_a_decided_pair_has_the_same_clusters_whatever_its_other_direction(definition):
+    is_undecided = CLUSTERINGS[definition].is_undecided
+    for forward in (CONTRADICTION, NEUTRAL, ENTAILMENT):
+        found = set()
+        for backward in (CONTRADICTION, NEUTRAL, ENTAILMENT):
+            clusters = entailment_clusters(matrix(2, {(0, 1): forward, (1, 0): backward}), definition)
+            found.add(tuple(clusters.tolist()))
+        assert is_undecided(np.array([forward])).tolist() == [len(found) > 1]
+
+
+def test_an_added_definition_reads_both_directions_unless_it_knows_better(monkeypatch):
+    singletons = Clustering(reads="entailment", find=lambda labels: np.arange(len(labels)))
+    before = entailment_clusters(matrix(3, equal((0, 2))), "strict")
+    monkeypatch.setitem(CLUSTERINGS, "singletons", singletons)
+    assert entailment_clusters(matrix(3, equal((0, 2))), "singletons").tolist() == [0, 1, 2]
+    assert singletons.is_undecided(np.array([CONTRADICTION, NEUTRAL, ENTAILMENT])).all()
+    assert entailment_clusters(matrix(3, equal((0, 2))), "strict").tolist() == before.tolist() == [0, 1, 0]
+
+
+def test_entries_tell_their_input():
+    by_entailment = {name for name, clustering in CLUSTERINGS.items() if clustering.reads == "entailment"}
+    assert by_entailment == set(DEFINITIONS)
+    assert set(CLUSTERINGS) - by_entailment == {"embedding"}
+    assert CLUSTERINGS["embedding"].find(at_degrees(0, 30, 20), 0.9).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)

@@ -223,6 +223,29 @@ def test_contrastive_asks_no_critic():
     torch.testing.assert_close(made.mi, math.log(6) - made.loss)
 
 
+def test_an_added_objective_is_found_by_its_name(monkeypatch):
+    before = losses("uml")
+    divergence_only = information.Objective(compute=lambda batch: (batch.skl, torch.zeros(())))
+    monkeypatch.setitem(information.UML_OBJECTIVES, "skl", divergence_only)
+    made = losses("skl", score=refuse)
+    assert (made.loss, made.mi) == (made.skl, 0)
+    assert torch.equal(losses("uml").loss, before.loss)
+
+
+def test_only_infomax_lets_the_critic_see_the_views():
+    views, codes = (torch.ones(6, 3), torch.ones(6, 3)), (code(0), code(1))
+    for name, objective in information.UML_OBJECTIVES.items():
+        widths = set()
+
+        def critic(a, b, widths=widths):
+            widths.add((a.shape[1], b.shape[1]))
+            return dot(a, b)
+
+        uml_loss(views, codes, critic, objective=name, generator=rng())
+        assert widths <= ({(3, 4)} if objective.scores_views else {(4, 4)})
+        assert (name == "infomax") == objective.scores_views
+
+
 def refuse(a, b):
     raise AssertionError("the contrastive loss has no critic")
 

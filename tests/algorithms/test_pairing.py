@@ -1,6 +1,6 @@
 import pytest
 
-from rayrl.algorithms.pairing import best_worst, margin_pairs, num_pairs_planned
+from rayrl.algorithms.pairing import PAIRINGS, Pairing, best_worst, margin_pairs, num_pairs_planned
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,12 @@ def test_the_plan_is_reached_without_ties(k):
     scores = [float(i) for i in range(k)]
     assert num_pairs_planned("best_worst", 7, k) == 7 * len(best_worst(scores, 0.0))
     assert num_pairs_planned("margin", 7, k) == 7 * len(margin_pairs(scores, 0.0))
+    for name, pairing in PAIRINGS.items():
+        assert num_pairs_planned(name, 7, k) == 7 * len(pairing.pairs(scores, 0.0))
+
+
+def test_an_added_pairing_is_planned(monkeypatch):
+    first_two = Pairing(pairs=lambda scores, min_margin: [(0, 1)], num_pairs=lambda k: 1)
+    monkeypatch.setitem(PAIRINGS, "first_two", first_two)
+    assert num_pairs_planned("first_two", 7, 4) == 7
+    assert num_pairs_planned("margin", 7, 4) == 42

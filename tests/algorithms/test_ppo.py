@@ -6,7 +6,7 @@ import pytest
 import torch
 from beartype import beartype
 
-from rayrl.algorithms import ppo
+from rayrl.algorithms import kl, ppo
 
 checked = jaxtyping.jaxtyped(typechecker=beartype)  # in tests, the shapes in the signatures are enforced
 kl_penalty = checked(ppo.kl_penalty)
@@ -56,6 +56,23 @@ def test_kl_estimators_by_hand():
     expected = {"k1": [1, -2], "k2": [0.5, 2], "k3": [math.exp(-1), math.exp(2) - 3], "clamped": [1, 0]}
     for estimator, values in expected.items():
         assert kl_penalty(logprobs, reference, estimator)[0].tolist() == pytest.approx(values), estimator
+
+
+def test_an_added_kl_estimator_is_found_by_its_name(monkeypatch):
+    monkeypatch.setitem(kl.KL_ESTIMATORS, "absolute", lambda log_ratio: log_ratio.abs())
+    logprobs, reference = noise(0), noise(1)
+    assert torch.equal(kl_penalty(logprobs, reference, "absolute"), (logprobs - reference).abs())
+    assert torch.equal(kl_penalty(logprobs, reference, "k1"), logprobs - reference)
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3", "clamped"])
+def test_kl_estimators_keep_shape_and_dtype(name):
+    estimator = checked(kl.KL_ESTIMATORS[name])
+    for log_ratios in (noise(0), noise(0, (5,)).double()):
+        assert estimator(log_ratios).shape == log_ratios.shape
+        assert estimator(log_ratios).dtype == log_ratios.dtype
+    with pytest.raises(jaxtyping.TypeCheckError):
+        estimator(torch.ones(3, dtype=torch.int64))
 
 
 def test_k3_is_never_negative():

@@ -1,14 +1,23 @@
 """Our token losses against TRL's GRPO trainer, which shares PPO's clipped objective, with a tiny random Llama."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
 
 from rayrl.algorithms.ppo import kl_penalty, policy_loss, truncated_importance
 from rayrl.algorithms.preference import token_logprobs
+
+with warnings.catch_warnings():
+    # TRL warns of a vLLM that it has not been tried with (nothing here uses it), and torch's own modules, which it
+    # imports, of deprecated parts of torch.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM", category=UserWarning)
+    warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+    from trl import GRPOConfig, GRPOTrainer
+
 
 PROMPT, RESPONSE = 3, 8
 

@@ -48,6 +48,22 @@ def test_ipo_is_least_at_its_target_margin(log_ratio, expected):
     assert losses.item() == pytest.approx(expected)
 
 
+def test_an_added_loss_is_found_by_its_name_and_changes_no_other(monkeypatch):
+    """The hinge loss of SLiC-HF (arXiv 2305.10425)."""
+    settings = {"beta": 0.1, "label_smoothing": 0.1}
+    before = {name: dpo_loss(logps(0), logps(1), loss=name, **settings) for name in preference.PREFERENCE_LOSSES}
+
+    def hinge_loss(difference, *, beta, label_smoothing):
+        return torch.relu(1 - beta * difference)
+
+    monkeypatch.setitem(preference.PREFERENCE_LOSSES, "hinge", hinge_loss)
+    losses, *rewards = dpo_loss(logps(0), logps(1), loss="hinge", **settings)
+    torch.testing.assert_close(losses, torch.relu(1 - 0.1 * (logps(0) - logps(1))))
+    for name, (unchanged, *same_rewards) in before.items():
+        assert torch.equal(dpo_loss(logps(0), logps(1), loss=name, **settings)[0], unchanged)
+        assert all(map(torch.equal, rewards, same_rewards))
+
+
 def test_lengths_average_the_log_ratios_and_leave_the_rewards():
     lengths = torch.arange(1, 7), torch.arange(6, 0, -1)
     losses, rewards, _ = dpo_loss(logps(0), logps(1), beta=0.5, lengths=lengths)

@@ -1,5 +1,7 @@
 """Our losses on TRL's own batch against the loss its trainers compute, with a tiny random Llama."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
@@ -10,9 +12,16 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from rayrl.algorithms.preference import bradley_terry_loss, dpo_loss, sequence_logprobs
+
+with warnings.catch_warnings():
+    # TRL warns of a vLLM that it has not been tried with (nothing here uses it), and torch's own modules, which it
+    # imports, of deprecated parts of torch.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM", category=UserWarning)
+    warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "slept", "happily"]
 ROWS = [

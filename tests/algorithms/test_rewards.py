@@ -21,6 +21,14 @@ def test_ensembles_by_hand():
     assert weighted.tolist() == pytest.approx([4 - 0.5 * variance, 5])
 
 
+def test_an_added_objective_is_found_by_its_name(monkeypatch):
+    members = torch.tensor([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]])
+    before = ensemble_reward(members, "mean")
+    monkeypatch.setitem(rewards.ENSEMBLE_OBJECTIVES, "median", lambda rewards, variance_coef: rewards.median(0).values)
+    assert ensemble_reward(members, "median").tolist() == [3, 5]
+    assert torch.equal(ensemble_reward(members, "mean"), before)
+
+
 @pytest.mark.parametrize("objective", ["mean", "worst_case", "uncertainty_weighted"])
 def test_an_ensemble_of_one_is_its_member(objective):
     member = torch.linspace(-3, 3, 5)

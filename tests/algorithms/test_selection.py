@@ -181,8 +181,9 @@ def test_bad_input_is_refused():
 
 def test_random_selection_is_seeded_and_ignores_order():
     ids = np.arange(100) * 7
-    picks = random_selection(ids, 10, seed=1)
-    assert len(set(picks)) == 10
-    assert set(picks) <= set(ids.tolist())
-    assert picks == random_selection(ids[::-1], 10, seed=1)
-    assert picks != random_selection(ids, 10, seed=2)
+    selection = random_selection(ids, 10, seed=1)
+    assert len(set(selection.ids)) == 10
+    assert set(selection.ids) <= set(ids.tolist())
+    assert selection.radii == []
+    assert selection == random_selection(ids[::-1], 10, seed=1)
+    assert selection != random_selection(ids, 10, seed=2)

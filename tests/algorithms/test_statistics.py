@@ -5,6 +5,7 @@ import pytest
 from nltk.translate.bleu_score import sentence_bleu
 from scipy.stats import spearmanr
 
+from rayrl.algorithms.estimate import CalibrationBin
 from rayrl.algorithms.statistics import (
     accuracy_within,
     best_of_n_kl,
@@ -88,18 +89,13 @@ def test_spearman():
 
 
 def test_accuracy_and_calibration():
-    predicted, expert = np.array([0.0, 1.0, 3.9, 4.0]), np.array([1, 3, 4, 4])
-    assert accuracy_within(predicted, expert) == 0.75
-    table = calibration_table(predicted, expert, num_bins=4)
-    assert [row["num"] for row in table] == [1, 1, 2]
-    assert table[-1] == {
-        "low": 3.0,
-        "high": 4.0,
-        "num": 2,
-        "mean_predicted": pytest.approx(3.95),
-        "mean_expert": 4.0,
-    }
-    assert sum(row["num"] for row in calibration_table(np.ones(3), np.ones(3), num_bins=5)) == 3
+    predicted, oracle = np.array([0.0, 1.0, 3.9, 4.0]), np.array([1, 3, 4, 4])
+    assert accuracy_within(predicted, oracle) == 0.75
+    table = calibration_table(predicted, oracle, num_bins=4)
+    assert [row.num for row in table] == [1, 1, 2]
+    mean_predicted = pytest.approx(3.95)
+    assert table[-1] == CalibrationBin(low=3.0, high=4.0, num=2, mean_predicted=mean_predicted, mean_oracle=4.0)
+    assert sum(row.num for row in calibration_table(np.ones(3), np.ones(3), num_bins=5)) == 3
 
 
 def test_kl_and_perplexity():
@@ -159,11 +155,11 @@ def test_expected_calibration_error_by_hand():
 
 
 def test_the_order_of_pairs_ties_and_abstentions():
-    expert = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [np.nan, 1.0], [0.0, 5.0]])
+    oracle = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0], [np.nan, 1.0], [0.0, 5.0]])
     predicted = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [3.0, 3.0]])
-    found = order_agreement(expert, predicted)
+    found = order_agreement(oracle, predicted)
     assert (found.mean, found.num) == (0.5, 3)  # right, wrong, a tie of the prediction
-    assert order_agreement(expert[2:4], predicted[2:4]) is None
+    assert order_agreement(oracle[2:4], predicted[2:4]) is None
 
 
 def test_the_best_of_one_is_the_policy_itself():

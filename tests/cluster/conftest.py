@@ -1,11 +1,14 @@
 """Clusters of three nodes; for root, each worker node has a network of its own."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from jobs.bench.hosts import Network
-from jobs.bench.raylets import Raylets
+from rayrl.fleets.local_cluster import LocalCluster
+from rayrl.fleets.local_network import Network
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +24,5 @@ def network():
 @pytest.fixture(scope="session")
 def cluster(network, tmp_path_factory):
     """A head without work and two workers; a test that loses one adds another."""
-    with Raylets(tmp_path_factory.mktemp("cluster"), network=network) as cluster:
+    with LocalCluster(tmp_path_factory.mktemp("cluster"), network=network, working_dir=ROOT) as cluster:
         yield cluster

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from jobs.bench.faults import Drive, Fault, attempts
-from jobs.bench.raylets import until
+from rayrl.fleets.local_cluster import wait_until
+from rayrl.fleets.local_faults import Fault, LocalRun, attempts
 
 RUN_S = 600.0
 needs_hosts = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a node a network of its own")
@@ -15,9 +15,9 @@ TRAININGS = ("sft", "fit_evaluator", "dpo", "ppo")
 
 def undisturbed(cluster, folder, command):
     """The folder of a run to which nothing happens."""
-    drive = Drive(cluster=cluster, folder=folder, command=command)
-    assert drive.wait(RUN_S) == 0, drive.log.read_text()[-4000:]
-    return drive.folder
+    run = LocalRun(cluster=cluster, folder=folder, command=command)
+    assert run.wait(RUN_S) == 0, run.log.read_text()[-4000:]
+    return run.folder
 
 
 def is_under_way(stage, folder):
@@ -33,11 +33,11 @@ def is_under_way(stage, folder):
     return len(list(at.glob("*/part-*.parquet"))) >= 3
 
 
-def survive(drive: Drive, stage: str, fault: Fault):
+def survive(run: LocalRun, stage: str, fault: Fault):
     """Make a fault in the midst of a stage, and wait for the end."""
     try:
-        until(lambda: is_under_way(stage, drive.folder) or drive.is_over(), RUN_S, f"{stage} to be under way")
-        until(lambda: fault(drive, random.Random(0)), 30, "something to happen")
-        assert drive.wait(RUN_S) == 0, drive.log.read_text()[-4000:]
+        wait_until(lambda: is_under_way(stage, run.folder) or run.is_over(), RUN_S, f"{stage} to be under way")
+        wait_until(lambda: fault(run, random.Random(0)), 30, "something to happen")
+        assert run.wait(RUN_S) == 0, run.log.read_text()[-4000:]
     finally:
-        drive.driver.kill()
+        run.driver.kill()

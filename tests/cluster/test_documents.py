@@ -1,4 +1,4 @@
-"""What the two guides name is there: files, settings, and commands whose configs load."""
+"""Names in the documents exist: files, pictures, settings, and commands whose configs load."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,38 @@ from rayrl.config import load_config
 
 ROOT = Path(__file__).parents[2]
 GUIDES = [ROOT / "cluster" / "README.md", ROOT / "jobs" / "README.md"]
+DOCUMENTS = [*GUIDES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "jobs" / "bench" / "RESULTS.md"]
 
 
 def missing(text):
-    """Files of the repository that a text names and that are not there."""
-    named = set(re.findall(r"\b(?:cluster|jobs)/[\w/.-]+\.(?:py|toml|yaml|sh|md|lock)\b", text))
+    """Files of the repository that a text names and that do not exist."""
+    files = r"\b(?:cluster|jobs|rayrl|tests|notebooks)/[\w/.-]+\.(?:py|toml|yaml|sh|md|lock|json|ipynb|jinja)\b"
+    named = set(re.findall(files, text.replace(r"\_", "_")))
     return sorted(name for name in named if not (ROOT / name).exists() and "X." not in name)
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.parent.name)
-def test_named_files_exist(guide):
-    assert missing(guide.read_text()) == []
+def named(document):
+    return str(document.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_named_files_exist(document):
+    assert missing(document.read_text()) == []
     assert missing("see jobs/nothing.py") == ["jobs/nothing.py"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_links_and_pictures_exist(document):
+    links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
+    assert [link for link in links if not link.startswith("http") and not (document.parent / link).is_file()] == []
+
+
+def test_the_config_of_the_readme_loads(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    path = tmp_path / "mine.toml"
+    path.write_text(example)
+    config = load_config(path)
+    assert config.name == "mine" and config.run_dir == "runs/mine" and config.oracle.type == "http"
 
 
 def test_the_table_of_files_is_whole():

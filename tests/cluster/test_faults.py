@@ -11,13 +11,14 @@ import time
 
 import pytest
 
-from jobs.bench.faults import FAULTS, SHORT, SIMULATED, Damage, Drive, cut_off, damage, hang
+from jobs.rehearsal import PROXY_DPO
+from rayrl.fleets.local_faults import FAULTS, Damage, LocalRun, cut_off, damage, hang
 from tests.cluster import disturbed
 from tests.cluster.disturbed import needs_hosts, survive
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 STAGES = ("sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate")
-SETTINGS = [*SHORT, "sft.enabled=true", "sft.batch_size=64", "sft.checkpoint_every=3", "sft.max_failures=20"]
+COMMAND = [*PROXY_DPO, "sft.enabled=true", "sft.batch_size=64", "sft.checkpoint_every=3", "sft.max_failures=20"]
 UNHARMED = Damage(num_lost=0, num_doubled=0, num_paid_twice=0, num_different=0, num_in_flight=0)
 AN_HOUR_AHEAD = """
 import time
@@ -29,7 +30,7 @@ time.time, time.time_ns = (lambda now=time.time: now() + 3600), (lambda now=time
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory):
-    return disturbed.undisturbed(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", [*SIMULATED, *SETTINGS])
+    return disturbed.undisturbed(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", COMMAND)
 
 
 def begin_at(stage, cluster, undisturbed, folder, *settings):
@@ -43,7 +44,7 @@ def begin_at(stage, cluster, undisturbed, folder, *settings):
             shutil.copy(undisturbed / "metrics" / f"{name}.jsonl", folder / "metrics")
     if "query" in done:
         shutil.copy(undisturbed / "ledger.sqlite", folder)
-    return Drive(cluster=cluster, folder=folder, command=[*SIMULATED, *SETTINGS, *settings])
+    return LocalRun(cluster=cluster, folder=folder, command=[*COMMAND, *settings])
 
 
 @pytest.mark.parametrize(
@@ -76,22 +77,22 @@ def begin_at(stage, cluster, undisturbed, folder, *settings):
     ],
 )
 def test_a_kill_leaves_no_trace_in_the_tables(cluster, undisturbed, tmp_path, stage, name):
-    drive = begin_at(stage, cluster, undisturbed, tmp_path / f"{stage}-{name}".replace(" ", "-"))
-    survive(drive, stage, FAULTS[name])
-    harm = damage(drive.folder, undisturbed)
-    # What the expert was being asked when the one who asked died is spent, and its answer missing: nothing else is.
+    run = begin_at(stage, cluster, undisturbed, tmp_path / f"{stage}-{name}".replace(" ", "-"))
+    survive(run, stage, FAULTS[name])
+    harm = damage(run.folder, undisturbed)
+    # A question that the oracle was being asked when its caller died is spent and has no answer: nothing else is lost.
     assert harm == Damage(**UNHARMED.__dict__ | {"num_in_flight": harm.num_in_flight})
     assert harm.num_in_flight <= (2 if stage == "query" and name in ("oracle", "driver") else 0)
 
 
 def test_a_replica_that_hangs_is_replaced(cluster, undisturbed, tmp_path):
-    drive = begin_at("generate", cluster, undisturbed, tmp_path / "hangs")
-    survive(drive, "generate", hang("Generator"))
-    assert damage(drive.folder, undisturbed) == UNHARMED
+    run = begin_at("generate", cluster, undisturbed, tmp_path / "hangs")
+    survive(run, "generate", hang("Generator"))
+    assert damage(run.folder, undisturbed) == UNHARMED
 
 
 def test_all_workers_are_lost_and_others_join_late(cluster, undisturbed, tmp_path):
-    def all_nodes(drive, draw):
+    def all_nodes(run, draw):
         for node in list(cluster.workers):
             cluster.kill(node)
         time.sleep(10)
@@ -99,15 +100,15 @@ def test_all_workers_are_lost_and_others_join_late(cluster, undisturbed, tmp_pat
             cluster.add()
         return True
 
-    drive = begin_at("generate", cluster, undisturbed, tmp_path / "all-nodes")
-    survive(drive, "generate", all_nodes)
-    assert damage(drive.folder, undisturbed) == UNHARMED
+    run = begin_at("generate", cluster, undisturbed, tmp_path / "all-nodes")
+    survive(run, "generate", all_nodes)
+    assert damage(run.folder, undisturbed) == UNHARMED
 
 
 def test_a_preempted_node_is_left_before_it_ends(cluster, undisturbed, tmp_path):
     """As a cloud does it: a warning with a deadline, then the end."""
 
-    def preempt(drive, draw):
+    def preempt(run, draw):
         node = cluster.workers[0]
         said, code = cluster.ray(
             *("drain-node", f"--address={cluster.address}", f"--node-id={cluster.node_id(node)}"),
@@ -120,37 +121,37 @@ def test_a_preempted_node_is_left_before_it_ends(cluster, undisturbed, tmp_path)
         cluster.add()
         return True
 
-    drive = begin_at("dpo", cluster, undisturbed, tmp_path / "preempted")
-    survive(drive, "dpo", preempt)
-    assert damage(drive.folder, undisturbed) == UNHARMED
+    run = begin_at("dpo", cluster, undisturbed, tmp_path / "preempted")
+    survive(run, "dpo", preempt)
+    assert damage(run.folder, undisturbed) == UNHARMED
 
 
 @needs_hosts
 @pytest.mark.parametrize("stage", ["generate", "dpo"])
 def test_a_node_that_is_cut_off_works_on_and_does_no_harm(cluster, undisturbed, tmp_path, stage):
     """Given up by the others, it still writes to the files that all of them share, and so does who took its place."""
-    drive = begin_at(stage, cluster, undisturbed, tmp_path / f"{stage}-cut-off")
-    survive(drive, stage, cut_off)
-    assert damage(drive.folder, undisturbed) == UNHARMED
+    run = begin_at(stage, cluster, undisturbed, tmp_path / f"{stage}-cut-off")
+    survive(run, stage, cut_off)
+    assert damage(run.folder, undisturbed) == UNHARMED
 
 
 @pytest.mark.parametrize("name", ["generation replica", "node", "driver"])
 def test_nodes_whose_clocks_are_an_hour_ahead_of_the_drivers_do_no_harm(cluster, undisturbed, tmp_path, name):
     """Nobody's lease ends early, nobody's lasts for ever."""
 
-    def fault(drive, draw):
+    def fault(run, draw):
         replicas = cluster.actors("Generator")
         assert replicas and all(str(tmp_path) in replica.environ()["PYTHONPATH"] for replica in replicas)
-        return FAULTS[name](drive, draw)
+        return FAULTS[name](run, draw)
 
     (tmp_path / "sitecustomize.py").write_text(AN_HOUR_AHEAD)
     replace_workers(cluster, PYTHONPATH=f"{tmp_path}{os.pathsep}{cluster.environment['PYTHONPATH']}")
     try:
         folder = tmp_path / f"skewed-{name}".replace(" ", "-")
         not_on_the_head = "generators.cpus_per_replica=0.1"
-        drive = begin_at("generate", cluster, undisturbed, folder, not_on_the_head)
-        survive(drive, "generate", fault)
-        assert damage(drive.folder, undisturbed) == UNHARMED
+        run = begin_at("generate", cluster, undisturbed, folder, not_on_the_head)
+        survive(run, "generate", fault)
+        assert damage(run.folder, undisturbed) == UNHARMED
     finally:
         replace_workers(cluster)
 
@@ -166,11 +167,11 @@ def replace_workers(cluster, **environment):
 
 def test_the_trainings_end_where_the_undisturbed_ones_do(cluster, undisturbed, tmp_path):
     """A worker killed in mid-DPO: the steps after its last checkpoint are taken again, with the same rows."""
-    drive = begin_at("dpo", cluster, undisturbed, tmp_path / "same-curve")
-    survive(drive, "dpo", FAULTS["training worker"])
+    run = begin_at("dpo", cluster, undisturbed, tmp_path / "same-curve")
+    survive(run, "dpo", FAULTS["training worker"])
     ours, theirs = (
         json.loads((folder / "stages" / "dpo" / "manifest.json").read_text())["metrics"]
-        for folder in (drive.folder, undisturbed)
+        for folder in (run.folder, undisturbed)
     )
     assert ours["num_steps"] == theirs["num_steps"]
     assert ours["final_loss"] == pytest.approx(theirs["final_loss"], abs=1e-3)

@@ -2,12 +2,14 @@
 
 import secrets
 import urllib.error
+from pathlib import Path
 
 import pytest
 
-from jobs.bench.raylets import Raylets, until
+from rayrl.fleets.local_cluster import LocalCluster, wait_until
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "pool.limit=60",
     "pool.num_eval=12",
@@ -41,7 +43,7 @@ def cluster(network, tmp_path_factory):
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    with Raylets(folder, environment=environment, network=network) as cluster:
+    with LocalCluster(folder, environment=environment, network=network, working_dir=ROOT) as cluster:
         yield cluster
 
 
@@ -64,7 +66,7 @@ def status(cluster, name):
 def ended(cluster, name, seconds):
     """How a job ended."""
     over = ("SUCCEEDED", "FAILED", "STOPPED")
-    return until(lambda: (now := status(cluster, name)) in over and now, seconds, f"the end of job {name}")
+    return wait_until(lambda: (now := status(cluster, name)) in over and now, seconds, f"the end of job {name}")
 
 
 def alive(cluster):
@@ -81,13 +83,13 @@ def test_a_stopped_job_leaves_nothing_and_the_same_command_goes_on(cluster, tmp_
     folder = tmp_path / "run"
     submit(cluster, "first", f"run_dir={folder}")
     generated = folder / "stages" / "generate" / "manifest.json"
-    until(lambda: generated.exists() or status(cluster, "first") == "FAILED", RUN_S, "the first job's generation")
+    wait_until(lambda: generated.exists() or status(cluster, "first") == "FAILED", RUN_S, "the first job's generation")
     assert generated.exists(), logs(cluster, "first")
     assert status(cluster, "first") == "RUNNING" and {"Generator", "OraclePool", "Router"} <= set(alive(cluster))
     said, code = cluster.ray("job", "stop", "first")
     assert code == 0, said
     assert ended(cluster, "first", STOP_S) == "STOPPED"
-    until(lambda: not alive(cluster) and not groups(cluster), STOP_S, "the end of what the job has started")
+    wait_until(lambda: not alive(cluster) and not groups(cluster), STOP_S, "the end of what the job has started")
 
     written_at = generated.stat().st_mtime_ns
     submit(cluster, "second", f"run_dir={folder}")
@@ -96,7 +98,7 @@ def test_a_stopped_job_leaves_nothing_and_the_same_command_goes_on(cluster, tmp_
     assert generated.stat().st_mtime_ns == written_at and "generate: already finished" in said
     assert f"report: {folder}/report.html" in said and " dpo: " in said
     assert (folder / "report.html").stat().st_size > 10_000
-    until(lambda: not alive(cluster) and not groups(cluster), STOP_S, "the end of what the second job has started")
+    wait_until(lambda: not alive(cluster) and not groups(cluster), STOP_S, "the end of what the second job has started")
 
 
 def test_a_relative_run_directory_fails_and_the_log_says_why(cluster):

@@ -3,14 +3,15 @@ one. The engines are simulated, all else is real.
 """
 
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.bench.faults import FAULTS, PPO, PPO_SHORT, Drive, cut_off, hang
-from jobs.bench.raylets import ROOT
+from jobs.rehearsal import PPO
+from rayrl.fleets.local_faults import FAULTS, LocalRun, cut_off, hang
 from tests.cluster import disturbed
 from tests.cluster.disturbed import needs_hosts, survive
 
@@ -18,14 +19,14 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 KNOWN = ("reward", "num_responses", "length", "truncated", "num_abstained")
 """Of a rollout: what the replicas and the reward say, which nothing may change."""
 
-START = ROOT / "jobs/quickstart/model"
+START = Path(__file__).parents[2] / "jobs/quickstart/model"
 SAME = 1e-3
 """Of the way that the policy went, which has 24 steps: one too many is 0.04 of it. What was seen is 0."""
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory):
-    return disturbed.undisturbed(cluster, tmp_path_factory.mktemp("ppo") / "undisturbed", [*PPO, *PPO_SHORT])
+    return disturbed.undisturbed(cluster, tmp_path_factory.mktemp("ppo") / "undisturbed", PPO)
 
 
 def rollouts(folder):
@@ -62,19 +63,19 @@ FAULTS_OF_PPO |= {name: FAULTS[name] for name in ("router", "node", "driver")}
 
 @pytest.mark.parametrize("name", FAULTS_OF_PPO)
 def test_a_kill_changes_nothing(cluster, undisturbed, tmp_path, name):
-    drive = Drive(cluster=cluster, folder=tmp_path / f"ppo-{name}".replace(" ", "-"), command=[*PPO, *PPO_SHORT])
-    survive(drive, "ppo", FAULTS_OF_PPO[name])
-    assert_the_same(drive.folder, undisturbed)
+    run = LocalRun(cluster=cluster, folder=tmp_path / f"ppo-{name}".replace(" ", "-"), command=PPO)
+    survive(run, "ppo", FAULTS_OF_PPO[name])
+    assert_the_same(run.folder, undisturbed)
 
 
 def test_a_replica_that_hangs_is_replaced(cluster, undisturbed, tmp_path):
-    drive = Drive(cluster=cluster, folder=tmp_path / "ppo-hangs", command=[*PPO, *PPO_SHORT])
-    survive(drive, "ppo", hang("Generator"))
-    assert_the_same(drive.folder, undisturbed)
+    run = LocalRun(cluster=cluster, folder=tmp_path / "ppo-hangs", command=PPO)
+    survive(run, "ppo", hang("Generator"))
+    assert_the_same(run.folder, undisturbed)
 
 
 @needs_hosts
 def test_a_trainer_that_is_cut_off_does_no_harm(cluster, undisturbed, tmp_path):
-    drive = Drive(cluster=cluster, folder=tmp_path / "ppo-cut-off", command=[*PPO, *PPO_SHORT])
-    survive(drive, "ppo", cut_off)
-    assert_the_same(drive.folder, undisturbed)
+    run = LocalRun(cluster=cluster, folder=tmp_path / "ppo-cut-off", command=PPO)
+    survive(run, "ppo", cut_off)
+    assert_the_same(run.folder, undisturbed)

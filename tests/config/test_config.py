@@ -73,9 +73,11 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
     ("override", "message"),
     [
         ("select.budget=-1", "select.budget: input should be greater than or equal to 0, got -1"),
-        ("select.budget=0", "select.budget must be at least 1: the expert"),
+        ("select.budget=0", "select.budget must be at least 1: the oracle's answers"),
         ("select.budget=many", "got 'many'"),
-        ("select.strategy=best", "select.strategy: input should be 'k_center' or 'random', got 'best'"),
+        ("select.strategy=best", 'select.strategy: must be one of "k_center", "random", got "best"'),
+        ("pseudo_label.pairing=x", 'pseudo_label.pairing: must be one of "best_worst", "margin", got "x"'),
+        ("refresh.spg.clustering=x", '"strict", "kuhn2023", "farquhar2024", "embedding", got "x"'),
         ("generate.top_p=1.5", "generate.top_p: input should be less than or equal to 1, got 1.5"),
         ("name=a/b", "name: string should match pattern"),
         ("oracle.type=human", "oracle: "),
@@ -91,6 +93,7 @@ def test_wrong_values_are_refused_with_rule_and_value(small, override, message):
     ("overrides", "message"),
     [
         (["generate.k=1"], 'generate.k must be at least 2 when pseudo_label.pairing is "best_worst", got 1'),
+        (["generate.k=1", "pseudo_label.pairing=margin"], 'when pseudo_label.pairing is "margin", got 1'),
         (["sft.enabled=true"], "seed_data is missing"),
         (['generate.source="seed"'], "seed_data is missing"),
         (['labels="direct"'], 'labels = "direct" pairs only paid responses, so select.unit must be "prompt"'),
@@ -145,10 +148,12 @@ def test_rounds_that_can_ask_are_accepted(small, overrides):
     assert load_config(small, overrides).rounds > 1
 
 
-def test_a_setting_that_is_off_does_not_change_the_keys_of_earlier_stages(small):
-    assert "synthetic" not in load_config(small).pseudo_label.model_dump(mode="json")
-    config = load_config(small, ["pseudo_label.synthetic=true"])
-    assert config.pseudo_label.model_dump(mode="json")["synthetic"] is True
+@pytest.mark.parametrize("overrides", [[], ["pseudo_label.synthetic=true", "ppo.weight_transfer=nccl"]])
+def test_every_setting_is_in_the_dump_whatever_its_value(small, overrides):
+    config = load_config(small, overrides)
+    dumped = config.model_dump(mode="json")
+    assert dumped["pseudo_label"]["synthetic"] is bool(overrides)
+    assert dumped["ppo"]["weight_transfer"] == ("nccl" if overrides else "auto")
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
@@ -176,7 +181,7 @@ HTTP, REPLAY = 'oracle={type="http", base_url="http://x", model="m"}', "oracle={
         ([REPLAY % ", comparisons_path='c'"], "random"),
     ],
 )
-def test_answers_compete_with_references_by_comparisons_where_the_expert_compares(small, overrides, expected):
+def test_answers_compete_with_references_by_comparisons_where_the_oracle_compares(small, overrides, expected):
     assert load_config(small, ["evaluate.reference_answers.path=a.jsonl", *overrides]).competes_by == expected
     without = [item for item in overrides if "reference_answers" not in item]
     assert load_config(small, without).competes_by is None
@@ -243,3 +248,10 @@ def test_a_replica_takes_a_gpu_per_rank(small):
     ranks = ["generators.tensor_parallel_size=4", "generators.pipeline_parallel_size=2"]
     generators = load_config(small, ranks).generators
     assert (generators.num_ranks, generators.num_gpus) == (8, 8)
+
+
+@pytest.mark.parametrize(("kind", "fleet"), [("generative", "generators"), ("scalar", "embedders")])
+def test_an_evaluator_names_the_engines_that_serve_it(small, kind, fleet):
+    config = load_config(small, ['pipeline="rlp"', "ppo.reward=evaluator", f"evaluator.type={kind}"])
+    assert config.evaluator.served_by == fleet
+    assert config.rewards_by_embedders == (fleet == "embedders")

@@ -33,7 +33,7 @@ RLP = ['pipeline="rlp"', 'preferences={source="oracle"}']
         (["ppo.function=reward", "ppo.reward=function"], "ppo.function: string should match pattern"),
         (["ppo.batch_size=513"], "ppo.batch_size must be at most ppo.rollout_size (512), got 513"),
         (["ppo.kl_coef=-0.1"], "ppo.kl_coef: input should be greater than or equal to 0"),
-        (["ppo.kl_estimator=k4"], "ppo.kl_estimator: input should be 'k1', 'k2', 'k3' or 'clamped', got 'k4'"),
+        (["ppo.kl_estimator=k4"], 'ppo.kl_estimator: must be one of "k1", "k2", "k3", "clamped", got "k4"'),
         (["ppo.target_kl=0"], "ppo.target_kl: input should be greater than 0"),
         (["ppo.max_kl=0"], "ppo.max_kl: input should be greater than 0"),
         (["ppo.clip_range=0"], "ppo.clip_range: input should be greater than 0"),

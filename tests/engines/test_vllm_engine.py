@@ -17,7 +17,7 @@ from rayrl.data.collate import collate
 from rayrl.engines.generator import Sampling
 from rayrl.errors import WeightSyncError
 from rayrl.models.policy import response_logprobs
-from rayrl.models.reward import pool
+from rayrl.models.reward_model import pool
 from rayrl.records import Checkpoint
 from rayrl.training.sync.export import PROBE_CANDIDATES, probe_prompt
 

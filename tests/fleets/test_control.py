@@ -122,7 +122,7 @@ def test_a_control_that_was_started_again_has_what_the_driver_tells_it(monkeypat
 
 def test_a_router_that_says_nothing_is_named_and_keeps_no_driver_waiting(monkeypatch):
     monkeypatch.setattr(controls, "FOLLOW_S", 0.01)
-    monkeypatch.setattr(controls, "_ANSWER_S", 0.05)
+    monkeypatch.setattr(controls, "_ROUTER_TIMEOUT_S", 0.05)
 
     class Hung(Shown):
         async def _state(self):

@@ -476,7 +476,7 @@ async def test_the_loop_survives_a_name_that_is_not_free_and_ends_with_the_fleet
     loop = asyncio.create_task(router.run())
     while not starter.started:
         await asyncio.sleep(0.01)
-    assert caplog.text.count("a look at the fleet failed") == 1 and "f-0 is taken" in caplog.text
+    assert caplog.text.count("a step of the router failed") == 1 and "f-0 is taken" in caplog.text
     assert set(starter.cleared) == {"f"}
     await asyncio.wait_for(router.stop(), 5)
     assert loop.done()

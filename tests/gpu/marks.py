@@ -1,13 +1,13 @@
-"""What the tests of this folder need. Nobody has run them yet: no machine of ours has a GPU."""
+"""Marks for tests that need CUDA devices. Those of this folder have not been run on a GPU yet."""
 
 import pytest
 import torch
 
 
 def needs_gpus(num):
-    """Marks for a module: skip it, with a reason, where there are fewer CUDA devices."""
-    there = torch.cuda.device_count()
+    """Mark a module, so that it is skipped, with a reason, where there are fewer CUDA devices."""
+    num_devices = torch.cuda.device_count()
     return [
         pytest.mark.gpu,
-        pytest.mark.skipif(there < num, reason=f"needs {num} CUDA device(s), and {there} are here"),
+        pytest.mark.skipif(num_devices < num, reason=f"needs {num} CUDA device(s), and {num_devices} are here"),
     ]

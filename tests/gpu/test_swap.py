@@ -40,7 +40,7 @@ def fleet(ray_cluster, tiny_policy):
 
 def trained(path, device="cpu"):
     """The policy after some training, in bfloat16, and the probe of it."""
-    model = load_policy(path, torch.bfloat16).eval()
+    model = load_policy(Checkpoint(path=path, version="tiny"), torch.bfloat16).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +60,7 @@ def next_logprobs(fleet, checkpoint, probe):
 def test_a_samples_logprob_is_the_trainers(fleet, tiny_policy):
     sampling = Sampling(temperature=1.0, max_tokens=16)
     (sampled,) = fleet.call("generate", tiny_policy.checkpoint, [PROMPT], [[1, 2, 3]], sampling)
-    model = load_policy(tiny_policy.path, torch.bfloat16).eval().cuda()
+    model = load_policy(tiny_policy.checkpoint, torch.bfloat16).eval().cuda()
     for said in sampled:
         with torch.no_grad():
             expected = response_logprobs(model, collate([PROMPT], [said.token_ids]).to("cuda")).item()
@@ -87,10 +87,10 @@ def send_over_nccl(fleet, path, versions):
     sender = Sender(fleet, Transport(init_info=nccl_init_info, timeout_s=120), empty, torch.device("cuda:0"))
     errors = []
     for version in versions:
-        update = sender.send(Checkpoint(path="nowhere", version=version), probe, in_flight=False)
-        update.put(dict(state))
-        update.put(None)
-        errors.append(repr(update.error()))
+        transfer = sender.begin(Checkpoint(path="nowhere", version=version), probe, in_flight=False)
+        transfer.put(dict(state))
+        transfer.put(None)
+        errors.append(repr(transfer.wait()))
     return errors, probe
 
 

@@ -13,6 +13,7 @@ import pytest
 from rayrl.metrics import meters, prometheus
 from rayrl.metrics.curves import MetricLog
 from rayrl.metrics.prometheus import Counter, Gauge
+from rayrl.records import Judgement
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "cluster" / "README.md").read_text()
@@ -89,7 +90,7 @@ def test_the_dashboards_panels_are_laid_out():
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in DASHBOARD["panels"]]
     assert len(set(places)) == len(places)
     titles = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert titles == ["Run", "Fleets", "vLLM engines", "Selection", "Expert", "Training"]
+    assert titles == ["Run", "Fleets", "vLLM engines", "Selection", "Oracle", "Training"]
 
 
 def test_a_counter_counts_and_a_gauge_holds(scratch):
@@ -165,10 +166,10 @@ def test_the_oracle_pool_shows_what_it_spends(tmp_path):
     from rayrl.models.judge_prompt import load_rubric
     from rayrl.oracles.pool import OraclePool
 
-    config = ScriptedOracleConfig(function="tests.oracles.length_expert:judge")
+    config = ScriptedOracleConfig(function="tests.oracles.length_oracle:judge")
     pool = OraclePool(config, load_rubric(RubricConfig()), str(tmp_path / "ledger.sqlite"), {"metered": 3})
     asked = [
-        {"prompt_id": f"p{i}", "response_id": f"r{i}", "prompt": f"prompt {i}", "response": "answer"} for i in range(2)
+        Judgement(prompt_id=f"p{i}", response_id=f"r{i}", prompt=f"prompt {i}", response="answer") for i in range(2)
     ]
     try:
         for _ in range(2):

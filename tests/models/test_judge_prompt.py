@@ -8,9 +8,9 @@ from rayrl.models.judge_prompt import (
     Rubric,
     evaluator_prompt,
     evaluator_target,
-    expert_prompt,
     fill,
     load_rubric,
+    oracle_prompt,
     parse_judgement,
     score_texts,
     upto_score,
@@ -35,9 +35,9 @@ def test_built_in_rubric_holds_both_texts_and_says_they_are_data():
     assert filled.count("\n- ") == 5  # five additive points
 
 
-def test_expert_is_told_the_scale_and_the_answer_format(tmp_path):
+def test_the_oracle_is_told_the_scale_and_the_answer_format(tmp_path):
     rubric = load_rubric(template_config(tmp_path, "{prompt} {response}", min_score=-2, max_score=10))
-    assert expert_prompt(rubric, "p", "r").endswith("`Score: n`, with n a whole number from -2 to 10.")
+    assert oracle_prompt(rubric, "p", "r").endswith("`Score: n`, with n a whole number from -2 to 10.")
 
 
 def test_slots_inside_the_texts_are_not_filled():

@@ -1,4 +1,4 @@
-"""All three experts compare: a clear preference is one, anything else abstains, and every call that paid counts."""
+"""All three oracles compare: a clear preference is one, anything else abstains, and every call that paid counts."""
 
 import asyncio
 import json

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import sqlite3
 from collections import Counter
+from dataclasses import asdict, replace
 
 import pytest
 
 from rayrl.config import HttpOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.models.judge_prompt import load_rubric
+from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool
+from rayrl.records import Comparison, Judgement
 from tests.judge_server import JudgeServer, Reply
 
 RUBRIC = load_rubric(RubricConfig())
@@ -32,12 +35,19 @@ def http(server, **settings):
 
 
 def item(index, first="a", second="b"):
-    names = {"prompt_id": f"p{index}", "first_id": f"p{index}-{first}", "second_id": f"p{index}-{second}"}
-    return names | {"prompt": f"prompt {index}", "first": f"{first} {index}", "second": f"{second} {index}"}
+    return Comparison(
+        prompt_id=f"p{index}",
+        first_id=f"p{index}-{first}",
+        second_id=f"p{index}-{second}",
+        prompt=f"prompt {index}",
+        first=f"{first} {index}",
+        second=f"{second} {index}",
+    )
 
 
 def turned(index):
-    return item(index, "b", "a")
+    assert item(index).turned() == item(index, "b", "a")
+    return item(index).turned()
 
 
 @contextlib.contextmanager
@@ -50,7 +60,13 @@ def opened(config, location, label=100):
 
 
 def counts(pool, purpose="label"):
-    return {name: value for name, value in pool.summary()[purpose].items() if value and name != "budget"}
+    return {name: value for name, value in asdict(pool.summary()[purpose]).items() if value and name != "budget"}
+
+
+def kept(location, record):
+    """What a ledger without an owner holds for labels."""
+    with contextlib.closing(Ledger(location, {})) as ledger:
+        return ledger.answers(record, "label")
 
 
 def test_comparisons_come_back_in_order_and_name_both_responses(server, location):
@@ -63,8 +79,8 @@ def test_comparisons_come_back_in_order_and_name_both_responses(server, location
         assert [(a.preference, a.first_id, a.second_id) for a in answers] == [
             (words[i % 3], f"p{i}-a", f"p{i}-b") for i in range(12)
         ]
-        assert sorted(pool.comparisons("label"), key=lambda a: int(a.prompt_id[1:])) == answers
-        assert pool.judgements("label") == []
+    assert sorted(kept(location, Comparison), key=lambda a: int(a.prompt_id[1:])) == answers
+    assert kept(location, Judgement) == []
 
 
 def test_each_order_is_paid_once_within_and_across_calls(server, location):
@@ -74,7 +90,7 @@ def test_each_order_is_paid_once_within_and_across_calls(server, location):
             return await asyncio.gather(
                 pool.compare([item(1), turned(1), item(1)], "label"),
                 pool.compare([turned(1), item(1)], "label"),
-                pool.compare([item(1) | {"second_id": "elsewhere"}], "evaluate"),
+                pool.compare([replace(item(1), second_id="elsewhere")], "evaluate"),
             )
 
         same, _, elsewhere = asyncio.run(callers())
@@ -107,7 +123,7 @@ def test_64_concurrent_callers_never_exceed_the_budget(server, location):
 
 def test_judgements_and_comparisons_draw_on_one_budget(server, location):
     server.plan = lambda index, question: Reply(text="Score: 3" if "Score: n" in question else "Better: first")
-    judged = {"prompt_id": "p1", "response_id": "p1-a", "prompt": "prompt 1", "response": "a 1"}
+    judged = Judgement(prompt_id="p1", response_id="p1-a", prompt="prompt 1", response="a 1")
     with opened(http(server), location, label=2) as pool:
 
         async def three():
@@ -116,7 +132,7 @@ def test_judgements_and_comparisons_draw_on_one_budget(server, location):
 
         answers = asyncio.run(three())
         assert [a.preference for a in answers].count("first") == 1 and server.num_asked == 2
-        assert len(pool.judgements("label")) == len(pool.comparisons("label")) == 1
+    assert len(kept(location, Judgement)) == len(kept(location, Comparison)) == 1
 
 
 def test_failures_never_become_preferences(server, location):
@@ -128,8 +144,8 @@ def test_failures_never_become_preferences(server, location):
     assert all(a.status == "abstained" and a.preference is None and a.rationale for a in answers)
 
 
-def test_an_expert_that_cannot_compare_costs_nothing(location):
-    config = ScriptedOracleConfig(function="tests.oracles.length_expert:judge")
+def test_an_oracle_that_cannot_compare_costs_nothing(location):
+    config = ScriptedOracleConfig(function="tests.oracles.length_oracle:judge")
     with opened(config, location) as pool:
         (answer,) = asyncio.run(pool.compare([item(1)], "label"))
         assert (answer.preference, counts(pool)) == (None, {"refunded": 1})
@@ -140,7 +156,7 @@ def test_usd_are_held_for_both_responses(server, location):
     server.plan = lambda index, question: Reply(text="Better: tie", usage=(len(question) // 4, 20))
     with opened(http(server, budget_usd=10.0, **prices), location) as pool:
         answers = asyncio.run(pool.compare([item(i) for i in range(60)], "label"))
-        spent = pool.summary()["label"]["cost_usd"]
+        spent = pool.summary()["label"].cost_usd
     assert [a.status for a in answers].count("scored") == server.num_asked < 60
     assert sum(a.cost_usd for a in answers) == pytest.approx(spent) and 0 < spent <= 10.0
     with sqlite3.connect(location) as db:

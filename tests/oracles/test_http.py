@@ -1,4 +1,4 @@
-"""The HTTP expert against a real server: clear answers are scores, every failure abstains, and no key leaks."""
+"""The HTTP oracle against a real server: clear answers are scores, every failure abstains, and no key leaks."""
 
 import asyncio
 import logging

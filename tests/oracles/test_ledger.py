@@ -7,13 +7,17 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
 from rayrl.errors import BudgetExhausted, RunDirectoryError
-from rayrl.oracles.ledger import Ledger, PairQuery, Query, Reserved
+from rayrl.models.judge_prompt import Rubric
+from rayrl.oracles.ledger import Ledger, Reserved
 from rayrl.oracles.protocol import Verdict
+from rayrl.oracles.questions import address
 from rayrl.records import Comparison, Judgement
 
 SCORED = Verdict(score=3.0, rationale="good", cost_usd=0.01, input_tokens=7, output_tokens=2)
@@ -21,15 +25,26 @@ ABSTAINED = Verdict(score=None, rationale="unclear", cost_usd=0.02)
 UNBILLED = Verdict(score=None, rationale="refused", billed=False)
 
 
-def query(index, response_id=None):
-    return Query(
+RUBRIC = Rubric(template="{prompt} {response}", min_score=0, max_score=5, pairwise="{prompt} {first} {second}")
+OTHER_RUBRIC = replace(RUBRIC, template="Or else: {prompt} {response}", pairwise="Or else: {prompt} {first} {second}")
+
+
+def addressed(question, purpose="label", oracle="test", rubric=RUBRIC):
+    """As the pool hands it to the ledger."""
+    return address(question, SimpleNamespace(name=oracle, comparer=oracle), rubric, purpose)
+
+
+def judgement(index, response_id=None, prompt=None, response="answer"):
+    return Judgement(
         prompt_id=f"p{index}",
         response_id=response_id or f"p{index}-0",
-        prompt=f"prompt {index}",
-        response="answer",
-        oracle="test",
-        rubric="v1",
+        prompt=prompt or f"prompt {index}",
+        response=response,
     )
+
+
+def query(index, response_id=None, **asked):
+    return addressed(judgement(index, response_id), **asked)
 
 
 @pytest.fixture
@@ -42,18 +57,18 @@ def opened(location, label=10, evaluate=10, **settings):
 
 
 def pay(ledger, index, verdict=SCORED, purpose="label"):
-    claim = ledger.reserve(query(index), purpose)
+    claim = ledger.reserve(query(index, purpose=purpose))
     assert isinstance(claim, Reserved)
     return ledger.commit(claim, verdict)
 
 
 def counts(ledger, purpose="label"):
-    return {name: value for name, value in ledger.summary()[purpose].items() if value and name != "budget"}
+    return {name: value for name, value in asdict(ledger.summary()[purpose]).items() if value and name != "budget"}
 
 
 def test_a_judgement_says_who_judged_what_and_for_how_much(location):
-    judgement = pay(opened(location), 1)
-    assert judgement == Judgement(
+    paid = pay(opened(location), 1)
+    assert paid == Judgement(
         key=query(1).key,
         prompt_id="p1",
         response_id="p1-0",
@@ -73,7 +88,7 @@ def test_budget_is_spent_to_the_last_and_no_further(location):
     for index in range(3):
         pay(ledger, index)
     with pytest.raises(BudgetExhausted, match="all 3"):
-        ledger.reserve(query(3), "label")
+        ledger.reserve(query(3))
     pay(ledger, 3, purpose="evaluate")  # a budget of its own
     assert counts(ledger) == {"spent": 3, "scored": 3, "cost_usd": pytest.approx(0.03)}
 
@@ -83,7 +98,7 @@ def test_what_some_questions_took_of_a_budget(location):
     for index, verdict in enumerate([SCORED, ABSTAINED, UNBILLED, SCORED]):
         pay(ledger, index, verdict)
     pay(ledger, 5, purpose="evaluate")
-    ledger.lose(ledger.reserve(query(6), "label"))
+    ledger.lose(ledger.reserve(query(6)))
     pay(ledger, 6)  # the answer, after a call that was lost
     keys = [query(index).key for index in range(9)]
     assert ledger.num_spent(keys, "label") == counts(ledger)["spent"] == 5
@@ -94,24 +109,24 @@ def test_what_some_questions_took_of_a_budget(location):
 
 def test_a_purpose_without_a_budget_has_none(location):
     with pytest.raises(BudgetExhausted):
-        opened(location).reserve(query(0), "curiosity")
+        opened(location).reserve(query(0, purpose="curiosity"))
 
 
 def test_reservations_count_before_they_are_paid(location):
     ledger = opened(location, label=2)
-    claims = [ledger.reserve(query(index), "label") for index in range(2)]
+    claims = [ledger.reserve(query(index)) for index in range(2)]
     with pytest.raises(BudgetExhausted):
-        ledger.reserve(query(2), "label")
+        ledger.reserve(query(2))
     assert counts(ledger) == {"in_flight": 2}
-    ledger.release(claims[0], "never called")
-    assert isinstance(ledger.reserve(query(2), "label"), Reserved)
+    ledger.commit(claims[0], UNBILLED)
+    assert isinstance(ledger.reserve(query(2)), Reserved)
 
 
 def test_paid_once_is_free_ever_after_under_any_purpose(location):
     ledger = opened(location, label=1, evaluate=0)
     paid = pay(ledger, 1)
-    again = ledger.reserve(query(1), "label")
-    other = ledger.reserve(query(1, "q-7"), "evaluate")
+    again = ledger.reserve(query(1))
+    other = ledger.reserve(query(1, "q-7", purpose="evaluate"))
     assert again == paid
     assert isinstance(other, Judgement) and (other.score, other.cost_usd) == (3.0, 0.0)
     assert (other.response_id, other.purpose) == ("q-7", "evaluate")
@@ -120,11 +135,15 @@ def test_paid_once_is_free_ever_after_under_any_purpose(location):
 
 @pytest.mark.parametrize("field", ["prompt", "response", "oracle", "rubric"])
 def test_another_question_is_another_payment(location, field):
-    from dataclasses import replace
-
     ledger = opened(location)
     pay(ledger, 1)
-    assert isinstance(ledger.reserve(replace(query(1), **{field: "other"}), "label"), Reserved)
+    other = {
+        "prompt": addressed(judgement(1, prompt="other")),
+        "response": addressed(judgement(1, response="other")),
+        "oracle": query(1, oracle="other"),
+        "rubric": query(1, rubric=OTHER_RUBRIC),
+    }
+    assert isinstance(ledger.reserve(other[field]), Reserved)
 
 
 def test_a_paid_abstention_is_final_and_an_unbilled_one_is_refunded(location):
@@ -132,7 +151,7 @@ def test_a_paid_abstention_is_final_and_an_unbilled_one_is_refunded(location):
     final, refunded = pay(ledger, 1, ABSTAINED), pay(ledger, 2, UNBILLED)
     assert (final.status, final.score, final.cost_usd) == ("abstained", None, 0.02)
     assert (refunded.status, refunded.rationale, refunded.cost_usd) == ("abstained", "refused", 0.0)
-    assert ledger.reserve(query(1), "label") == final
+    assert ledger.reserve(query(1)) == final
     assert pay(ledger, 2).score == 3.0
     assert counts(ledger) == {
         "spent": 2, "scored": 1, "abstained": 1, "refunded": 1, "cost_usd": pytest.approx(0.03)
@@ -144,7 +163,7 @@ def test_judgements_are_what_was_paid_for_in_order(location):
     paid = [pay(ledger, 5), pay(ledger, 1, ABSTAINED), pay(ledger, 3)]
     pay(ledger, 2, UNBILLED)
     pay(ledger, 9, purpose="evaluate")
-    assert ledger.judgements("label") == paid
+    assert ledger.answers(Judgement, "label") == paid
 
 
 def test_reopening_keeps_everything(location):
@@ -153,50 +172,50 @@ def test_reopening_keeps_everything(location):
     before = ledger.summary()
     ledger.close()
     ledger = opened(location, label=2)
-    assert ledger.judgements("label") == paid and ledger.summary() == before
+    assert ledger.answers(Judgement, "label") == paid and ledger.summary() == before
     with pytest.raises(BudgetExhausted):
-        ledger.reserve(query(3), "label")
+        ledger.reserve(query(3))
 
 
 def test_what_was_under_way_is_lost_counted_and_may_be_asked_anew(location):
     ledger = opened(location, label=2, budget_usd=1.0)
-    ledger.reserve(query(1), "label", 0.4)
+    ledger.reserve(query(1), 0.4)
     ledger.close()
     ledger = opened(location, label=2, budget_usd=1.0)
     assert counts(ledger) == {"spent": 1, "lost": 1, "cost_usd": 0.4}
-    claim = ledger.reserve(query(1), "label", 0.4)
+    claim = ledger.reserve(query(1), 0.4)
     assert ledger.commit(claim, SCORED).score == 3.0
     assert counts(ledger) == {"spent": 2, "lost": 1, "scored": 1, "cost_usd": pytest.approx(0.41)}
     with pytest.raises(BudgetExhausted):
-        ledger.reserve(query(2), "label")
+        ledger.reserve(query(2))
 
 
 def test_a_call_of_unknown_outcome_counts_and_may_be_asked_anew(location):
     ledger = opened(location, label=2)
-    ledger.lose(ledger.reserve(query(1), "label"))
+    ledger.lose(ledger.reserve(query(1)))
     assert pay(ledger, 1).score == 3.0
     assert counts(ledger) == {"spent": 2, "lost": 1, "scored": 1, "cost_usd": 0.01}
 
 
 def test_usd_are_held_at_the_estimate_and_spent_at_the_price(location):
     ledger = opened(location, budget_usd=1.0)
-    claim = ledger.reserve(query(1), "label", 0.6)
+    claim = ledger.reserve(query(1), 0.6)
     with pytest.raises(BudgetExhausted, match=r"budget_usd .*0\.6000 of 1\.0000"):
-        ledger.reserve(query(2), "label", 0.6)
+        ledger.reserve(query(2), 0.6)
     ledger.commit(claim, SCORED)
-    second = ledger.reserve(query(2), "evaluate", 0.6)  # the limit is over all purposes
+    second = ledger.reserve(query(2, purpose="evaluate"), 0.6)  # the limit is over all purposes
     with pytest.raises(BudgetExhausted):
-        ledger.reserve(query(3), "label", 0.6)
-    ledger.release(second, "not sent")
-    assert isinstance(ledger.reserve(query(3), "label", 0.6), Reserved)
+        ledger.reserve(query(3), 0.6)
+    ledger.commit(second, UNBILLED)
+    assert isinstance(ledger.reserve(query(3), 0.6), Reserved)
 
 
 def test_usd_survive_a_restart(location):
     ledger = opened(location, budget_usd=1.0)
-    ledger.commit(ledger.reserve(query(1), "label", 0.9), Verdict(score=1.0, rationale="", cost_usd=0.9))
+    ledger.commit(ledger.reserve(query(1), 0.9), Verdict(score=1.0, rationale="", cost_usd=0.9))
     ledger.close()
     with pytest.raises(BudgetExhausted):
-        opened(location, budget_usd=1.0).reserve(query(2), "label", 0.2)
+        opened(location, budget_usd=1.0).reserve(query(2), 0.2)
 
 
 @pytest.mark.parametrize("budget_usd", [None, 0.25])
@@ -205,7 +224,7 @@ def test_64_threads_never_overspend(location, budget_usd):
 
     def spend(index):
         try:
-            claim = ledger.reserve(query(index), "label", 0.01)
+            claim = ledger.reserve(query(index), 0.01)
         except BudgetExhausted:
             return 0
         ledger.commit(claim, SCORED)
@@ -222,23 +241,25 @@ def test_64_threads_never_overspend(location, budget_usd):
 PREFERRED = Verdict(score=0.0, rationale="the second", cost_usd=0.01)
 
 
-def pair(index, first="a", second="b"):
-    return PairQuery(
+def comparison(index, first="a", second="b", prompt=None):
+    return Comparison(
         prompt_id=f"p{index}",
         first_id=f"p{index}-{first}",
         second_id=f"p{index}-{second}",
-        prompt=f"prompt {index}",
+        prompt=prompt or f"prompt {index}",
         first=first,
         second=second,
-        oracle="test",
-        rubric="pairs",
     )
+
+
+def pair(index, first="a", second="b", **asked):
+    return addressed(comparison(index, first, second), **asked)
 
 
 def test_a_comparison_says_who_preferred_what_and_for_how_much(location):
     ledger = opened(location)
-    comparison = ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
-    assert comparison == Comparison(
+    paid = ledger.commit(ledger.reserve(pair(1)), PREFERRED)
+    assert paid == Comparison(
         key=pair(1).key,
         prompt_id="p1",
         first_id="p1-a",
@@ -253,91 +274,69 @@ def test_a_comparison_says_who_preferred_what_and_for_how_much(location):
         purpose="label",
         cost_usd=0.01,
     )
-    assert ledger.reserve(pair(1), "label") == comparison
+    assert ledger.reserve(pair(1)) == paid
     with sqlite3.connect(location) as db:
-        assert db.execute("SELECT response, second FROM attempts").fetchall() == [("a", "b")]
+        asked = db.execute("SELECT first, second, preference, response, score FROM attempts").fetchall()
+    assert asked == [("a", "b", "second", None, None)]
 
 
 def test_the_other_order_is_another_payment(location):
     ledger = opened(location, label=2)
-    ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
-    turned = ledger.reserve(pair(1, "b", "a"), "label")
+    ledger.commit(ledger.reserve(pair(1)), PREFERRED)
+    turned = ledger.reserve(addressed(comparison(1).turned()))
     assert isinstance(turned, Reserved)
     assert ledger.commit(turned, Verdict(score=1.0, rationale="the second again")).preference == "first"
     with pytest.raises(BudgetExhausted):
-        ledger.reserve(pair(2), "label")
+        ledger.reserve(pair(2))
 
 
 @pytest.mark.parametrize("field", ["prompt", "first", "second", "oracle", "rubric"])
 def test_another_comparison_is_another_payment(location, field):
-    from dataclasses import replace
-
     ledger = opened(location)
-    ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
-    assert isinstance(ledger.reserve(replace(pair(1), **{field: "other"}), "label"), Reserved)
+    ledger.commit(ledger.reserve(pair(1)), PREFERRED)
+    other = {
+        "prompt": addressed(comparison(1, prompt="other")),
+        "first": pair(1, first="other"),
+        "second": pair(1, second="other"),
+        "oracle": pair(1, oracle="other"),
+        "rubric": pair(1, rubric=OTHER_RUBRIC),
+    }
+    assert isinstance(ledger.reserve(other[field]), Reserved)
 
 
 def test_judgements_and_comparisons_share_a_budget_and_never_mix(location):
     ledger = opened(location, label=3)
     judged = pay(ledger, 1)
-    compared = ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
-    abstained = ledger.commit(ledger.reserve(pair(2), "label"), ABSTAINED)
+    compared = ledger.commit(ledger.reserve(pair(1)), PREFERRED)
+    abstained = ledger.commit(ledger.reserve(pair(2)), ABSTAINED)
     assert (abstained.status, abstained.preference) == ("abstained", None)
     with pytest.raises(BudgetExhausted):
-        ledger.reserve(pair(3), "label")
+        ledger.reserve(pair(3))
     ledger.close()
     ledger = opened(location, label=3)
-    assert ledger.judgements("label") == [judged]
-    assert ledger.comparisons("label") == [compared, abstained]
+    assert ledger.answers(Judgement, "label") == [judged]
+    assert ledger.answers(Comparison, "label") == [compared, abstained]
     assert counts(ledger) == {"spent": 3, "scored": 2, "abstained": 1, "cost_usd": pytest.approx(0.04)}
 
 
 def test_a_shared_comparison_costs_once(location):
-    from dataclasses import replace
-
     ledger = opened(location, label=1)
-    ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED)
-    other = ledger.reserve(replace(pair(1), second_id="q-7"), "evaluate")
+    ledger.commit(ledger.reserve(pair(1)), PREFERRED)
+    other = ledger.reserve(replace(pair(1, purpose="evaluate"), second_id="q-7"))
     assert isinstance(other, Comparison)
     assert (other.second_id, other.preference, other.purpose, other.cost_usd) == ("q-7", "second", "evaluate", 0.0)
 
 
-OLD_SCHEMA = """
-CREATE TABLE attempts (
-    attempt INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, purpose TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('reserved', 'scored', 'abstained', 'refunded', 'lost')),
-    prompt_id TEXT NOT NULL, response_id TEXT NOT NULL, prompt TEXT NOT NULL, response TEXT NOT NULL,
-    oracle TEXT NOT NULL, score REAL, rationale TEXT NOT NULL DEFAULT '', cost_usd REAL NOT NULL,
-    input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
-    reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, CHECK ((score IS NOT NULL) = (state = 'scored'))
-);
-"""
-
-
-def test_a_ledger_of_before_comparisons_is_taken_up(location, tmp_path):
-    (tmp_path / "run").mkdir()
-    with sqlite3.connect(location) as db:
-        db.executescript(OLD_SCHEMA)
-        columns = "key, purpose, state, prompt_id, response_id, prompt, response, oracle, score, cost_usd"
-        row = (query(1).key, "label", "scored", "p1", "p1-0", "prompt 1", "answer", "test", 3.0, 0.01)
-        db.execute(f"INSERT INTO attempts ({columns}) VALUES ({', '.join('?' * len(row))})", row)
-    ledger = opened(location, label=2)
-    paid = ledger.reserve(query(1), "label")
-    assert isinstance(paid, Judgement) and (paid.score, paid.cost_usd) == (3.0, 0.01)
-    assert ledger.commit(ledger.reserve(pair(1), "label"), PREFERRED).preference == "second"
-    with pytest.raises(BudgetExhausted):
-        ledger.reserve(pair(2), "label")
-
-
 KILLED = """
 import os, signal, sys
-from rayrl.oracles.ledger import Ledger, Query
+from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
+from rayrl.records import Judgement
 ledger = Ledger(sys.argv[1], {"label": 10})
-for index in range(7):
-    query = Query(prompt_id=f"p{index}", response_id=f"p{index}-0", prompt=f"prompt {index}", response="answer",
-                  oracle="test", rubric="v1")
-    claim = ledger.reserve(query, "label")
+for index, key in enumerate(sys.argv[2:]):
+    question = Judgement(key=key, prompt_id=f"p{index}", response_id=f"p{index}-0", prompt=f"prompt {index}",
+                         response="answer", oracle="test", purpose="label")
+    claim = ledger.reserve(question)
     if index < 4:
         ledger.commit(claim, Verdict(score=3.0, rationale="good", cost_usd=0.01))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -345,11 +344,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_kill_9_loses_no_paid_judgement_and_no_count(location):
-    killed = subprocess.run([sys.executable, "-c", KILLED, location], check=False, cwd=os.getcwd())
+    keys = [query(index).key for index in range(7)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, location, *keys], check=False, cwd=os.getcwd())
     assert killed.returncode == -signal.SIGKILL
     ledger = opened(location)
     assert counts(ledger) == {"spent": 7, "scored": 4, "lost": 3, "cost_usd": pytest.approx(0.04)}
-    assert all(isinstance(ledger.reserve(query(index), "label"), Judgement) for index in range(4))
+    assert all(isinstance(ledger.reserve(query(index)), Judgement) for index in range(4))
 
 
 def test_a_ledger_has_one_owner(location):
@@ -377,7 +377,7 @@ def url(request, tmp_path):
 def test_a_remote_ledger_is_taken_up_elsewhere_as_of_the_last_sync(url):
     first = opened(url)
     pay(first, 1)
-    first.reserve(query(2), "label")
+    first.reserve(query(2))
     asyncio.run(first.sync())
     pay(first, 3)  # never synced: this machine dies here
     second = opened(url)
@@ -390,10 +390,10 @@ def test_a_sync_covers_every_write_before_it(url):
     ledger = opened(url, label=50)
 
     async def one(index):
-        claim = ledger.reserve(query(index), "label")
+        claim = ledger.reserve(query(index))
         await ledger.sync()
         other = opened(url, label=50)
-        is_there = isinstance(other.reserve(query(index + 100), "label"), Reserved) and counts(other)["lost"] > 0
+        is_there = isinstance(other.reserve(query(index + 100)), Reserved) and counts(other)["lost"] > 0
         ledger.commit(claim, SCORED)
         await ledger.sync()
         return is_there

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import uuid
 from collections import Counter
+from dataclasses import asdict, replace
 
 import pytest
 
 from rayrl.config import HttpOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.errors import ConfigError, RunDirectoryError
 from rayrl.models.judge_prompt import load_rubric
+from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool, start_oracle_pool
+from rayrl.records import Judgement
 from tests.judge_server import JudgeServer, Reply
 
 RUBRIC = load_rubric(RubricConfig())
@@ -41,7 +44,7 @@ def http(server, **settings):
 
 def items(*indices):
     return [
-        {"prompt_id": f"p{i}", "response_id": f"p{i}-0", "prompt": f"prompt {i}", "response": f"answer {i}"}
+        Judgement(prompt_id=f"p{i}", response_id=f"p{i}-0", prompt=f"prompt {i}", response=f"answer {i}")
         for i in indices
     ]
 
@@ -60,7 +63,13 @@ def statuses(judgements):
 
 
 def counts(summary, purpose="label"):
-    return {name: value for name, value in summary[purpose].items() if value and name != "budget"}
+    return {name: value for name, value in asdict(summary[purpose]).items() if value and name != "budget"}
+
+
+def kept(location):
+    """The paid judgements in a ledger without an owner."""
+    with contextlib.closing(Ledger(location, {})) as ledger:
+        return ledger.answers(Judgement, "label")
 
 
 def test_judgements_come_back_in_order(server, location):
@@ -91,7 +100,7 @@ def test_how_many_questions_are_asked_at_once_may_change(server, location):
 
 
 def test_the_same_text_is_paid_once_within_and_across_calls(server, location):
-    same = [dict(item, response_id=f"r{n}") for n, item in enumerate(items(1, 1, 1, 2))]
+    same = [replace(item, response_id=f"r{n}") for n, item in enumerate(items(1, 1, 1, 2))]
     with opened(http(server), location, label=2, evaluate=0) as pool:
 
         async def three_callers():
@@ -117,7 +126,7 @@ def test_64_concurrent_callers_never_exceed_the_budget(server, location):
 
         results = asyncio.run(callers())
         summary = pool.summary()
-    assert server.num_asked == 50 == summary["label"]["spent"]
+    assert server.num_asked == 50 == summary["label"].spent
     assert max(Counter(server.responses()).values()) == 1
     assert server.max_active <= 16
     refused = [j for result in results for j in result if j.rationale == BUDGET_EXHAUSTED]
@@ -139,7 +148,7 @@ def test_usd_budget_holds_and_what_was_paid_is_kept(server, location):
     config = http(server, budget_usd=10.0, **prices)
     with opened(config, location) as pool:
         judgements = asyncio.run(pool.judge(items(*range(90)), "label"))
-        spent = pool.summary()["label"]["cost_usd"]
+        spent = pool.summary()["label"].cost_usd
     num_scored = statuses(judgements).count("scored")
     assert num_scored == server.num_asked and 0 < num_scored < 90
     assert sum(judgement.cost_usd for judgement in judgements) == pytest.approx(spent)
@@ -151,9 +160,9 @@ def test_failures_never_become_values(server, location):
     server.plan = lambda index, question: bad[index % len(bad)]
     with opened(http(server), location) as pool:
         judgements = asyncio.run(pool.judge(items(*range(25)), "label"))
-        kept = pool.judgements("label")
     assert all(j.status == "abstained" and j.score is None and j.rationale for j in judgements)
-    assert len(kept) == 20 and all(j.status == "abstained" for j in kept)  # error statuses are refunded
+    paid = kept(location)
+    assert len(paid) == 20 and all(j.status == "abstained" for j in paid)  # error statuses are refunded
 
 
 def test_paid_abstentions_are_not_asked_again_and_unbilled_ones_are(server, location):
@@ -217,7 +226,9 @@ import asyncio, json, sys
 from rayrl.oracles.pool import OraclePool
 from rayrl.config import HttpOracleConfig, RubricConfig
 from rayrl.models.judge_prompt import load_rubric
-config, location, items = HttpOracleConfig(**json.loads(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3])
+from rayrl.records import Judgement
+config, location = HttpOracleConfig(**json.loads(sys.argv[1])), sys.argv[2]
+items = [Judgement(**item) for item in json.loads(sys.argv[3])]
 pool = OraclePool(config, load_rubric(RubricConfig()), location, {"label": 30})
 asyncio.run(pool.judge(items, "label"))
 """
@@ -226,7 +237,7 @@ asyncio.run(pool.judge(items, "label"))
 def test_kill_9_in_the_middle_loses_at_most_what_was_in_flight(server, location):
     server.plan = lambda index, question: Reply(wait=index >= 10)
     config = http(server, max_concurrency=4)
-    arguments = [config.model_dump_json(), location, json.dumps(items(*range(20)))]
+    arguments = [config.model_dump_json(), location, json.dumps([asdict(item) for item in items(*range(20))])]
     process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], cwd=os.getcwd())
     server.wait_for(14)  # ten answered, four held back
     process.send_signal(signal.SIGKILL)
@@ -271,7 +282,8 @@ def test_the_actor_judges_and_reports(start, server, location):
     pool = start(http(server), location, name="pool-under-test", label=5)
     judgements = ray.get(pool.judge.remote(items(*range(8)), "label"), timeout=60)
     assert statuses(judgements).count("scored") == 5
-    assert ray.get(pool.judgements.remote("label"), timeout=60) == [j for j in judgements if j.status == "scored"]
+    again = ray.get(pool.judge.remote(items(*range(8)), "label"), timeout=60)
+    assert again == judgements and len({j.key for j in judgements}) == 8
     by_name = ray.get_actor("pool-under-test-oracle")
     assert counts(ray.get(by_name.summary.remote(), timeout=60)) == {"spent": 5, "scored": 5}
 
@@ -325,10 +337,10 @@ def test_a_name_in_use_is_refused(start, server, location, tmp_path):
         start(http(server), str(tmp_path / "other.sqlite"), name="taken", label=5)
 
 
-def test_a_scripted_expert_is_found_by_the_actor(start, location):
+def test_a_scripted_oracle_is_found_by_the_actor(start, location):
     import ray
 
-    config = ScriptedOracleConfig(function="tests.oracles.length_expert:judge")
+    config = ScriptedOracleConfig(function="tests.oracles.length_oracle:judge")
     pool = start(config, location, label=5)
     judgements = ray.get(pool.judge.remote(items(1, 22, 333), "label"), timeout=60)
     assert [judgement.score for judgement in judgements] == [1.0, 2.0, 3.0]

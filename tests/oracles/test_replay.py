@@ -1,4 +1,4 @@
-"""A table as the expert: every format gives the same answers, and what is not in the table is not invented."""
+"""A table as the oracle: every format gives the same answers, and what is not in the table is not invented."""
 
 import asyncio
 import gzip

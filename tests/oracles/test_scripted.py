@@ -1,4 +1,4 @@
-"""A Python function as the expert: what it returns is a score on the scale, or an abstention."""
+"""A Python function as the oracle: what it returns is a score on the scale, or an abstention."""
 
 import asyncio
 import threading
@@ -41,15 +41,15 @@ not_a_function = 3
 @pytest.fixture(scope="module", autouse=True)
 def module_in_working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripted")
-    (folder / "expert_functions.py").write_text(FUNCTIONS)
-    (folder / "expert_broken.py").write_text("import a_module_that_is_not_there")
+    (folder / "oracle_functions.py").write_text(FUNCTIONS)
+    (folder / "oracle_broken.py").write_text("import a_module_that_is_not_there")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield
 
 
 def ask(function, **settings):
-    oracle = build_oracle(ScriptedOracleConfig(function=f"expert_functions:{function}", **settings), RUBRIC)
+    oracle = build_oracle(ScriptedOracleConfig(function=f"oracle_functions:{function}", **settings), RUBRIC)
     return asyncio.run(oracle.judge("prompt", "abc"))
 
 
@@ -80,14 +80,14 @@ def test_an_exception_abstains_with_its_text_and_is_refunded(function, text):
 
 @pytest.mark.parametrize("function", ["hangs", "hangs_later"])
 def test_a_function_that_hangs_abstains_and_counts(function):
-    import expert_functions
+    import oracle_functions
 
-    expert_functions.release = threading.Event()
-    oracle = build_oracle(ScriptedOracleConfig(function=f"expert_functions:{function}", timeout_s=0.1), RUBRIC)
+    oracle_functions.release = threading.Event()
+    oracle = build_oracle(ScriptedOracleConfig(function=f"oracle_functions:{function}", timeout_s=0.1), RUBRIC)
 
     async def run():
         verdict = await oracle.judge("p", "r")
-        expert_functions.release.set()
+        oracle_functions.release.set()
         return verdict
 
     verdict = asyncio.run(run())
@@ -98,9 +98,9 @@ def test_a_function_that_hangs_abstains_and_counts(function):
     ("function", "text"),
     [
         ("nowhere_to_be_found:judge", "nowhere_to_be_found"),
-        ("expert_functions:missing", "no function missing"),
-        ("expert_functions:not_a_function", "no function not_a_function"),
-        ("expert_broken:judge", "a_module_that_is_not_there"),
+        ("oracle_functions:missing", "no function missing"),
+        ("oracle_functions:not_a_function", "no function not_a_function"),
+        ("oracle_broken:judge", "a_module_that_is_not_there"),
     ],
 )
 def test_an_unusable_function_is_refused(function, text):

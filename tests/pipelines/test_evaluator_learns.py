@@ -9,8 +9,8 @@ from rayrl.config import load_config
 from rayrl.fleets.services import Services
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.pool import start_oracle_pool
-from rayrl.runs import storage
 from rayrl.runs.run import open_run
+from rayrl.runs.stage_table import FIT_EVALUATOR
 from rayrl.stages.labelling.query import query
 from rayrl.stages.policy.sft import base_policy
 from rayrl.stages.proxy.fit_evaluator import fit_evaluator
@@ -44,16 +44,18 @@ def validation(folder, labels):
     finally:
         services.stop()
         ray.kill(oracle)
-    return storage.read_json(run.folder("fit_evaluator", "manifest.json"))["metrics"]["validation"]
+    manifest = run.manifest(FIT_EVALUATOR)
+    assert manifest is not None
+    return manifest.metrics.validation
 
 
 @pytest.mark.slow
 def test_held_out_rank_correlation_is_above_shuffled_labels(ray_cluster, tmp_path):
     os.chdir(ROOT)
     true, shuffled = validation(tmp_path, "proxy"), validation(tmp_path, "shuffled")
-    assert true["num"] > 90
-    above = true["spearman"]["mean"] - shuffled["spearman"]["mean"]
-    error = math.hypot(true["spearman"]["standard_error"], shuffled["spearman"]["standard_error"])
+    assert true.num > 90
+    above = true.spearman.mean - shuffled.spearman.mean
+    error = math.hypot(true.spearman.standard_error, shuffled.spearman.standard_error)
     assert above > 2 * error
-    assert true["spearman"]["mean"] > 0.3
-    assert shuffled["spearman"]["mean"] == pytest.approx(0, abs=4 * shuffled["spearman"]["standard_error"])
+    assert true.spearman.mean > 0.3
+    assert shuffled.spearman.mean == pytest.approx(0, abs=4 * shuffled.spearman.standard_error)

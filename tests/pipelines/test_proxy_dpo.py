@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rayrl.config import load_config
+from rayrl.config import RunConfig, load_config
 from rayrl.preflight import check
 from tests.tiny_models import make_tiny_model
 
@@ -45,6 +45,21 @@ def manifest(folder, stage):
     return json.loads((folder / "stages" / stage / "manifest.json").read_text())
 
 
+def written_stages(folder):
+    """Stages that left a manifest, without the members of an ensemble."""
+    names = {path.parent.name for path in (folder / "stages").glob("*/manifest.json")}
+    return {name for name in names if not name.rpartition("-")[2].isdigit()}
+
+
+def config_in(folder):
+    """The config that a finished run was started with."""
+    return RunConfig.model_validate_json((folder / "config.json").read_text())
+
+
+def planned_stages(config):
+    return [stage.name for stage in check(config, cluster={"CPU": 4.0}).stages]
+
+
 def rows(folder, stage, table="table"):
     parts = sorted((folder / "stages" / stage / table).glob("part-*.parquet"))
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
@@ -55,6 +70,10 @@ def finished(ray_cluster, tmp_path_factory):
     """One finished run that every test of this file may read, and reuse."""
     os.chdir(ROOT)
     return run(tmp_path_factory.mktemp("runs") / "finished", [])
+
+
+def test_the_plan_names_the_stages_that_the_run_then_has(finished):
+    assert set(planned_stages(config_in(finished))) == written_stages(finished)
 
 
 def test_every_stage_leaves_its_table_and_manifest(finished):
@@ -68,7 +87,7 @@ def test_every_stage_leaves_its_table_and_manifest(finished):
     assert len(query_set) == 24 and query_set <= {response["id"] for response in responses}
     judged = rows(finished, "query")
     assert [j["response_id"] for j in judged] == [row["response_id"] for row in rows(finished, "select")]
-    assert manifest(finished, "query")["metrics"]["label"]["spent"] == 24
+    assert manifest(finished, "query")["metrics"]["ledger"]["label"]["spent"] == 24
 
 
 def test_pairs_prefer_the_higher_score_and_keep_the_experts_scores(finished):
@@ -94,8 +113,10 @@ def test_the_evaluation_is_paired_and_has_its_own_budget(finished):
     assert len(table) == 12
     metrics = manifest(finished, "evaluate")["metrics"]
     differences = [row["m2_score"] - row["m1_score"] for row in table]
-    assert metrics["difference"]["mean"] == pytest.approx(sum(differences) / 12)
-    assert metrics["difference"]["num"] == 12
+    difference = metrics["policies"]["m2"]["difference"]
+    assert difference["mean"] == pytest.approx(sum(differences) / 12)
+    assert difference["num"] == 12 == metrics["num_judged"]
+    assert set(metrics["policies"]) == {"m1", "m2"} and set(metrics["rewards"]) == {"evaluator"}
     with sqlite3.connect(f"file:{finished / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
         paid = dict(ledger.execute("select purpose, count(*) from attempts where state = 'scored' group by purpose"))
     assert paid["label"] == 24 and paid["evaluate"] <= 24
@@ -125,11 +146,11 @@ def test_another_familys_lora_with_a_scalar_evaluator_in_turn(ray_cluster, tmp_p
             "dpo.loss=ipo",
             "dpo.lora.rank=4",
             "dpo.reference=pass",
-            "oracle.function=tests.oracles.length_expert:judge",
+            "oracle.function=tests.oracles.length_oracle:judge",
         ],
     )
     assert manifest(folder, "pseudo_label")["metrics"]["num_pairs"] > 0
-    assert manifest(folder, "evaluate")["metrics"]["kl"]["num"] > 0
+    assert manifest(folder, "evaluate")["metrics"]["policies"]["m2"]["kl"]["num"] > 0
     assert (folder / "stages" / "dpo" / "references-0-of-1.json").exists()
 
 
@@ -149,9 +170,9 @@ def test_controls_are_one_line_and_share_finished_stages(finished, tmp_path, con
         assert all(row["response_id"].startswith("seed-") for row in rows(folder, "select"))
         assert pairs and {pair["source"] for pair in pairs} == {"evaluator"}
         return
-    assert {pair["source"] for pair in pairs} == {"expert"}
+    assert {pair["source"] for pair in pairs} == {"oracle"}
     assert not (folder / "stages" / "fit_evaluator").exists()
-    paid = manifest(folder, "query")["metrics"]["label"]["spent"]
+    paid = manifest(folder, "query")["metrics"]["ledger"]["label"]["spent"]
     assert paid == (manifest(finished, "generate")["metrics"]["num_responses"] if control == "expert" else 24)
 
 
@@ -174,4 +195,4 @@ def test_a_driver_killed_in_mid_generation_continues_to_the_same_tables(finished
         assert rows(folder, stage) == rows(finished, stage) or stage == "query"
     ours, theirs = rows(folder, "query"), rows(finished, "query")
     assert [(j["response_id"], j["score"]) for j in ours] == [(j["response_id"], j["score"]) for j in theirs]
-    assert manifest(folder, "query")["metrics"]["label"]["spent"] == 24
+    assert manifest(folder, "query")["metrics"]["ledger"]["label"]["spent"] == 24

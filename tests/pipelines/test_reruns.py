@@ -1,4 +1,4 @@
-"""A rerun of a finished run of the second pipeline: everything is found, and no engine, expert or model is needed."""
+"""A rerun of a finished run of the second pipeline: everything is found, and no engine, oracle or model is needed."""
 
 from types import SimpleNamespace
 
@@ -6,31 +6,10 @@ import pytest
 
 from rayrl.config import RunConfig
 from rayrl.pipelines.rlp import rlp
-from rayrl.runs.run import Manifest, Run
+from tests.fakes import FinishedRun
 
 NOBODY = SimpleNamespace(dtype="float32")
 """Services without a fleet: asking for one fails."""
-FOUND = {
-    "num_prompts": 8,
-    "num_eval": 2,
-    "num_responses": 16,
-    "block_counts": [16],
-    "num_blocks": 1,
-    "train_blocks": 1,
-    "held_out_blocks": 1,
-    "means": [0.0],
-    "stds": [1.0],
-}
-
-
-class Finished(Run):
-    """A run whose every stage is done."""
-
-    def finished(self, stage, key):
-        return Manifest(stage=stage, key=key, seconds=0, num_rows=1, metrics=FOUND, summary="", finished_at="")
-
-    def manifest(self, stage):
-        return self.finished(stage, "found")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +20,7 @@ class Finished(Run):
         {"rounds": 2},
         {"ppo": {"reward": "evaluator"}, "evaluator": {"type": "scalar"}},
         {"ppo": {"reward": "evaluator"}, "rounds": 2},
-        {"ppo": {"reward": "function", "function": "tests.oracles.length_expert:reward"}},
+        {"ppo": {"reward": "function", "function": "tests.oracles.length_oracle:reward"}},
     ],
     ids=str,
 )
@@ -58,5 +37,5 @@ def test_a_rerun_of_a_finished_run_starts_no_engine(tmp_path, changes):
         "preferences": {"source": "oracle"},
         "evaluate": {"diagnosis_budget": 100, "best_of_n": 4},
     }
-    run = Finished(config=RunConfig.model_validate(tree | changes), url=str(tmp_path))
+    run = FinishedRun(config=RunConfig.model_validate(tree | changes), url=str(tmp_path))
     assert rlp(run, NOBODY, None).stage == "evaluate"  # type: ignore[arg-type]

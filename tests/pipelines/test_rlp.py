@@ -10,7 +10,7 @@ import pytest
 
 from rayrl.config import load_config
 from rayrl.preflight import check
-from tests.pipelines.test_proxy_dpo import ROOT, manifest, rows
+from tests.pipelines.test_proxy_dpo import ROOT, config_in, manifest, planned_stages, rows, written_stages
 
 SMALL = [
     "pool.limit=60",
@@ -61,6 +61,10 @@ def finished(ray_cluster, tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "rlp", [])
 
 
+def test_the_plan_names_the_stages_that_the_run_then_has(finished):
+    assert set(planned_stages(config_in(finished))) == written_stages(finished)
+
+
 def test_every_policy_is_judged_on_the_same_prompts(finished):
     metrics = manifest(finished, "evaluate")["metrics"]
     assert set(metrics["policies"]) == {"m1", "ppo", "rlp", "best_of_n"}
@@ -73,7 +77,7 @@ def test_every_policy_is_judged_on_the_same_prompts(finished):
     assert metrics["policies"]["best_of_n"]["kl"]["mean"] == pytest.approx(np.log(2) - 0.5)
     with sqlite3.connect(f"file:{finished / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
         paid = dict(ledger.execute("select purpose, count(*) from attempts where state != 'refunded' group by purpose"))
-    assert paid["label"] == manifest(finished, "preferences")["metrics"]["label"]["spent"] == 40
+    assert paid["label"] == manifest(finished, "preferences")["metrics"]["asked"]["ledger"]["label"]["spent"] == 40
     assert paid["evaluate"] <= 96 + 72
     references = metrics["references"]
     assert (references["by"], references["num_prompts"]) == ("random", 12)
@@ -143,7 +147,7 @@ def test_every_other_refresh_runs(finished, method):
 @pytest.mark.slow
 def test_ppo_on_a_python_function_and_on_an_evaluator(ray_cluster, finished):
     os.chdir(ROOT)
-    scripted = ["ppo.reward=function", "ppo.function=tests.oracles.length_expert:reward", f"reuse={finished}"]
+    scripted = ["ppo.reward=function", "ppo.function=tests.oracles.length_oracle:reward", f"reuse={finished}"]
     asked = ["ppo.reward=evaluator", "select.budget=24", "evaluator.epochs=2", f"reuse={finished}"]
     for name, overrides in (("function", scripted), ("evaluator", asked)):
         folder = run(finished.with_name(name), overrides)

@@ -114,8 +114,8 @@ def test_rlp_compares_the_last_policys_responses_in_its_second_round(ray_cluster
     folder = run("rlp", tmp_path / "rlp", "jobs/configs/rlp_quickstart.toml", [*RLP, "rounds=2", *SPG])
     second = folder / "rounds" / "2"
     first_d, both = (manifest(of, "preferences")["metrics"] for of in (folder, second))
-    assert (first_d["num_spent"], both["num_spent"]) == (20, 20) and paid_labels(folder) == 40
-    assert both["num_pairs"] == first_d["num_pairs"] + both["num_new_pairs"]
+    assert (first_d["asked"]["num_spent"], both["asked"]["num_spent"]) == (20, 20) and paid_labels(folder) == 40
+    assert both["num_pairs"] == first_d["num_pairs"] + both["asked"]["num_new_pairs"]
     assert [row["chosen_id"] for row in rows(second, "preferences")][: first_d["num_pairs"]] == [
         row["chosen_id"] for row in rows(folder, "preferences")
     ]
@@ -123,7 +123,7 @@ def test_rlp_compares_the_last_policys_responses_in_its_second_round(ray_cluster
     assert writer.startswith("ppo_refreshed-")
     evaluated = manifest(folder, "evaluate")["metrics"]
     assert set(evaluated["policies"]) == {"m1", "ppo", "rlp", "ppo-2", "rlp-2"}
-    assert set(evaluated["reward_accuracy"]) == {"r", "refreshed", "r-2", "refreshed-2"}
+    assert set(evaluated["rewards"]) == {"r", "refreshed", "r-2", "refreshed-2"}
     assert "RLP, round 2" in (folder / "report.html").read_text()
 
 

@@ -26,7 +26,7 @@ SMALL = [
     "evaluate.budget=16",
 ]
 STAGES = ["pool", "sft", "generate", "select", "query", "fit_evaluator", "pseudo_label", "dpo", "evaluate"]
-STAGES_RLP = ["pool", "generate", "preferences", "fit_reward_model", "ppo", "samples", "synthesize"]
+STAGES_RLP = ["pool", "generate", "select", "preferences", "fit_reward_model", "ppo", "samples", "synthesize"]
 STAGES_RLP += ["refit_reward_model", "ppo_refreshed", "evaluate"]
 
 

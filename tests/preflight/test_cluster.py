@@ -13,17 +13,10 @@ from rayrl.errors import ConfigError, ResourceError
 from rayrl.preflight import Cluster, check, render_plan
 from rayrl.preflight.autoscaling import SETTING, find_node_types, growth_of, growth_of_kuberay
 from rayrl.preflight.cluster import HEAD, NodeType
-from rayrl.runs import storage
-from tests.preflight.test_check import TWO_CPUS, changed, refusal, small_tree
+from tests.preflight.trees import TWO_CPUS, changed, refusal
 
 KUBERAY = Path(__file__).parents[2] / "cluster" / "kuberay"
 WORKER = {"CPU": 8.0, "GPU": 2.0}
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """What the tests change."""
-    return small_tree(tmp_path)
 
 
 def growing(*kinds, head=None, workers=(), most_workers=math.inf):
@@ -65,7 +58,7 @@ def test_the_limit_of_all_workers_together_holds():
     assert (cluster.most("CPU"), cluster.most("GPU")) == (4 * 64.0 + 8.0, 8.0)
     endless = growing(({"CPU": 1.0}, math.inf), (WORKER, 2))
     assert endless.most("CPU") == math.inf and endless.most("GPU") == 4.0
-    assert endless.said("CPU") == "0 and may grow to any number"
+    assert endless.describe("CPU") == "0 and may grow to any number"
     assert growing((WORKER, 0)).most("GPU") == 0.0 == growing((WORKER, 0)).largest("GPU")
 
 
@@ -136,18 +129,3 @@ def test_our_kubernetes_clusters_say_what_may_come(file, kind):
     cluster = Cluster(nodes=(), node_types=growth.node_types, most_workers=growth.most_workers)
     assert cluster.most("GPU") == 8 * groups["gpu"]["maxReplicas"] and cluster.largest("GPU") == 8
     assert growth_of_kuberay(resource | {"spec": spec | {"enableInTreeAutoscaling": False}}).node_types == ()
-
-
-def test_what_an_earlier_attempt_wrote_needs_no_room_again(tree, monkeypatch):
-    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**20)
-    usage = type("Usage", (), {"free": 6 * 2**20})
-    monkeypatch.setattr("rayrl.preflight.run_folder.shutil.disk_usage", lambda _: usage)
-    config = changed(tree)  # two models and an optimizer of three
-    plan = check(config, cluster=TWO_CPUS)
-    assert plan.free_bytes == 6 * 2**20 and plan.disk_bytes is not None and plan.disk_bytes > 11 * 2**20
-    assert any("run_dir: with all checkpoints of a fit" in warning for warning in plan.warnings)
-    assert re.search(r"\ndisk     about 0\.01 GiB; 0\.01 GiB are free for run_dir\n", render_plan(plan))
-    usage.free = 4 * 2**20
-    assert "needs 0.0 GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, config)
-    storage.write_bytes(f"{config.run_dir}/stages/sft/checkpoint/model.safetensors", bytes(2**20))
-    assert check(config, cluster=TWO_CPUS).disk_bytes == plan.disk_bytes - 2**20

@@ -9,6 +9,8 @@ from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, DataError
 from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.preferences import inspect_preferences
+from tests.preflight.trees import changed, pairs_of, plan_of
+from tests.preflight.trees import refusal as refusal_of_run
 
 PAIRS = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in ("p", "q", "q")]
 ORACLE = {"source": "oracle"}
@@ -127,3 +129,16 @@ def test_what_only_files_need_is_not_asked_of_experts_and_the_other_way_round(tm
     cannot_compare = {"type": "scripted", "function": "json:dumps"}
     data = {"path": save(tmp_path / "a.jsonl", PAIRS)}
     assert inspect({"data": data}, oracle=cannot_compare, budget=0, k=1).counts.num_pairs == 3
+
+
+def test_pairs_without_room_in_the_context_are_refused_and_cut_ones_counted(rlp_tree, tmp_path):
+    def prompts(*lengths):
+        rows = [{"prompt": "w " * (n - 1) + f"{n}", "chosen": "a b c", "rejected": "d"} for n in lengths]
+        return {"preferences": pairs_of(tmp_path, rows), "policy__max_model_len": 20}
+
+    message = refusal_of_run(ConfigError, changed(rlp_tree, **prompts(20, 21, 30)))
+    assert "preferences.data.path: a prompt must be shorter than the context of 20 tokens" in message
+    assert "none of the 3 pairs" in message and "the shortest has 20" in message and "policy.max_model_len" in message
+    plan = plan_of(rlp_tree, **prompts(5, 16, 17, 25))
+    assert any("cuts an answer of 2 of 4 pairs" in warning for warning in plan.warnings)
+    assert not [w for w in plan_of(rlp_tree, **prompts(5, 16)).warnings if "preferences" in w]

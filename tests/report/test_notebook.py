@@ -1,15 +1,15 @@
 """The notebooks run on finished runs, and are kept without outputs."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
 
-from rayrl.oracles.ledger import Ledger, Query
+from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
+from tests.report.made_up_runs import PROXY_DPO, RLP, judgement, write_config
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 EVERY = pytest.mark.parametrize("name", ["quickstart", "rlp"])
@@ -40,8 +40,7 @@ def texts_of(shown):
 
 def test_it_shows_the_ledger_the_points_and_the_plots(run_dir, execute):
     with contextlib.closing(Ledger(str(run_dir / "ledger.sqlite"), {"label": 4})) as ledger:
-        query = Query(prompt_id="p", response_id="p-0", prompt="x", response="y", oracle="o", rubric="r")
-        ledger.commit(ledger.reserve(query, "label"), Verdict(score=4.5, rationale="good"))
+        ledger.commit(ledger.reserve(judgement("y")), Verdict(score=4.5, rationale="good"))
     shown = execute("quickstart", run_dir)
     assert num_figures(shown) == 6
     texts = texts_of(shown)
@@ -57,7 +56,7 @@ def test_it_shows_the_preferences_both_reward_models_and_the_policies(rlp_run_di
     for expected in (
         "<td>comparison</td>",
         "Twice, 0.",
-        "<td>first</td>",  # whom the expert preferred
+        "<td>first</td>",  # the response that the oracle preferred
         "Tell a story about hare number 4.",
         "&lt;i&gt;Hare&lt;/i&gt;",
         "0.71 \u00b1 0.06",
@@ -65,7 +64,7 @@ def test_it_shows_the_preferences_both_reward_models_and_the_policies(rlp_run_di
         "0.720 \u00b1 0.049",
         "low_confidence",
         "<td>402</td>",
-        "0.80 \u00b1 0.08",  # the expert on the pairs at gamma 0.5
+        "0.80 \u00b1 0.08",  # the oracle on the pairs at gamma 0.5
         "at most 0.64",
         "+0.37 \u00b1 0.09",
         "RLP minus plain PPO: **+0.46 \u00b1 0.06**",
@@ -78,8 +77,7 @@ def test_it_shows_the_preferences_both_reward_models_and_the_policies(rlp_run_di
 
 @EVERY
 def test_it_runs_on_a_run_that_has_not_begun(name, tmp_path, execute):
-    pipeline = {"quickstart": "proxy_dpo", "rlp": "rlp"}[name]
-    (tmp_path / "config.json").write_text(json.dumps({"name": "young", "pipeline": pipeline, "select": {"budget": 8}}))
+    write_config(tmp_path, {"quickstart": PROXY_DPO, "rlp": RLP}[name])
     assert num_figures(execute(name, tmp_path)) == 0
 
 

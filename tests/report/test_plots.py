@@ -1,15 +1,20 @@
 """Figures draw what they are given and load nothing."""
 
+import math
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
 
+from rayrl.algorithms.estimate import CalibrationBin, Estimate
 from rayrl.report import plots
+from rayrl.runs.stage_metrics import TrackedPoint, TrackedReward
+from tests.report.made_up_runs import ppo_metrics
 
 BINS = [
-    {"low": 0, "high": 1, "num": 4, "mean_predicted": 0.5, "mean_expert": 0.7},
-    {"low": 1, "high": 2, "num": 0, "mean_predicted": None, "mean_expert": None},
-    {"low": 2, "high": 3, "num": 9, "mean_predicted": 2.5, "mean_expert": 2.2},
+    CalibrationBin(low=0, high=1, num=4, mean_predicted=0.5, mean_oracle=0.7),
+    CalibrationBin(low=2, high=3, num=9, mean_predicted=2.5, mean_oracle=2.2),
 ]
 
 
@@ -30,7 +35,7 @@ def test_paid_scores_are_in_numeric_order():
     assert [bar.get_height() for bar in figure.axes[0].containers[0]] == [3, 1]
 
 
-def test_calibration_leaves_out_empty_bins():
+def test_calibration_draws_a_point_per_bin():
     points = plots.plot_calibration(BINS).axes[0].collections[0].get_offsets()
     assert np.asarray(points).tolist() == [[0.5, 0.7], [2.5, 2.2]]
 
@@ -70,3 +75,61 @@ def test_drawing_leaves_the_users_style_alone():
     before = {name: matplotlib.rcParams[name] for name in plots.STYLE}
     plots.to_svg(plots.plot_radius([2.0, 1.0]))
     assert {name: matplotlib.rcParams[name] for name in plots.STYLE} == before
+
+
+def test_both_ppos_are_in_every_panel_and_gaps_are_skipped():
+    rows = [{"step": s, "reward": s / 2, "kl": 0.1 * s, "kl_coef": 0.02, "clip_fraction": None} for s in (1, 2, 3)]
+    rows[2]["held_out_reward"] = 1.25
+    figure = plots.plot_ppo({"plain PPO": rows, "PPO on the refreshed reward": rows[:2]})
+    reward, kl, *_, clip, beside = figure.axes
+    assert [line.get_xydata().tolist() for line in reward.lines] == [
+        [[1, 0.5], [2, 1], [3, 1.5]],
+        [[3, 1.25]],
+        [[1, 0.5], [2, 1]],
+    ]
+    assert (len(kl.lines), len(beside.lines), len(clip.lines)) == (2, 2, 0)
+
+
+def test_a_run_in_its_first_ppo_has_a_figure():
+    assert plots.to_svg(plots.plot_ppo({"plain PPO": [{"step": 1, "reward": 0.5}], "PPO on the refreshed reward": []}))
+
+
+def test_the_times_are_stacked():
+    times = replace(ppo_metrics(1.0, 1.0), generate_s=3.0, reward_s=1.0, train_s=4.0, sync_s=0.5)
+    axes = plots.plot_times({"plain PPO": times}).axes[0]
+    ends = [bar.get_x() + bar.get_width() for bars in axes.containers for bar in bars]
+    assert ends == pytest.approx([3, 4, 8, 8.5])
+
+
+def test_confidences_are_drawn_in_their_bins():
+    axes = plots.plot_confidences({"1.0": 2, "0.5": 7}, 0.5).axes[0]
+    bars = [(round(bar.get_x() + bar.get_width() / 2, 2), bar.get_height()) for bar in axes.containers[0]]
+    assert bars == [(0.45, 7), (0.95, 2)]
+    assert axes.lines[0].get_xdata()[0] == 0.5
+
+
+def test_pairs_at_each_gamma():
+    axes = plots.plot_gamma({"0.5": 3, "0.0": 9}, None, {}).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 9], [0.5, 3]]
+
+
+def test_the_quality_of_pairs_stands_beside_their_number():
+    quality = {"0.5": Estimate(0.8, 0.1, 25), "0.0": Estimate(0.6, 0.05, 50), "1.0": None}
+    _, beside = plots.plot_gamma({"0.5": 3, "0.0": 9}, None, quality).axes
+    assert beside.lines[0].get_xydata().tolist() == [[0, 0.6], [0.5, 0.8]]
+
+
+def test_both_ppos_are_tracked_from_m1_on():
+    def point(ppo, step, kl, r, refreshed):
+        rewards = {
+            name: TrackedReward(mean=None, accuracy=share and Estimate(share, 0.1, 12), spearman=None)
+            for name, share in (("r", r), ("refreshed", refreshed))
+        }
+        return TrackedPoint(ppo=ppo, step=step, kl=kl, oracle_score=Estimate(kl, math.inf, 1), rewards=rewards)
+
+    points = [point("ppo", 0, 0.0, 0.7, 0.6), point("ppo", 8, 3.0, 0.5, None), point("ppo_refreshed", 8, 2.0, 0.6, 0.8)]
+    scores, accuracy = plots.plot_tracked(points, {"ppo": "PPO"}, {"r": "r", "refreshed": "r^"}).axes
+    drawn = [container.lines[0].get_xydata().tolist() for container in scores.containers]
+    assert drawn == [[[0, 0], [3, 3]], [[0, 0], [2, 2]]]
+    drawn = [container.lines[0].get_xydata().tolist() for container in accuracy.containers]
+    assert drawn == [[[0, 0.7], [3, 0.5]], [[0, 0.6]], [[0, 0.7], [2, 0.6]], [[0, 0.6], [2, 0.8]]]

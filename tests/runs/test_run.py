@@ -6,10 +6,13 @@ import uuid
 import pytest
 
 from rayrl.config import GenerateConfig, RunConfig, SelectConfig
-from rayrl.errors import RunDirectoryError
+from rayrl.errors import DataError, RunDirectoryError
 from rayrl.metrics.curves import read_metrics
 from rayrl.runs import storage
-from rayrl.runs.run import differences, open_run, round_name
+from rayrl.runs.run import differences, num_label_queries, open_run, read_manifest, round_name
+from rayrl.runs.stage_metrics import AskedPairs
+from rayrl.runs.stage_table import DPO, GENERATE, PPO, PREFERENCES, QUERY, SELECT
+from tests.fakes import made_up
 
 
 def config_of(run_dir, **settings):
@@ -31,18 +34,23 @@ def run_dir(request, tmp_path):
 
 
 def finish(run, stage, key, *, num_rows=3):
-    return run.finish(stage, key, since=0.0, num_rows=num_rows, metrics={"loss": 0.5}, summary="done")
+    metrics = made_up(stage.metrics)
+    return run.finish(stage, key, since=0.0, num_rows=num_rows, metrics=metrics, summary="done")
+
+
+def finished_stages(run):
+    return {stage.name for stage in (GENERATE, SELECT, QUERY) if run.manifest(stage) is not None}
 
 
 def test_a_stage_is_finished_when_its_manifest_says_so(run_dir):
     run = open_run(config_of(run_dir))
-    assert run.finished("generate", "k1") is None
-    written = finish(run, "generate", "k1")
+    assert run.finished(GENERATE, "k1") is None
+    written = finish(run, GENERATE, "k1")
     again = open_run(config_of(run_dir))
-    assert again.finished("generate", "k1") == written
-    assert again.finished("generate", "k2") is None
-    assert again.finished("select", "k1") is None
-    assert again.stages() == {"generate"}
+    assert again.finished(GENERATE, "k1") == written
+    assert again.finished(GENERATE, "k2") is None
+    assert again.finished(SELECT, "k1") is None
+    assert finished_stages(again) == {"generate"}
 
 
 def test_timings_survive_a_restart(run_dir):
@@ -78,16 +86,16 @@ def test_where_a_run_lives_is_no_difference(tmp_path):
 def test_keys_name_everything_that_decides(tmp_path):
     run = open_run(config_of(tmp_path / "a"))
     other_seed = open_run(config_of(tmp_path / "b", seed=1))
-    key = run.key("generate", GenerateConfig(), "pool", 3, None)
-    assert key == open_run(config_of(tmp_path / "a")).key("generate", GenerateConfig(), "pool", 3, None)
+    key = run.key(GENERATE, GenerateConfig(), "pool", 3, None)
+    assert key == open_run(config_of(tmp_path / "a")).key(GENERATE, GenerateConfig(), "pool", 3, None)
     others = [
-        run.key("select", GenerateConfig(), "pool", 3, None),
-        run.key("generate", GenerateConfig(k=8), "pool", 3, None),
-        run.key("generate", GenerateConfig(), "other pool", 3, None),
-        run.key("generate", GenerateConfig(), "pool", "3", None),
-        run.key("generate", GenerateConfig(), "pool", 3),
-        run.key("generate", SelectConfig(budget=1), "pool", 3, None),
-        other_seed.key("generate", GenerateConfig(), "pool", 3, None),
+        run.key(SELECT, GenerateConfig(), "pool", 3, None),
+        run.key(GENERATE, GenerateConfig(k=8), "pool", 3, None),
+        run.key(GENERATE, GenerateConfig(), "other pool", 3, None),
+        run.key(GENERATE, GenerateConfig(), "pool", "3", None),
+        run.key(GENERATE, GenerateConfig(), "pool", 3),
+        run.key(GENERATE, SelectConfig(budget=1), "pool", 3, None),
+        other_seed.key(GENERATE, GenerateConfig(), "pool", 3, None),
     ]
     assert len({key, *others}) == 8
 
@@ -96,15 +104,15 @@ def test_keys_name_everything_that_decides(tmp_path):
 def test_reuse_takes_over_a_finished_stage_and_its_files(run_dir, tmp_path, source):
     earlier = f"{source}{tmp_path}/earlier" if not source else f"memory://{uuid.uuid4().hex}/earlier"
     first = open_run(config_of(earlier))
-    storage.write_bytes(first.folder("generate", "table", "part-00000.parquet"), b"rows")
-    written = finish(first, "generate", "k1")
+    storage.write_bytes(first.folder(GENERATE, "table", "part-00000.parquet"), b"rows")
+    written = finish(first, GENERATE, "k1")
     run = open_run(config_of(run_dir, reuse=earlier))
-    assert run.finished("generate", "k2") is None
-    assert run.stages() == set()
-    assert run.finished("generate", "k1") == written
-    assert run.stages() == {"generate"}
-    assert storage.exists(run.folder("generate", "table", "part-00000.parquet"))
-    assert open_run(config_of(run_dir)).finished("generate", "k1") == written
+    assert run.finished(GENERATE, "k2") is None
+    assert finished_stages(run) == set()
+    assert run.finished(GENERATE, "k1") == written
+    assert finished_stages(run) == {"generate"}
+    assert storage.exists(run.folder(GENERATE, "table", "part-00000.parquet"))
+    assert open_run(config_of(run_dir)).finished(GENERATE, "k1") == written
 
 
 @pytest.mark.parametrize("source", ["", "memory://"])
@@ -113,11 +121,11 @@ def test_reuse_takes_over_the_curve_of_a_training(tmp_path, source):
     first = open_run(config_of(earlier))
     theirs = storage.join(first.url, "metrics", "ppo.jsonl")
     storage.write_bytes(theirs, b'{"step": 1, "kl": 0.5}\n')
-    finish(first, "ppo", "k1")
+    finish(first, PPO, "k1")
     run = open_run(config_of(tmp_path / "run", reuse=earlier))
     mine = storage.join(run.url, "metrics", "ppo.jsonl")
-    assert run.finished("ppo", "k2") is None and not storage.exists(mine)
-    run.finished("ppo", "k1")
+    assert run.finished(PPO, "k2") is None and not storage.exists(mine)
+    run.finished(PPO, "k1")
     assert read_metrics(mine) == [{"step": 1, "kl": 0.5}]
     with open(mine, "a") as curve:  # goes on without touching the other run's
         curve.write('{"step": 2, "kl": 0.6}\n')
@@ -126,29 +134,29 @@ def test_reuse_takes_over_the_curve_of_a_training(tmp_path, source):
 
 def test_reuse_takes_nothing_from_a_stage_that_is_not_finished(tmp_path):
     first = open_run(config_of(tmp_path / "earlier"))
-    storage.write_bytes(first.folder("generate", "table", "part-00000.parquet"), b"rows")
+    storage.write_bytes(first.folder(GENERATE, "table", "part-00000.parquet"), b"rows")
     run = open_run(config_of(tmp_path / "run", reuse=str(tmp_path / "earlier")))
-    assert run.finished("generate", "k1") is None
-    assert not storage.exists(run.folder("generate"))
+    assert run.finished(GENERATE, "k1") is None
+    assert not storage.exists(run.folder(GENERATE))
 
 
 def test_reuse_replaces_what_another_attempt_left(tmp_path):
     first = open_run(config_of(tmp_path / "earlier"))
-    storage.write_bytes(first.folder("generate", "table", "part-00000.parquet"), b"rows")
-    written = finish(first, "generate", "k1")
+    storage.write_bytes(first.folder(GENERATE, "table", "part-00000.parquet"), b"rows")
+    written = finish(first, GENERATE, "k1")
     run = open_run(config_of(tmp_path / "run", reuse=str(tmp_path / "earlier")))
-    finish(run, "generate", "k0", num_rows=1)
-    assert run.finished("generate", "k1") == written
-    assert open_run(config_of(tmp_path / "run")).finished("generate", "k1") == written
+    finish(run, GENERATE, "k0", num_rows=1)
+    assert run.finished(GENERATE, "k1") == written
+    assert open_run(config_of(tmp_path / "run")).finished(GENERATE, "k1") == written
 
 
 def test_reuse_links_instead_of_copying_on_one_disk(tmp_path):
     first = open_run(config_of(tmp_path / "earlier"))
-    part = ("generate", "table", "part-00000.parquet")
+    part = (GENERATE, "table", "part-00000.parquet")
     storage.write_bytes(first.folder(*part), b"rows")
-    finish(first, "generate", "k1")
+    finish(first, GENERATE, "k1")
     run = open_run(config_of(tmp_path / "run", reuse=str(tmp_path / "earlier")))
-    run.finished("generate", "k1")
+    run.finished(GENERATE, "k1")
     assert os.stat(run.folder(*part)).st_ino == os.stat(first.folder(*part)).st_ino
 
 
@@ -161,46 +169,53 @@ def test_local_model_folders_become_absolute(tmp_path, monkeypatch):
     open_run(config_of("run"))
 
 
-def pay(run, num, stage="query"):
-    run.finish(stage, "k", since=0.0, num_rows=num, metrics={"num_spent": num}, summary="paid")
+def pay(run, num, stage=QUERY):
+    """Finish a paid stage that cost so many label queries."""
+    if stage is QUERY:
+        metrics = made_up(QUERY.metrics, num_spent=num)
+    else:
+        metrics = made_up(PREFERENCES.metrics, asked=made_up(AskedPairs, num_spent=num))
+    run.finish(stage, "k", since=0.0, num_rows=num, metrics=metrics, summary="paid")
 
 
 def test_one_round_is_the_run_itself(run_dir):
     run = open_run(config_of(run_dir))
     (only,) = run.rounds()
-    assert only == run
-    assert only.key("select", only.config.select, "k") == run.key("select", run.config.select, "k")
+    assert (only.url, only.seed, only.budget, only.round) == (run.url, run.seed, run.budget, 1)
+    assert only.key(SELECT, only.config.select, "k") == run.key(SELECT, run.config.select, "k")
 
 
 def test_a_later_round_has_a_folder_a_seed_and_what_is_left(run_dir):
     run = open_run(config_of(run_dir, rounds=3, seed=4))
     rounds = run.rounds()
     first = next(rounds)
-    assert (first.url, first.config.seed, first.config.select.budget) == (run.url, 4, 3)
+    assert (first.url, first.seed, first.budget) == (run.url, 4, 3)
     pay(first, 2)  # one was refunded
     second = next(rounds)
     assert second.url == f"{run.url}/rounds/2"
-    assert second.folder("query", "table") == f"{run.url}/rounds/2/stages/query/table"
-    assert second.config.select.budget == 3
-    pay(second, 3, "preferences")
+    assert second.folder(QUERY, "table") == f"{run.url}/rounds/2/stages/query/table"
+    assert second.budget == 3
+    pay(second, 3, PREFERENCES)
     third = next(rounds)
-    assert third.config.select.budget == 3 and next(rounds, None) is None
-    assert len({first.config.seed, second.config.seed, third.config.seed}) == 3
-    assert second.key("generate", "pool") != third.key("generate", "pool") != first.key("generate", "pool")
-    assert (run.config.select.budget, run.config.seed) == (8, 4), "the run itself still has the whole budget"
+    assert third.budget == 3 and next(rounds, None) is None
+    assert len({first.seed, second.seed, third.seed}) == 3
+    assert second.key(GENERATE, "pool") != third.key(GENERATE, "pool") != first.key(GENERATE, "pool")
+    assert (run.budget, run.seed) == (8, 4), "the run itself still has the whole budget"
+    assert all(view.config is run.config for view in (first, second, third)), "no round has a config of its own"
     # Again after an interruption: the same shares, whatever has been paid since.
     pay(third, 3)
-    again = [(r.url, r.config) for r in open_run(config_of(run_dir, rounds=3, seed=4)).rounds()]
-    assert again == [(r.url, r.config) for r in (first, second, third)]
+    again = [(r.url, r.seed, r.budget) for r in open_run(config_of(run_dir, rounds=3, seed=4)).rounds()]
+    assert again == [(r.url, r.seed, r.budget) for r in (first, second, third)]
+    assert num_label_queries(run.url) == 2
 
 
 def test_rounds_keep_their_stages_apart_and_their_times_together(run_dir):
     run = open_run(config_of(run_dir, rounds=2))
     first, second = run.rounds()
-    finish(first, "generate", "k")
-    assert second.finished("generate", "k") is None
-    finish(second, "generate", "k", num_rows=5)
-    assert first.finished("generate", "k").num_rows == 3
+    finish(first, GENERATE, "k")
+    assert second.finished(GENERATE, "k") is None
+    finish(second, GENERATE, "k", num_rows=5)
+    assert first.finished(GENERATE, "k").num_rows == 3
     first.record_time("fit:dpo", 1.0, ended_at=1.0)
     second.record_time("fit:dpo", 2.0, ended_at=2.0)
     assert [timing["seconds"] for timing in open_run(config_of(run_dir, rounds=2)).timings] == [1.0, 2.0]
@@ -208,25 +223,31 @@ def test_rounds_keep_their_stages_apart_and_their_times_together(run_dir):
 
 def test_a_run_of_more_rounds_reuses_those_of_a_shorter_one(tmp_path):
     (one,) = open_run(config_of(tmp_path / "a", select={"budget": 4})).rounds()
-    key = one.key("select", one.config.select)
-    finish(one, "select", key)
+    key = one.key(SELECT, one.config.generate)
+    finish(one, SELECT, key)
     pay(one, 4)
     rounds = open_run(config_of(tmp_path / "b", rounds=2, reuse=str(tmp_path / "a"))).rounds()
     first = next(rounds)
-    assert first.finished("select", first.key("select", first.config.select)) is not None
-    assert first.finished("query", "k") is not None
+    assert first.finished(SELECT, first.key(SELECT, first.config.generate)) is not None
+    assert first.finished(QUERY, "k") is not None
     second = next(rounds)
-    assert second.config.select.budget == 4  # what is left, though this run's own ledger has spent nothing
-    assert second.finished("select", key) is None
-    finish(second, "dpo", "k2")
-    again = open_run(config_of(tmp_path / "c", rounds=2, reuse=str(tmp_path / "b"))).round(2)
-    assert again.finished("dpo", "k2") is not None
+    assert second.budget == 4  # what is left, though this run's own ledger has spent nothing
+    assert second.finished(SELECT, key) is None
+    finish(second, DPO, "k2")
+    _, again = open_run(config_of(tmp_path / "c", rounds=2, reuse=str(tmp_path / "b"))).rounds()
+    assert again.finished(DPO, "k2") is not None
 
 
-def test_manifests_of_before_there_were_rounds_count_what_their_ledger_did(tmp_path):
-    run = open_run(config_of(tmp_path / "run", rounds=2))
-    run.finish("query", "k", since=0.0, num_rows=4, metrics={"label": {"spent": 3}}, summary="paid")
-    assert run.round(2).config.select.budget == 5
+@pytest.mark.parametrize("broken", ["{", '{"stage": "query"}', "renamed"])
+def test_a_manifest_that_is_damaged_or_of_another_version_is_refused_by_its_path(tmp_path, broken):
+    run = open_run(config_of(tmp_path))
+    path = run.folder(QUERY, "manifest.json")
+    pay(run, 3)
+    if broken == "renamed":
+        broken = storage.read_bytes(path).decode().replace("num_spent", "num_payed")
+    storage.write_bytes(path, broken.encode())
+    with pytest.raises(DataError, match=r"query/manifest.json must be .* what was paid stays in the ledger"):
+        read_manifest(run.url, QUERY)
 
 
 def test_policies_of_rounds_have_names_of_their_own():

@@ -7,43 +7,30 @@ import pytest
 from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Checkpoint
-from rayrl.runs.run import Manifest, Run
+from rayrl.runs.stage_table import PPO
 from rayrl.stages.artifacts import Pool, QuerySet, Responses
 from rayrl.stages.evaluation.audit_pairs import audit_pairs
 from rayrl.stages.evaluation.evaluate import evaluate
-from rayrl.stages.evaluation.evaluate_policies import evaluate_policies
 from rayrl.stages.evaluation.track_rewards import track_rewards
-from rayrl.stages.labelling.preferences import gather_preferences
+from rayrl.stages.labelling.comparisons import compare
 from rayrl.stages.labelling.query import query
 from rayrl.stages.selection.select import select
 from rayrl.stages.synthesis.synthesize import synthesize_preferences
+from tests.fakes import FinishedRun
 
 M1, M2 = Checkpoint(path="m1", version="m1"), Checkpoint(path="m2", version="m2")
 TABLE = BlockTable("nowhere", 1)
 POOL = Pool(key="pool", train=TABLE, held_out=TABLE, num_prompts=8, num_eval=2)
-RESPONSES = Responses(key="y", table=TABLE, num_prompts=8, num_responses=16, block_counts=[16])
-
-
-class Finished(Run):
-    """A run whose every stage is done: the keys it was asked for."""
-
-    def finished(self, stage, key):
-        self.asked[stage] = key
-        counts = {"num_prompts": 8, "num_responses": 16, "block_counts": [16], "num_blocks": 1}
-        return Manifest(stage=stage, key=key, seconds=0, num_rows=1, metrics=counts, summary="", finished_at="")
-
-    def manifest(self, stage):
-        return self.finished(stage, "fixed")
-
+RESPONSES = Responses(key="y", table=TABLE, num_prompts=8, num_responses=16)
+QUERY_SET = QuerySet(key="q", table=TABLE)
 
 STAGES = {
-    "query": lambda run: query(run, None, QuerySet(key="q", table=TABLE)),
+    "query": lambda run: query(run, None, QUERY_SET),
     "select": lambda run: select(run, None, M1, RESPONSES),
-    "evaluate": lambda run: evaluate(run, None, None, POOL, m1=M1, m2=M2, evaluator=None),
-    "evaluate_policies": lambda run: evaluate_policies(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
-    "track_rewards": lambda run: track_rewards(run, None, None, {"ppo": M2}, {}),
+    "evaluate": lambda run: evaluate(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
+    "track_rewards": lambda run: track_rewards(run, None, None, {PPO: M2}, {}),
     "audit_pairs": lambda run: audit_pairs(run, None),
-    "preferences": lambda run: gather_preferences(run, None, None, M1, POOL),
+    "preferences": lambda run: compare(run, None, RESPONSES, QUERY_SET),
     "synthesize": lambda run: synthesize_preferences(run, None, M1, None, RESPONSES),
 }
 
@@ -68,13 +55,12 @@ def key_of(folder, stage, **changes):
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
-    run = Finished(config=RunConfig.model_validate(json.loads(json.dumps(tree))), url=str(folder))
-    run.asked = {}  # type: ignore[attr-defined]
+    run = FinishedRun(config=RunConfig.model_validate(json.loads(json.dumps(tree))), url=str(folder))
     STAGES[stage](run)
-    return run.asked[stage.removesuffix("_policies")]  # type: ignore[attr-defined]
+    return run.keys[stage]
 
 
-@pytest.mark.parametrize("stage", ["query", "select", "evaluate", "evaluate_policies", "track_rewards", "audit_pairs"])
+@pytest.mark.parametrize("stage", ["query", "select", "evaluate", "track_rewards", "audit_pairs"])
 def test_a_rubric_is_its_text_wherever_it_lies(tmp_path, stage):
     keys = []
     for name, text in (("a", "{prompt} {response}"), ("b", "{prompt} {response}"), ("c", "{response} {prompt}")):
@@ -95,8 +81,8 @@ def test_comparisons_are_named_by_their_own_rubric(tmp_path):
     assert keys[1] == keys[2] and len(set(keys)) == 3
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "evaluate_policies"])
-def test_an_evaluation_is_named_by_the_wording_of_its_comparisons_if_it_has_any(tmp_path, stage):
+def test_an_evaluation_is_named_by_the_wording_of_its_comparisons_if_it_has_any(tmp_path):
+    stage = "evaluate"
     (tmp_path / "mine").write_text("{prompt} {first} {second}")
     mine = {"rubric__pairwise_template": str(tmp_path / "mine")}
     references = {"evaluate__reference_answers": {"path": "answers.jsonl"}}
@@ -108,15 +94,13 @@ def test_an_evaluation_is_named_by_the_wording_of_its_comparisons_if_it_has_any(
         assert key_of(tmp_path, stage, **without) == key_of(tmp_path, stage, **without, **mine)
 
 
-@pytest.mark.parametrize(
-    "stage", ["query", "evaluate", "evaluate_policies", "track_rewards", "audit_pairs", "preferences"]
-)
-def test_another_expert_is_other_work(tmp_path, stage):
+@pytest.mark.parametrize("stage", ["query", "evaluate", "track_rewards", "audit_pairs", "preferences"])
+def test_another_oracle_is_other_work(tmp_path, stage):
     assert key_of(tmp_path, stage) != key_of(tmp_path, stage, oracle__function="a:c")
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "evaluate_policies"])
-def test_answers_depend_on_how_they_are_sampled(tmp_path, stage):
+def test_answers_depend_on_how_they_are_sampled(tmp_path):
+    stage = "evaluate"
     base = key_of(tmp_path, stage)
     assert base != key_of(tmp_path, stage, generate__max_tokens=7)
     assert base != key_of(tmp_path, stage, generate__top_p=0.5)

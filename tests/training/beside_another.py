@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from jobs.bench.raylets import until
+from rayrl.fleets.local_cluster import wait_until
 from rayrl.training.sft import train_sft
 from tests.training.faulty_disks import BATCH_SIZE, sft_fit, write_examples
 
@@ -20,7 +20,7 @@ def slow(job: Any, data: Any) -> None:
     def rows():
         for number, row in enumerate(data()):
             if number == 2 * BATCH_SIZE:
-                until(Path(job.run_url, "go").exists, 120, "another cluster")
+                wait_until(Path(job.run_url, "go").exists, 120, "another cluster")
             if number > 2 * BATCH_SIZE:
                 time.sleep(ROW_S)
             yield row

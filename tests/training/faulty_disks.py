@@ -13,6 +13,7 @@ import torch
 from rayrl.config import PolicyConfig, SftConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import DiskFull
+from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
 from rayrl.training import checkpoints
 from rayrl.training.launch import fit
@@ -74,6 +75,7 @@ def sft_fit(folder, table, loop=train_sft, **settings) -> None:
         run_url=str(folder),
         checkpoint_url=f"{folder}/checkpoint",
         policy=PolicyConfig(path=MODEL),
+        start=Checkpoint(path=MODEL, version="m0"),
         training=training,
         dtype="float32",
         seed=0,

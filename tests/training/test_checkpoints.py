@@ -68,12 +68,12 @@ def test_tidying_makes_room_and_keeps_what_ray_train_has_listed(fit_url, tmp_pat
     assert names[1] not in there and cut not in there
     assert {names[0], names[2], names[3], listed_and_cut} <= set(there)
     assert checkpoints.whole(fit_url)[:2] == [names[3], names[2]]
-    checkpoints.tell(fit_url)
+    checkpoints.remove_damaged(fit_url)
     assert f"{listed_and_cut} is damaged" in caplog.text
     caplog.clear()
     checkpoints.tidy(fit_url)
     assert storage.children(fit_url) == [names[2], names[3]], "the two newest, and nothing that Ray Train would miss"
-    checkpoints.tell(fit_url)
+    checkpoints.remove_damaged(fit_url)
     assert "damaged" not in caplog.text
 
 
@@ -95,8 +95,8 @@ def test_a_changed_byte_is_found_by_the_rank_that_wrote_it(tmp_path):
     content[500] ^= 1
     file.write_bytes(content)
     assert checkpoints.whole(str(tmp_path)) == [name], "its sizes are right"
-    assert checkpoints.damaged(str(tmp_path / name), 0, 2) == []
-    assert checkpoints.damaged(str(tmp_path / name), 1, 2) == ["state/part-1.pt"]
+    assert checkpoints.changed_files(str(tmp_path / name), 0, 2) == []
+    assert checkpoints.changed_files(str(tmp_path / name), 1, 2) == ["state/part-1.pt"]
 
 
 def test_an_unreadable_list_of_a_rank_is_no_checkpoint(fit_url, tmp_path):

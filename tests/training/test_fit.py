@@ -17,12 +17,13 @@ from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import collate
 from rayrl.metrics.curves import read_metrics
 from rayrl.models.policy import load_policy, response_logprobs
+from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
 from rayrl.training.deepspeed_engine import train_step
 from rayrl.training.dpo import DpoJob, train_dpo
 from rayrl.training.launch import fit
 from rayrl.training.sft import SftJob, train_sft
-from rayrl.training.steps import names_of
+from rayrl.training.steps import row_names
 
 NUM_ROWS = 13  # in blocks of 5, 5 and 3: two ranks get 8 and 5 rows
 
@@ -63,9 +64,11 @@ def write(folder, rows):
 
 def run_dpo(folder, table, policy, dpo, reference="generation", on_gpu=False):
     job = DpoJob(
+        stage="dpo",
         run_url=str(folder),
         checkpoint_url=f"{folder}/checkpoint",
         policy=PolicyConfig(path=policy.path),
+        start=policy.checkpoint,
         dpo=dpo,
         reference=reference,
         dtype="bfloat16" if on_gpu else "float32",
@@ -112,6 +115,7 @@ def sft_fit(folder, table, policy, training):
         run_url=str(folder),
         checkpoint_url=f"{folder}/checkpoint",
         policy=PolicyConfig(path=policy.path),
+        start=policy.checkpoint,
         training=training,
         dtype="float32",
         seed=0,
@@ -182,7 +186,7 @@ def check_first_loss(first, table, model):
 
 def check_export(folder, policy):
     """A plain model folder, whose probe is what transformers answers and M1 does not."""
-    model = load_policy(f"{folder}/checkpoint", torch.float32).eval()
+    model = load_policy(Checkpoint(path=f"{folder}/checkpoint", version="fitted"), torch.float32).eval()
     probe = json.loads((Path(folder) / "checkpoint" / "probe.json").read_text())
 
     def answer(of):
@@ -218,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(bad):
 
 
 def test_a_loss_that_is_not_finite_names_its_rows():
-    names = names_of([{"chosen_id": "a", "rejected_id": "b"}, {"response_id": "c", "prompt_id": "d"}, {"id": "e"}])
+    names = row_names([{"chosen_id": "a", "rejected_id": "b"}, {"response_id": "c", "prompt_id": "d"}, {"id": "e"}])
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 7 on rows a/b, c, e; the last"):
         train_step(Engine(), [float("nan")], torch.tensor, 3, 0.0, names)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.bench.raylets import Raylets, until
 from rayrl.errors import DiskFull
+from rayrl.fleets.local_cluster import LocalCluster, wait_until
 from rayrl.training import checkpoints
 from tests.s3_server import new_bucket, s3_server
 from tests.training.faulty_disks import NUM_STEPS, FullDisk, sft_fit, write_examples
@@ -121,8 +121,8 @@ def test_another_cluster_that_starts_on_the_machine_does_not_end_a_fit(tmp_path)
     command = [sys.executable, "-m", "tests.training.beside_another", str(tmp_path)]
     with tempfile.TemporaryDirectory(prefix="rayrl-") as temporary, ThreadPoolExecutor(1) as background:
         ran = background.submit(run, *command, RAY_ADDRESS="", RAY_TMPDIR=temporary)
-        until((tmp_path / "metrics" / "sft.jsonl").exists, 120, "the first step")
-        with Raylets(tmp_path, num_workers=0) as other:
+        wait_until((tmp_path / "metrics" / "sft.jsonl").exists, 120, "the first step")
+        with LocalCluster(tmp_path, num_workers=0, working_dir=ROOT) as other:
             (Path(temporary) / "ray" / "ray_current_cluster").write_text(other.address)
             (tmp_path / "go").touch()
             ran.result()

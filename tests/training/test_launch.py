@@ -28,16 +28,16 @@ def lost():
 
 def test_workers_lost_at_their_start_are_started_again_and_not_for_ever():
     trainer = Trainer(lost(), lost())
-    assert (launch._ended(lambda: trainer, 2), trainer.num_fits) == ("ended", 3)
+    assert (launch._fit_to_end(lambda: trainer, 2), trainer.num_fits) == ("ended", 3)
     trainer = Trainer(lost(), lost(), lost())
     with pytest.raises(ray.train.ControllerError, match="a node died"):
-        launch._ended(lambda: trainer, 2)
+        launch._fit_to_end(lambda: trainer, 2)
 
 
 def test_workers_without_room_end_the_fit(tmp_path):
     trainer = Trainer(WorkerGroupStartupTimeoutError(2))
     with pytest.raises(WorkerGroupStartupTimeoutError):
-        launch._fitted(lambda: trainer, f"{tmp_path}/fit", 2)
+        launch._fit_with_tidy_folder(lambda: trainer, f"{tmp_path}/fit", 2)
     assert trainer.num_fits == 1
 
 

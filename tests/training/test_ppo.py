@@ -15,12 +15,13 @@ from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import collate
 from rayrl.engines.generator import Sampling
 from rayrl.metrics.curves import read_metrics
-from rayrl.models.actor_critic import ActorCritic, policy_logprobs
-from rayrl.models.policy import load_policy, response_logprobs
+from rayrl.models.actor_critic import ActorCritic
+from rayrl.models.policy import load_policy, response_logprobs, response_token_logprobs
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
 from rayrl.training.launch import fit
-from rayrl.training.ppo import PpoJob, num_rollouts, train_ppo
+from rayrl.training.ppo import train_ppo
+from rayrl.training.ppo_job import PpoJob, num_rollouts
 from tests.training.test_fit import kill_a_worker_after
 
 NUM_PROMPTS = 48
@@ -67,7 +68,7 @@ def train(folder, prompts, policy, fleet, transport=None, on_gpu=False, **settin
         transport=transport,
         m1=policy.checkpoint,
         policy=PolicyConfig(path=policy.path),
-        value_path=policy.path,
+        value_start=policy.checkpoint,
         ppo=config,
         sampling=Sampling(temperature=1.0, max_tokens=12),
         fleet=fleet,
@@ -77,8 +78,7 @@ def train(folder, prompts, policy, fleet, transport=None, on_gpu=False, **settin
         seed=0,
         num_rows=NUM_PROMPTS,
     )
-    by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
-    fit(train_ppo, job, by_rollout, stream_of(prompts, 0), storage=f"{folder}/fit", on_gpu=on_gpu)
+    fit(train_ppo, job, config, stream_of(prompts, 0), storage=f"{folder}/fit", on_gpu=on_gpu)
     m1, *curve = read_metrics(f"{folder}/metrics/ppo.jsonl")
     assert set(m1) == {"step", "held_out_reward"} and m1["step"] == 0
     return curve
@@ -113,7 +113,8 @@ def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generator
     served = generators.call("logprobs", Checkpoint(path="gone", version=version), [prompt], [said])[0]
     with torch.no_grad():
         exported = response_logprobs(
-            load_policy(f"{tmp_path}/checkpoint", torch.float32).eval(), collate([prompt], [said])
+            load_policy(Checkpoint(path=f"{tmp_path}/checkpoint", version=version), torch.float32).eval(),
+            collate([prompt], [said]),
         )
     assert served == pytest.approx(exported.item(), abs=1e-3)
 
@@ -193,4 +194,4 @@ def test_values_and_logprobs_are_those_of_the_state_before_each_token(tiny_polic
                 assert read.values[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
                 logprob = policy(so_far).logits[0, -1].log_softmax(-1)[response[t]]
                 assert read.logprobs[row, t].item() == pytest.approx(logprob.item(), abs=1e-4)
-        assert policy_logprobs(policy, batch).shape == (2, 4)
+        assert response_token_logprobs(policy, batch).shape == (2, 4)

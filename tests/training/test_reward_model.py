@@ -15,11 +15,11 @@ from rayrl.data.blocks import BlockTable
 from rayrl.metrics.curves import read_metrics
 from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import load_policy
-from rayrl.models.reward import RewardModel
+from rayrl.models.reward_model import RewardModel
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
 from rayrl.training.launch import fit
-from rayrl.training.reward_model import RewardModelJob, _Losses, pair_batch, sequence_batch, train_reward_model
+from rayrl.training.reward_model import RewardModelJob, StepLosses, pair_batch, sequence_batch, train_reward_model
 from rayrl.training.views import Views, prompts_with_views, two_views, view_batches
 from tests.training.test_fit import kill_a_worker_after
 
@@ -78,6 +78,7 @@ def fit_model(folder, policy, training, views=None, pooling="last", dtype="float
         run_url=str(folder),
         checkpoint_url=f"{folder}/checkpoint",
         policy=PolicyConfig(path=policy.path),
+        start=policy.checkpoint,
         training=training,
         pooling=pooling,
         dtype=dtype,
@@ -91,7 +92,7 @@ def fit_model(folder, policy, training, views=None, pooling="last", dtype="float
 
 def exported(folder, pooling="last", dtype=torch.float32):
     """The model as it was written, read back by transformers."""
-    model = RewardModel(load_policy(f"{folder}/checkpoint", dtype), pooling).eval()
+    model = RewardModel(load_policy(Checkpoint(path=f"{folder}/checkpoint", version="fitted"), dtype), pooling).eval()
     model.head.load_state_dict(load_file(f"{folder}/checkpoint/head/head.safetensors"))
     return model
 
@@ -196,8 +197,8 @@ def gradients(policy, rows):
     torch.manual_seed(0)
     model = MultiViewRewardModel(RewardModel(policy.load(), "last"), None)
     torch.nn.init.normal_(model.reward_model.head.weight)
-    losses = _Losses(model, pair_batch(rows))
-    loss = losses.of(pair_batch(rows))
+    losses = StepLosses(model, pair_batch(rows))
+    loss = losses.summed_loss(pair_batch(rows))
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -217,16 +218,16 @@ def test_a_pair_without_weight_has_no_gradient(tiny_policy):
 def test_what_is_watched_leaves_idle_batches_out(tiny_policy):
     model = RewardModel(tiny_policy.load(), "last")
     idle = pair_batch(pair_rows(1, seed=5))
-    losses = _Losses(model, idle)
-    losses.of(idle)
-    assert losses.watched() == {}
+    losses = StepLosses(model, idle)
+    losses.summed_loss(idle)
+    assert losses.statistics() == {}
     torch.nn.init.normal_(model.head.weight)
     rows = pair_rows(3, seed=6)
-    losses.of(pair_batch(rows))
-    losses.of(idle)
+    losses.summed_loss(pair_batch(rows))
+    losses.summed_loss(idle)
     chosen, rejected = (rewards(model, [r[f"{side}_token_ids"] for r in rows]) for side in ("chosen", "rejected"))
     margins = torch.tensor(chosen) - torch.tensor(rejected)
-    watched = losses.watched()
+    watched = losses.statistics()
     assert watched["accuracy"].item() == pytest.approx((margins > 0).float().mean().item())
     assert watched["margin"].item() == pytest.approx(margins.mean().item(), abs=1e-4)
 

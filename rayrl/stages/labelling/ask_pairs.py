@@ -1,62 +1,84 @@
-"""Pairs of responses put to the expert, each in its drawn order or in both, and what the answers say together."""
+"""Pairs of responses put to the oracle, each in its drawn order or in both, and the verdicts on the pairs.
+
+Judges favour a position. Which response is read first is therefore drawn, or both orders are asked about and only what
+both say is a preference (arXiv 2306.05685, 3.4).
+"""
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from ray.actor import ActorHandle
 
 from rayrl.algorithms.comparisons import TURNED, Order, agreed, queries_per_pair
-from rayrl.oracles.pool import PairItem
 from rayrl.records import Comparison, Preference, content_id
-from rayrl.stages.labelling.query import compare
+from rayrl.runs.stage_metrics import ComparisonCounts
+from rayrl.runs.stage_table import Purpose
+from rayrl.stages.labelling.ask import ask_comparisons
+
+_MAX_REASONS = 5
+_REASON_CHARS = 80
 
 
 def drawn(seed: int, response_id: str) -> str:
-    """Sorts the responses to a prompt into a random order, a function of the seed."""
+    """Key that sorts the responses to a prompt into a random order, a function of the seed."""
     return content_id("pair", str(seed), response_id)
 
 
 def ask_about(
-    oracle: ActorHandle, pairs: Sequence[PairItem], order: Order, purpose: str, *, describe: str
+    oracle: ActorHandle, pairs: Sequence[Comparison], order: Order, purpose: Purpose, *, describe: str
 ) -> tuple[list[Comparison], list[Preference | None]]:
-    """The expert's answers to all questions about the pairs, and its verdict on each; None where it decided nothing."""
-    items = [item for pair in pairs for item in questions(pair, order)]
-    answers = compare(oracle, items, purpose, describe=describe)
+    """Have the oracle compare pairs of responses.
+
+    Args:
+        oracle: the pool.
+        pairs: in their drawn order, of the status "asked".
+        order: "both" asks about the other order too.
+        purpose: the budget that pays.
+        describe: title of the progress bar.
+
+    Returns:
+        The answers to all questions, one or two per pair, and the verdict on each pair; None where it is undecided.
+    """
+    asked: list[Comparison] = []
+    for pair in pairs:
+        asked += questions(pair, order)
+    answers = ask_comparisons(oracle, asked, purpose, describe=describe)
     size = queries_per_pair(order)
-    return answers, [verdict(answers[at : at + size]) for at in range(0, len(answers), size)]
+    verdicts: list[Preference | None] = [
+        verdict(answers[start : start + size]) for start in range(0, len(answers), size)
+    ]
+    return answers, verdicts
 
 
-def questions(pair: PairItem, order: Order) -> list[PairItem]:
-    """What is asked about a pair: its drawn order, and with "both" the other one after it."""
-    turned: PairItem = {
-        **pair,
-        "first_id": pair["second_id"],
-        "second_id": pair["first_id"],
-        "first": pair["second"],
-        "second": pair["first"],
-    }
-    return [pair, turned] if order == "both" else [pair]
+def questions(pair: Comparison, order: Order) -> list[Comparison]:
+    """List the questions about a pair: its drawn order, and with "both" the other one after it."""
+    return [pair, pair.turned()] if order == "both" else [pair]
 
 
 def verdict(answers: Sequence[Comparison]) -> Preference | None:
-    """What the answers to `questions` say of the pair; None if they decide nothing because one abstained."""
-    asked, *turned = answers
-    return agreed(asked.preference, turned[0].preference) if turned else asked.preference
+    """Decide a pair by the answers to its `questions`; None if one of them abstained."""
+    if len(answers) == 1:
+        return answers[0].preference
+    drawn_order, other_order = answers
+    return agreed(drawn_order.preference, other_order.preference)
 
 
-def tally(answers: Sequence[Comparison], verdicts: Sequence[Preference | None], order: Order) -> dict[str, Any]:
-    """What became of the questions, with the reasons of abstentions and the share of wins of the first position."""
-    said = Counter(answer.preference for answer in answers)
-    reasons = Counter(answer.rationale[:80] for answer in answers if answer.preference is None)
-    decided = said["first"] + said["second"]
-    both = zip(answers[::2], answers[1::2], strict=True) if order == "both" else ()
-    return {
-        "num_ties": verdicts.count("tie"),
-        "num_abstained": verdicts.count(None),
-        "num_disagreements": sum(
-            b.preference is not None and a.preference not in (None, TURNED[b.preference]) for a, b in both
-        ),
-        "first_position_share": said["first"] / decided if decided else None,
-        "abstentions": dict(reasons.most_common(5)),
-    }
+def count_answers(
+    answers: Sequence[Comparison], verdicts: Sequence[Preference | None], order: Order
+) -> ComparisonCounts:
+    """Count ties, abstentions with their reasons, disagreements of the two orders, and wins of the first position."""
+    preferences = Counter(answer.preference for answer in answers)
+    reasons = Counter(answer.rationale[:_REASON_CHARS] for answer in answers if answer.preference is None)
+    num_decided = preferences["first"] + preferences["second"]
+    num_disagreements = 0
+    if order == "both":
+        for drawn_order, other_order in zip(answers[::2], answers[1::2], strict=True):
+            if drawn_order.preference is not None and other_order.preference is not None:
+                num_disagreements += drawn_order.preference != TURNED[other_order.preference]
+    return ComparisonCounts(
+        num_ties=verdicts.count("tie"),
+        num_abstained=verdicts.count(None),
+        num_disagreements=num_disagreements,
+        first_position_share=preferences["first"] / num_decided if num_decided else None,
+        abstentions=dict(reasons.most_common(_MAX_REASONS)),
+    )

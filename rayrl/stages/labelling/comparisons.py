@@ -1,157 +1,176 @@
-"""The expert compares a policy's responses: pairs to a prompt, asked in one order or in both, and what that makes.
+"""Stage preferences, by the oracle: pairs of a policy's responses are compared, and the decided ones are D.
 
-The policy is M1, and in a later round the last one; its pairs then join those of the rounds before.
+The policy is M1, and in a later round the last one; the new pairs then join those of the rounds before. A pair is asked
+about in one drawn order or in both (`preferences.order`).
 """
 
-import dataclasses
-import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from itertools import chain, islice
 
-import pyarrow.compute as pc
 from ray.actor import ActorHandle
 
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
-from rayrl.fleets.services import Services
-from rayrl.oracles.pool import PairItem
-from rayrl.records import (
-    Checkpoint,
-    Comparison,
-    Preference,
-    PreferencePair,
-    Sampled,
-    from_row,
-    from_table,
-    to_table,
-)
+from rayrl.models.judge_prompt import load_rubric
+from rayrl.models.pairwise_prompt import pairwise_version
+from rayrl.records import Comparison, Preference, PreferencePair, Sampled, from_row, from_table, to_table
 from rayrl.runs.run import Manifest, Run
-from rayrl.stages.artifacts import Preferences, Responses
-from rayrl.stages.labelling.ask_pairs import ask_about, drawn, tally
-from rayrl.stages.labelling.query import spending
-from rayrl.stages.selection.select import select
+from rayrl.runs.stage_metrics import AskedPairs, PreferencesMetrics
+from rayrl.runs.stage_table import PREFERENCES
+from rayrl.stages.artifacts import Preferences, QuerySet, Responses
+from rayrl.stages.labelling.ask import ledger_counts, num_spent
+from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, drawn
+from rayrl.stages.selection.select import num_possible_pairs
+
+PairTexts = tuple[str, frozenset[str]]
+"""Prompt id and the two texts of a pair, whatever their order."""
 
 
-def compare_responses(
-    run: Run,
-    services: Services,
-    oracle: ActorHandle,
-    policy: Checkpoint,
-    responses: Responses,
-    key: str,
-    earlier: Preferences | None,
-) -> Manifest:
-    """Draw pairs, ask about them, keep every comparison (table `comparisons`) and the pairs they decide (`table`).
+def compare(
+    run: Run, oracle: ActorHandle, responses: Responses, query_set: QuerySet, earlier: Preferences | None = None
+) -> Preferences:
+    """Ask for D: the oracle's comparisons of the responses to the chosen prompts. Costs label budget.
 
-    Pairs of the rounds before are not asked about again, and go before the new ones in the table.
+    Args:
+        run: the round; its budget bounds the questions.
+        oracle: compares.
+        responses: of the policy.
+        query_set: the prompts that are asked about.
+        earlier: D of the rounds before. Its pairs are not asked about again, and go before the new ones.
 
     Raises:
-        DataError: the expert decided nothing.
+        DataError: the oracle decided nothing.
     """
-    started = time.monotonic()
-    preferences = run.config.preferences
-    assert preferences is not None, "the config is refused without preferences"
-    order = preferences.order
-    there = pairs_of_prompts(responses, preferences.pairs_per_prompt)
-    num_without = there.count(0)
-    num_pairs = num_pairs_asked(run.config.select.budget, order, sum(there))
-    two = drawn_pairs(run, chosen(run, services, policy, responses, num_pairs, sum(there)), num_pairs)
-    known = asked_before(earlier.compared if earlier else ())
-    pairs = [pair for pair in two if texts_of(pair) not in known]
-    answers, verdicts = ask_about(oracle, [in_order(p) for p in pairs], order, "label", describe="asking the expert")
-    BlockTable(run.folder("preferences", "comparisons"), 1).write(0, to_table(answers, Comparison))
-    decided = zip(pairs, verdicts, strict=True)
-    made = [preferred(pair, winner) for pair, winner in decided if winner in ("first", "second")]
-    before = (pair for block in earlier.table.blocks() for pair in from_table(block, PreferencePair)) if earlier else ()
-    table, num_pairs = write_blocks(
-        run.folder("preferences", "table"), chain(before, made), PreferencePair, run.config.generate.block_size
+    config = run.config
+    wording = pairwise_version(load_rubric(config.rubric))
+    inputs = [responses.key, query_set.key] + ([earlier.key] if earlier else [])
+    key = run.key(PREFERENCES, config.preferences, config.oracle, wording, *inputs)
+    done = run.finished(PREFERENCES, key) or _compare(run, oracle, responses, query_set, earlier, key)
+    asked = BlockTable(run.folder(PREFERENCES, "comparisons"), 1)
+    return Preferences(
+        key=key,
+        table=BlockTable(run.folder(PREFERENCES, "table"), done.metrics.num_blocks),
+        num_pairs=done.metrics.num_pairs,
+        comparisons=(*(earlier.comparisons if earlier else ()), asked),
     )
-    counts = tally(answers, verdicts, order)
+
+
+def _compare(
+    run: Run,
+    oracle: ActorHandle,
+    responses: Responses,
+    query_set: QuerySet,
+    earlier: Preferences | None,
+    key: str,
+) -> Manifest[PreferencesMetrics]:
+    """Draw pairs, ask, and keep every comparison (table `comparisons`) and the pairs they decide (`table`)."""
+    started = time.monotonic()
+    config = run.config.preferences
+    assert config is not None, "the config is refused without preferences"
+    num_possible = num_possible_pairs(responses, config.pairs_per_prompt)
+    num_pairs_wanted = num_pairs_asked(run.budget, config.order, num_possible)
+    prompts = _chosen_prompts(responses, query_set)
+    # Drawn lazily: no pairs are made beyond what the budget pays for.
+    candidates = chain.from_iterable(draw_pairs(sampled, run.seed, config.pairs_per_prompt) for sampled in prompts)
+    drawn_pairs = list(islice(candidates, num_pairs_wanted))
+    # A later round may draw the same texts again, under other ids.
+    known = asked_before(earlier.comparisons if earlier else ())
+    new_pairs = [pair for pair in drawn_pairs if pair_texts(pair) not in known]
+
+    questions = [as_question(pair) for pair in new_pairs]
+    answers, verdicts = ask_about(oracle, questions, config.order, "label", describe="asking the oracle")
+    BlockTable(run.folder(PREFERENCES, "comparisons"), 1).write(0, to_table(answers, Comparison))
+    counts = count_answers(answers, verdicts, config.order)
+
+    decided = [
+        preferred(pair, verdict)
+        for pair, verdict in zip(new_pairs, verdicts, strict=True)
+        if verdict in ("first", "second")
+    ]
+    # Those of earlier rounds first, one block in memory at a time.
+    pairs = chain(_pairs_of(earlier), decided)
+    url = run.folder(PREFERENCES, "table")
+    table, num_pairs = write_blocks(url, pairs, PreferencePair, run.config.generate.block_size)
+    num_without_two = _num_without_two_responses(responses)
     if num_pairs == 0:
         raise DataError(
-            f"preferences: of {len(pairs)} pairs of responses the expert preferred none: {counts['num_ties']} ties, "
-            f"{counts['num_abstained']} abstentions {counts['abstentions']}, and {num_without} prompts "
-            "without two different responses; see stages/preferences/comparisons, and mend the expert, raise "
+            f"preferences: of {len(new_pairs)} pairs of responses the oracle preferred none: {counts.num_ties} ties, "
+            f"{counts.num_abstained} abstentions {counts.abstentions}, and {num_without_two} prompts "
+            "without two different responses; see stages/preferences/comparisons, and mend the oracle, raise "
             "select.budget, or raise generate.k or generate.temperature for more different responses"
         )
-    summary = spending(oracle, answers)
-    metrics = {"source": "oracle", "num_pairs": num_pairs, "num_blocks": table.num_blocks, "order": order}
-    metrics |= {"num_asked": len(pairs), "num_without_two_responses": num_without} | counts | summary
-    if earlier:
-        metrics |= {"num_new_pairs": len(made), "num_asked_before": len(two) - len(pairs)}
+    asked = AskedPairs(
+        order=config.order,
+        num_asked=len(new_pairs),
+        num_asked_before=len(drawn_pairs) - len(new_pairs),
+        num_without_two_responses=num_without_two,
+        num_new_pairs=len(decided),
+        num_spent=num_spent(oracle, answers),
+        counts=counts,
+        ledger=ledger_counts(oracle),
+    )
     return run.finish(
-        "preferences",
+        PREFERENCES,
         key,
         since=started,
         num_rows=num_pairs,
-        metrics=metrics,
-        summary=f"{len(made)} pairs from {len(answers)} comparisons of {len(pairs)} pairs of responses; "
-        f"{counts['num_ties']} ties, {counts['num_abstained']} abstentions, {summary['label']['cost_usd']:.2f} USD"
+        metrics=PreferencesMetrics(num_pairs=num_pairs, num_blocks=table.num_blocks, asked=asked),
+        summary=f"{len(decided)} pairs from {len(answers)} comparisons of {len(new_pairs)} pairs of responses; "
+        f"{counts.num_ties} ties, {counts.num_abstained} abstentions, {asked.ledger['label'].cost_usd:.2f} USD"
         + (f"; {num_pairs} with those of earlier rounds" if earlier else ""),
     )
 
 
-def texts_of(pair: Sampled) -> tuple[str, frozenset[str]]:
-    """What a pair is about, whatever its order."""
-    return pair.prompt_id, frozenset(response.text for response in pair.responses)
-
-
-def asked_before(compared: Iterable[BlockTable]) -> set[tuple[str, frozenset[str]]]:
-    """What the comparisons of earlier rounds were about, decided or not."""
-    columns = ["prompt_id", "first", "second"]
-    rows = (row for table in compared for block in table.blocks() for row in block.select(columns).to_pylist())
-    return {(row["prompt_id"], frozenset((row["first"], row["second"]))) for row in rows}
-
-
-def pairs_of_prompts(responses: Responses, pairs_per_prompt: int) -> list[int]:
-    """How many disjoint pairs of different responses each prompt has to ask about."""
-    lengths = (pc.list_value_length(block["responses"]) for block in responses.table.blocks())  # type: ignore[attr-defined]
-    return [num_disjoint(length, pairs_per_prompt) for of_block in lengths for length in of_block.to_pylist()]
-
-
-def chosen(
-    run: Run, services: Services, policy: Checkpoint, responses: Responses, num_asked: int, num_there: int
-) -> Iterator[Sampled]:
-    """The prompts that are asked about: all with two responses, or those `select` picks, if the budget is for fewer.
-
-    The selection works on prompts here whatever `select.unit` says: a pair needs two responses to one prompt.
-    """
-    config = run.config
-    assert config.preferences is not None
-    wanted: set[str] | None = None
-    if num_asked < num_there:
-        num_prompts = math.ceil(num_asked / config.preferences.pairs_per_prompt)
-        whole = config.select.model_copy(update={"unit": "prompt", "budget": num_prompts * config.generate.k})
-        by_prompt = dataclasses.replace(run, config=config.model_copy(update={"select": whole}))
-        query_set = select(by_prompt, services, policy, responses)
-        wanted = set(query_set.table.read(0)["prompt_id"].to_pylist())
+def _chosen_prompts(responses: Responses, query_set: QuerySet) -> Iterator[Sampled]:
+    """Yield the chosen prompts with all their responses, in the order of the responses table."""
+    chosen = set(query_set.table.read(0)["prompt_id"].to_pylist())
     for block in responses.table.blocks():
         for row in block.to_pylist():
-            if len(row["responses"]) >= 2 and (wanted is None or row["prompt_id"] in wanted):
+            if row["prompt_id"] in chosen:
                 yield from_row(row, Sampled)
 
 
-def drawn_pairs(run: Run, prompts: Iterable[Sampled], num_pairs: int) -> list[Sampled]:
-    """At most `num_pairs` pairs of these prompts' responses."""
-    assert run.config.preferences is not None
-    most = run.config.preferences.pairs_per_prompt
-    pairs = chain.from_iterable(draw_pairs(sampled, run.config.seed, most) for sampled in prompts)
-    return list(islice(pairs, num_pairs))
+def _pairs_of(earlier: Preferences | None) -> Iterator[PreferencePair]:
+    if earlier is not None:
+        for block in earlier.table.blocks():
+            yield from from_table(block, PreferencePair)
 
 
-def draw_pairs(sampled: Sampled, seed: int, most: int = 1) -> list[Sampled]:
-    """Disjoint pairs of a prompt's (distinct) responses in a random order, a function of the seed."""
-    responses = sorted(sampled.responses, key=lambda said: drawn(seed, said.id))
-    num = num_disjoint(len(responses), most)
-    return [dataclasses.replace(sampled, responses=responses[2 * i : 2 * i + 2]) for i in range(num)]
+def _num_without_two_responses(responses: Responses) -> int:
+    blocks = responses.table.blocks()
+    return sum(len(prompt_responses) < 2 for block in blocks for prompt_responses in block["responses"].to_pylist())
 
 
-def in_order(pair: Sampled) -> PairItem:
-    """A drawn pair as a question."""
+def pair_texts(pair: Sampled) -> PairTexts:
+    """Return what a pair is about, whatever its order."""
+    return pair.prompt_id, frozenset(response.text for response in pair.responses)
+
+
+def asked_before(comparisons: Iterable[BlockTable]) -> set[PairTexts]:
+    """Read what the comparisons of earlier rounds were about, decided or not."""
+    known: set[PairTexts] = set()
+    for table in comparisons:
+        for block in table.blocks():
+            for row in block.select(["prompt_id", "first", "second"]).to_pylist():
+                known.add((row["prompt_id"], frozenset((row["first"], row["second"]))))
+    return known
+
+
+def draw_pairs(sampled: Sampled, seed: int, num_pairs: int = 1) -> list[Sampled]:
+    """Draw disjoint pairs of a prompt's (distinct) responses: a function of the seed and their ids."""
+    # A drawn order, in which neighbours are paired: every pair and either order of it is as likely.
+    responses = sorted(sampled.responses, key=lambda response: drawn(seed, response.id))
+    num = num_disjoint(len(responses), num_pairs)
+    return [replace(sampled, responses=responses[2 * i : 2 * i + 2]) for i in range(num)]
+
+
+def as_question(pair: Sampled) -> Comparison:
+    """Put a drawn pair as a question, in its drawn order."""
     first, second = pair.responses
-    return PairItem(
+    return Comparison(
         prompt_id=pair.prompt_id,
         first_id=first.id,
         second_id=second.id,
@@ -162,8 +181,8 @@ def in_order(pair: Sampled) -> PairItem:
 
 
 def preferred(pair: Sampled, winner: Preference) -> PreferencePair:
-    """The pair with its winner chosen. There are no scores; the policy's log-probabilities are generation's."""
-    row = dataclasses.asdict(pair)
+    """Make the preference pair of a decided one. There are no scores; the log-probabilities are generation's."""
+    row = asdict(pair)
     first, second = row["responses"]
     chosen, rejected = (first, second) if winner == "first" else (second, first)
     return PreferencePair.of_responses(row, chosen, rejected, source="oracle")

@@ -1,0 +1,1 @@
+"""Trainings of the policy: supervised fine-tuning, DPO, PPO."""

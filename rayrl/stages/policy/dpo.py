@@ -1,6 +1,7 @@
 """Stage dpo: M1 -> M2 on the preference pairs; in a later round M_t -> M_{t+1}, with M_t as the reference."""
 
 import time
+from dataclasses import asdict
 
 import numpy as np
 
@@ -9,59 +10,77 @@ from rayrl.errors import DataError
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
 from rayrl.records import Checkpoint
-from rayrl.runs import storage
 from rayrl.runs.run import Run
-from rayrl.stages.fitting import fit_stage, stream_of
+from rayrl.runs.stage_metrics import DpoMetrics, FitMetrics
+from rayrl.runs.stage_table import DPO
+from rayrl.stages.fitting import LAST_STEPS, fit_stage, stream_of
 from rayrl.stages.proxy.pseudo_label import Pairs, finish_pairs
 from rayrl.training.dpo import DpoJob, train_dpo
 
 
-def dpo(run: Run, services: Services, m1: Checkpoint, pairs: Pairs) -> Checkpoint:
-    """M2: DPO from M1; pairs are scored and made while the first epoch reads them, unless they are there already.
+def dpo(run: Run, services: Services, policy: Checkpoint, pairs: Pairs) -> Checkpoint:
+    """Make M2: DPO from M1. Pairs are scored and made while the first epoch reads them, unless they are made already.
 
-    `m1` is where the training starts and what it is kept close to. Rounds are iterative DPO: each starts from the
-    policy that wrote its pairs, and refers to it.
+    Rounds are iterative DPO: each starts from the policy that wrote its pairs, and that policy is its reference.
+
+    Args:
+        run: the run.
+        services: fleets; the evaluator's scores the pairs that are not made yet.
+        policy: M1, and in a later round the last policy: start and reference of the training.
+        pairs: P.
+
+    Raises:
+        DataError: there is no pair.
     """
     config = run.config
-    key = run.key("dpo", config.dpo, pairs.key, m1.version)
-    checkpoint = Checkpoint(path=run.folder("dpo", "checkpoint"), version=f"dpo-{key}")
-    if run.finished("dpo", key):
+    key = run.key(DPO, config.dpo, pairs.key, policy.version)
+    checkpoint = Checkpoint(path=run.folder(DPO, "checkpoint"), version=f"dpo-{key}")
+    if run.finished(DPO, key):
+        # A process that died right after the training may have left the pairs without their manifest.
         finish_pairs(run, pairs)
         return checkpoint
     if pairs.num_done == 0:
         raise DataError(
-            "dpo has no pair to train on: every prompt is a tie, or too few responses are scored; lower "
+            f"{DPO.name} has no pair to train on: every prompt is a tie, or too few responses are scored; lower "
             "pseudo_label.min_margin or raise select.budget"
         )
     started = time.monotonic()
     job = DpoJob(
+        stage=DPO.name,
         run_url=run.url,
         checkpoint_url=checkpoint.path,
-        policy=config.policy.model_copy(update={"path": m1.path, "revision": None}),
+        policy=config.policy,
+        start=policy,
         dpo=config.dpo,
         reference=services.reference,
         dtype=services.dtype,
-        seed=config.seed,
+        seed=run.seed,
         num_rows=pairs.num_done or pairs.num_planned,
     )
     concurrency = CALLS_PER_REPLICA * config.generators.most
-    stream = stream_of(pairs.table, config.seed, pairs.labelling.pair_block, concurrency=concurrency)
-    metrics = fit_stage(run, services, "dpo", train_dpo, job, config.dpo, stream)
+    stream = stream_of(pairs.table, run.seed, pairs.blocks.pair_block, concurrency=concurrency)
+    fitted = fit_stage(run, services, DPO, train_dpo, job, config.dpo, stream)
     pairs = finish_pairs(run, pairs)
-    curve = read_metrics(storage.join(run.url, "metrics", "dpo.jsonl"))
-    tokens = sum(row["num_tokens"] for row in curve)
-    metrics |= {
-        "tokens_per_s": tokens / max(1e-9, sum(row["seconds"] for row in curve)),
-        "padding_share": float(np.mean([row["padding_share"] for row in curve])),
-        "reward_accuracy": float(np.mean([row["reward_accuracy"] for row in curve[-10:]])),
-    }
+    metrics = _metrics(run, fitted)
     run.finish(
-        "dpo",
+        DPO,
         key,
         since=started,
         num_rows=pairs.num_done or 0,
         metrics=metrics,
-        summary=f"{metrics['num_steps']} steps, loss {metrics['first_loss']:.3f} -> {metrics['final_loss']:.3f}, "
-        f"reward accuracy {metrics['reward_accuracy']:.2f}",
+        summary=f"{metrics.num_steps} steps, loss {metrics.first_loss:.3f} -> {metrics.final_loss:.3f}, "
+        f"reward accuracy {metrics.reward_accuracy:.2f}",
     )
     return checkpoint
+
+
+def _metrics(run: Run, fitted: FitMetrics) -> DpoMetrics:
+    curve = read_metrics(run.curve(DPO))
+    num_tokens = sum(row["num_tokens"] for row in curve)
+    seconds = sum(row["seconds"] for row in curve)
+    return DpoMetrics(
+        **asdict(fitted),
+        tokens_per_s=num_tokens / max(1e-9, seconds),
+        padding_share=float(np.mean([row["padding_share"] for row in curve])),
+        reward_accuracy=float(np.mean([row["reward_accuracy"] for row in curve[-LAST_STEPS:]])),
+    )

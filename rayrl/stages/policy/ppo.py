@@ -1,120 +1,108 @@
-"""Stage ppo: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
+"""Stages ppo and ppo_refreshed: M1 -> pi against a reward, with the generation fleet answering the rollouts."""
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from rayrl.config import PpoConfig, RunConfig
 from rayrl.engines.generator import Sampling
 from rayrl.errors import TrainingStopped
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
-from rayrl.oracles.scripted import load_function, source_of
-from rayrl.records import Checkpoint, Scored, content_id
+from rayrl.records import Checkpoint, content_id
 from rayrl.runs import storage
-from rayrl.runs.run import Run
+from rayrl.runs.run import Run, drawn_seed
+from rayrl.runs.stage_metrics import FitMetrics, PpoMetrics
+from rayrl.runs.stage_table import PPO, Stage
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.fitting import fit_stage, stream_of
-from rayrl.stages.rewards.reward_models import Reward
+from rayrl.stages.rewards.protocol import Reward
 from rayrl.training.ppo import PpoJob, train_ppo
 from rayrl.training.sync.transfer import Transport, nccl_init_info
 
 HELD_OUT = "held_out"
+"""Folder, inside the stage's, of the answers to the held-out prompts along the training."""
 NUM_VERSIONS = 4
-"""Of the weights that may lie in shared memory at once: the last two, the next one being written, and room."""
+"""Versions of the weights that may lie in shared memory at once: the last two, the next one being written, and room."""
 MAX_HELD_OUT = 256
 """Held-out prompts on which the reward is measured along the way."""
+NOT_IN_KEY = {"keep", "weight_transfer"}
+"""Settings that leave the training as it is: both policies are kept, whichever goes on, and they are the same by
+whatever way they reach the replicas."""
 
 
-@dataclass(frozen=True)
-class FunctionReward:
-    """A Python function of (prompt, response); None abstains."""
-
-    path: str
-
-    @property
-    def key(self) -> str:
-        """Another text of the function's module is another reward."""
-        return content_id(self.path, source_of(self.path, "ppo.function"))
-
-    @property
-    def value_path(self) -> None:
-        """A value function starts from M1."""
-        return None
-
-    def serve(self, services: Services) -> "FunctionReward":
-        """Itself: it needs no engine."""
-        del services
-        return self
-
-    def score(self, items: list[Scored]) -> list[float | None]:
-        """The function's value of each response."""
-        function = load_function(self.path, "ppo.function")
-        values = [function(item.prompt, item.response) for item in items]
-        return [None if value is None else float(value) for value in values]
-
-
-def ppo(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool, stage: str = "ppo") -> Checkpoint:
-    """pi: PPO from M1 against a reward; the last policy, or the best on the held-out prompts (`ppo.keep`).
+def ppo(
+    run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool, stage: Stage[PpoMetrics] = PPO
+) -> Checkpoint:
+    """Train pi by PPO from M1; the last policy, or the best on the held-out prompts (`ppo.keep`).
 
     Args:
         run: the run.
         services: fleets; the generators answer the rollouts while the training goes on.
         m1: start and reference.
-        reward: who says what a response is worth.
+        reward: scores the responses.
         pool: prompts to answer, and those on which the reward is measured.
-        stage: name of the stage; a second PPO has its own.
+        stage: the entry of the stage table that this training is.
 
     Raises:
         TrainingStopped: the policy ran away from M1.
     """
     config = run.config.ppo
-    # Both policies are there, whichever goes on, and they are the same by whatever way they reach the replicas.
-    same = config.model_copy(update={"keep": "last", "weight_transfer": "auto"})
+    settings = config.model_dump_json(exclude=NOT_IN_KEY)
+    # Rollouts are sampled at temperature 1, so of `generate` only what ends a response counts.
     sampling = [run.config.generate.max_tokens, *run.config.generate.stop]
-    key = run.key(stage, same, reward.key, pool.key, m1.version, services.dtype, *sampling)
+    key = run.key(stage, settings, reward.key, pool.key, m1.version, services.dtype, *sampling)
     kept = "best" if config.keep == "best" else "checkpoint"
-    checkpoint = Checkpoint(path=run.folder(stage, kept), version=f"{stage}-{key}-{kept}")
+    checkpoint = Checkpoint(path=run.folder(stage, kept), version=f"{stage.name}-{key}-{kept}")
     if run.finished(stage, key):
         return checkpoint
     started = time.monotonic()
     job = _job(run, services, m1, reward, pool, stage, key)
-    by_rollout = config.model_copy(update={"batch_size": config.rollout_size})
+    stream = stream_of(pool.train, job.seed)
     try:
-        curve = fit_stage(run, services, stage, train_ppo, job, by_rollout, stream_of(pool.train, job.seed))
+        fitted = fit_stage(run, services, stage, train_ppo, job, config, stream, batch_size=config.rollout_size)
     finally:
+        # Weights on their way lie in shared memory, which nobody else would free.
         storage.remove_folder(job.sync_url)
-    measured = read_metrics(storage.join(run.url, "metrics", f"{stage}.jsonl"))
-    steps = [row for row in measured if row["step"]]  # at 0 M1 was measured
-    if not steps[-1]["kl"] <= config.max_kl:
-        raise TrainingStopped(
-            f"{stage}: the policy is {steps[-1]['kl']:.1f} nats per response away from M1 after rollout "
-            f"{steps[-1]['step']}, and ppo.max_kl is {config.max_kl:g}; raise ppo.kl_coef, lower ppo.learning_rate, or "
-            "set ppo.target_kl"
-        )
-    metrics = curve | summarise(measured, config)
+    curve = read_metrics(run.curve(stage))
+    _refuse_runaway(stage, curve, config)
+    metrics = summarise(curve, fitted, config)
     run.finish(
         stage,
         key,
         since=started,
-        num_rows=int(sum(row["num_responses"] for row in steps)),
+        num_rows=metrics.num_responses,
         metrics=metrics,
-        summary=f"{len(steps)} rollouts, reward {metrics['first_reward']:.3f} -> {metrics['final_reward']:.3f}, "
-        f"KL {metrics['final_kl']:.2f} nats, {metrics['samples_per_s']:.1f} samples/s",
+        summary=f"{metrics.num_steps} rollouts, reward {metrics.first_reward:.3f} -> {metrics.final_reward:.3f}, "
+        f"KL {metrics.final_kl:.2f} nats, {metrics.samples_per_s:.1f} samples/s",
     )
     return checkpoint
 
 
-def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool, stage: str, key: str) -> PpoJob:
+def _refuse_runaway(stage: Stage, curve: list[dict[str, Any]], config: PpoConfig) -> None:
+    """Refuse a policy whose last rollout was further from M1 than `ppo.max_kl`, or at an unknown distance."""
+    last = curve[-1]
+    # Written so that a KL which is not a number is refused, too.
+    if not last["kl"] <= config.max_kl:
+        raise TrainingStopped(
+            f"{stage.name}: the policy is {last['kl']:.1f} nats per response away from M1 after rollout "
+            f"{last['step']}, and ppo.max_kl is {config.max_kl:g}; raise ppo.kl_coef, lower ppo.learning_rate, or "
+            "set ppo.target_kl"
+        )
+
+
+def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Pool, stage: Stage, key: str) -> PpoJob:
     config = run.config
     held_out = [row for block in pool.held_out.blocks() for row in block.to_pylist()]
-    fleet = services.generators(m1)  # if they are not up, these engines and the reward's come up side by side
+    # Asked for before the reward's engines, so that both kinds come up side by side.
+    fleet = services.generators(m1)
     return PpoJob(
-        stage=stage,
+        stage=stage.name,
         run_url=run.url,
         checkpoint_url=run.folder(stage, "checkpoint"),
         best_url=run.folder(stage, "best"),
@@ -123,59 +111,70 @@ def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Poo
         transport=transport(config),
         m1=m1,
         policy=config.policy,
-        value_path=reward.value_path or m1.path,
+        value_start=reward.value_start or m1,
         ppo=config.ppo,
         sampling=rollout_sampling(config),
         rewards=reward.serve(services),
         fleet=services.ready(fleet),
         held_out=held_out[:MAX_HELD_OUT],
         dtype=services.dtype,
-        seed=int(content_id(stage, str(config.seed)), 16) >> 1,  # a second PPO on the same reward is another run
+        # A second PPO on the same reward is another run of chance.
+        seed=drawn_seed(stage.name, str(run.seed)),
         num_rows=pool.num_prompts,
     )
 
 
 def transport(config: RunConfig) -> Transport | None:
-    """What brings weights to the generators, None for a folder."""
+    """Return the way by which weights reach the generators without a folder; None for the folder."""
     if config.ppo.weight_transfer != "nccl":
         return None
     return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.num_ranks)
 
 
 def rollout_sampling(config: RunConfig) -> Sampling:
-    """How a rollout's responses are sampled."""
+    """Return how a rollout's responses are sampled: from the policy itself, at temperature 1."""
     return Sampling(temperature=1.0, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop))
 
 
-def sync_folder(run: Run, stage: str, key: str, m1: Checkpoint, *, on_gpu: bool) -> str:
-    """Where weights go on their way to the replicas: shared memory if all is on one machine and fits, else the run."""
-    import ray
+def sync_folder(run: Run, stage: Stage, key: str, m1: Checkpoint, *, on_gpu: bool) -> str:
+    """Return where weights lie on their way to the replicas.
 
+    Shared memory, if everything is on one machine without GPUs and several versions fit; otherwise the run's folder.
+    """
     memory, m1_folder = Path("/dev/shm"), Path(storage.local_folder(m1.path))
-    is_one_machine = len([node for node in ray.nodes() if node["Alive"]]) == 1 and not on_gpu
-    if not (is_one_machine and memory.is_dir() and m1_folder.is_dir()):
+    num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    if on_gpu or num_nodes != 1 or not memory.is_dir() or not m1_folder.is_dir():
         return run.folder(stage, "weights")
     num_bytes = sum(file.stat().st_size for file in m1_folder.glob("*.safetensors"))
-    fits = shutil.disk_usage(memory).free > NUM_VERSIONS * num_bytes
-    return str(memory / f"rayrl-{content_id(run.url, stage, key)}") if fits else run.folder(stage, "weights")
+    if shutil.disk_usage(memory).free <= NUM_VERSIONS * num_bytes:
+        return run.folder(stage, "weights")
+    return str(memory / f"rayrl-{content_id(run.url, stage.name, key)}")
 
 
-def summarise(steps: list[dict[str, Any]], config: PpoConfig) -> dict[str, Any]:
-    """What a training's curve comes to: where the reward and the KL went, and where the time did."""
-    held_out = [row["held_out_reward"] for row in steps if row.get("held_out_reward") is not None]
-    steps = [row for row in steps if row["step"]]
+def summarise(curve: list[dict[str, Any]], fitted: FitMetrics, config: PpoConfig) -> PpoMetrics:
+    """Say what a training's curve comes to: where the reward and the KL went, and where the time did."""
+    held_out = [row["held_out_reward"] for row in curve if row.get("held_out_reward") is not None]
+    # Step 0 is M1, measured and not trained.
+    steps = [row for row in curve if row["step"] > 0]
     last = steps[-max(1, len(steps) // 10) :]
-    times = {
-        name: float(np.sum([row[name] for row in steps])) for name in ("generate_s", "reward_s", "train_s", "sync_s")
-    }
     seconds = float(np.sum([row["seconds"] for row in steps]))
-    return times | {
-        "first_reward": steps[0]["reward"],
-        "final_reward": float(np.mean([row["reward"] for row in last])),
-        "best_held_out_reward": max(held_out, default=None),
-        "final_kl": float(np.mean([row["kl"] for row in last])),
-        "num_responses": int(sum(row["num_responses"] for row in steps)),
-        "samples_per_s": sum(row["num_responses"] for row in steps) / max(1e-9, seconds),
-        "sync_share": times["sync_s"] / max(1e-9, seconds),
-        "overlap": config.overlap,
-    }
+    num_responses = sum(row["num_responses"] for row in steps)
+
+    def total(name: str) -> float:
+        return float(np.sum([row[name] for row in steps]))
+
+    return PpoMetrics(
+        **asdict(fitted),
+        first_reward=steps[0]["reward"],
+        final_reward=float(np.mean([row["reward"] for row in last])),
+        best_held_out_reward=max(held_out, default=None),
+        final_kl=float(np.mean([row["kl"] for row in last])),
+        num_responses=int(num_responses),
+        samples_per_s=num_responses / max(1e-9, seconds),
+        generate_s=total("generate_s"),
+        reward_s=total("reward_s"),
+        train_s=total("train_s"),
+        sync_s=total("sync_s"),
+        sync_share=total("sync_s") / max(1e-9, seconds),
+        overlap=config.overlap,
+    )

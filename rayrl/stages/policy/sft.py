@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
@@ -14,11 +14,13 @@ from rayrl.errors import DataError
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint, content_id
 from rayrl.runs.run import Run
+from rayrl.runs.stage_metrics import SftMetrics
+from rayrl.runs.stage_table import SFT
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.training.sft import SftJob, train_sft
 
 TOKENS = pa.list_(pa.field("item", pa.int64(), nullable=False))
-SFT_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_token_ids", TOKENS, nullable=False),
@@ -28,86 +30,128 @@ SFT_SCHEMA = pa.schema(
 ROWS_PER_BLOCK = 512
 
 
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One tokenised row of the seed data."""
+
+    prompt_id: str
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    is_truncated: bool
+    """Whether the response was cut to the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The table of examples, and what became of the rows of the file."""
+
+    table: BlockTable
+    num_examples: int
+    num_truncated: int
+    counts: PromptCounts
+
+
 def base_policy(run: Run) -> Checkpoint:
-    """M0, as the config names it."""
+    """Return M0, as the config names it."""
     policy = run.config.policy
-    return Checkpoint(path=policy.path, version=content_id("policy", policy.path, policy.revision or ""))
+    version = content_id("policy", policy.path, policy.revision or "")
+    return Checkpoint(path=policy.path, version=version, revision=policy.revision)
 
 
 def sft(run: Run, services: Services) -> Checkpoint:
-    """M1: completion-only fine-tuning of M0 on the seed data, or M0 itself if sft is off."""
+    """Make M1: fine-tune M0 on the responses of the seed data; M0 itself if sft is off."""
     config = run.config
     if not config.sft.enabled:
         return base_policy(run)
-    key = run.key("sft", config.sft, config.policy, config.seed_data)
-    checkpoint = Checkpoint(path=run.folder("sft", "checkpoint"), version=f"sft-{key}")
-    if run.finished("sft", key):
+    key = run.key(SFT, config.sft, config.policy, config.seed_data)
+    checkpoint = Checkpoint(path=run.folder(SFT, "checkpoint"), version=f"sft-{key}")
+    if run.finished(SFT, key):
         return checkpoint
     started = time.monotonic()
-    table, num_rows, metrics = _tokenise(run)
+    examples = _tokenise(run)
     job = SftJob(
-        stage="sft",
+        stage=SFT.name,
         run_url=run.url,
         checkpoint_url=checkpoint.path,
         policy=config.policy,
+        start=base_policy(run),
         training=config.sft,
         dtype=services.dtype,
-        seed=config.seed,
-        num_rows=num_rows,
+        seed=run.seed,
+        num_rows=examples.num_examples,
     )
-    curve = fit_stage(run, services, "sft", train_sft, job, config.sft, stream_of(table, config.seed))
+    curve = fit_stage(run, services, SFT, train_sft, job, config.sft, stream_of(examples.table, run.seed))
     run.finish(
-        "sft",
+        SFT,
         key,
         since=started,
-        num_rows=num_rows,
-        metrics=metrics | curve,
-        summary=f"{num_rows} examples, loss {curve['first_loss']:.3f} -> {curve['final_loss']:.3f}",
+        num_rows=examples.num_examples,
+        metrics=SftMetrics(
+            **asdict(curve),
+            num_empty=examples.counts.num_empty,
+            num_below_score=examples.counts.num_below_score,
+            num_truncated=examples.num_truncated,
+        ),
+        summary=f"{examples.num_examples} examples, loss {curve.first_loss:.3f} -> {curve.final_loss:.3f}",
     )
     return checkpoint
 
 
-def _tokenise(run: Run) -> tuple[BlockTable, int, dict[str, Any]]:
-    assert run.config.seed_data is not None
+def _tokenise(run: Run) -> Examples:
+    """Write the tokenised seed data block by block.
+
+    Raises:
+        DataError: no row is left; the message counts what became of the rows.
+    """
+    assert run.config.seed_data is not None, "the config is refused without seed data"
     counts = PromptCounts()
-    truncated = 0
-    block, num_rows, rows = 0, 0, []
-    table = BlockTable(run.folder("sft", "table"), 0)
-    for row, cut in _rows(run, counts):
-        truncated += cut
-        rows.append(row)
-        num_rows += 1
-        if len(rows) == ROWS_PER_BLOCK:
-            table.write(block, pa.Table.from_pylist(rows, schema=SFT_SCHEMA))
-            block, rows = block + 1, []
-    if rows:
-        table.write(block, pa.Table.from_pylist(rows, schema=SFT_SCHEMA))
-        block += 1
-    if num_rows == 0:
+    url = run.folder(SFT, "table")
+    num_blocks, num_examples, num_truncated = 0, 0, 0
+    block: list[dict[str, object]] = []
+
+    def write_block() -> None:
+        BlockTable(url, num_blocks).write(num_blocks, pa.Table.from_pylist(block, schema=SCHEMA))
+
+    for example in _examples(run, counts):
+        num_examples += 1
+        num_truncated += example.is_truncated
+        block.append(
+            {
+                "prompt_id": example.prompt_id,
+                "prompt_token_ids": example.prompt_token_ids,
+                "response_token_ids": example.response_token_ids,
+            }
+        )
+        if len(block) == ROWS_PER_BLOCK:
+            write_block()
+            num_blocks += 1
+            block.clear()
+    if block:
+        write_block()
+        num_blocks += 1
+    if num_examples == 0:
         raise DataError(
             f"seed_data.path {run.config.seed_data.path} leaves no row: {counts.num_rows} read, "
             f"{counts.num_empty} empty, {counts.num_below_score} below min_score; lower min_score or add data"
         )
-    metrics = {
-        "num_empty": counts.num_empty,
-        "num_below_score": counts.num_below_score,
-        "num_truncated": truncated,
-    }
-    return BlockTable(table.url, block), num_rows, metrics
+    table = BlockTable(url, num_blocks)
+    return Examples(table=table, num_examples=num_examples, num_truncated=num_truncated, counts=counts)
 
 
-def _rows(run: Run, counts: PromptCounts) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Tokenised examples, and whether the response had to be cut to the context."""
+def _examples(run: Run, counts: PromptCounts) -> Iterator[Example]:
     config = run.config
     assert config.seed_data is not None
     tokenizer = load_tokenizer(config.policy)
     limit = context_length(config.policy)
     renderer = partial(render, tokenizer, config.policy.prompt_format)
     for prompt, response in read_seed_rows(config.seed_data, renderer, counts):
+        # At least one token of the response is learnt from, however long the prompt is.
         prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)[: limit - 1]
         response_ids = encode_response(tokenizer, response)
         room = limit - len(prompt_ids)
-        yield (
-            {"prompt_id": prompt.id, "prompt_token_ids": prompt_ids, "response_token_ids": response_ids[:room]},
-            len(response_ids) > room,
+        yield Example(
+            prompt_id=prompt.id,
+            prompt_token_ids=prompt_ids,
+            response_token_ids=response_ids[:room],
+            is_truncated=len(response_ids) > room,
         )

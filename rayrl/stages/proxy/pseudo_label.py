@@ -1,31 +1,32 @@
 """Stage pseudo_label: the evaluator scores every response, and the scores become preference pairs.
 
-Scoring a block keeps it; pairing a block keeps it. So DPO can stream the pairs while they are made (`overlap`), read
-them when all are there (`alternate`), see them again in the second epoch or after a restart: nothing is scored twice.
+A scored block is kept, and so is a block of pairs. DPO can therefore stream the pairs while they are made (mode
+`overlap`), read them when all are there (`alternate`), and read them again in the second epoch or after a restart:
+nothing is scored twice.
 
 With `pseudo_label.synthetic` as many blocks follow: the pairs of synthetic preference generation on the same responses
-and scores, those left out that are pairs already. They need every score, so that only the pairing is streamed then.
+and scores, without those that are pairs already. They need every score, so then only the pairing is streamed.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rayrl.algorithms.pairing import num_pairs_planned
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
+from rayrl.runs.stage_metrics import PseudoLabelMetrics
+from rayrl.runs.stage_table import PSEUDO_LABEL
 from rayrl.stages.artifacts import Judgements, Responses
-from rayrl.stages.proxy.fit_evaluator import labels
-from rayrl.stages.proxy.pair_blocks import Labelling, count_pairs, count_scores
+from rayrl.stages.proxy.fit_evaluator import training_judgements
+from rayrl.stages.proxy.pair_blocks import PairBlocks, count_pairs, count_scores
 from rayrl.stages.rewards.evaluator import Evaluator
-from rayrl.stages.synthesis.synthesize import synthesize_preferences
-from rayrl.stages.synthesis.synthetic_pairs import BlockRewards
+from rayrl.stages.synthesis.synthesize import BlockRewards, synthesize_preferences
 
 CONCURRENCY = 4
-"""Blocks in flight where nobody has to be asked."""
+"""Blocks in flight where no fleet has to be asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,98 +34,107 @@ class Pairs:
     """The preference pairs P, made or still to be made."""
 
     key: str
-    table: BlockTable
-    labelling: Labelling
+    blocks: PairBlocks
     mode: str
     num_planned: int
     num_done: int | None
-    """Pairs there are, once all blocks are done."""
+    """Number of pairs once all blocks are made."""
+
+    @property
+    def table(self) -> BlockTable:
+        """The table of pairs."""
+        return self.blocks.pairs
 
 
 def pseudo_label(
     run: Run,
     services: Services,
     policy: Checkpoint,
-    evaluator: Checkpoint | None,
+    evaluator: Evaluator | None,
     responses: Responses,
     paid: Sequence[Judgements],
 ) -> Pairs:
-    """P: in mode `alternate` all pairs are made now; in mode `overlap` DPO makes them as it reads them.
+    """Make P: all pairs now in mode `alternate`; in mode `overlap` DPO makes them as it reads them.
 
     Args:
         run: the run.
         services: fleets.
-        policy: whose responses these are, M1 in the first round.
-        evaluator: scores what the expert has not; None under the controls "direct" and "expert".
+        policy: wrote the responses: M1 in the first round.
+        evaluator: scores what the oracle has not; None under the controls "direct" and "expert".
         responses: Y.
-        paid: the judgements of all rounds so far. What the expert said of a response counts wherever it is said again.
+        paid: the judgements of all rounds so far. A paid score counts for every response with the same text.
     """
     config = run.config
-    version = evaluator.version if evaluator else config.labels
-    added = [config.refresh.spg] if config.pseudo_label.synthetic else []
-    keys = [of_round.key for of_round in paid]
-    key = run.key("pseudo_label", config.pseudo_label, version, responses.key, *keys, config.labels, *added)
-    done = run.finished("pseudo_label", key)
-    scorer = None
-    if done is None and evaluator is not None:
-        scorer = Evaluator(checkpoint=evaluator, m1=policy, config=config).serve(services)
-    folder = run.folder("pseudo_label")
+    version = evaluator.checkpoint.version if evaluator else config.labels
+    with_synthetic = config.pseudo_label.synthetic
+    judged = [judgements.key for judgements in paid]
+    spg = config.refresh.spg if with_synthetic else None
+    key = run.key(PSEUDO_LABEL, config.pseudo_label, version, responses.key, *judged, config.labels, spg)
+    done = run.finished(PSEUDO_LABEL, key)
     num_blocks = responses.table.num_blocks
-    labelling = Labelling(
+    # Under the control "shuffled" these are the permuted scores: the oracle's own must not leak into the pairs.
+    scores = {j.response_key: j.score for j in training_judgements(run, paid)}
+    blocks = PairBlocks(
         responses=responses.table,
-        scored=BlockTable(f"{folder}/scored-{version}", num_blocks),
-        pairs=BlockTable(f"{folder}/table", num_blocks * (1 + config.pseudo_label.synthetic)),
-        scorer=scorer,
-        expert={j.said: j.score for j in labels(run, paid) if j.score is not None},
+        scored=BlockTable(run.folder(PSEUDO_LABEL, f"scored-{version}"), num_blocks),
+        pairs=BlockTable(run.folder(PSEUDO_LABEL, "table"), 2 * num_blocks if with_synthetic else num_blocks),
+        # A finished stage starts no engine.
+        scorer=evaluator.serve(services) if evaluator is not None and done is None else None,
+        paid={said: score for said, score in scores.items() if score is not None},
         config=config.pseudo_label,
     )
     num_planned = num_pairs_planned(config.pseudo_label.pairing, responses.num_prompts, config.generate.k)
-    if config.pseudo_label.synthetic:
-        rewards = BlockRewards(key=key, table=labelling.scored, compute=labelling.score_block)
+    if with_synthetic:
+        rewards = BlockRewards(key=key, table=blocks.scored, compute=blocks.score_block)
         synthetic = synthesize_preferences(run, services, policy, rewards, responses)
-        labelling = replace(labelling, synthetic=synthetic.table)
+        blocks = replace(blocks, synthetic=synthetic.table)
         num_planned += synthetic.num_pairs
     pairs = Pairs(
         key=key,
-        table=labelling.pairs,
-        labelling=labelling,
+        blocks=blocks,
         mode=services.mode,
         num_planned=num_planned,
-        num_done=done.num_rows if done else None,
+        num_done=done.metrics.num_pairs if done else None,
     )
-    return finish_pairs(run, pairs) if services.mode == "alternate" and done is None else pairs
+    return finish_pairs(run, pairs) if services.mode == "alternate" else pairs
 
 
 def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
-    """Make the blocks that are not there yet, count, and write the manifest."""
+    """Make the blocks that are missing, count, and write the manifest; nothing is left to do for finished pairs."""
     if pairs.num_done is not None:
         return pairs
     started = time.monotonic()
-    labelling = pairs.labelling
-    concurrency = labelling.scorer.concurrency if labelling.scorer else CONCURRENCY
-    counts = map_blocks(
-        pairs.table, labelling.pair_block, concurrency=concurrency, describe=count_pairs, progress="pair"
+    blocks = pairs.blocks
+    concurrency = blocks.scorer.concurrency if blocks.scorer else CONCURRENCY
+    pair_counts = map_blocks(
+        blocks.pairs, blocks.pair_block, concurrency=concurrency, describe=count_pairs, progress="pair"
     )
-    scored = map_blocks(
-        labelling.scored, labelling.score_block, concurrency=CONCURRENCY, describe=count_scores, progress="count"
+    score_counts = map_blocks(
+        blocks.scored, blocks.score_block, concurrency=CONCURRENCY, describe=count_scores, progress="count"
     )
-    labelled, added = counts[: len(scored)], counts[len(scored) :]
-    num_synthetic = sum(count["num_pairs"] for count in added)
-    num_pairs = sum(count["num_pairs"] for count in labelled) + num_synthetic
-    metrics: dict[str, Any] = {name: sum(c[name] for c in scored) for name in scored[0]}
-    metrics |= {"num_pairs": num_pairs, "mode": pairs.mode}
-    metrics["num_ties"] = metrics["num_prompts"] - sum(c["num_paired_prompts"] for c in labelled)
-    if labelling.synthetic is not None:
-        metrics["num_synthetic"] = num_synthetic
-    per_query = num_pairs / max(1, len(labelling.expert))
-    synthetic = f", {num_synthetic} of them synthetic," if labelling.synthetic is not None else ""
+    # Blocks of scores that a killed driver left are read, not scored again.
+    total = {name: sum(block[name] for block in score_counts) for name in score_counts[0]}
+    # The blocks of the responses come first, then those of the synthetic pairs.
+    labelled, added = pair_counts[: len(score_counts)], pair_counts[len(score_counts) :]
+    num_synthetic = sum(block["num_pairs"] for block in added)
+    num_pairs = sum(block["num_pairs"] for block in labelled) + num_synthetic
+    num_paired_prompts = sum(block["num_paired_prompts"] for block in labelled)
+    metrics = PseudoLabelMetrics(
+        **total,
+        num_pairs=num_pairs,
+        num_synthetic=num_synthetic,
+        num_ties=total["num_prompts"] - num_paired_prompts,
+        pairs_per_query=num_pairs / max(1, len(blocks.paid)),
+        mode=pairs.mode,
+    )
+    synthetic = f", {num_synthetic} of them synthetic," if blocks.synthetic is not None else ""
     run.finish(
-        "pseudo_label",
+        PSEUDO_LABEL,
         pairs.key,
         since=started,
         num_rows=num_pairs,
-        metrics=metrics | {"pairs_per_query": per_query},
-        summary=f"{num_pairs} pairs{synthetic} from {metrics['num_scored']} scored responses, {per_query:.1f} per paid "
-        f"query; {metrics['num_ties']} prompts tied",
+        metrics=metrics,
+        summary=f"{num_pairs} pairs{synthetic} from {metrics.num_scored} scored responses, "
+        f"{metrics.pairs_per_query:.1f} per paid query; {metrics.num_ties} prompts tied",
     )
     return replace(pairs, num_done=num_pairs)

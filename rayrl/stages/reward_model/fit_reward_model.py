@@ -1,7 +1,9 @@
-"""Stage fit_reward_model: r from preferences D (Bradley-Terry from M1), and r^ from D and what the policy itself says.
+"""Stages fit_reward_model and refit_reward_model: r from preferences D, and r^ from D and the policy's own samples.
 
-L = E_{D u D^}[-log sigma(r(x, y_w) - r(x, y_l))] + lambda L_M (arXiv 2403.19279, Sec. 4): D^ comes as more preferences,
-L_M with views. Every fit on the same D is validated on the same held-out pairs of D.
+L = E_{D u D^}[-log sigma(r(x, y_w) - r(x, y_l))] + lambda L_M (arXiv 2403.19279, Sec. 4), Bradley-Terry from M1: D^
+comes as more preferences, L_M with views. Every fit on the same D is validated on the same held-out pairs of D.
+
+The members of an ensemble are fitted one after another, each a stage of its own that a resumed run finds done.
 """
 
 import time
@@ -16,14 +18,19 @@ from rayrl.errors import DataError
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint, content_id
 from rayrl.runs import storage
-from rayrl.runs.run import Manifest, Run
+from rayrl.runs.run import Manifest, Run, drawn_seed
+from rayrl.runs.stage_metrics import FitMetrics, RewardModelMetrics
+from rayrl.runs.stage_table import FIT_REWARD_MODEL, Stage
 from rayrl.stages.artifacts import Preferences, Responses
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.reward_model.training_data import PairWeights, TrainingData, training_data
-from rayrl.stages.reward_model.validation import finish, measure, measured
+from rayrl.stages.reward_model.validation import finish_reward_model, measure_reward_models, with_standards
 from rayrl.stages.rewards.reward_models import RewardModels
 from rayrl.training.reward_model import RewardModelJob, train_reward_model
 from rayrl.training.views import Views, prompts_with_views
+
+COMBINING = {"objective", "variance_coef"}
+"""Settings that combine the members' rewards. No member depends on them, and none is fitted anew when they change."""
 
 
 def fit_reward_model(
@@ -32,11 +39,11 @@ def fit_reward_model(
     m1: Checkpoint,
     preferences: Sequence[Preferences],
     *,
-    stage: str = "fit_reward_model",
+    stage: Stage[RewardModelMetrics] = FIT_REWARD_MODEL,
     views: Responses | None = None,
     weights: PairWeights | None = None,
 ) -> RewardModels:
-    """r: `reward_model.num_members` models, each from M1 with a seed of its own; the manifest says what they are worth.
+    """Fit `reward_model.num_members` models, each from M1 with a seed of its own, and measure them.
 
     With `reward_model.path` the fit on D alone is that model's adoption; every other one is a refresh, and fitted.
 
@@ -45,7 +52,7 @@ def fit_reward_model(
         services: fleets; the embedding replicas serve the validation.
         m1: where the backbones start.
         preferences: D, then what is unioned with it. Held-out pairs are D's alone, and nothing trains on their prompts.
-        stage: name of the stage; a refreshed reward model has its own. Member i is the stage `<stage>-<i>`.
+        stage: the entry of the stage table that this work is; a refreshed reward model has its own.
         views: responses to unlabelled prompts: adds lambda L_M (`refresh.uml`).
         weights: of D's pairs; pairs unioned with it weigh 1.
 
@@ -53,40 +60,52 @@ def fit_reward_model(
         DataError: no pair to train or validate on, or too few prompts with two views.
     """
     config = run.config.reward_model
-    if config.path is not None and len(preferences) == 1 and views is None and weights is None:
+    is_on_d_alone = len(preferences) == 1 and views is None and weights is None
+    if config.path is not None and is_on_d_alone:
         return adopt_reward_model(run, services, m1, preferences, stage=stage)
-    alike = config.model_copy(update={"objective": "mean", "variance_coef": 0.0})  # members do not depend on these
-    uml = run.config.refresh.uml if views else None
+
+    uml = run.config.refresh.uml if views else "no views"
     sources = [source.key for source in (*preferences, views, weights) if source is not None]
-    inputs = [alike, uml or "no views", run.config.policy.max_model_len, services.dtype, m1.version, *sources]
-    member_key, key = run.key(f"{stage}-member", *inputs), run.key(stage, config, *inputs)
-    names = [f"{stage}-{i}" for i in range(config.num_members)]
-    members = [Checkpoint(path=run.folder(name, "checkpoint"), version=f"{name}-{member_key}") for name in names]
-    models = RewardModels(key=key, checkpoints=tuple(members), m1=m1, config=run.config)
-    fitted = [run.finished(name, member_key) for name in names]
-    done = run.finished(stage, key) if all(fitted) else None
+    inputs = [uml, run.config.policy.max_model_len, services.dtype, m1.version, *sources]
+    member_key = run.key(stage, "member", config.model_dump_json(exclude=COMBINING), *inputs)
+    key = run.key(stage, config, *inputs)
+
+    members = [stage.member(i) for i in range(config.num_members)]
+    checkpoints: list[Checkpoint] = []
+    for member in members:
+        path = run.folder(member, "checkpoint")
+        checkpoints.append(Checkpoint(path=path, version=f"{member.name}-{member_key}"))
+    models = RewardModels(key=key, checkpoints=tuple(checkpoints), m1=m1, config=run.config)
+    # An interrupted ensemble goes on with the members that are missing.
+    fits = [run.finished(member, member_key) for member in members]
+    done = run.finished(stage, key) if all(fits) else None
     if done is None:
         started = time.monotonic()
         data = training_data(run, stage, preferences, weights)
         job = _job(run, services, m1, data, views)
-        curves = []
-        for i, name in enumerate(names):
-            job = replace(job, stage=name, checkpoint_url=members[i].path, seed=member_seed(run.config.seed, i))
-            done = fitted[i] or _fit_member(run, services, job, data, member_key)
-            curves.append(done.metrics)
-        metrics = measure(run, services, models, data)
-        metrics["members"] = [curve | member for curve, member in zip(curves, metrics["members"], strict=True)]
-        done = finish(run, stage, key, started, metrics)
-    return measured(models, done)
+        curves: list[FitMetrics | None] = []
+        for i, (member, fit) in enumerate(zip(members, fits, strict=True)):
+            if fit is None:
+                job = replace(job, stage=member.name, checkpoint_url=checkpoints[i].path, seed=member_seed(run.seed, i))
+                fit = _fit_member(run, services, member, job, data, member_key)
+            curves.append(fit.metrics)
+        metrics = measure_reward_models(run, services, models, data, curves)
+        done = finish_reward_model(run, stage, key, started, metrics)
+    return with_standards(models, done.metrics)
 
 
 def adopt_reward_model(
-    run: Run, services: Services, m1: Checkpoint, preferences: Sequence[Preferences], *, stage: str
+    run: Run,
+    services: Services,
+    m1: Checkpoint,
+    preferences: Sequence[Preferences],
+    *,
+    stage: Stage[RewardModelMetrics],
 ) -> RewardModels:
-    """r: the ready-made model `reward_model.path`, measured as if it had been fitted on these preferences."""
-    path = run.config.reward_model.path
-    assert path is not None
-    path = storage.absolute(path)
+    """Take the ready-made model `reward_model.path` as r, measured as if it had been fitted on these preferences."""
+    assert run.config.reward_model.path is not None
+    path = storage.absolute(run.config.reward_model.path)
+    # The head is small and no two fits have the same one: it tells models at the same path apart.
     head = (Path(storage.local_folder(path)) / HEAD_FILE).read_bytes().hex()
     model = Checkpoint(path=path, version=f"reward-model-{content_id(path, head)}")
     sources = [source.key for source in preferences]
@@ -96,51 +115,60 @@ def adopt_reward_model(
     if done is None:
         started = time.monotonic()
         data = training_data(run, stage, preferences, None)
-        done = finish(run, stage, key, started, measure(run, services, models, data))
-    return measured(models, done)
+        metrics = measure_reward_models(run, services, models, data, [None])
+        done = finish_reward_model(run, stage, key, started, metrics)
+    return with_standards(models, done.metrics)
 
 
 def member_seed(seed: int, member: int) -> int:
-    """Seed of one member's training: r and r^ of one run share it, two runs do not."""
-    return int(content_id("member", str(seed), str(member)), 16) >> 1
+    """Draw the seed of one member's training: r and r^ of one run share it, two runs do not."""
+    return drawn_seed("member", str(seed), str(member))
 
 
 def _job(run: Run, services: Services, m1: Checkpoint, data: TrainingData, views: Responses | None) -> RewardModelJob:
-    """The job of member 0."""
+    """Make the job that all members share; each adds its stage, its seed and the place of its checkpoint."""
     config = run.config
-    drawn = None
-    if views is not None:
-        drawn = Views(table=views.table, uml=config.refresh.uml, max_tokens=context_length(config.policy))
-        needed = 2 * config.reward_model.num_workers
-        if (num := len(list(islice(prompts_with_views(views.table), needed)))) < needed:
-            raise DataError(
-                f"multi-view learning needs at least {needed} prompts with two different responses (2 per worker), "
-                f"got {num}; raise refresh.n, refresh.num_prompts or refresh.temperature"
-            )
     return RewardModelJob(
         stage="",
         run_url=run.url,
         checkpoint_url="",
-        policy=config.policy.model_copy(update={"path": m1.path, "revision": None}),
+        policy=config.policy,
+        start=m1,
         training=config.reward_model,
         pooling="last",
         dtype=services.dtype,
-        seed=config.seed,
+        seed=run.seed,
         num_rows=data.num_rows,
+        # From the same zero head, members would differ by the order of their batches only.
         random_head=config.reward_model.num_members > 1,
-        views=drawn,
+        views=None if views is None else _views(run, views),
     )
 
 
-def _fit_member(run: Run, services: Services, job: RewardModelJob, data: TrainingData, key: str) -> Manifest:
+def _views(run: Run, responses: Responses) -> Views:
+    """Make views of the samples, and refuse too few of them here rather than in the workers."""
+    num_needed = 2 * run.config.reward_model.num_workers
+    # Counted only as far as needed: the table may be large.
+    num_found = len(list(islice(prompts_with_views(responses.table), num_needed)))
+    if num_found < num_needed:
+        raise DataError(
+            f"multi-view learning needs at least {num_needed} prompts with two different responses (2 per worker), "
+            f"got {num_found}; raise refresh.n, refresh.num_prompts or refresh.temperature"
+        )
+    return Views(table=responses.table, uml=run.config.refresh.uml, max_tokens=context_length(run.config.policy))
+
+
+def _fit_member(
+    run: Run, services: Services, member: Stage[FitMetrics], job: RewardModelJob, data: TrainingData, key: str
+) -> Manifest[FitMetrics]:
     started = time.monotonic()
     stream = stream_of(data.rows, job.seed)
-    curve = fit_stage(run, services, job.stage, train_reward_model, job, job.training, stream)
+    fit = fit_stage(run, services, member, train_reward_model, job, job.training, stream)
     return run.finish(
-        job.stage,
+        member,
         key,
         since=started,
         num_rows=data.num_rows,
-        metrics=curve,
-        summary=f"{data.num_rows} pairs, loss {curve['first_loss']:.3f} -> {curve['final_loss']:.3f}",
+        metrics=fit,
+        summary=f"{data.num_rows} pairs, loss {fit.first_loss:.3f} -> {fit.final_loss:.3f}",
     )

@@ -1,10 +1,16 @@
-"""Importance weights of the preference pairs towards the policy: off-policy corrected reward modelling (2507.15507)."""
+"""Stage importance: weights of the preference pairs towards the policy, for off-policy corrected reward modelling.
+
+A pair weighs the more, the likelier its two responses have become from M1, which wrote them, to the policy that PPO has
+made (arXiv 2507.15507). Both policies are asked for log-probabilities by the generation fleet. How a weight enters the
+loss is the trainer's (`rayrl.training.reward_model`).
+"""
 
 import time
 from functools import partial
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from rayrl.algorithms.rewards import ocrm_weights
 from rayrl.config import OcrmConfig
@@ -13,50 +19,56 @@ from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
+from rayrl.runs.stage_metrics import ImportanceMetrics
+from rayrl.runs.stage_table import IMPORTANCE
 from rayrl.stages.artifacts import Preferences
 from rayrl.stages.reward_model.training_data import PairWeights
 
-STAGE = "importance"
 SIDES = ("chosen", "rejected")
+"""Columns of a table of log-probabilities."""
 
 
 def importance_weights(
     run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, preferences: Preferences
 ) -> PairWeights:
-    """The weight of every pair of D: how much likelier its responses have become from M1 to the policy."""
+    """Weigh every pair of D."""
     config = run.config.refresh.ocrm
-    key = run.key(STAGE, config, preferences.key, m1.version, policy.version)
-    weights = PairWeights(key=key, table=BlockTable(run.folder(STAGE, "table"), preferences.table.num_blocks))
-    if run.finished(STAGE, key):
+    key = run.key(IMPORTANCE, config, preferences.key, m1.version, policy.version)
+    table = BlockTable(run.folder(IMPORTANCE, "table"), preferences.table.num_blocks)
+    weights = PairWeights(key=key, table=table)
+    if run.finished(IMPORTANCE, key):
         return weights
     started = time.monotonic()
     fleet = services.ready(services.generators(m1))
-    under_m1, under_policy = (_logprobs(run, preferences.table, fleet, of) for of in (m1, policy))
+    # All of D under one policy before the other: a replica holds one policy's weights, and swaps take time.
+    under_m1 = _logprobs(run, preferences.table, fleet, m1)
+    under_policy = _logprobs(run, preferences.table, fleet, policy)
     totals = map_blocks(
-        weights.table,
-        partial(_weigh, preferences.table, under_m1, under_policy, config),
+        table,
+        partial(_weight_block, preferences.table, under_m1, under_policy, config),
         concurrency=fleet.concurrency,
         describe=lambda block: {"num": block.num_rows, "sum": sum(block["weight"].to_pylist())},
         progress="weigh",
     )
-    num, total = sum(t["num"] for t in totals), sum(t["sum"] for t in totals)
+    num_pairs = sum(total["num"] for total in totals)
+    mean_weight = sum(total["sum"] for total in totals) / max(1, num_pairs)
     run.finish(
-        STAGE,
+        IMPORTANCE,
         key,
         since=started,
-        num_rows=num,
-        metrics={"mean_weight": total / max(1, num)},
-        summary=f"{num} pairs weighted, mean {total / max(1, num):.3f}",
+        num_rows=num_pairs,
+        metrics=ImportanceMetrics(mean_weight=mean_weight),
+        summary=f"{num_pairs} pairs weighted, mean {mean_weight:.3f}",
     )
     return weights
 
 
 def _logprobs(run: Run, pairs: BlockTable, fleet: Fleet, policy: Checkpoint) -> BlockTable:
-    """Log p(y | x) of both sides of every pair: all of D under one policy before the next one's weights come."""
-    table = BlockTable(run.folder(STAGE, f"logprobs-{policy.version}"), pairs.num_blocks)
+    """Fill a table with log p(y | x) of both sides of every pair under a policy."""
+    table = BlockTable(run.folder(IMPORTANCE, f"logprobs-{policy.version}"), pairs.num_blocks)
     map_blocks(
         table,
-        partial(_read, pairs, fleet, policy),
+        partial(_logprob_block, pairs, fleet, policy),
         concurrency=fleet.concurrency,
         describe=lambda block: {"num": block.num_rows},
         progress="read D",
@@ -64,25 +76,23 @@ def _logprobs(run: Run, pairs: BlockTable, fleet: Fleet, policy: Checkpoint) -> 
     return table
 
 
-def _read(pairs: BlockTable, fleet: Fleet, policy: Checkpoint, block: int) -> pa.Table:
-    rows = pairs.read(block).to_pylist()
-    prompts = [row["prompt_token_ids"] for row in rows]
-    columns = {
-        side: fleet.call("logprobs", policy, prompts, [row[f"{side}_token_ids"] for row in rows]) if rows else []
-        for side in SIDES
-    }
-    return pa.table({side: pa.array(values, pa.float64()) for side, values in columns.items()})
+def _logprob_block(pairs: BlockTable, fleet: Fleet, policy: Checkpoint, block: int) -> pa.Table:
+    rows = pairs.read(block)
+    prompts = rows["prompt_token_ids"].to_pylist()
+    columns: dict[str, pa.Array] = {}
+    for side in SIDES:
+        responses = rows[f"{side}_token_ids"].to_pylist()
+        logprobs = fleet.call("logprobs", policy, prompts, responses) if responses else []
+        columns[side] = pa.array(logprobs, pa.float64())
+    return pa.table(columns)
 
 
-def _weigh(
+def _weight_block(
     pairs: BlockTable, under_m1: BlockTable, under_policy: BlockTable, config: OcrmConfig, block: int
 ) -> pa.Table:
     before, now, rows = under_m1.read(block), under_policy.read(block), pairs.read(block)
-    chosen, rejected = (
-        torch.tensor(now[side].to_pylist(), dtype=torch.float64)
-        - torch.tensor(before[side].to_pylist(), dtype=torch.float64)
-        for side in SIDES
-    )
+    chosen = _column(now, "chosen") - _column(before, "chosen")
+    rejected = _column(now, "rejected") - _column(before, "rejected")
     weights = ocrm_weights(chosen, rejected, alpha=config.alpha, multiplier=config.multiplier)
     return pa.table(
         {
@@ -91,3 +101,8 @@ def _weigh(
             "weight": pa.array(weights.tolist(), pa.float64()),
         }
     )
+
+
+def _column(logprobs: pa.Table, side: str) -> Tensor:
+    # Sums over whole sequences are large and their difference small: float32 would lose its digits.
+    return torch.tensor(logprobs[side].to_pylist(), dtype=torch.float64)

@@ -1,163 +1,412 @@
-"""Scoring responses with the trained evaluator, on the running fleets: to validate it, to pseudo-label, to evaluate.
+"""Trained evaluators: M_eval, its training on the paid judgements, and its scores of everything else.
 
-Generative, score first: one prefill of the judge prompt; the score is the probability-weighted mean over the scores'
-tokens. Generative, rationale first: the evaluator writes its review, and the score is read at its own position; several
-reviews are averaged. Scalar: the head's value of the pooled prompt and response.
+Two kinds, `EVALUATORS`. A generative evaluator is the policy's architecture fine-tuned on written judgements. With the
+score first, one prefill of the judge prompt gives the probability-weighted mean over the scores' tokens; with the
+rationale first, it writes its review, the score is read at its own position, and several reviews are averaged. A scalar
+evaluator is a head on the pooled hidden states of prompt and response.
+
+Scorers travel to Ray tasks, each a process of its own, so this module loads torch only in the methods that train.
 """
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
+from itertools import combinations, takewhile
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
 from rayrl.algorithms.scoring import expected_score, mean_of_samples
-from rayrl.config import EvaluatorConfig, PolicyConfig, RunConfig
+from rayrl.config import EvaluatorConfig, PolicyConfig
 from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render, resolve_format
 from rayrl.engines.generator import Continuation, Sampling
+from rayrl.errors import DataError
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
-from rayrl.models.judge_prompt import Rubric, evaluator_prompt, load_rubric, score_texts, upto_score
-from rayrl.records import Checkpoint, Scored, content_id
+from rayrl.models.judge_prompt import (
+    Rubric,
+    Scoring,
+    evaluator_prompt,
+    evaluator_target,
+    load_rubric,
+    score_texts,
+    upto_score,
+    whole_score,
+)
+from rayrl.models.served_reward import ServedReward
+from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored
+from rayrl.runs.run import Run, drawn_seed
+from rayrl.runs.stage_table import FIT_EVALUATOR
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MIN_MASS = 0.1
-"""An evaluator that gives all scores together less probability than this has not understood: it abstains."""
+"""An evaluator that gives all scores together less probability than this has not understood the task: it abstains."""
+MIN_TARGET_TOKENS = 8
+"""A judge prompt that leaves less room than this in the context is not trained on."""
+REVIEW_TEMPERATURE, REVIEW_TOP_P = 0.7, 0.9
+"""Sampling of written reviews."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scorer:
-    """An evaluator and the fleet that serves it; travels to the tasks that score blocks."""
+class Scorer(ServedReward):
+    """A served evaluator: scores responses on the rubric's scale, and abstains where it cannot tell."""
 
-    checkpoint: Checkpoint
     fleet: Fleet
-    evaluator: EvaluatorConfig
-    policy: PolicyConfig
-    rubric: Rubric
-    max_tokens: int
-    seed: int
 
     @property
     def concurrency(self) -> int:
         """Blocks to score at once."""
         return self.fleet.concurrency
 
+
+class JobFields(TypedDict):
+    """Fields that the jobs of all evaluators share."""
+
+    stage: str
+    run_url: str
+    checkpoint_url: str
+    policy: PolicyConfig
+    start: Checkpoint
+    dtype: str
+    seed: int
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorTraining:
+    """The training of an evaluator: rows of its table, and the worker's loop with its job."""
+
+    rows: list[dict[str, Any]]
+    loop: Callable[[Any, Any], None]
+    job: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator(ABC):
+    """An evaluator that is not served yet: a `Reward`."""
+
+    checkpoint: Checkpoint
+    """The trained weights."""
+    m1: Checkpoint
+    """Weights that engines start with if they are not up, and that the training starts from."""
+    settings: EvaluatorConfig
+    policy: PolicyConfig
+    rubric: Rubric
+    pooling: Literal["mean", "last"]
+    """Of the embedding replicas that serve a scalar evaluator."""
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of the weights."""
+        return self.checkpoint.version
+
+    @property
+    def value_start(self) -> None:
+        """The value function starts from M1."""
+        return None
+
+    @abstractmethod
+    def serve(self, services: Services) -> Scorer:
+        """Return the evaluator on the fleet of its kind."""
+
+    @abstractmethod
+    def training(
+        self, run: Run, dtype: str, judgements: list[Judgement], token_ids: Mapping[ResponseKey, list[int]]
+    ) -> EvaluatorTraining:
+        """Prepare the training on scored judgements; `token_ids` are those of prompt and response of each.
+
+        Raises:
+            DataError: nothing can be learnt from these judgements.
+        """
+
+    def _job_fields(self, run: Run, dtype: str, num_rows: int) -> JobFields:
+        return JobFields(
+            stage=FIT_EVALUATOR.name,
+            run_url=run.url,
+            checkpoint_url=self.checkpoint.path,
+            policy=self.policy,
+            start=self.m1,
+            dtype=dtype,
+            seed=run.seed,
+            num_rows=num_rows,
+        )
+
+
+class GenerativeEvaluator(Evaluator):
+    """The policy's architecture, fine-tuned to write judgements (evaluation fine-tuning)."""
+
+    def serve(self, services: Services) -> "GenerativeScorer":
+        return GenerativeScorer(
+            checkpoint=self.checkpoint,
+            fleet=services.ready(services.generators(self.m1)),
+            settings=self.settings,
+            policy=self.policy,
+            rubric=self.rubric,
+            seed=self.seed,
+        )
+
+    def training(
+        self, run: Run, dtype: str, judgements: list[Judgement], token_ids: Mapping[ResponseKey, list[int]]
+    ) -> EvaluatorTraining:
+        from rayrl.training.sft import SftJob, train_sft
+
+        del token_ids  # the judge prompt is tokenised anew
+        rows = self._rows(judgements)
+        job = SftJob(training=self.settings, **self._job_fields(run, dtype, len(rows)))
+        return EvaluatorTraining(rows=rows, loop=train_sft, job=job)
+
+    def _rows(self, judgements: list[Judgement]) -> list[dict[str, Any]]:
+        tokenizer = load_tokenizer(self.policy)
+        limit = context_length(self.policy)
+        scoring = self.settings.scoring
+        rows: list[dict[str, Any]] = []
+        for judgement in balance(judgements, self.rubric) if self.settings.balanced else judgements:
+            assert judgement.score is not None, "abstentions are never trained on"
+            prompt_ids = judge_prompt_tokens(
+                tokenizer, self.policy, self.rubric, judgement.prompt, judgement.response, scoring
+            )
+            # Nothing could be learnt from a target that is cut to a few tokens.
+            if len(prompt_ids) + MIN_TARGET_TOKENS > limit:
+                continue
+            target = evaluator_target(self.rubric, judgement.score, judgement.rationale, scoring)
+            # The rationale comes last where the score comes first, so cutting the end keeps the score.
+            target_ids = encode_response(tokenizer, target)[: limit - len(prompt_ids)]
+            rows.append(
+                {
+                    "response_id": judgement.response_id,
+                    "prompt_token_ids": prompt_ids,
+                    "response_token_ids": target_ids,
+                }
+            )
+        if not rows:
+            raise DataError(
+                f"no judge prompt fits the context of {limit} tokens: shorten rubric.template or raise "
+                "policy.max_model_len"
+            )
+        return rows
+
+
+class ScalarEvaluator(Evaluator):
+    """A one-output head on the pooled hidden states of prompt and response."""
+
+    def serve(self, services: Services) -> "ScalarScorer":
+        return ScalarScorer(
+            checkpoint=self.checkpoint,
+            fleet=services.ready(services.embedders(self.m1, self.pooling)),
+            max_tokens=context_length(self.policy),
+        )
+
+    def training(
+        self, run: Run, dtype: str, judgements: list[Judgement], token_ids: Mapping[ResponseKey, list[int]]
+    ) -> EvaluatorTraining:
+        from rayrl.training.evaluator import ScalarJob, train_scalar
+        from rayrl.training.reward_model import RewardModelJob, train_reward_model
+
+        if self.settings.loss == "bradley_terry":
+            rows = _pair_rows(judgements, token_ids)
+            fields = self._job_fields(run, dtype, len(rows))
+            pair_job = RewardModelJob(training=self.settings, pooling=self.pooling, **fields)
+            return EvaluatorTraining(rows=rows, loop=train_reward_model, job=pair_job)
+        rows = [
+            {
+                "response_id": judgement.response_id,
+                "token_ids": token_ids[judgement.response_key],
+                "score": judgement.score,
+            }
+            for judgement in judgements
+        ]
+        # The head's bias starts at the mean, so that the first steps do not go into finding it.
+        mean_score = float(np.mean([judgement.score for judgement in judgements if judgement.score is not None]))
+        fields = self._job_fields(run, dtype, len(rows))
+        job = ScalarJob(evaluator=self.settings, pooling=self.pooling, mean_score=mean_score, **fields)
+        return EvaluatorTraining(rows=rows, loop=train_scalar, job=job)
+
+
+EVALUATORS: dict[str, type[Evaluator]] = {"generative": GenerativeEvaluator, "scalar": ScalarEvaluator}
+"""Kinds of evaluator by `evaluator.type`."""
+
+
+def evaluator_of(run: Run, checkpoint: Checkpoint, m1: Checkpoint, *, kind: str | None = None) -> Evaluator:
+    """Return the evaluator with these weights, of the run's kind (None) or of another one in `EVALUATORS`."""
+    config = run.config
+    return EVALUATORS[kind or config.evaluator.type](
+        checkpoint=checkpoint,
+        m1=m1,
+        settings=config.evaluator,
+        policy=config.policy,
+        rubric=load_rubric(config.rubric),
+        pooling=config.select.pooling,
+        seed=run.seed,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalarScorer(Scorer):
+    """A scalar evaluator on its fleet."""
+
+    checkpoint: Checkpoint
+    fleet: Fleet
+    max_tokens: int
+    """Longer sequences lose their ends, as they did in training."""
+
     def score(self, items: list[Scored]) -> list[float | None]:
-        """One score per item on the rubric's scale; None where the evaluator abstains."""
+        """Return the head's value of each response."""
         if not items:
             return []
-        if self.evaluator.type == "scalar":
-            return self._scalar(items)
-        if self.evaluator.scoring == "score_first":
-            return self._score_first(items)
-        return self._rationale_first(items)
-
-    def _scalar(self, items: list[Scored]) -> list[float | None]:
         inputs = [item.token_ids[: self.max_tokens] for item in items]
         values = self.fleet.call("values", self.checkpoint, inputs)
         return [float(value) for value in values]
 
-    def _score_first(self, items: list[Scored]) -> list[float | None]:
-        tokenizer = load_tokenizer(self.policy)
-        prefix, candidates = score_tokens(tokenizer, self.rubric)
-        prompts = [tokens + prefix for tokens in self._judge_prompts(tokenizer, items)]
-        logprobs = candidate_logprobs(self.fleet, self.checkpoint, prompts, list(candidates.values()))
-        return [expected_score(np.array(row), np.array(list(candidates)), min_mass=MIN_MASS) for row in logprobs]
 
-    def _rationale_first(self, items: list[Scored]) -> list[float | None]:
+@dataclass(frozen=True, kw_only=True)
+class GenerativeScorer(Scorer):
+    """A generative evaluator on its fleet."""
+
+    checkpoint: Checkpoint
+    fleet: Fleet
+    settings: EvaluatorConfig
+    policy: PolicyConfig
+    rubric: Rubric
+    seed: int
+
+    def score(self, items: list[Scored]) -> list[float | None]:
+        """Return one score per response on the rubric's scale; None where the evaluator abstains."""
+        if not items:
+            return []
         tokenizer = load_tokenizer(self.policy)
-        prompts = self._judge_prompts(tokenizer, items)
-        sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=self.evaluator.max_rationale_tokens)
-        seeds = [
-            [
-                int(content_id("review", str(self.seed), item.response, str(i)), 16) >> 1
-                for i in range(self.evaluator.num_samples)
-            ]
+        prompts = [
+            judge_prompt_tokens(tokenizer, self.policy, self.rubric, item.prompt, item.response, self.settings.scoring)
             for item in items
         ]
-        reviews = self.fleet.call("write", self.checkpoint, prompts, seeds, sampling)
-        written = [(prompt, review) for prompt, of_item in zip(prompts, reviews, strict=True) for review in of_item]
-        scores = iter(self._read_scores(tokenizer, written))
-        return [mean_of_samples([next(scores) for _ in of_item]) for of_item in reviews]
+        if self.settings.scoring == "score_first":
+            return self._read_first(tokenizer, prompts)
+        return self._write_reviews(tokenizer, prompts, items)
 
-    def _read_scores(self, tokenizer: Any, written: list[tuple[list[int], Continuation]]) -> list[float | None]:
-        """The expected score where each review (judge prompt, answer) has it; None where the writer never got there.
+    def _read_first(self, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]) -> list[float | None]:
+        """Read the expected score from one prefill of each judge prompt."""
+        prefix, candidates = score_tokens(tokenizer, self.rubric)
+        # The scores share their first tokens, so those are read as a part of the prompt.
+        upto = [prompt + prefix for prompt in prompts]
+        logprobs = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values()))
+        return _expected_scores(logprobs, candidates)
 
-        Where the scores' first tokens differ, what was recorded during writing says it all; else one more prefill each.
+    def _write_reviews(
+        self, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], items: list[Scored]
+    ) -> list[float | None]:
+        """Have several reviews of each response written, and average the scores that they come to."""
+        sampling = Sampling(
+            temperature=REVIEW_TEMPERATURE, top_p=REVIEW_TOP_P, max_tokens=self.settings.max_rationale_tokens
+        )
+        num_samples = self.settings.num_samples
+        # A seed for each response and review, so that a block scored again gets the same scores.
+        seeds = [
+            [drawn_seed("review", str(self.seed), item.response, str(i)) for i in range(num_samples)] for item in items
+        ]
+        reviews: list[list[Continuation]] = self.fleet.call("write", self.checkpoint, prompts, seeds, sampling)
+        written: list[tuple[list[int], Continuation]] = []
+        for prompt, prompt_reviews in zip(prompts, reviews, strict=True):
+            written += [(prompt, review) for review in prompt_reviews]
+        scores = self._read_scores(tokenizer, written)
+        return [mean_of_samples(scores[start : start + num_samples]) for start in range(0, len(scores), num_samples)]
+
+    def _read_scores(
+        self, tokenizer: "PreTrainedTokenizerBase", written: list[tuple[list[int], Continuation]]
+    ) -> list[float | None]:
+        """Return the expected score at the place where each review (judge prompt, answer) has it.
+
+        None where the evaluator never got to a score. Where the scores' first tokens differ from each other, the
+        log-probabilities that were recorded during writing are enough; otherwise every review takes one more prefill.
         """
         prefix, candidates = score_tokens(tokenizer, self.rubric)
         places = [score_place(tokenizer, review, prefix) for _, review in written]
-        arrived = [(*pair, place) for pair, place in zip(written, places, strict=True) if place is not None]
-        firsts = [ids[0] for ids in candidates.values()]
-        if len(set(firsts)) == len(firsts):
-            rows = [[review.candidates[at].get(token, -np.inf) for token in firsts] for _, review, at in arrived]
+        arrived = [
+            (prompt, review, place)
+            for (prompt, review), place in zip(written, places, strict=True)
+            if place is not None
+        ]
+        first_tokens = [token_ids[0] for token_ids in candidates.values()]
+        if len(set(first_tokens)) == len(first_tokens):
+            logprobs = [
+                [review.candidates[place].get(token, -math.inf) for token in first_tokens]
+                for _, review, place in arrived
+            ]
         else:
-            upto = [prompt + review.token_ids[:at] for prompt, review, at in arrived]
-            rows = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values())) if upto else []
-        expected = iter([expected_score(np.array(row), np.array(list(candidates)), min_mass=MIN_MASS) for row in rows])
+            upto = [prompt + review.token_ids[:place] for prompt, review, place in arrived]
+            logprobs = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values())) if upto else []
+        expected = iter(_expected_scores(logprobs, candidates))
         return [None if place is None else next(expected) for place in places]
 
-    def _judge_prompts(self, tokenizer: Any, items: list[Scored]) -> list[list[int]]:
-        return [
-            judge_prompt_tokens(tokenizer, self.policy, self.rubric, item.prompt, item.response, self.evaluator.scoring)
-            for item in items
-        ]
+
+def balance(judgements: list[Judgement], rubric: Rubric) -> list[Judgement]:
+    """Repeat the judgements of rare scores until every score that occurs is as frequent as the commonest."""
+    by_score: dict[int, list[Judgement]] = {}
+    for judgement in judgements:
+        assert judgement.score is not None
+        by_score.setdefault(whole_score(rubric, judgement.score), []).append(judgement)
+    most = max(map(len, by_score.values()))
+    balanced: list[Judgement] = []
+    for _, group in sorted(by_score.items()):
+        balanced += [group[i % len(group)] for i in range(most)]
+    return balanced
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluator:
-    """A trained evaluator that is not served yet: a reward too."""
-
-    checkpoint: Checkpoint
-    m1: Checkpoint
-    """What the engines start from if they are not up."""
-    config: RunConfig
-    """Of the round it was fitted in."""
-
-    @property
-    def key(self) -> str:
-        """Its weights."""
-        return self.checkpoint.version
-
-    @property
-    def value_path(self) -> None:
-        """A value function starts from M1."""
-        return None
-
-    def serve(self, services: Services) -> Scorer:
-        """On the fleet of its kind."""
-        config = self.config
-        scalar = config.evaluator.type == "scalar"
-        fleet = services.embedders(self.m1, config.select.pooling) if scalar else services.generators(self.m1)
-        return Scorer(
-            checkpoint=self.checkpoint,
-            fleet=services.ready(fleet),
-            evaluator=config.evaluator,
-            policy=config.policy,
-            rubric=load_rubric(config.rubric),
-            max_tokens=context_length(config.policy),
-            seed=config.seed,
+def _pair_rows(judgements: list[Judgement], token_ids: Mapping[ResponseKey, list[int]]) -> list[dict[str, Any]]:
+    """Pair the judged responses of each prompt, the higher score first; equal scores make no pair."""
+    by_prompt: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        by_prompt.setdefault(judgement.prompt_id, []).append(judgement)
+    rows: list[dict[str, Any]] = []
+    for group in by_prompt.values():
+        for a, b in combinations(group, 2):
+            a_score, b_score = a.score or 0.0, b.score or 0.0
+            # Bradley-Terry has no term for a tie.
+            if math.isclose(a_score, b_score):
+                continue
+            chosen, rejected = (a, b) if a_score > b_score else (b, a)
+            rows.append(
+                {
+                    "chosen_id": chosen.response_id,
+                    "rejected_id": rejected.response_id,
+                    "chosen_token_ids": token_ids[chosen.response_key],
+                    "rejected_token_ids": token_ids[rejected.response_key],
+                }
+            )
+    if not rows:
+        raise DataError(
+            "evaluator.loss = bradley_terry found no two paid responses of one prompt with different scores"
         )
+    return rows
 
 
 def judge_prompt_tokens(
-    tokenizer: Any, policy: PolicyConfig, rubric: Rubric, prompt: str, response: str, scoring: Any
+    tokenizer: "PreTrainedTokenizerBase",
+    policy: PolicyConfig,
+    rubric: Rubric,
+    prompt: str,
+    response: str,
+    scoring: Scoring,
 ) -> list[int]:
-    """What the generative evaluator reads; in a chat the cue opens the assistant's turn."""
+    """Tokenise what the generative evaluator reads; in a chat, the cue to write opens the assistant's turn."""
     text = evaluator_prompt(rubric, prompt, response, scoring)
     if resolve_format(tokenizer, policy.prompt_format) == "plain":
         return encode_prompt(tokenizer, text, "plain")
+    # The cue is the beginning of the answer, which the chat template must not close.
     question, _, cue = text.rpartition("\n")
     rendered = render(tokenizer, "chat", question)
     return encode_prompt(tokenizer, rendered + cue, "chat")
 
 
-def score_tokens(tokenizer: Any, rubric: Rubric) -> tuple[list[int], dict[int, list[int]]]:
-    """Tokens all scores begin with (a lone space, say), and what follows them for each score."""
+def score_tokens(tokenizer: "PreTrainedTokenizerBase", rubric: Rubric) -> tuple[list[int], dict[int, list[int]]]:
+    """Return the tokens with which all scores begin (a lone space, for example), and by score those that follow."""
+    # The last token of an encoded response is the end of sequence, which is not part of a score.
     tokens = {score: encode_response(tokenizer, text)[:-1] for score, text in score_texts(rubric).items()}
-    columns = zip(*(ids[:-1] for ids in tokens.values()), strict=False)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    columns = zip(*(token_ids[:-1] for token_ids in tokens.values()), strict=False)
+    num_shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     first = next(iter(tokens.values()))
-    return first[:shared], {score: ids[shared:] for score, ids in tokens.items()}
+    return first[:num_shared], {score: token_ids[num_shared:] for score, token_ids in tokens.items()}
 
 
 def candidate_logprobs(
@@ -165,29 +414,43 @@ def candidate_logprobs(
 ) -> list[list[float]]:
     """Read log p(candidate | prompt), (num_prompts, num_candidates).
 
-    One prefill where every candidate is one token. Otherwise one per beginning that candidates share: the scores'
-    tokens are a tree, and each inner node says how likely its branches are.
+    A prefill gives the probabilities of one next token, so it is enough where every candidate is one token. Otherwise
+    the candidates' tokens form a tree, and there is one prefill per inner node, which weighs its branches.
     """
     totals = np.zeros((len(prompts), len(candidates)))
-    for beginning in sorted({tuple(c[:i]) for c in candidates for i in range(len(c))}):
-        place = len(beginning)
-        through = [n for n, c in enumerate(candidates) if tuple(c[:place]) == beginning and len(c) > place]
-        branches = sorted({candidates[n][place] for n in through})
-        branch = fleet.call("next_token_logprobs", checkpoint, [p + list(beginning) for p in prompts], branches)
-        totals[:, through] += np.array(branch)[:, [branches.index(candidates[n][place]) for n in through]]
+    inner_nodes = {tuple(candidate[:depth]) for candidate in candidates for depth in range(len(candidate))}
+    for node in sorted(inner_nodes):
+        depth = len(node)
+        # Candidates that pass through this node, and the token by which each leaves it.
+        through = [n for n, c in enumerate(candidates) if len(c) > depth and tuple(c[:depth]) == node]
+        branches = sorted({candidates[n][depth] for n in through})
+        upto = [prompt + list(node) for prompt in prompts]
+        logprobs = np.array(fleet.call("next_token_logprobs", checkpoint, upto, branches))
+        columns = [branches.index(candidates[n][depth]) for n in through]
+        totals[:, through] += logprobs[:, columns]
     return totals.tolist()
 
 
-def score_place(tokenizer: Any, review: Continuation, prefix: list[int]) -> int | None:
-    """Index of the token that tells the score in a written review; None if the writer never got there."""
-    written = upto_score(tokenizer.decode(review.token_ids, skip_special_tokens=True))
+def _expected_scores(logprobs: list[list[float]], candidates: Mapping[int, list[int]]) -> list[float | None]:
+    scores = np.array(list(candidates))
+    return [expected_score(np.array(row), scores, min_mass=MIN_MASS) for row in logprobs]
+
+
+def score_place(tokenizer: "PreTrainedTokenizerBase", review: Continuation, prefix: list[int]) -> int | None:
+    """Return the index of the token that gives the score in a written review; None without a score."""
+    written = upto_score(_text(tokenizer, review.token_ids))
     if written is None:
         return None
+    # The fewest tokens whose text reaches the score: tokens and characters do not align otherwise.
     place = next(
-        i
-        for i in range(len(review.token_ids) + 1)
-        if tokenizer.decode(review.token_ids[:i], skip_special_tokens=True).startswith(written)
+        num_tokens
+        for num_tokens in range(len(review.token_ids) + 1)
+        if _text(tokenizer, review.token_ids[:num_tokens]).startswith(written)
     )
     if review.token_ids[place : place + len(prefix)] == prefix:
         place += len(prefix)
     return place if place < len(review.token_ids) else None
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))

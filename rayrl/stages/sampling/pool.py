@@ -1,19 +1,20 @@
 """Stage pool: read the prompts once, hold some out for evaluation, and lay the rest down in fixed blocks."""
 
 import heapq
+import itertools
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
-from rayrl.data.reading import PromptCounts, read_prompts
+from rayrl.data.reading import PromptCounts, Render, read_prompts
 from rayrl.data.tokenizing import encode_prompts, load_tokenizer, render
 from rayrl.records import Prompt, content_id
-from rayrl.runs.run import Run
+from rayrl.runs.run import Manifest, Run
+from rayrl.runs.stage_metrics import PoolMetrics
+from rayrl.runs.stage_table import POOL
 from rayrl.stages.artifacts import Pool
 
 SCHEMA = pa.schema(
@@ -26,72 +27,70 @@ SCHEMA = pa.schema(
 
 
 def read_pool(run: Run) -> Pool:
-    """X and the held-out prompts. Which prompts are held out depends on the seed and their text, not on their order."""
+    """Read X and the held-out prompts; the seed and the prompts' text decide which are held out, not their order."""
     config = run.config
-    key = run.key("pool", config.pool, config.policy, config.generate.block_size)
-    done = run.finished("pool", key)
-    if done is None:
-        done = _lay_out(run, key)
-    counts = done.metrics
-
-    def table(name: str) -> BlockTable:
-        return BlockTable(run.folder("pool", name), counts[f"{name}_blocks"])
-
+    key = run.key(POOL, config.pool, config.policy, config.generate.block_size)
+    done = run.finished(POOL, key) or _lay_out(run, key)
     return Pool(
         key=key,
-        train=table("train"),
-        held_out=table("held_out"),
-        num_prompts=counts["num_prompts"],
-        num_eval=counts["num_eval"],
+        train=BlockTable(run.folder(POOL, "train"), done.metrics.num_train_blocks),
+        held_out=BlockTable(run.folder(POOL, "held_out"), done.metrics.num_held_out_blocks),
+        num_prompts=done.metrics.num_prompts,
+        num_eval=done.metrics.num_eval,
     )
 
 
-def _lay_out(run: Run, key: str) -> Any:
+def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
     started = time.monotonic()
     config = run.config
     tokenizer = load_tokenizer(config.policy)
     renderer = partial(render, tokenizer, config.policy.prompt_format)
-    ranks = ((_draw(run, prompt.id), prompt.id) for prompt in read_prompts(config.pool, renderer))
-    held_out = {identifier for _, identifier in heapq.nsmallest(config.pool.num_eval, ranks)}
+    held_out_ids = _draw_held_out(run, renderer)
     counts = PromptCounts()
-    num_blocks, num_prompts = {}, {}
-    for name in ("train", "held_out"):
-        chosen = (
-            p
-            for p in read_prompts(config.pool, renderer, counts if name == "train" else None)
-            if (p.id in held_out) == (name == "held_out")
-        )
-        table, num_prompts[name] = BlockTable(run.folder("pool", name), 0), 0
-        block = -1
-        for block, rows in enumerate(_chunks(chosen, config.generate.block_size)):
-            tokens = encode_prompts(tokenizer, [p.rendered for p in rows], config.policy.prompt_format)
-            records = [{"id": p.id, "text": p.text, "token_ids": t} for p, t in zip(rows, tokens, strict=True)]
-            table.write(block, pa.Table.from_pylist(records, schema=SCHEMA))
-            num_prompts[name] += len(rows)
-        num_blocks[name] = block + 1
-    metrics = asdict(counts) | {f"{name}_blocks": n for name, n in num_blocks.items()}
-    metrics |= {"num_prompts": num_prompts["train"], "num_eval": num_prompts["held_out"]}
-    dropped = f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped"
+
+    def write(name: str, prompts: Iterator[Prompt]) -> tuple[int, int]:
+        """Write one table block by block; its number of blocks and of prompts."""
+        num_blocks, num_prompts = 0, 0
+        # One block in memory at a time: a pool may have millions of prompts.
+        while block := list(itertools.islice(prompts, config.generate.block_size)):
+            tokens = encode_prompts(tokenizer, [prompt.rendered for prompt in block], config.policy.prompt_format)
+            rows = [
+                {"id": prompt.id, "text": prompt.text, "token_ids": token_ids}
+                for prompt, token_ids in zip(block, tokens, strict=True)
+            ]
+            table = BlockTable(run.folder(POOL, name), num_blocks)
+            table.write(num_blocks, pa.Table.from_pylist(rows, schema=SCHEMA))
+            num_blocks += 1
+            num_prompts += len(block)
+        return num_blocks, num_prompts
+
+    # The rows are counted in one of the two passes only.
+    training = (p for p in read_prompts(config.pool, renderer, counts) if p.id not in held_out_ids)
+    num_train_blocks, num_prompts = write("train", training)
+    held_out = (p for p in read_prompts(config.pool, renderer) if p.id in held_out_ids)
+    num_held_out_blocks, num_eval = write("held_out", held_out)
     return run.finish(
-        "pool",
+        POOL,
         key,
         since=started,
-        num_rows=num_prompts["train"],
-        metrics=metrics,
-        summary=f"{num_prompts['train']} prompts and {num_prompts['held_out']} held out; {dropped}",
+        num_rows=num_prompts,
+        metrics=PoolMetrics(
+            num_rows=counts.num_rows,
+            num_empty=counts.num_empty,
+            num_duplicates=counts.num_duplicate,
+            num_prompts=num_prompts,
+            num_eval=num_eval,
+            num_train_blocks=num_train_blocks,
+            num_held_out_blocks=num_held_out_blocks,
+        ),
+        summary=f"{num_prompts} prompts and {num_eval} held out; "
+        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped",
     )
 
 
-def _draw(run: Run, identifier: str) -> str:
-    return content_id("held out", str(run.config.seed), identifier)
-
-
-def _chunks(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
-    chunk: list[Prompt] = []
-    for prompt in prompts:
-        chunk.append(prompt)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _draw_held_out(run: Run, renderer: Render) -> set[str]:
+    """Ids of the held-out prompts: those that come first in an order drawn by the seed."""
+    prompts = read_prompts(run.config.pool, renderer)
+    # A hash of the text decides, so that rows added to the file later move no prompt to the other side.
+    drawn = ((content_id("held out", str(run.seed), prompt.id), prompt.id) for prompt in prompts)
+    return {prompt_id for _, prompt_id in heapq.nsmallest(run.config.pool.num_eval, drawn)}

@@ -1,21 +1,26 @@
-"""What the selection sees of an item: a vector of the policy, or of a sentence-embedding model."""
+"""Vectors of responses and prompts: hidden states of the policy, or the output of a sentence-embedding model.
 
-from dataclasses import asdict, dataclass
+Selection reads them, and so does the clustering of synthetic preference generation. Vectors of a block are kept, so
+that a repeated selection embeds nothing twice.
+"""
+
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from rayrl.config import PolicyConfig, SelectConfig
+from rayrl.config import PolicyConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.tokenizing import context_length, encode_prompt, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
 from rayrl.models.judge_prompt import Rubric, fill, load_rubric
-from rayrl.records import Checkpoint, content_id
+from rayrl.records import Checkpoint, Sampled, content_id, from_row
 from rayrl.runs.run import Run
+from rayrl.runs.stage_table import SELECT
 from rayrl.runs.storage import local_folder
 from rayrl.stages.artifacts import Responses
 from rayrl.stages.selection.candidates import seed_responses
@@ -24,105 +29,123 @@ from rayrl.stages.selection.ordinals import Numbering, numbering
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """How items become vectors; travels to the tasks that embed blocks."""
+    """The model and the text that make a vector of an item. Travels to the tasks that embed blocks."""
 
     fleet: Fleet
     checkpoint: Checkpoint
+    uses_policy: bool
+    """Whether the policy embeds; it reads token ids, a sentence-embedding model reads text."""
     policy: PolicyConfig
-    select: SelectConfig
+    text: Literal["prompt", "prompt_response", "judge_prompt"]
+    normalize: bool
     rubric: Rubric
     numbering: Numbering
     max_tokens: int
+    """Longer inputs lose their ends."""
 
     @property
-    def reads_text(self) -> bool:
-        """Whether the selection needs a tokenizer; else all it sees is tokens already."""
-        return self.select.embedder != "policy" or self.select.text == "judge_prompt"
+    def needs_tokenizer(self) -> bool:
+        """Whether items have to be tokenised here; otherwise the token ids of the responses table are embedded."""
+        return not self.uses_policy or self.text == "judge_prompt"
 
     def tokenizer(self) -> Any:
-        """The embedder's; a sentence-embedding model's need not know an end of sequence."""
+        """Load the embedder's tokenizer. A sentence-embedding model's need not have an end-of-sequence token."""
+        if self.uses_policy:
+            return load_tokenizer(self.policy)
         from transformers import AutoTokenizer
 
-        if self.select.embedder == "policy":
-            return load_tokenizer(self.policy)
         return AutoTokenizer.from_pretrained(local_folder(self.checkpoint.path))
 
     def vectors(self, inputs: list[list[int]]) -> np.ndarray:
-        """One row per input."""
+        """Embed token ids: (num_inputs, width) float32, of length 1 each if `normalize`."""
         if not inputs:
             return np.empty((0, 1), np.float32)
         cut = [tokens[: self.max_tokens] for tokens in inputs]
-        vectors = self.fleet.call("embed", self.checkpoint, cut)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if self.select.normalize else vectors
+        vectors: np.ndarray = self.fleet.call("embed", self.checkpoint, cut)
+        if not self.normalize:
+            return vectors
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def embedding_of(run: Run, services: Services, m1: Checkpoint) -> Embedding:
-    """The embedder the config asks for, its fleet started."""
+def embedding_of(run: Run, services: Services, m1: Checkpoint, *, embedder: str, normalize: bool) -> Embedding:
+    """Start the fleet of an embedder: "policy" (which then has M1's weights), or a sentence-embedding model."""
     config = run.config
-    if config.select.embedder == "policy":
-        checkpoint, fleet = m1, services.embedders(m1, config.select.pooling)
-        embedder = config.policy.model_copy(update={"path": m1.path, "revision": None})
+    pooling = config.select.pooling
+    uses_policy = embedder == "policy"
+    if uses_policy:
+        checkpoint, max_tokens = m1, context_length(config.policy)
+        fleet = services.embedders(m1, pooling)
     else:
-        path = config.select.embedder
-        checkpoint = Checkpoint(path=path, version=content_id("embedder", path))
-        fleet = services.sentence_embedders(checkpoint, config.select.pooling)
-        embedder = PolicyConfig(path=path)
+        checkpoint = Checkpoint(path=embedder, version=content_id("embedder", embedder))
+        max_tokens = context_length(PolicyConfig(path=embedder))
+        fleet = services.sentence_embedders(checkpoint, pooling)
     return Embedding(
         fleet=services.ready(fleet),
         checkpoint=checkpoint,
+        uses_policy=uses_policy,
         policy=config.policy,
-        select=config.select,
+        text=config.select.text,
+        normalize=normalize,
         rubric=load_rubric(config.rubric),
         numbering=numbering(config),
-        max_tokens=context_length(embedder),
+        max_tokens=max_tokens,
     )
 
 
 def embed(run: Run, embedding: Embedding, responses: Responses) -> tuple[BlockTable, int]:
-    """Vectors of every item, memoised by block, and how many there are."""
-    vectors = BlockTable(run.folder("select", f"embeddings-{embedding.checkpoint.version}"), responses.table.num_blocks)
+    """Embed every unit of a responses table, block by block; the table of vectors, and how many there are."""
+    folder = run.folder(SELECT, f"embeddings-{embedding.checkpoint.version}")
+    vectors = BlockTable(folder, responses.table.num_blocks)
     counts = map_blocks(
         vectors,
         partial(embed_block, embedding, responses.table),
         concurrency=embedding.fleet.concurrency,
-        describe=lambda block: {"num": block.num_rows},
+        describe=lambda block: {"num_vectors": block.num_rows},
         progress="embed",
     )
-    return vectors, sum(count["num"] for count in counts)
+    return vectors, sum(block["num_vectors"] for block in counts)
 
 
 def embed_block(embedding: Embedding, responses: BlockTable, block: int) -> pa.Table:
-    """Vectors of one block's items: `ordinal`, `vector`."""
-    tokenizer = embedding.tokenizer() if embedding.reads_text else None
-    ordinals, inputs = [], []
-    for row, sampled in enumerate(responses.read(block).to_pylist()):
-        for ordinal, index in embedding.numbering.units(block, row, len(sampled["responses"])):
+    """Embed one block's units: columns `ordinal` and `vector`."""
+    tokenizer = embedding.tokenizer() if embedding.needs_tokenizer else None
+    ordinals: list[int] = []
+    inputs: list[list[int]] = []
+    for row_number, row in enumerate(responses.read(block).to_pylist()):
+        sampled = from_row(row, Sampled)
+        for ordinal, index in embedding.numbering.units(block, row_number, len(sampled.responses)):
             ordinals.append(ordinal)
             inputs.append(_input(embedding, tokenizer, sampled, index))
     vectors = embedding.vectors(inputs)
+    # A fixed-size list per row, from one flat array: nothing is copied number by number.
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     nested = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     return pa.table({"ordinal": pa.array(ordinals, pa.int64()), "vector": nested})
 
 
 def seed_centers(run: Run, embedding: Embedding) -> np.ndarray:
-    """Vectors of the seed data: what is labelled already."""
+    """Embed the seed data, which counts as labelled already: initial centres of the selection."""
     if run.config.seed_data is None:
         raise DataError("select.seed_centers needs seed data: add a [seed_data] table or set it to false")
-    tokenizer = embedding.tokenizer() if embedding.reads_text else None
-    rows = [asdict(row) for row in seed_responses(run)]
-    return embedding.vectors(
-        [_input(embedding, tokenizer, row, i) for row in rows for i in range(len(row["responses"]))]
-    )
+    tokenizer = embedding.tokenizer() if embedding.needs_tokenizer else None
+    inputs = [
+        _input(embedding, tokenizer, sampled, index)
+        for sampled in seed_responses(run)
+        for index in range(len(sampled.responses))
+    ]
+    return embedding.vectors(inputs)
 
 
-def _input(embedding: Embedding, tokenizer: Any, sampled: dict[str, Any], index: int | None) -> list[int]:
-    """Tokens of what is embedded. With unit "prompt" and a text that holds a response, the first one stands for all."""
-    text, own = embedding.select.text, embedding.select.embedder == "policy"
-    response = sampled["responses"][index or 0]
-    if text == "judge_prompt":
-        judged = fill(embedding.rubric, sampled["prompt"], response["text"])
-        return encode_prompt(tokenizer, judged, "plain") if own else tokenizer.encode(judged)
-    if own:
-        return sampled["prompt_token_ids"] + (response["token_ids"] if text == "prompt_response" else [])
-    return tokenizer.encode(sampled["prompt"] + (f"\n{response['text']}" if text == "prompt_response" else ""))
+def _input(embedding: Embedding, tokenizer: Any, sampled: Sampled, index: int | None) -> list[int]:
+    """Return the token ids of what is embedded. A whole prompt (no index) is represented by its first response."""
+    response = sampled.responses[index or 0]
+    if embedding.text == "judge_prompt":
+        judged = fill(embedding.rubric, sampled.prompt, response.text)
+        if embedding.uses_policy:
+            return encode_prompt(tokenizer, judged, "plain")
+        return tokenizer.encode(judged)
+    with_response = embedding.text == "prompt_response"
+    if embedding.uses_policy:
+        # The very tokens that the policy read and wrote, not those of the text tokenised again.
+        return sampled.prompt_token_ids + (response.token_ids if with_response else [])
+    return tokenizer.encode(sampled.prompt + (f"\n{response.text}" if with_response else ""))

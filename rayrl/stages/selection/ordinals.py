@@ -1,4 +1,7 @@
-"""What the selection picks, a response or a whole prompt, and the ordinal that names one across all blocks."""
+"""Ordinals: one whole number for every response, or every prompt, across all blocks of a responses table.
+
+Strategies pick ordinals, so that the driver and the shards of the coreset service exchange numbers and not ids.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,39 +9,41 @@ from typing import Literal
 
 from rayrl.config import RunConfig
 
-ROOM = 64
-"""Ordinals set aside per prompt at least: seed data may hold more responses to a prompt than k."""
+MIN_PER_PROMPT = 64
+"""Ordinals set aside per prompt at least: seed data may hold more responses to a prompt than `generate.k`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbering:
-    """Ordinals in the order of blocks, rows and responses."""
+    """Ordinals in the order of blocks, rows and responses, with room left between prompts."""
 
     unit: Literal["response", "prompt"]
+    """What an ordinal stands for."""
     per_prompt: int
     per_block: int
-    least: int = 1
-    """Responses without which a prompt is no unit."""
+    min_responses: int = 1
+    """Prompts with fewer responses are not numbered where the unit is a prompt."""
 
     def units(self, block: int, row: int, num_responses: int) -> Iterator[tuple[int, int | None]]:
-        """(ordinal, response's index; None is the whole prompt) of one row's units."""
+        """Yield (ordinal, index of the response) of one row's units; the index is None for a whole prompt."""
         first = block * self.per_block + row * self.per_prompt
-        if self.unit == "prompt":
-            yield from [(first, None)] if num_responses >= self.least else []
-        else:
-            yield from ((first + i, i) for i in range(num_responses))
+        if self.unit == "response":
+            for index in range(num_responses):
+                yield first + index, index
+        elif num_responses >= self.min_responses:
+            yield first, None
 
     def block_of(self, ordinal: int) -> int:
-        """The block that holds a unit."""
+        """Return the block that holds a unit."""
         return ordinal // self.per_block
 
 
 def numbering(config: RunConfig) -> Numbering:
-    """The run's ordinals."""
-    per_prompt = max(config.generate.k, ROOM)
+    """Return the run's ordinals. Comparisons need prompts with two responses, whatever `select.unit` says."""
+    per_prompt = max(config.generate.k, MIN_PER_PROMPT)
     return Numbering(
-        unit=config.select.unit,
+        unit="prompt" if config.asks_for_comparisons else config.select.unit,
         per_prompt=per_prompt,
         per_block=config.generate.block_size * per_prompt,
-        least=2 if config.asks_for_comparisons else 1,
+        min_responses=2 if config.asks_for_comparisons else 1,
     )

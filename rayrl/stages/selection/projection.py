@@ -1,4 +1,4 @@
-"""A 2-d picture of the pool and the chosen points, for the report."""
+"""A picture of the embedded pool and the chosen points in two dimensions, for the report."""
 
 import io
 
@@ -15,18 +15,21 @@ MAX_POINTS = 3000
 
 def write_projection(url: str, vectors: BlockTable, selected: set[int]) -> None:
     """Project the chosen points and a sample of the others on the first two principal axes: x, y, selected."""
-    per_block = max(1, MAX_POINTS // max(1, vectors.num_blocks))
-    kept_ids, kept = [], []
+    others_per_block = max(1, MAX_POINTS // max(1, vectors.num_blocks))
+    kept_ids: list[np.ndarray] = []
+    kept_points: list[np.ndarray] = []
     for block in vectors.blocks():
         if block.num_rows == 0:
             continue
         ids, points = vectors_of(block)
-        chosen = np.isin(ids, list(selected))
-        chosen[np.flatnonzero(~chosen)[:per_block]] = True
-        kept_ids.append(ids[chosen])
-        kept.append(points[chosen])
-    ids, points = np.concatenate(kept_ids), np.concatenate(kept)
+        is_kept = np.isin(ids, list(selected))
+        # The first few of the others stand for the rest of their block.
+        is_kept[np.flatnonzero(~is_kept)[:others_per_block]] = True
+        kept_ids.append(ids[is_kept])
+        kept_points.append(points[is_kept])
+    ids, points = np.concatenate(kept_ids), np.concatenate(kept_points)
     is_selected = np.isin(ids, list(selected))
+    # Chosen points first, so that the limit drops others and not them.
     order = np.argsort(~is_selected, kind="stable")[:MAX_POINTS]
     centred = points[order] - points[order].mean(0)
     axes = np.linalg.svd(centred, full_matrices=False)[2][:2]

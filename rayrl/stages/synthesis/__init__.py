@@ -1,0 +1,1 @@
+"""Synthetic preference generation: clusters of a policy's samples by meaning, and the pairs that they make."""

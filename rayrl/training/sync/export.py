@@ -1,111 +1,162 @@
-"""From training state to a model folder that vLLM serves, with a probe of what it must answer."""
+"""Export of a model in training to a folder that vLLM serves, with a probe of what the model must answer.
+
+The probe is a fixed prompt with the trainer's own numbers for it. A replica that loads the folder compares its answer
+with them before it serves.
+"""
 
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rayrl.engines.weight_folder import PROBE_FILE
-from rayrl.models.reward import RewardModel
+from rayrl.engines.embedder import HEAD_FILE
+from rayrl.engines.weight_folder import PROBE_FILE, PolicyProbe, Probe, ValueProbe
+from rayrl.models.reward_model import RewardModel
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.sync.gather import Weights
+from rayrl.training.sync.gather import Bucket, FullWeights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_TOKENS = 300
 """Longer than any KV block: a replica that kept its prefix cache answers the probe wrongly."""
 PROBE_CANDIDATES = 8
+"""Likeliest next tokens whose log-probabilities are compared."""
 PROBE_DIMENSIONS = 8
+"""Coordinates of the pooled vectors that are compared."""
+INDEX_FILE = "model.safetensors.index.json"
 
 
-def export_policy(engine: Any, policy: Any, tokenizer: Any, url: str) -> None:
-    """Write the policy (adapters merged) and its probe to `url`; every rank takes part, rank 0 writes.
+def export_policy(
+    engine: zero.Engine,
+    policy: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    url: str,
+) -> None:
+    """Write a policy, adapters merged, and its probe to `url`. Every rank takes part; rank 0 writes.
 
     Without a tokenizer the folder is for replicas that run already.
     """
-    write(Weights(engine, policy), tokenizer, url, policy_probe(engine, policy), head=None)
+    probe = policy_probe(engine, policy)
+    export_folder(FullWeights(engine, policy), tokenizer, url, probe, head=None)
 
 
-def policy_probe(engine: Any, policy: Any) -> dict[str, Any]:
-    """A fixed prompt, and what whoever serves the policy must answer. Every rank takes part."""
+def export_reward_model(
+    engine: zero.Engine, reward_model: RewardModel, tokenizer: "PreTrainedTokenizerBase", url: str
+) -> None:
+    """Write the backbone as a causal language model, the head beside it, and a probe of the head's value.
+
+    Every rank takes part; rank 0 writes.
+    """
+    probe = value_probe(engine, reward_model)
+    head = zero.gather(engine, dict(reward_model.head.named_parameters()))
+    head = {name: weight.float() for name, weight in head.items()}
+    export_folder(FullWeights(engine, reward_model.backbone), tokenizer, url, probe, head=head)
+
+
+def policy_probe(engine: zero.Engine, policy: "PreTrainedModel | PeftModel") -> PolicyProbe:
+    """Answer the probe with the policy. Every rank takes part."""
     prompt = probe_prompt(policy.config)
     engine.eval()
     with torch.no_grad():
         tokens = torch.tensor([prompt], device=engine.device)
-        out = policy(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        output = policy(input_ids=tokens, output_hidden_states=True, use_cache=False)
     engine.train()
-    logprobs, hidden = out.logits[0, -1].float().log_softmax(-1), out.hidden_states[-1][0].float()
-    top = logprobs.topk(PROBE_CANDIDATES)
-    pooled = {"mean": hidden.mean(0), "last": hidden[-1]}  # for the embedding replicas
+    top = output.logits[0, -1].float().log_softmax(-1).topk(PROBE_CANDIDATES)
+    hidden = output.hidden_states[-1][0].float()
     return {
         "prompt_token_ids": prompt,
         "token_ids": top.indices.tolist(),
         "logprobs": top.values.tolist(),
-        "embedding": {pooling: vector[:PROBE_DIMENSIONS].tolist() for pooling, vector in pooled.items()},
+        # For the embedding replicas, which serve policies too, and pool in either way.
+        "embedding": {
+            "mean": hidden.mean(0)[:PROBE_DIMENSIONS].tolist(),
+            "last": hidden[-1][:PROBE_DIMENSIONS].tolist(),
+        },
     }
 
 
-def export_reward_model(engine: Any, reward_model: RewardModel, tokenizer: Any, url: str) -> None:
-    """Write the backbone as a causal model, the head beside it, and a probe of the head's value."""
+def value_probe(engine: zero.Engine, reward_model: RewardModel) -> ValueProbe:
+    """Answer the probe with the reward model that the engine trains. Every rank takes part."""
     prompt = probe_prompt(reward_model.backbone.config)
     engine.eval()
     with torch.no_grad():
         tokens = torch.tensor([prompt], device=engine.device)
         positions = torch.arange(len(prompt), device=engine.device)[None]
         value = engine(tokens, torch.ones_like(tokens), positions).item()
-    head = zero.gathered(engine, dict(reward_model.head.named_parameters()))
-    head = {name: weight.float() for name, weight in head.items()}
-    weights = Weights(engine, reward_model.backbone)
-    write(weights, tokenizer, url, {"prompt_token_ids": prompt, "value": value}, head=head)
+    return {"prompt_token_ids": prompt, "value": value}
 
 
-def probe_prompt(config: Any) -> list[int]:
-    """Token ids spread over the vocabulary, the same for every run."""
-    context = config.get_text_config().max_position_embeddings
+def probe_prompt(config: "PreTrainedConfig") -> list[int]:
+    """Draw token ids over the whole vocabulary, the same for every run."""
+    text_config = config.get_text_config()
+    length = min(PROBE_TOKENS, text_config.max_position_embeddings - 2)
     generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_TOKENS, context - 2)
-    return torch.randint(config.get_text_config().vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(text_config.vocab_size, (length,), generator=generator).tolist()
 
 
-def write(weights: Weights, tokenizer: Any, url: str, probe: dict[str, Any], *, head: dict[str, Any] | None) -> None:
-    """Write the model folder and its probe, on rank 0; every rank takes part."""
+def export_folder(
+    weights: FullWeights,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    url: str,
+    probe: Probe,
+    *,
+    head: Bucket | None,
+) -> None:
+    """Write a model folder: configuration, weights, and what else it needs. Every rank takes part; rank 0 writes.
+
+    Args:
+        weights: of the causal language model.
+        tokenizer: None leaves it out.
+        url: the folder; one that is there is replaced.
+        probe: the trainer's answer.
+        head: weights of a scalar head, if there is one.
+    """
     if launch.rank() != 0:
-        for _ in weights.gathered():
+        for _ in weights.gather():  # rank 0 cannot gather alone
             pass
         return
-    with storage.new_folder(url) as folder:
-        save_weights(weights, Path(folder))
+    with storage.new_folder(url) as local:
+        folder = Path(local)
+        write_weights(weights, folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(local)
         if storage.is_local(url):
-            (Path(folder) / PROBE_FILE).write_text(json.dumps(probe))
+            (folder / PROBE_FILE).write_text(json.dumps(probe))
         if head is not None:
-            (Path(folder) / "head").mkdir()
-            save_file(head, Path(folder) / "head" / "head.safetensors")
-    if not storage.is_local(url):  # files arrive one by one; who waits for the folder waits for this one
+            (folder / HEAD_FILE).parent.mkdir()
+            save_file(head, folder / HEAD_FILE)
+    if not storage.is_local(url):
+        # A local folder is renamed into place whole. On an object store the files arrive one by one, and replicas that
+        # wait for the folder wait for this one.
         storage.write_json(storage.join(url, PROBE_FILE), probe)
 
 
-def save_weights(weights: Weights, folder: Path) -> None:
+def write_weights(weights: FullWeights, folder: Path) -> None:
     """Write configuration and weights: one file, or one for each bucket and an index of them."""
     if len(weights) == 1:
-        (state,) = weights.gathered()
-        weights.base.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        (bucket,) = weights.gather()
+        weights.base.save_pretrained(folder, state_dict=bucket, safe_serialization=True)
         return
-    places: dict[str, str] = {}
+    file_of_weight: dict[str, str] = {}
     num_bytes = 0
-    for number, state in enumerate(weights.gathered(), 1):
+    for number, bucket in enumerate(weights.gather(), 1):
         shard = f"model-{number:05}-of-{len(weights):05}.safetensors"
-        num_bytes += sum(weight.nbytes for weight in state.values())
-        with tempfile.TemporaryDirectory(dir=folder) as alone:  # it would remove the shards that are there
-            weights.base.save_pretrained(alone, state_dict=state, safe_serialization=True)
+        num_bytes += sum(weight.nbytes for weight in bucket.values())
+        # In a folder of its own: `save_pretrained` removes the weight files that it finds in its folder.
+        with tempfile.TemporaryDirectory(dir=folder) as alone:
+            weights.base.save_pretrained(alone, state_dict=bucket, safe_serialization=True)
             for file in Path(alone).iterdir():
                 file.replace(folder / (shard if file.suffix == ".safetensors" else file.name))
+        # Names are read back from the file: saving can rename weights.
         with safe_open(folder / shard, "pt") as written:
-            places |= dict.fromkeys(written.keys(), shard)
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+            file_of_weight |= dict.fromkeys(written.keys(), shard)
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of_weight}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))

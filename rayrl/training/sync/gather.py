@@ -1,22 +1,30 @@
-"""A model's full weights, a bucket at a time, as a checkpoint has them: adapters merged, nothing sharded.
+"""Gathering of a model's full weights, one bucket at a time: nothing sharded, adapters merged.
 
-No rank ever holds the whole of a model that is trained in shards: what is gathered goes out, to a file or to the
-replicas, before the next bucket comes.
+No rank ever holds the whole of a model that is trained in shards: a bucket goes out, to a file or to the replicas,
+before the next one is gathered.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rayrl.training import deepspeed_engine as zero
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 MAX_BUCKET_BYTES = 256 << 20
+Bucket = dict[str, Tensor]
+"""Weights by name."""
+_PEFT_PREFIX = "base_model.model."
+"""PEFT's, before the names of the model that it adapts."""
 
 
 def split_into_buckets(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in order, in buckets of at most `max_bytes`; only a layer that is larger alone makes a larger one.
+    """Split names, in order, into buckets of at most `max_bytes`; only a layer that is larger alone exceeds it.
 
     Args:
         sizes: bytes of each parameter by name. A layer and its adapters stay together.
@@ -38,65 +46,79 @@ def split_into_buckets(sizes: Mapping[str, int], max_bytes: int) -> list[list[st
 
 
 def layer_of(name: str) -> str:
-    """What a parameter is merged with: the layer that is adapted, or itself."""
+    """Return the layer that a parameter is merged with: the adapted layer, or the parameter itself."""
     return name.split(".base_layer.")[0].split(".lora_")[0]
 
 
-def merge_adapters(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + (alpha / rank) B A for every adapted layer of a bucket, under the base model's own names."""
-    prefix = "base_model.model."
-    merged = {}
-    for name, weight in state.items():
+def merge_adapters(model: nn.Module, bucket: Bucket) -> Bucket:
+    """Merge every adapted layer of a bucket, W + (alpha / rank) B A, under the base model's own names."""
+    merged: Bucket = {}
+    for name, weight in bucket.items():
         if ".lora_" in name:
             continue
-        plain = name.removeprefix(prefix).replace(".base_layer.", ".")
+        plain_name = name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
         stem = name.removesuffix(".base_layer.weight")
-        if stem != name:
-            a, b = state[f"{stem}.lora_A.default.weight"], state[f"{stem}.lora_B.default.weight"]
-            layer: nn.Module = model.get_submodule(stem)
-            weight = (weight.float() + layer.scaling["default"] * b.float() @ a.float()).to(weight.dtype)  # type: ignore[index, operator]
-        merged[plain] = weight
+        is_adapted = stem != name
+        if is_adapted:
+            a = bucket[f"{stem}.lora_A.default.weight"]
+            b = bucket[f"{stem}.lora_B.default.weight"]
+            scaling: float = model.get_submodule(stem).scaling["default"]  # type: ignore[index]
+            # In float32: in bfloat16 a small change of a large weight would be rounded away.
+            weight = (weight.float() + scaling * b.float() @ a.float()).to(weight.dtype)
+        merged[plain_name] = weight
     return merged
 
 
-class Weights:
-    """The weights of a model in training, of any ZeRO stage, with adapters or without."""
+class FullWeights:
+    """Full weights of a model in training, of any ZeRO stage, with adapters or without."""
 
-    def __init__(self, engine: Any, model: Any, *, max_bytes: int = MAX_BUCKET_BYTES):
+    def __init__(
+        self,
+        engine: zero.Engine,
+        model: "PreTrainedModel | PeftModel",
+        *,
+        max_bytes: int = MAX_BUCKET_BYTES,
+    ):
         from peft import PeftModel
 
         self._engine = engine
         self._model = model
-        self._adapted = isinstance(model, PeftModel)
-        self.base: Any = model.get_base_model() if self._adapted else model
+        self._is_adapted = isinstance(model, PeftModel)
+        self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
         """The transformers model, whose names the weights have."""
+        # A tied head is listed under both of its names: replicas may look for either.
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         sizes = {name: zero.full_shape(p).numel() * p.element_size() for name, p in self._parameters.items()}
         self._buckets = split_into_buckets(sizes, max_bytes)
 
     def __len__(self) -> int:
-        """How many buckets there are."""
+        """Return the number of buckets."""
         return len(self._buckets)
 
-    def gathered(self, device: Any = "cpu") -> Iterator[dict[str, Tensor]]:
-        """Copies of each bucket's weights by name on rank 0, empty elsewhere. Every rank must go through all of it."""
+    def gather(self, device: torch.device | str = "cpu") -> Iterator[Bucket]:
+        """Yield each bucket on rank 0, and empty ones elsewhere. Every rank must go through all of them."""
         for names in self._buckets:
-            of = {name: self._parameters[name] for name in names}
-            yield self._merged(zero.gathered(self._engine, of, device))  # by no name here: the next needs the room
+            parameters = {name: self._parameters[name] for name in names}
+            # Yielded without a name of its own here, which would keep it in memory while the next one is gathered.
+            yield self._merged(zero.gather(self._engine, parameters, device))
 
-    def empty(self) -> Iterator[dict[str, Tensor]]:
-        """What `gathered` gives on rank 0, without memory and without the other ranks: names, shapes and types."""
+    def describe(self) -> Iterator[Bucket]:
+        """Yield the buckets with names, shapes and types only: no memory is used, and no other rank is needed."""
         for names in self._buckets:
-            of = {name: self._parameters[name] for name in names}
-            yield self._merged(
-                {name: torch.empty(zero.full_shape(p), dtype=p.dtype, device="meta") for name, p in of.items()}
-            )
+            empty: Bucket = {}
+            for name in names:
+                parameter = self._parameters[name]
+                empty[name] = torch.empty(zero.full_shape(parameter), dtype=parameter.dtype, device="meta")
+            yield self._merged(empty)
 
-    def published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A bucket under the names of published checkpoints, which are those that engines load."""
+    def in_checkpoint_format(self, bucket: Bucket) -> Bucket:
+        """Return a bucket under the names and shapes of model files, which are those that engines load.
+
+        A model in memory can differ from its files: transformers joins some weights when it loads them.
+        """
         from transformers.core_model_loading import revert_weight_conversion
 
-        return revert_weight_conversion(self.base, state)
+        return revert_weight_conversion(self.base, bucket)
 
-    def _merged(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return merge_adapters(self._model, state) if self._adapted else state
+    def _merged(self, bucket: Bucket) -> Bucket:
+        return merge_adapters(self._model, bucket) if self._is_adapted else bucket

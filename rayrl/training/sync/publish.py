@@ -1,14 +1,23 @@
-"""How a policy's weights reach the replicas after an update: through a folder, or by vLLM's own transfer."""
+"""Publishing of a policy's weights to a fleet after an update: through a folder, or by direct transfer.
+
+Once a version is published, every replica serves it, proved by the probe. A replica that restarts later loads the
+version's folder, so that one is written in either case.
+"""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
+from rayrl.fleets.fleet import Fleet
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.sync import export
-from rayrl.training.sync.gather import Weights
-from rayrl.training.sync.transfer import Sender
+from rayrl.training.sync.export import export_policy, policy_probe
+from rayrl.training.sync.gather import FullWeights
+from rayrl.training.sync.transfer import Sender, Transfer, Transport
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -16,74 +25,131 @@ MAX_FAILURES = 3
 """Transfers in a row that may fail; from then on the weights go through the folder."""
 
 
-class FolderSync:
-    """Rank 0 writes a folder, and every replica reads it."""
-
-    def __init__(self, job: Any, engine: Any):
-        self.job, self.engine = job, engine
+class Publisher(Protocol):
+    """A way to bring the trainer's weights to the replicas."""
 
     def publish(self, checkpoint: Checkpoint) -> None:
-        """Bring every replica to these weights, proved by the probe. All ranks take part."""
-        self.write(checkpoint)
+        """Bring every replica to the weights as they are now, under this name. All ranks take part."""
+        ...
+
+    def ensure_exported(self, checkpoint: Checkpoint) -> None:
+        """Write the folder of the published version, for replicas that restart, if it is not there.
+
+        All ranks take part, before the next optimizer step.
+        """
+        ...
+
+
+def new_publisher(
+    engine: zero.Engine,
+    policy: "PreTrainedModel | PeftModel",
+    fleet: Fleet,
+    transport: Transport | None,
+    *,
+    in_flight: bool,
+) -> Publisher:
+    """Make the publisher for a transport; without one the weights go through folders.
+
+    Args:
+        engine: trains the policy.
+        policy: what is published.
+        fleet: its replicas.
+        transport: of direct transfers.
+        in_flight: replicas do not wait for running requests, which then span two versions.
+    """
+    by_folder = FolderPublisher(engine, policy, fleet, in_flight=in_flight)
+    if transport is None:
+        return by_folder
+    return TransferPublisher(engine, policy, fleet, transport, by_folder, in_flight=in_flight)
+
+
+class FolderPublisher:
+    """Rank 0 exports a folder, and every replica loads it."""
+
+    def __init__(self, engine: zero.Engine, policy: "PreTrainedModel | PeftModel", fleet: Fleet, *, in_flight: bool):
+        self._engine = engine
+        self._policy = policy
+        self._fleet = fleet
+        self._in_flight = in_flight
+
+    def publish(self, checkpoint: Checkpoint) -> None:
+        """Export the folder, and have every replica load it."""
+        self.export(checkpoint)
         if launch.rank() == 0:
-            self.job.fleet.adopt(checkpoint, in_flight=self.job.ppo.overlap)
+            self._fleet.adopt(checkpoint, in_flight=self._in_flight)
 
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """See that a replica that restarts finds the published weights: here it does."""
+    def ensure_exported(self, checkpoint: Checkpoint) -> None:
+        """Do nothing: publishing has exported it."""
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """The folder alone."""
-        export.export_policy(self.engine, self.engine.module.policy, None, checkpoint.path)
+    def export(self, checkpoint: Checkpoint) -> None:
+        """Export the folder alone."""
+        export_policy(self._engine, self._policy, None, checkpoint.path)
 
 
-class TransferSync:
-    """vLLM's transfer brings the weights; the folder is written while the replicas answer, for any that restarts.
+class TransferPublisher:
+    """Weights go straight to the replicas; the folder is exported while they answer already.
 
-    An update that does not reach every replica goes through the folder, and the next one makes a new group.
+    A version whose transfer does not reach every replica is published by the folder, and the next transfer makes a new
+    group.
     """
 
-    def __init__(self, job: Any, engine: Any):
-        self.job, self.engine = job, engine
-        self._folder = FolderSync(job, engine)
-        self._weights = Weights(engine, engine.module.policy)
+    def __init__(
+        self,
+        engine: zero.Engine,
+        policy: "PreTrainedModel | PeftModel",
+        fleet: Fleet,
+        transport: Transport,
+        by_folder: FolderPublisher,
+        *,
+        in_flight: bool,
+    ):
+        self._engine = engine
+        self._policy = policy
+        self._by_folder = by_folder
+        self._in_flight = in_flight
+        self._weights = FullWeights(engine, policy)
         self._num_failures = 0
-        self._is_written = False
+        self._is_exported = False
+        self._sender: Sender | None = None
         if launch.rank() == 0:
-            empty = [self._weights.published(state) for state in self._weights.empty()]
-            self._sender = Sender(job.fleet, job.transport, empty, engine.device)
+            described = [self._weights.in_checkpoint_format(bucket) for bucket in self._weights.describe()]
+            self._sender = Sender(fleet, transport, described, engine.device)
 
     def publish(self, checkpoint: Checkpoint) -> None:
-        """Bring every replica to these weights, proved by the probe. All ranks take part."""
-        self._is_written = self._num_failures >= MAX_FAILURES or not self._sent(checkpoint)
-        if self._is_written:
-            self._folder.publish(checkpoint)
+        """Transfer the weights; after a failure, publish their folder."""
+        has_given_up = self._num_failures >= MAX_FAILURES
+        is_transferred = not has_given_up and self._transfer(checkpoint)
+        if not is_transferred:
+            self._by_folder.publish(checkpoint)
+        self._is_exported = not is_transferred
 
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """See that a replica that restarts finds the published weights. All ranks take part, before the next step."""
-        if not self._is_written:
-            self._folder.write(checkpoint)
-            self._is_written = True
+    def ensure_exported(self, checkpoint: Checkpoint) -> None:
+        """Export the folder, unless a failed transfer has led to it already."""
+        if not self._is_exported:
+            self._by_folder.export(checkpoint)
+            self._is_exported = True
 
-    def _sent(self, checkpoint: Checkpoint) -> bool:
-        probe = export.policy_probe(self.engine, self.engine.module.policy)
-        update = None
-        if launch.rank() == 0:
-            update = self._sender.send(checkpoint, probe, in_flight=self.job.ppo.overlap)
-        for state in self._weights.gathered(self.engine.device):
-            if update is not None:
-                update.put(self._weights.published(state))
-        error = None
-        if update is not None:
-            update.put(None)
-            error = update.error()
-        if error is not None:
-            logger.warning("%s did not reach every replica (%r) and goes through the folder", checkpoint.version, error)
-            self._sender.leave()
-        failed = zero.largest(float(error is not None), self.engine) > 0
-        self._num_failures = self._num_failures + 1 if failed else 0
-        return not failed
-
-
-def weight_sync(job: Any, engine: Any) -> FolderSync | TransferSync:
-    """What the job asks for."""
-    return FolderSync(job, engine) if job.transport is None else TransferSync(job, engine)
+    def _transfer(self, checkpoint: Checkpoint) -> bool:
+        """Send the weights to every replica; whether all of them took them and proved it."""
+        probe = policy_probe(self._engine, self._policy)
+        transfer: Transfer | None = None
+        if self._sender is not None:
+            transfer = self._sender.begin(checkpoint, probe, in_flight=self._in_flight)
+        # All ranks go through all buckets even after a failure: gathering is a collective.
+        for bucket in self._weights.gather(self._engine.device):
+            if transfer is not None:
+                transfer.put(self._weights.in_checkpoint_format(bucket))
+        has_failed = False
+        if self._sender is not None and transfer is not None:
+            transfer.put(None)
+            error = transfer.wait()
+            if error is not None:
+                has_failed = True
+                logger.warning(
+                    "%s did not reach every replica (%r) and goes through the folder", checkpoint.version, error
+                )
+                self._sender.leave()
+        # Rank 0 alone knows; the others have to take part in what follows.
+        has_failed = zero.max_over_ranks(float(has_failed), self._engine) > 0
+        self._num_failures = self._num_failures + 1 if has_failed else 0
+        return not has_failed

@@ -1,8 +1,9 @@
-"""Weights from the trainer's memory into the replicas', by vLLM's own weight transfer, with no folder in between.
+"""Direct transfer of weights from the trainer's memory into the replicas', by vLLM's weight transfer, without a folder.
 
-On GPUs this is NCCL: rank 0 of the training and every rank of every replica are one group; what rank 0 broadcasts, each
-replica loads as it comes. A replica that is new makes the group anew. Nothing that fails here stops a training: whoever
-waits in a broken group is ended (Ray starts it again), and the update is over, with an error to act upon.
+On GPUs this is NCCL: rank 0 of the training and every rank of every replica form one group. Rank 0 broadcasts, and each
+replica loads the weights as they come. A new replica makes the group anew. No failure here stops a training: calls that
+wait in a broken group are killed (Ray starts their replicas again), and the transfer ends with an error, which the
+caller answers by publishing a folder.
 
     training, every rank   gather a bucket, put it         in the main thread: collectives meet, whatever happens
     training, rank 0       vLLM's engine broadcasts it     in a thread, which may fail or hang
@@ -11,22 +12,29 @@ waits in a broken group is ended (Ray starts it again), and the update is over, 
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from ray import ObjectRef
 from torch import Tensor
 
+from rayrl.engines.weight_folder import PolicyProbe
 from rayrl.errors import StageTimeout
+from rayrl.fleets import actors
+from rayrl.fleets.actors import Actor
 from rayrl.fleets.fleet import START_TIMEOUT_S, Fleet
 from rayrl.fleets.router import LEASE_S, Lease
 from rayrl.records import Checkpoint
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, TrainerWeightTransferEngine
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 POLL_S = 0.2
 PACKED_BYTES = 256 << 20
@@ -35,65 +43,78 @@ PACKED_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Transport:
-    """Which engine of vLLM's carries the weights. The replicas are started with the same one (`EngineSpec`)."""
+    """The backend of vLLM's that carries the weights. The replicas are started with the same one (`EngineSpec`)."""
 
-    init_info: Callable[..., Any]
-    """(rank, master_address, master_port, world_size) -> the engine's `TrainerInitInfo`."""
+    init_info: "Callable[..., TrainerInitInfo]"
+    """(rank, master_address, master_port, world_size) -> the backend's own settings."""
     ranks_per_replica: int = 1
     timeout_s: float = 300.0
-    """For a group to form, and for an update to be received and proved."""
+    """For a group to form, and for the weights to be received and proved."""
 
 
-def nccl_init_info(**group: Any) -> Any:
-    """Broadcasts over NCCL."""
+def nccl_init_info(*, rank: int, master_address: str, master_port: int, world_size: int) -> "NCCLTrainerInitInfo":
+    """Describe a group that broadcasts over NCCL."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    return NCCLTrainerInitInfo(packed_buffer_size_bytes=PACKED_BYTES, **group)
+    return NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=master_address,
+        master_port=master_port,
+        world_size=world_size,
+        packed_buffer_size_bytes=PACKED_BYTES,
+    )
 
 
-class Update:
-    """One update on its way: buckets go in on one side, and out on the other, until it succeeds or fails."""
+class Transfer:
+    """One version under way. The main thread puts buckets in, the sending thread takes them out, until it ends.
 
-    def __init__(self, checkpoint: Checkpoint, probe: dict[str, Any], in_flight: bool, timeout_s: float):
+    It ends once, with success or with an error, whichever side reports first. A bucket that is put in afterwards is
+    dropped, and taking one out raises.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, probe: PolicyProbe, in_flight: bool, timeout_s: float):
         self.checkpoint, self.probe, self.in_flight = checkpoint, probe, in_flight
         self._deadline = time.monotonic() + timeout_s
         self._buckets: Queue[dict[str, Tensor] | None] = Queue(1)
         self._outcome: Future[None] = Future()
 
     def put(self, bucket: dict[str, Tensor] | None) -> None:
-        """Hand over the next bucket, or None after the last. It is dropped once the update has failed."""
+        """Hand over the next bucket, or None after the last."""
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # it is read on another stream
+            torch.cuda.current_stream().synchronize()  # the sending thread reads it on another stream
         while not self._outcome.done():
             with suppress(Full):
                 return self._buckets.put(bucket, timeout=POLL_S)
             self._end_if_late()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        while (bucket := self._next()) is not None:
+        while (bucket := self._next_bucket()) is not None:
             for name, weight in bucket.items():
                 if weight.is_cuda:
                     weight.record_stream(torch.cuda.current_stream())  # not to be reused before that stream has read it
                 yield name, weight
 
-    def _next(self) -> dict[str, Tensor] | None:
+    def _next_bucket(self) -> dict[str, Tensor] | None:
         while True:
-            self.go_on()
+            self.raise_if_failed()
             with suppress(Empty):
                 return self._buckets.get(timeout=POLL_S)
 
-    def go_on(self) -> None:
-        """Raise what the update failed with, if it has."""
+    def raise_if_failed(self) -> None:
+        """Raise the error that the transfer has ended with, if any."""
         if self._outcome.done():
             self._outcome.result()
 
     def end(self, error: BaseException | None = None) -> None:
-        """The update has succeeded, or failed; the first to say so is believed."""
+        """End the transfer, unless it has ended already."""
         with suppress(InvalidStateError):
-            self._outcome.set_exception(error) if error else self._outcome.set_result(None)
+            if error is None:
+                self._outcome.set_result(None)
+            else:
+                self._outcome.set_exception(error)
 
-    def error(self) -> BaseException | None:
-        """Wait for the end; what went wrong, if anything did."""
+    def wait(self) -> BaseException | None:
+        """Wait for the end, and return the error, if any."""
         while not self._outcome.done():
             with suppress(TimeoutError):
                 return self._outcome.exception(timeout=POLL_S)
@@ -105,44 +126,47 @@ class Update:
             self.end(StageTimeout(f"{self.checkpoint.version} was not sent to every replica in time"))
 
 
-class Receivers:
-    """The replicas of a group as vLLM's trainer engine drives them (its `VLLMWeightSyncClient`).
+class GroupReplicas:
+    """The replicas of a group, as vLLM's engine in the trainer drives them (its `VLLMWeightSyncClient`).
 
-    Their leases are held while an update is under way: a fleet that shrinks then lets others go, or waits.
+    Their leases are held while a transfer is under way: a fleet that shrinks then ends other replicas, or waits.
     """
 
-    def __init__(self, fleet: Fleet, transport: Transport, update: Update, leases: list[Lease]):
-        self.update, self.leases = update, leases
+    def __init__(self, fleet: Fleet, transport: Transport, transfer: Transfer, leases: list[Lease]):
+        self.transfer, self.leases = transfer, leases
         self._fleet, self._transport = fleet, transport
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Bring every replica into the group; its ranks follow those of the replicas before it."""
-        each, timeout_s = self._transport.ranks_per_replica, self._transport.timeout_s
-        offsets = [1 + n * each for n in range(len(self.leases))]
-        self._all([("join", (init_info | {"rank_offset": offset}, timeout_s)) for offset in offsets])
+        """Bring every replica into the group. Rank 0 is the trainer; each replica's ranks follow those before it."""
+        ranks, timeout_s = self._transport.ranks_per_replica, self._transport.timeout_s
+        infos = [init_info | {"rank_offset": 1 + n * ranks} for n in range(len(self.leases))]
+        self._call_all("join", [(info, timeout_s) for info in infos])
 
     def start_weight_update(self) -> None:
-        """Nothing yet: a replica's swap is one call, so that a trainer that dies leaves none paused."""
+        """Do nothing: a replica's swap is one call, so that a trainer that dies leaves no replica paused."""
 
-    def update_weights(self, update_info: Any) -> None:
-        """The swap of every replica, while the trainer broadcasts."""
-        of = self.update
-        swap = of.checkpoint, of.probe, update_info, of.in_flight, self._transport.timeout_s
-        self._all([("receive", swap)] * len(self.leases))
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Swap every replica to the weights, while the trainer broadcasts."""
+        transfer = self.transfer
+        swap = (transfer.checkpoint, transfer.probe, update_info, transfer.in_flight, self._transport.timeout_s)
+        self._call_all("receive", [swap] * len(self.leases))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing more: see above."""
+        """Do nothing: the call of `update_weights` has finished it."""
 
-    def _all(self, asked: list[tuple[str, tuple[Any, ...]]]) -> None:
-        """One call of each, and all answers; if one fails, the others, in a broken group, are ended with it.
+    def _call_all(self, method: str, arguments: Sequence[tuple[object, ...]]) -> None:
+        """Call a method of every replica, and wait for all answers; if one fails, kill the replicas that still wait.
 
-        A retry would meet a new replica, which is in no group.
+        They are in a broken group, and would wait for ever. Ray must not retry a call: it would meet a new replica,
+        which is in no group.
         """
-        calls = {
-            lease.replica.__getattr__(method).options(max_task_retries=0).remote(*arguments): lease.replica
-            for lease, (method, arguments) in zip(self.leases, asked, strict=True)
-        }
-        pending, deadline = list(calls), time.monotonic() + 2 * self._transport.timeout_s
+        replicas: dict[ObjectRef, Actor] = {}
+        for lease, replica_arguments in zip(self.leases, arguments, strict=True):
+            remote_method = getattr(lease.replica, method).options(max_task_retries=0)
+            replicas[remote_method.remote(*replica_arguments)] = lease.replica
+        pending = list(replicas)
+        # Above the replicas' own limit, so that their errors come first.
+        deadline = time.monotonic() + 2 * self._transport.timeout_s
         try:
             while pending:
                 wait_s = min(LEASE_S / 4, deadline - time.monotonic())
@@ -152,42 +176,55 @@ class Receivers:
                 ray.get(done)
                 self._fleet.renew(self.leases)
         except Exception as error:
-            self.update.end(error)  # vLLM's engine, which may hang in the broadcast, would not say so
+            # Ended here, since vLLM's engine may hang in the broadcast and never report the error.
+            self.transfer.end(error)
             for call in pending:
-                ray.kill(calls[call], no_restart=False)
+                actors.kill(replicas[call], no_restart=False)
             raise
 
 
 class Sender:
-    """Rank 0's end of the group, and what vLLM reads the weights from (its `WeightSource`)."""
+    """Rank 0's end of the group, and the source from which vLLM reads the weights (its `WeightSource`)."""
 
-    def __init__(self, fleet: Fleet, transport: Transport, empty: list[dict[str, Tensor]], device: torch.device):
-        self._fleet, self._transport, self._empty, self._device = fleet, transport, empty, device
-        self._engine: Any = None
-        self._client: Any = None
+    def __init__(self, fleet: Fleet, transport: Transport, described: list[dict[str, Tensor]], device: torch.device):
+        self._fleet, self._transport, self._device = fleet, transport, device
+        self._described = described
+        """The buckets that will be sent, as tensors without memory."""
+        self._engine: TrainerWeightTransferEngine[Any] | None = None
+        self._replicas: GroupReplicas | None = None
         self._members: list[tuple[str, float]] = []
+        """Replicas of the group, with their start times: one that has restarted is another member."""
 
-    def send(self, checkpoint: Checkpoint, probe: dict[str, Any], *, in_flight: bool) -> Update:
-        """Begin an update: put the buckets in, then None, then ask for its `error`."""
-        update = Update(checkpoint, probe, in_flight, START_TIMEOUT_S + 4 * self._transport.timeout_s)
-        threading.Thread(target=self._run, args=(update,), daemon=True).start()
-        return update
+    def begin(self, checkpoint: Checkpoint, probe: PolicyProbe, *, in_flight: bool) -> Transfer:
+        """Begin a transfer. Put the buckets in, then None, then `wait`."""
+        # Replicas may have to start, a group to form, and each replica to receive, load and prove the weights.
+        timeout_s = START_TIMEOUT_S + 4 * self._transport.timeout_s
+        transfer = Transfer(checkpoint, probe, in_flight, timeout_s)
+        threading.Thread(target=self._send, args=(transfer,), daemon=True).start()
+        return transfer
 
     def leave(self) -> None:
-        """Give the group up, and whatever hangs in it; the next update makes another."""
+        """Give up the group, and whatever hangs in it; the next transfer makes another."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()
 
-    def metadata(self) -> list[Any]:
-        """Name, type and shape of every weight, in order."""
-        named = ((name, weight) for state in self._empty for name, weight in state.items())
-        return [SimpleNamespace(name=name, dtype=w.dtype, shape=tuple(w.shape)) for name, w in named]
+    def metadata(self) -> "list[ParamMeta]":
+        """Return name, type and shape of every weight, in order, as vLLM asks for them."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        found: list[ParamMeta] = []
+        for bucket in self._described:
+            for name, weight in bucket.items():
+                found.append(ParamMeta(name, weight.dtype, tuple(weight.shape)))
+        return found
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._client.update)
+        assert self._replicas is not None
+        return iter(self._replicas.transfer)
 
-    def _run(self, update: Update) -> None:
+    def _send(self, transfer: Transfer) -> None:
+        """Send one version, and end the transfer. Runs in a thread of its own."""
         leases: list[Lease] = []
         try:
             if self._device.type == "cuda":
@@ -195,36 +232,36 @@ class Sender:
             leases = self._fleet.hold()
             statuses = self._fleet.statuses(leases)
             members = [(lease.name, status["started_at"]) for lease, status in zip(leases, statuses, strict=True)]
-            update.go_on()
-            if self._engine is None or members != self._members:
+            transfer.raise_if_failed()
+            if self._engine is None or self._replicas is None or members != self._members:
                 self.leave()
-                self._engine = self._group(update, leases)
+                self._replicas = GroupReplicas(self._fleet, self._transport, transfer, leases)
+                self._engine = self._form_group(transfer, self._replicas)
                 self._members = members
-            self._client.update, self._client.leases = update, leases
+            self._replicas.transfer, self._replicas.leases = transfer, leases
             self._engine.send_weights()
         except BaseException as error:
-            update.end(error)
+            transfer.end(error)
             self._fleet.release(leases, "suspect")
         else:
-            update.end()
+            transfer.end()
             self._fleet.release(leases)
 
-    def _group(self, update: Update, leases: list[Lease]) -> Any:
-        """The trainer's end of a new group, with all replicas in it."""
+    def _form_group(self, transfer: Transfer, replicas: GroupReplicas) -> "TrainerWeightTransferEngine[Any]":
+        """Form a group with all of these replicas, and return the trainer's end of it."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.utils.network_utils import get_open_port
 
-        self._client = client = Receivers(self._fleet, self._transport, update, leases)
         info = self._transport.init_info(
             rank=0,
             master_address=ray.util.get_node_ip_address(),
             master_port=get_open_port(),
-            world_size=1 + len(leases) * self._transport.ranks_per_replica,
+            world_size=1 + len(replicas.leases) * self._transport.ranks_per_replica,
         )
-        engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self)  # type: ignore[arg-type]
+        engine = WeightTransferTrainerFactory.trainer_init(info, client=replicas, source=self)  # type: ignore[arg-type]
         try:
-            update.go_on()
+            transfer.raise_if_failed()
         except BaseException:
-            engine.shutdown()  # too late: nobody waits for it any more
+            engine.shutdown()  # the transfer was given up meanwhile, and nothing else would leave this group
             raise
         return engine

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from rayrl.algorithms.estimate import Estimate
 from rayrl.records import Checkpoint
-from rayrl.stages.evaluation.answer_metrics import against, nats, spoken
-from rayrl.stages.evaluation.evaluate_policies import _gain
-from rayrl.stages.evaluation.held_out import Answer
+from rayrl.stages.evaluation.answer_metrics import measure_policy, nats
+from rayrl.stages.evaluation.evaluate import _summary
+from rayrl.stages.evaluation.held_out import HeldOut
 
 M1 = Checkpoint(path="m1", version="m1")
 
@@ -23,7 +24,7 @@ class Logprobs:
 
 
 def answer(num_tokens, score=None):
-    return Answer(
+    return HeldOut(
         prompt_id="p",
         prompt="?",
         prompt_token_ids=[1],
@@ -34,16 +35,37 @@ def answer(num_tokens, score=None):
     )
 
 
+def measured(base, answers, **options):
+    return measure_policy(Logprobs(), M1, base, answers, **options)  # type: ignore[arg-type]
+
+
 def test_kl_and_perplexity_are_of_what_was_said():
-    said = spoken(Logprobs(), M1, [answer(2), answer(0), answer(4)])  # type: ignore[arg-type]
-    assert said["kl"]["mean"] == pytest.approx(3.0) and said["kl"]["num"] == 2
-    assert (said["perplexity"], said["length"]) == (pytest.approx(np.exp(2)), 2.0)
+    answers = [answer(2), answer(0), answer(4)]
+    row = measured(answers, answers)
+    assert row.kl is not None and row.kl.mean == pytest.approx(3.0) and row.kl.num == 2
+    assert (row.perplexity, row.length) == (pytest.approx(np.exp(2)), 2.0)
+    assert row.difference is None and row.win_rate is None, "nothing was judged"
+
+
+def test_a_bound_of_the_kl_replaces_the_measurement():
+    answers = [answer(2), answer(4)]
+    row = measured(answers, answers, kl_bound=0.64)
+    assert row.kl == Estimate(0.64, 0.0, 2) and row.kl_is_bound
 
 
 def test_a_policy_that_says_nothing_is_measured_all_the_same():
     mute = [answer(0, score=0.0), answer(0, score=0.0)]
-    row = spoken(Logprobs(), M1, mute) | against([answer(3, 2.0), answer(3, 4.0)], mute)  # type: ignore[arg-type]
-    assert (row["kl"], row["perplexity"], row["length"], row["distinct2"]) == (None, None, 0.0, 0.0)
-    assert row["difference"]["mean"] == -3.0
-    assert _gain(row) == "-3.000 +- 1.000, KL not known: it said nothing"
-    assert nats({"mean": 1.234}) == "KL 1.23 nats"
+    row = measured([answer(3, 2.0), answer(3, 4.0)], mute)
+    assert (row.kl, row.perplexity, row.length, row.distinct2) == (None, None, 0.0, 0.0)
+    assert row.difference is not None and row.difference.mean == -3.0
+    assert _summary("m2", row) == (
+        "m2 oracle score 3.00 -> 0.00, gain -3.000 +- 1.000 on 2 prompts, KL unknown: no answer had any text"
+    )
+    assert nats(Estimate(1.234, 0.1, 5)) == "KL 1.23 nats"
+
+
+def test_the_length_regression_waits_for_enough_prompts():
+    few, many = ([answer(3, float(n % 4)) for n in range(num)] for num in (19, 20))
+    longer = [answer(5, 3.0) for _ in many]
+    assert measured(few, longer[:19]).length_controlled_win_rate is None
+    assert measured(many, longer).length_controlled_win_rate is not None

@@ -1,25 +1,33 @@
-"""Reward models along PPO, and synthetic pairs, measured against an expert."""
+"""Reward models along PPO, and synthetic pairs, measured against the oracle."""
 
 import numpy as np
 import pytest
 
-from rayrl.config import EvaluateConfig
+from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.metrics.curves import MetricLog
-from rayrl.records import HeldOutAnswer, to_table
-from rayrl.stages.evaluation.audit_pairs import audit
-from rayrl.stages.evaluation.track_rewards import find_points, measure_point
+from rayrl.records import HeldOutAnswer, Response, Sampled, to_table
+from rayrl.runs.run import Run
+from rayrl.runs.stage_metrics import SynthesizeMetrics
+from rayrl.runs.stage_table import PPO, PPO_REFRESHED, SAMPLES, SYNTHESIZE
+from rayrl.stages.evaluation.audit_pairs import drawn_pairs, measure_agreement, possible_pairs
+from rayrl.stages.evaluation.track_rewards import Point, find_points, measure_point
+from rayrl.stages.synthesis.outcomes import Outcome
 
 
-class OnDisk:
-    """As much of a run as reading its PPOs needs."""
-
-    def __init__(self, folder):
-        self.url = str(folder)
-        self.config = type("Config", (), {"ppo": type("Ppo", (), {"num_workers": 2}), "evaluate": EvaluateConfig()})
-
-    def folder(self, *parts):
-        return "/".join((self.url, "stages", *parts))
+def open_run(folder):
+    config = {
+        "name": "tracked",
+        "run_dir": str(folder),
+        "pipeline": "rlp",
+        "policy": {"path": "model"},
+        "pool": {"path": "prompts.jsonl"},
+        "sft": {"enabled": False},
+        "oracle": {"type": "scripted", "function": "a:b"},
+        "preferences": {"data": {"path": "pairs.jsonl"}},
+        "ppo": {"num_workers": 2},
+    }
+    return Run(config=RunConfig.model_validate(config), url=str(folder))
 
 
 def write_step(run, ppo, step, num_prompts):
@@ -30,7 +38,7 @@ def write_step(run, ppo, step, num_prompts):
                 prompt_id=f"p{i}",
                 prompt="Tell.",
                 prompt_token_ids=[1],
-                response=f"{ppo} {step} {i} {n}",
+                response=f"{ppo.name} {step} {i} {n}",
                 token_ids=[2],
                 reward=0.0,
             )
@@ -41,45 +49,99 @@ def write_step(run, ppo, step, num_prompts):
 
 
 def test_points_are_m1_and_steps_of_each_ppo_up_to_the_last(tmp_path):
-    run = OnDisk(tmp_path)
-    for ppo in ("ppo", "ppo_refreshed"):
+    run = open_run(tmp_path)
+    for ppo in (PPO, PPO_REFRESHED):
         write_step(run, ppo, 0, 7)
-        with MetricLog(run.url, ppo) as log:
+        with MetricLog(run.url, ppo.name) as log:
             log.log(0, held_out_reward=0.0)  # M1 has no KL to itself
             for step in range(1, 25):
                 if step % 2 == 0:
                     write_step(run, ppo, step, 7)
                 log.log(step, kl=step / 2, **({"held_out_reward": 0.1} if step % 2 == 0 else {}))
-    points = find_points(run, ["ppo", "ppo_refreshed"], budget=100)
+    points = find_points(run, [PPO, PPO_REFRESHED], budget=100)
     assert [(p.ppo, p.step, p.kl) for p in points] == [
-        ("ppo", 0, 0.0),
-        *[("ppo", s, s / 2) for s in (2, 10, 16, 24)],
-        *[("ppo_refreshed", s, s / 2) for s in (2, 10, 16, 24)],
+        (PPO, 0, 0.0),
+        *[(PPO, s, s / 2) for s in (2, 10, 16, 24)],
+        *[(PPO_REFRESHED, s, s / 2) for s in (2, 10, 16, 24)],
     ]
     assert {len(point.answers) for point in points} == {5}  # 100 queries, 9 points, 2 answers
     assert len({tuple(pair[0].prompt_id for pair in point.answers) for point in points}) == 1, "the same prompts"
     assert all(a.response != b.response and a.prompt_id == b.prompt_id for p in points for a, b in p.answers)
 
 
-def test_a_reward_is_right_where_it_orders_as_the_expert():
-    expert = np.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [np.nan, 1.0], [4.0, 0.0]])
+def test_a_reward_is_right_where_it_orders_as_the_oracle():
+    by_oracle = np.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [np.nan, 1.0], [4.0, 0.0]])
     rewards = {"r": np.array([[0.1, 0.2], [0.3, 0.4], [1, 2], [1, 2], [5, 1]]), "nothing": np.full((5, 2), np.nan)}
-    measured = measure_point(expert, rewards)
-    assert measured["expert_score"]["mean"] == pytest.approx(np.nanmean(expert))
-    assert measured["expert_score"]["num"] == 9
-    r = measured["rewards"]["r"]
-    assert (r["accuracy"]["mean"], r["accuracy"]["num"]) == (pytest.approx(2 / 3), 3)
-    assert r["spearman"]["num"] == 9
-    assert measured["rewards"]["nothing"] == {"mean": None, "accuracy": None, "spearman": None}
+    tracked = measure_point(Point(ppo=PPO, step=3, kl=0.5, answers=[]), by_oracle, rewards)
+    assert (tracked.ppo, tracked.step, tracked.kl) == ("ppo", 3, 0.5)
+    assert tracked.oracle_score.mean == pytest.approx(np.nanmean(by_oracle))
+    assert tracked.oracle_score.num == 9
+    r = tracked.rewards["r"]
+    assert (r.accuracy.mean, r.accuracy.num) == (pytest.approx(2 / 3), 3)
+    assert r.spearman.num == 9
+    nothing = tracked.rewards["nothing"]
+    assert nothing.mean is nothing.accuracy is nothing.spearman is None
 
 
 def test_the_quality_of_pairs_is_read_at_every_gamma():
     scores = np.array([[3.0, 1.0], [1.0, 2.0], [2.0, 2.0], [4.0, 0.0]])
-    audited = audit(scores, [0.4, 0.5, 0.9, 0.9])
-    assert (audited["accuracy"]["mean"], audited["accuracy"]["num"]) == (pytest.approx(2 / 3), 3)
-    by_gamma = audited["accuracy_by_gamma"]
-    assert by_gamma["0.4"]["mean"] == pytest.approx(2 / 3)
-    assert by_gamma["0.5"]["mean"] == 0.5
-    assert by_gamma["0.6"]["mean"] == 1.0
-    assert by_gamma["1.0"] is None
-    assert audit(scores, [None] * 4)["accuracy_by_gamma"] == {}
+    agreement = measure_agreement(scores, [0.4, 0.5, 0.9, 0.9])
+    assert (agreement.overall.mean, agreement.overall.num) == (pytest.approx(2 / 3), 3)
+    assert agreement.by_gamma["0.4"].mean == pytest.approx(2 / 3)
+    assert agreement.by_gamma["0.5"].mean == 0.5
+    assert agreement.by_gamma["0.6"].mean == 1.0
+    assert agreement.by_gamma["1.0"] is None
+    assert measure_agreement(scores, [None] * 4).by_gamma == {}
+
+
+@pytest.mark.parametrize("clustering", ["strict", None])
+def test_refused_pairs_are_possible_pairs_too(tmp_path, clustering):
+    run = open_run(tmp_path)
+    metrics = SynthesizeMetrics(
+        method="spg",
+        num_blocks=2,
+        num_prompts=6,
+        num_pairs=2,
+        acceptance_rate=1 / 3,
+        outcomes={},
+        clustering=clustering,
+    )
+    done = run.finish(SYNTHESIZE, "k", since=0.0, num_rows=2, metrics=metrics, summary="")
+    folder = run.folder(SYNTHESIZE, "k")
+    outcomes = BlockTable(f"{folder}/outcomes-strict" if clustering else f"{folder}/outcomes", 2)
+    samples = BlockTable(run.folder(SAMPLES, "table"), 2)
+    for block in range(2):
+        samples.write(block, to_table([sampled(f"p{3 * block + i}") for i in range(3)], Sampled))
+        outcomes.write(block, to_table([outcome(f"p{3 * block + i}", i) for i in range(3)], Outcome))
+    pairs = possible_pairs(run, done)
+    assert [(pair.prompt_id, pair.chosen, pair.rejected) for pair in pairs] == [
+        (prompt, f"{prompt} 2", f"{prompt} 0") for prompt in ("p1", "p2", "p4", "p5")
+    ]
+    drawn = drawn_pairs(pairs, 3, seed=0)
+    assert drawn[:2] == drawn_pairs(pairs[::-1], 2, seed=0)
+    assert len(drawn) == 3 and drawn_pairs(pairs, 9, seed=1) != drawn_pairs(pairs, 9, seed=0)
+
+
+def sampled(prompt):
+    responses = [
+        Response(
+            id=f"{prompt}-{i}",
+            text=f"{prompt} {i}",
+            token_ids=[i],
+            seed=i,
+            policy_version="pi",
+            logprob=-1.0,
+            finish_reason="stop",
+        )
+        for i in range(3)
+    ]
+    return Sampled(prompt_id=prompt, prompt="?", prompt_token_ids=[1], responses=responses)
+
+
+def outcome(prompt, kind):
+    """A prompt without a pair, with a refused one, or with an accepted one."""
+    reason = ("one_cluster", "low_confidence", "accepted")[kind]
+    chosen, rejected = (None, None) if kind == 0 else (2, 0)
+    return Outcome(
+        prompt_id=prompt, reason=reason, chosen=chosen, rejected=rejected, confidence=0.5, cluster_sizes=[2, 1]
+    )

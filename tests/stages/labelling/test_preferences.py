@@ -12,20 +12,13 @@ from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.records import Comparison, PreferencePair, Response, Sampled, from_table, to_table
-from rayrl.runs.run import Run
+from rayrl.runs.run import Run, read_manifest
+from rayrl.runs.stage_table import PREFERENCES
 from rayrl.stages.artifacts import Responses
-from rayrl.stages.labelling.ask_pairs import questions, tally, verdict
-from rayrl.stages.labelling.comparisons import (
-    asked_before,
-    chosen,
-    draw_pairs,
-    drawn_pairs,
-    in_order,
-    pairs_of_prompts,
-    preferred,
-    texts_of,
-)
-from rayrl.stages.labelling.preferences import gather_preferences
+from rayrl.stages.labelling.ask_pairs import count_answers, questions, verdict
+from rayrl.stages.labelling.comparisons import as_question, asked_before, draw_pairs, pair_texts, preferred
+from rayrl.stages.labelling.preferences import read_preferences
+from rayrl.stages.selection.select import num_possible_pairs, select
 
 
 def run_in(folder, policy, preferences, max_model_len=None, **tables):
@@ -37,7 +30,7 @@ def run_in(folder, policy, preferences, max_model_len=None, **tables):
         "policy": {"path": policy.path, "dtype": "float32", "max_model_len": max_model_len},
         "pool": {"path": str(folder / "pool.jsonl"), "num_eval": 2},
         "sft": {"enabled": False},
-        "oracle": {"type": "scripted", "function": "tests.oracles.length_expert:judge"},
+        "oracle": {"type": "scripted", "function": "tests.oracles.length_oracle:judge"},
         "preferences": preferences,
     }
     return Run(config=RunConfig.model_validate(tree | tables), url=str(folder))
@@ -48,8 +41,10 @@ def save(path, rows):
     return str(path)
 
 
-def manifest(folder):
-    return json.loads((folder / "stages" / "preferences" / "manifest.json").read_text())
+def metrics_in(folder):
+    manifest = read_manifest(str(folder), PREFERENCES)
+    assert manifest is not None
+    return manifest.metrics
 
 
 def pairs_of(preferences):
@@ -62,7 +57,7 @@ def pairs_of(preferences):
 def from_file(folder, policy, rows, **tables):
     data = {"path": save(folder / "pairs.jsonl", rows)}
     run = run_in(folder, policy, {"data": data}, **tables)
-    return gather_preferences(run, None, None, None, None)
+    return read_preferences(run)
 
 
 def test_pairs_of_a_file_are_what_the_policy_reads(tmp_path, tiny_policy):
@@ -90,13 +85,10 @@ def test_pairs_of_a_file_are_what_the_policy_reads(tmp_path, tiny_policy):
         first.rejected_reference_logprob,
     )
     assert all(map(math.isnan, unknown))
-    metrics = manifest(tmp_path)["metrics"]
-    assert (metrics["num_pairs"], metrics["num_prompts"], metrics["num_unusable"], metrics["num_truncated"]) == (
-        3,
-        2,
-        1,
-        0,
-    )
+    metrics = metrics_in(tmp_path)
+    file = metrics.file
+    assert (metrics.num_pairs, file.num_prompts, file.num_unusable, file.num_truncated) == (3, 2, 1, 0)
+    assert metrics.asked is None
 
 
 def test_answers_are_cut_to_the_context_and_counted(tmp_path, tiny_policy):
@@ -111,9 +103,9 @@ def test_answers_are_cut_to_the_context_and_counted(tmp_path, tiny_policy):
     cut, whole = pairs_of(preferences)
     assert len(cut.prompt_token_ids) + len(cut.chosen_token_ids) == 32
     assert cut.rejected_token_ids == whole.rejected_token_ids
-    metrics = manifest(tmp_path)["metrics"]
-    assert (metrics["num_truncated"], metrics["num_same_when_cut"], metrics["num_too_long"]) == (1, 1, 1)
-    assert (metrics["num_pairs"], preferences.num_pairs) == (2, 2)
+    metrics = metrics_in(tmp_path)
+    assert (metrics.file.num_truncated, metrics.file.num_same_when_cut, metrics.file.num_too_long) == (1, 1, 1)
+    assert (metrics.num_pairs, preferences.num_pairs) == (2, 2)
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path, tiny_policy):
@@ -122,7 +114,7 @@ def test_a_finished_stage_is_not_done_again(tmp_path, tiny_policy):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").rglob("*")}
     (tmp_path / "pairs.jsonl").unlink()
     run = run_in(tmp_path, tiny_policy, {"data": {"path": str(tmp_path / "pairs.jsonl")}})
-    again = gather_preferences(run, None, None, None, None)
+    again = read_preferences(run)
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stages").rglob("*")} == files
 
@@ -158,8 +150,8 @@ def answered(pair, order, *preferences):
     """What the expert would answer to the questions about a pair."""
     rest = {"key": "k", "oracle": "o", "rationale": "silent", "purpose": "label", "cost_usd": 0.0}
     return [
-        Comparison(**item, **rest, preference=said, status="scored" if said else "abstained")
-        for item, said in zip(questions(in_order(pair), order), preferences, strict=True)
+        replace(question, **rest, preference=preference, status="scored" if preference else "abstained")
+        for question, preference in zip(questions(as_question(pair), order), preferences, strict=True)
     ]
 
 
@@ -179,20 +171,29 @@ def test_pairs_of_a_prompt_share_no_response():
         assert len(pairs) == there and len(used) == len(set(used)) == 2 * there
 
 
-@pytest.mark.parametrize(("budget", "num_prompts", "num_pairs"), [(5, 3, 5), (100, 4, 8)])
-def test_several_pairs_of_a_prompt_are_asked_about_until_the_budget_is_spent(
-    tmp_path, tiny_policy, budget, num_prompts, num_pairs
-):
+def prompts_asked_about(folder, policy, responses, preferences, **tables):
+    """Ids of the prompts that `select` picks for comparisons."""
+    run = run_in(folder, policy, preferences | {"source": "oracle"}, **tables)
+    query_set = select(run, None, policy.checkpoint, responses)  # type: ignore[arg-type]
+    return set(query_set.table.read(0)["prompt_id"].to_pylist())
+
+
+@pytest.mark.parametrize(("budget", "num_prompts"), [(5, 3), (100, 4)])
+def test_a_budget_for_some_pairs_picks_the_prompts_that_have_them(tmp_path, tiny_policy, budget, num_prompts):
     table = BlockTable(str(tmp_path / "responses"), 1)
     table.write(0, to_table([sampled(5, f"p{i}") for i in range(4)], Sampled))
-    responses = Responses(key="y", table=table, num_prompts=4, num_responses=20, block_counts=[20])
-    preferences = {"source": "oracle", "order": "random", "pairs_per_prompt": 2}
-    select = {"budget": budget, "strategy": "random"}
-    run = run_in(tmp_path, tiny_policy, preferences, select=select, generate={"k": 5})
-    prompts = list(chosen(run, None, tiny_policy.checkpoint, responses, num_pairs, 8))  # type: ignore[arg-type]
-    assert len(prompts) == num_prompts
-    pairs = drawn_pairs(run, prompts, num_pairs)
-    assert len({pair.prompt_id for pair in pairs}) == num_prompts and len(pairs) == num_pairs
+    responses = Responses(key="y", table=table, num_prompts=4, num_responses=20)
+    assert num_possible_pairs(responses, 2) == 8
+    preferences = {"order": "random", "pairs_per_prompt": 2}
+    picked = prompts_asked_about(
+        tmp_path,
+        tiny_policy,
+        responses,
+        preferences,
+        select={"budget": budget, "strategy": "random"},
+        generate={"k": 5},
+    )
+    assert len(picked) == num_prompts
 
 
 @pytest.mark.parametrize("budget", [2, 100])
@@ -200,25 +201,24 @@ def test_only_prompts_with_two_responses_are_asked_about(tmp_path, tiny_policy, 
     table = BlockTable(str(tmp_path / "responses"), 2)
     for block in range(2):
         table.write(block, to_table([sampled(n, f"p{block}{n}-{i}") for n in range(4) for i in range(2)], Sampled))
-    responses = Responses(key="y", table=table, num_prompts=16, num_responses=24, block_counts=[12, 12])
-    assert pairs_of_prompts(responses, 1) == [0, 0, 0, 0, 1, 1, 1, 1] * 2
-    run = run_in(
+    responses = Responses(key="y", table=table, num_prompts=16, num_responses=24)
+    assert num_possible_pairs(responses, 1) == 8
+    picked = prompts_asked_about(
         tmp_path,
         tiny_policy,
-        {"source": "oracle", "order": "random"},
+        responses,
+        {"order": "random"},
         select={"budget": budget, "strategy": "random"},
         generate={"block_size": 8},
     )
-    num = min(budget, 8)
-    asked = list(chosen(run, None, tiny_policy.checkpoint, responses, num, 8))  # type: ignore[arg-type]
-    assert len(asked) == num and all(len(row.responses) >= 2 for row in asked)
+    assert len(picked) == min(budget, 8) and all(int(prompt[2]) >= 2 for prompt in picked)
 
 
 def test_both_orders_are_two_questions_and_a_drawn_order_is_one():
     pair = draw_pairs(sampled(3), 0)[0]
     a, b = pair.responses
-    both, one = questions(in_order(pair), "both"), questions(in_order(pair), "random")
-    assert [(q["first_id"], q["first"], q["second_id"], q["second"]) for q in both] == [
+    both, one = questions(as_question(pair), "both"), questions(as_question(pair), "random")
+    assert [(q.first_id, q.first, q.second_id, q.second) for q in both] == [
         (a.id, a.text, b.id, b.text),
         (b.id, b.text, a.id, a.text),
     ]
@@ -250,13 +250,13 @@ def test_what_became_of_the_questions_is_counted():
     pair = draw_pairs(sampled(2), 0)[0]
     said = [("first", "second"), ("first", "first"), ("tie", "tie"), ("first", None), (None, None)]
     answers = [answered(pair, "both", *both) for both in said]
-    counts = tally([a for both in answers for a in both], [verdict(both) for both in answers], "both")
-    assert (counts["num_ties"], counts["num_abstained"], counts["num_disagreements"]) == (2, 2, 1)
-    assert counts["first_position_share"] == 4 / 5
-    assert counts["abstentions"] == {"silent": 3}
+    counts = count_answers([a for both in answers for a in both], [verdict(both) for both in answers], "both")
+    assert (counts.num_ties, counts.num_abstained, counts.num_disagreements) == (2, 2, 1)
+    assert counts.first_position_share == 4 / 5
+    assert counts.abstentions == {"silent": 3}
     single = [answered(pair, "random", None)[0]]
-    counts = tally(single, [None], "random")
-    assert (counts["num_disagreements"], counts["first_position_share"]) == (0, None)
+    counts = count_answers(single, [None], "random")
+    assert (counts.num_disagreements, counts.first_position_share) == (0, None)
 
 
 def test_a_pair_is_known_from_an_earlier_round_in_either_order_by_its_texts(tmp_path):
@@ -265,9 +265,9 @@ def test_a_pair_is_known_from_an_earlier_round_in_either_order_by_its_texts(tmp_
     table = BlockTable(str(tmp_path), 1)
     table.write(0, to_table(answered(asked, "both", None, "tie"), Comparison))
     known = asked_before([table])
-    assert texts_of(asked) in known and texts_of(turned) in known  # though nothing was decided
-    assert texts_of(sampled(2, "q")) not in known
-    assert texts_of(replace(asked, responses=sampled(3).responses[1:])) not in known
+    assert pair_texts(asked) in known and pair_texts(turned) in known  # though nothing was decided
+    assert pair_texts(sampled(2, "q")) not in known
+    assert pair_texts(replace(asked, responses=sampled(3).responses[1:])) not in known
     assert asked_before([]) == set()
 
 
@@ -300,19 +300,20 @@ def gather(generators, embedders, tiny_policy, tmp_path):
 
     from rayrl.models.judge_prompt import load_rubric
     from rayrl.oracles.pool import start_oracle_pool
+    from rayrl.pipelines.rlp import gather_preferences
     from rayrl.stages.sampling.pool import read_pool
 
     save(tmp_path / "pool.jsonl", [{"prompt": f"One day, {name} saw a"} for name in "ABCDEFGHIJ"])
 
     def gather(function, order, budget, strategy="k_center"):
-        compare = f"tests.oracles.length_expert:{function}"
+        compare = f"tests.oracles.length_oracle:{function}"
         run = run_in(
             tmp_path,
             tiny_policy,
             {"source": "oracle", "order": order},
             select={"budget": budget, "strategy": strategy},
             generate={"k": 3, "max_tokens": 12, "block_size": 3},
-            oracle={"type": "scripted", "function": "tests.oracles.length_expert:judge", "compare_function": compare},
+            oracle={"type": "scripted", "function": "tests.oracles.length_oracle:judge", "compare_function": compare},
         )
         oracle = start_oracle_pool(
             f"preferences-{uuid.uuid4().hex[:8]}",
@@ -322,9 +323,8 @@ def gather(generators, embedders, tiny_policy, tmp_path):
             budgets={"label": budget},
         )
         try:
-            preferences = gather_preferences(
-                run, Fleets(generators, embedders), oracle, tiny_policy.checkpoint, read_pool(run)
-            )
+            services, m1 = Fleets(generators, embedders), tiny_policy.checkpoint
+            preferences = gather_preferences(run, services, oracle, m1, read_pool(run), None)
             return preferences, ray.get(oracle.summary.remote())["label"]
         finally:
             ray.kill(oracle)
@@ -334,7 +334,7 @@ def gather(generators, embedders, tiny_policy, tmp_path):
 
 def test_the_expert_compares_responses_of_the_policy(gather, tmp_path):
     preferences, spent = gather("longer", "both", 9)
-    assert spent["spent"] == spent["scored"] == 8  # four pairs, in both orders
+    assert spent.spent == spent.scored == 8  # four pairs, in both orders
     comparisons = comparisons_in(tmp_path)
     assert len(comparisons) == 8 and len({c.prompt_id for c in comparisons}) == 4
     for asked, turned in zip(comparisons[::2], comparisons[1::2], strict=True):
@@ -347,24 +347,24 @@ def test_the_expert_compares_responses_of_the_policy(gather, tmp_path):
         assert len(pair.chosen) > len(pair.rejected) and pair.source == "oracle"
         assert pair.chosen_reference_logprob == said[pair.chosen_id]["logprob"] < 0
         assert pair.rejected_token_ids == said[pair.rejected_id]["token_ids"]
-    metrics = manifest(tmp_path)["metrics"]
-    assert metrics["num_asked"] == 4 == len(pairs) + metrics["num_ties"]
-    assert (metrics["num_abstained"], metrics["num_disagreements"]) == (0, 0)
+    asked = metrics_in(tmp_path).asked
+    assert asked.num_asked == 4 == len(pairs) + asked.counts.num_ties
+    assert (asked.counts.num_abstained, asked.counts.num_disagreements, asked.num_spent) == (0, 0, 8)
     # The stage again, as after a kill before its manifest: nothing is paid again, and the outcome is the same.
     (tmp_path / "stages" / "preferences" / "manifest.json").unlink()
     again, spent = gather("longer", "both", 9)
-    assert spent["spent"] == 8 and names(again) == names(preferences)
+    assert spent.spent == 8 and names(again) == names(preferences)
 
 
 def test_one_drawn_order_of_every_prompt_is_asked_and_recorded(gather, tmp_path):
     preferences, spent = gather("whatever_comes_first", "random", 100)
     comparisons = comparisons_in(tmp_path)
-    assert spent["spent"] == len(comparisons) == preferences.num_pairs == len(responses_in(tmp_path))
+    assert spent.spent == len(comparisons) == preferences.num_pairs == len(responses_in(tmp_path))
     assert {(c.first_id, c.second_id) for c in comparisons} == {
         (pair.chosen_id, pair.rejected_id) for pair in pairs_of(preferences)
     }
-    assert manifest(tmp_path)["metrics"]["first_position_share"] == 1.0
-    with pytest.raises(DataError, match="the expert preferred none: 8 ties, 0 abstentions"):
+    assert metrics_in(tmp_path).asked.counts.first_position_share == 1.0
+    with pytest.raises(DataError, match="the oracle preferred none: 8 ties, 0 abstentions"):
         gather("whatever_comes_first", "both", 100)
 
 

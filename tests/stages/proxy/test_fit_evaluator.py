@@ -6,14 +6,15 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from rayrl.config import EvaluatorConfig, RunConfig
+from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import DataError
 from rayrl.models.judge_prompt import ADDITIVE_RUBRIC, Rubric
-from rayrl.records import Judgement, to_table
+from rayrl.records import Checkpoint, Judgement, to_table
 from rayrl.runs.run import Run
-from rayrl.stages.artifacts import Judgements
-from rayrl.stages.proxy.fit_evaluator import _scalar_rows, balance, labels, split
+from rayrl.stages.artifacts import Judgements, QuerySet
+from rayrl.stages.proxy.fit_evaluator import split, training_judgements
+from rayrl.stages.rewards.evaluator import balance, evaluator_of
 
 RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
 
@@ -88,11 +89,18 @@ def paid(folder, judgements):
     table.write(0, to_table(judgements, Judgement))
     rows = [{"prompt_id": j.prompt_id, "response": j.response, "token_ids": [1, n]} for n, j in enumerate(judgements)]
     asked.write(0, pa.Table.from_pylist(rows))
-    return Judgements(key=folder.name, table=table, asked=asked)
+    return Judgements(key=folder.name, table=table, query_set=QuerySet(key="q", table=asked))
 
 
 def run_with(tmp_path, control, judgements):
-    return labels(open_run(tmp_path, control), [paid(tmp_path, judgements)])
+    return training_judgements(open_run(tmp_path, control), [paid(tmp_path, judgements)])
+
+
+def scalar_rows(folder, judgements, tokens, **settings):
+    """The rows that a scalar evaluator is trained on."""
+    run = open_run(folder, "proxy", evaluator={"type": "scalar"} | settings)
+    m1 = Checkpoint(path="m1", version="m1")
+    return evaluator_of(run, m1, m1).training(run, "float32", judgements, tokens).rows
 
 
 def test_abstentions_are_no_labels(tmp_path):
@@ -110,14 +118,13 @@ def test_the_shuffled_control_permutes_scores_with_their_reasons(tmp_path):
 
 def test_bradley_terry_pairs_every_two_unequal_scores_of_a_prompt(tmp_path):
     judged = [judgement("p", 0, 2.0), judgement("p", 1, 5.0), judgement("p", 2, 2.0), judgement("q", 0, 1.0)]
-    evaluator = EvaluatorConfig(type="scalar", loss="bradley_terry")
     tokens = paid(tmp_path, judged).token_ids()
-    assert _scalar_rows(evaluator, judged, tokens) == [
+    assert scalar_rows(tmp_path, judged, tokens, loss="bradley_terry") == [
         {"chosen_id": "p-1", "rejected_id": rejected, "chosen_token_ids": [1, 1], "rejected_token_ids": [1, n]}
         for rejected, n in (("p-0", 0), ("p-2", 2))
     ]
     with pytest.raises(DataError, match="found no two paid responses"):
-        _scalar_rows(evaluator, judged[::2], tokens)
+        scalar_rows(tmp_path, judged[::2], tokens, loss="bradley_terry")
 
 
 def test_the_labels_of_all_rounds_are_learnt_from(tmp_path):
@@ -125,9 +132,9 @@ def test_the_labels_of_all_rounds_are_learnt_from(tmp_path):
     first = [judgement(f"p{n}", 0, float(n)) for n in range(3)]
     second = [dataclasses.replace(judgement("p0", 0, 5.0), response="another answer"), judgement("p7", 0, None)]
     rounds = [paid(tmp_path / "1", first), paid(tmp_path / "2", second)]
-    assert labels(open_run(tmp_path, "proxy"), rounds) == [*first, second[0]]
+    assert training_judgements(open_run(tmp_path, "proxy"), rounds) == [*first, second[0]]
     tokens = {said: ids for of_round in rounds for said, ids in of_round.token_ids().items()}
-    rows = _scalar_rows(EvaluatorConfig(type="scalar"), [first[0], second[0]], tokens)
+    rows = scalar_rows(tmp_path, [first[0], second[0]], tokens)
     assert [(row["response_id"], row["score"]) for row in rows] == [("p0-0", 0.0), ("p0-0", 5.0)]
     assert tokens["p0", "another answer"] == [1, 0] and tokens["p2", "answer 0"] == [1, 2]
 

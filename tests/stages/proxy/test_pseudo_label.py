@@ -7,7 +7,7 @@ import pyarrow as pa
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import PreferencePair, Response, Sampled, from_table, to_table
-from rayrl.stages.proxy.pair_blocks import Labelling, pairs_of
+from rayrl.stages.proxy.pair_blocks import PairBlocks, pairs_of
 from rayrl.stages.synthesis.synthetic_pairs import BlockRewards, SyntheticPairs
 
 BEST_WORST = PseudoLabelConfig()
@@ -67,14 +67,14 @@ def test_the_unscored_take_no_part():
 
 
 def test_a_pair_carries_both_sides_whole():
-    (pair,) = pairs([1.0, 5.0], BEST_WORST, ["expert", "evaluator"])
+    (pair,) = pairs([1.0, 5.0], BEST_WORST, ["oracle", "evaluator"])
     assert pair.chosen == "text 1"
     assert pair.rejected_token_ids == [10, 2]
     assert pair.prompt_token_ids == [1, 5]
     assert (pair.chosen_score, pair.rejected_score) == (5.0, 1.0)
     assert (pair.chosen_reference_logprob, pair.rejected_reference_logprob) == (-1.0, 0.0)
     assert pair.source == "mixed"
-    assert pairs([1.0, 5.0], BEST_WORST, ["expert"] * 2)[0].source == "expert"
+    assert pairs([1.0, 5.0], BEST_WORST, ["oracle"] * 2)[0].source == "oracle"
 
 
 class ByLength:
@@ -93,25 +93,25 @@ def said(scores):
     return {(name[0], f"text {name[2]}"): score for name, score in scores.items()}
 
 
-def labelling(tmp_path, scorer, expert):
+def pair_blocks(tmp_path, scorer, paid):
     table = BlockTable(str(tmp_path / "responses"), 1)
     table.write(0, to_table([sampled(4), sampled(2, "q")], Sampled))
-    return Labelling(
+    return PairBlocks(
         responses=table,
         scored=BlockTable(str(tmp_path / "scored"), 1),
         pairs=BlockTable(str(tmp_path / "pairs"), 1),
         scorer=scorer,
-        expert=expert,
+        paid=paid,
         config=BEST_WORST,
     )
 
 
 def test_the_experts_score_wins_and_is_not_asked_again(tmp_path):
     scorer = ByLength()
-    made = labelling(tmp_path, scorer, said({"p-0": 5.0, "q-1": 0.0}))
+    made = pair_blocks(tmp_path, scorer, said({"p-0": 5.0, "q-1": 0.0}))
     scored = made.score_block(0).to_pylist()
     assert scored[0]["scores"] == [5.0, 1.0, 2.0, None]
-    assert scored[0]["sources"] == ["expert", "evaluator", "evaluator", "evaluator"]
+    assert scored[0]["sources"] == ["oracle", "evaluator", "evaluator", "evaluator"]
     assert scored[1]["scores"] == [0.0, 0.0]
     assert scorer.asked == ["text 1", "text 2", "text 3", "text 0"]
     found = from_table(made.pair_block(0), PreferencePair)
@@ -120,27 +120,27 @@ def test_the_experts_score_wins_and_is_not_asked_again(tmp_path):
 
 def test_nothing_is_scored_twice(tmp_path):
     scorer = ByLength()
-    made = labelling(tmp_path, scorer, {})
+    made = pair_blocks(tmp_path, scorer, {})
     assert made.pair_block(0) == made.pair_block(0)
     assert len(scorer.asked) == 6
 
 
 def test_without_an_evaluator_only_the_experts_scores_pair(tmp_path):
-    made = labelling(tmp_path, None, said({"p-0": 1.0, "p-2": 4.0, "q-0": 3.0}))
+    made = pair_blocks(tmp_path, None, said({"p-0": 1.0, "p-2": 4.0, "q-0": 3.0}))
     found = made.pair_block(0)
     assert isinstance(found, pa.Table)
     assert [(p.chosen_id, p.rejected_id) for p in from_table(found, PreferencePair)] == [("p-2", "p-0")]
 
 
 def test_what_was_judged_in_another_round_counts_whatever_its_id(tmp_path):
-    made = labelling(tmp_path, None, {("p", "text 3"): 2.0, ("p", "text 1"): 1.0, ("z", "text 0"): 5.0})
+    made = pair_blocks(tmp_path, None, {("p", "text 3"): 2.0, ("p", "text 1"): 1.0, ("z", "text 0"): 5.0})
     scored = made.score_block(0).to_pylist()
     assert [row["scores"] for row in scored] == [[None, 1.0, None, 2.0], [None, None]]
 
 
 def with_synthetic(tmp_path, scorer, *pairs):
-    """Labelling whose prompt p has these synthetic pairs of response indices."""
-    made = labelling(tmp_path, scorer, {})
+    """Blocks whose prompt p has these synthetic pairs of response indices."""
+    made = pair_blocks(tmp_path, scorer, {})
     table = BlockTable(str(tmp_path / "synthetic"), 1)
     (row,) = (row for row in made.responses.read(0).to_pylist() if row["prompt_id"] == "p")
     scored = {"scores": [0.0, 1.0, 2.0, None], "sources": ["evaluator"] * 4}
@@ -173,7 +173,7 @@ def test_the_order_in_which_blocks_are_read_changes_nothing(tmp_path):
 
 def test_the_scores_of_the_labelling_are_the_synthetic_pairs_rewards(tmp_path):
     scorer = ByLength()
-    made = labelling(tmp_path, scorer, {("p", "text 0"): 5.0})
+    made = pair_blocks(tmp_path, scorer, {("p", "text 0"): 5.0})
     pairs = SyntheticPairs(
         method="spg",
         clustering="embedding",

@@ -1,4 +1,4 @@
-"""Which pairs train a reward model and which measure it; and one real ensemble, fitted, served, adopted."""
+"""Pairs that train a reward model and pairs that measure it; and one real ensemble, fitted, served, adopted."""
 
 import math
 from dataclasses import replace
@@ -15,14 +15,14 @@ from rayrl.data.blocks import BlockTable
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
 from rayrl.models.policy import load_policy
-from rayrl.models.reward import RewardModel
+from rayrl.models.reward_model import RewardModel
 from rayrl.records import PreferencePair, Response, Sampled, Scored, to_table
-from rayrl.runs import storage
 from rayrl.runs.run import Run
+from rayrl.runs.stage_table import FIT_REWARD_MODEL, REFIT_REWARD_MODEL
 from rayrl.stages.artifacts import Preferences, Responses
 from rayrl.stages.reward_model.fit_reward_model import fit_reward_model, member_seed
 from rayrl.stages.reward_model.training_data import TrainingRows, held_out_pairs, held_out_prompts, sampled_sequences
-from rayrl.stages.rewards.reward_models import pair_items, pair_metrics
+from rayrl.stages.rewards.reward_models import pair_items, validate_pairs
 from rayrl.training.reward_model import sequence_batch
 
 GOOD, BAD = 40, 41
@@ -31,7 +31,7 @@ GOOD, BAD = 40, 41
 def pair(prompt, n=0, source="data"):
     """A pair whose better response holds one token, and whose worse one another."""
     rng = np.random.default_rng([sum(prompt.encode()), n])
-    told = [rng.integers(50, 700, 8).tolist() for _ in range(2)]
+    texts = [rng.integers(50, 700, 8).tolist() for _ in range(2)]
     return PreferencePair(
         prompt_id=prompt,
         prompt="?",
@@ -40,8 +40,8 @@ def pair(prompt, n=0, source="data"):
         rejected_id=f"{prompt}-{2 * n + 1}",
         chosen="good",
         rejected="bad",
-        chosen_token_ids=[*told[0][: n + 4], GOOD, *told[0][n + 4 :]],
-        rejected_token_ids=[*told[1][: n + 3], BAD, *told[1][n + 3 :]],
+        chosen_token_ids=[*texts[0][: n + 4], GOOD, *texts[0][n + 4 :]],
+        rejected_token_ids=[*texts[1][: n + 3], BAD, *texts[1][n + 3 :]],
         chosen_score=1.0,
         rejected_score=0.0,
         chosen_reference_logprob=0.0,
@@ -136,13 +136,13 @@ def test_members_have_seeds_of_their_own():
     assert len(set(seeds)) == 9
 
 
-def open_run(folder, policy, **reward_model):
+def open_run(folder, policy, max_model_len=None, **reward_model):
     config = RunConfig.model_validate(
         {
             "name": "reward",
             "run_dir": str(folder),
             "pipeline": "rlp",
-            "policy": {"path": policy.path, "dtype": "float32"},
+            "policy": {"path": policy.path, "dtype": "float32", "max_model_len": max_model_len},
             "pool": {"path": "prompts.jsonl"},
             "sft": {"enabled": False},
             "oracle": {"type": "scripted", "function": "a:b"},
@@ -176,12 +176,12 @@ def responses(folder, num_prompts):
     ]
     table = BlockTable(str(folder), 1)
     table.write(0, to_table(rows, Sampled))
-    return Responses(key="y", table=table, num_prompts=num_prompts, num_responses=2 * num_prompts, block_counts=[])
+    return Responses(key="y", table=table, num_prompts=num_prompts, num_responses=2 * num_prompts)
 
 
-def trainers_values(path, sequences):
-    model = RewardModel(load_policy(path, torch.float32), "last").eval()
-    model.head.load_state_dict(load_file(f"{path}/head/head.safetensors"))
+def trainers_values(checkpoint, sequences):
+    model = RewardModel(load_policy(checkpoint, torch.float32), "last").eval()
+    model.head.load_state_dict(load_file(f"{checkpoint.path}/head/head.safetensors"))
     batch = sequence_batch(sequences)
     with torch.no_grad():
         return model(batch.input_ids, batch.attention_mask, batch.position_ids).tolist()
@@ -199,39 +199,36 @@ def refreshed(ray_cluster, tiny_policy, tmp_path_factory):
     def fitted():
         views = responses(folder / "y", 6)
         return fit_reward_model(
-            run, services, tiny_policy.checkpoint, [d, synthetic], stage="refresh_reward_model", views=views
+            run, services, tiny_policy.checkpoint, [d, synthetic], stage=REFIT_REWARD_MODEL, views=views
         )
 
     yield SimpleNamespace(run=run, services=services, d=d, models=fitted(), again=fitted)
     services.stop()
 
 
-def manifest(run, stage):
-    return storage.read_json(run.folder(stage, "manifest.json"))
-
-
 @pytest.mark.slow
 def test_an_ensemble_is_fitted_and_measured_on_held_out_pairs_of_d(refreshed):
-    done = manifest(refreshed.run, "refresh_reward_model")
-    assert done["num_rows"] == 48 + 6
-    assert done["metrics"]["num_left_out"] == 16
-    assert done["metrics"]["validation"]["num"] == 16
-    assert done["metrics"]["validation"]["accuracy"]["mean"] > 0.5 + 2 * 0.5 / math.sqrt(16)
-    members = done["metrics"]["members"]
+    done = refreshed.run.manifest(REFIT_REWARD_MODEL)
+    assert done.num_rows == 48 + 6
+    assert done.metrics.num_left_out == 16
+    assert done.metrics.validation.num == 16
+    assert done.metrics.validation.accuracy.mean > 0.5 + 2 * 0.5 / math.sqrt(16)
+    members = done.metrics.members
     assert len(members) == 2
-    for member in members:
-        assert member["final_loss"] < member["first_loss"]
-        assert 0 <= member["calibration_error"] <= 0.5
-    assert members[0]["mean_margin"] != members[1]["mean_margin"]
-    assert list(refreshed.models.stds) == done["metrics"]["stds"]
+    for number, member in enumerate(members):
+        assert member.fit.final_loss < member.fit.first_loss
+        assert member.fit == refreshed.run.manifest(REFIT_REWARD_MODEL.member(number)).metrics
+        assert 0 <= member.validation.calibration_error <= 0.5
+    assert members[0].validation.mean_margin != members[1].validation.mean_margin
+    assert list(refreshed.models.stds) == done.metrics.stds
     assert all(std > 0 for std in refreshed.models.stds)
 
 
 @pytest.mark.slow
 def test_a_second_call_finds_the_work_done(refreshed):
-    before = manifest(refreshed.run, "refresh_reward_model")["finished_at"]
+    before = refreshed.run.manifest(REFIT_REWARD_MODEL)
     assert refreshed.again() == refreshed.models
-    assert manifest(refreshed.run, "refresh_reward_model")["finished_at"] == before
+    assert refreshed.run.manifest(REFIT_REWARD_MODEL) == before
 
 
 @pytest.mark.slow
@@ -239,15 +236,15 @@ def test_served_rewards_are_the_trainers(refreshed):
     items = [Scored(prompt="?", response="!", token_ids=[1, 60, 90 + n, GOOD, 91]) for n in range(5)]
     sequences = [item.token_ids for item in items]
     scorer = refreshed.models.serve(refreshed.services)
-    expected = np.array([trainers_values(member.path, sequences) for member in refreshed.models.checkpoints])
+    expected = np.array([trainers_values(member, sequences) for member in refreshed.models.checkpoints])
     np.testing.assert_allclose(scorer.values(items), expected, atol=1e-4)
     single = replace(scorer, members=scorer.members[:1])
-    assert refreshed.models.value_path == scorer.members[0].path
+    assert refreshed.models.value_start == scorer.members[0]
     np.testing.assert_allclose(single.score(items), expected[0], atol=1e-4)
     means, stds = (np.array(v)[:, None] for v in (refreshed.models.means, refreshed.models.stds))
     np.testing.assert_allclose(scorer.score(items), ((expected - means) / stds).min(0), atol=1e-3)
     pairs = [pair(f"new{n}") for n in range(30)]
-    assert pair_metrics(pairs, single.score(pair_items(pairs)))["accuracy"]["mean"] > 0.6
+    assert validate_pairs(pairs, single.score(pair_items(pairs))).accuracy.mean > 0.6
 
 
 @pytest.mark.slow
@@ -256,10 +253,14 @@ def test_a_ready_made_model_is_measured_alike(refreshed, tiny_policy, tmp_path):
     run = open_run(tmp_path / "run", tiny_policy, path=path)
     adopted = fit_reward_model(run, refreshed.services, tiny_policy.checkpoint, [refreshed.d])
     assert [checkpoint.path for checkpoint in adopted.checkpoints] == [path]
-    theirs = manifest(refreshed.run, "refresh_reward_model")["metrics"]["members"][1]
-    ours = manifest(run, "fit_reward_model")["metrics"]["validation"]
-    for name in ("accuracy", "mean_margin"):
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+    fitted = refreshed.run.manifest(REFIT_REWARD_MODEL).metrics.members[1].validation
+    measured = run.manifest(FIT_REWARD_MODEL).metrics
+    assert measured.members[0].fit is None
+    assert measured.validation.mean_margin == pytest.approx(fitted.mean_margin, abs=1e-4)
+    assert measured.validation.accuracy.num == fitted.accuracy.num
+    for name in ("mean", "standard_error"):
+        expected = getattr(fitted.accuracy, name)
+        assert getattr(measured.validation.accuracy, name) == pytest.approx(expected, abs=1e-4)
     assert fit_reward_model(run, refreshed.services, tiny_policy.checkpoint, [refreshed.d]) == adopted
 
 
@@ -272,8 +273,7 @@ def test_too_few_views_are_refused_before_the_fit(ray_cluster, tiny_policy, tmp_
 
 
 def test_prompts_that_fill_the_context_are_refused(ray_cluster, tiny_policy, tmp_path):
-    run = open_run(tmp_path / "run", tiny_policy)
-    run.config = run.config.model_copy(update={"policy": run.config.policy.model_copy(update={"max_model_len": 3})})
+    run = open_run(tmp_path / "run", tiny_policy, max_model_len=3)
     d = preferences(tmp_path / "d", [pair(f"p{n}") for n in range(6)], "d")
     services = Services(run, mode="overlap", reference="generation")
     with pytest.raises(DataError, match="no pair to train on: the prompts fill the context of 3 tokens"):

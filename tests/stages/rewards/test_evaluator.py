@@ -12,7 +12,8 @@ from rayrl.data.tokenizing import encode_response, load_tokenizer
 from rayrl.engines.generator import Continuation
 from rayrl.models.judge_prompt import ADDITIVE_RUBRIC, Rubric
 from rayrl.models.policy import response_logprobs
-from rayrl.stages.rewards.evaluator import Scored, Scorer, candidate_logprobs, judge_prompt_tokens, score_tokens
+from rayrl.records import Scored
+from rayrl.stages.rewards.evaluator import GenerativeScorer, candidate_logprobs, judge_prompt_tokens, score_tokens
 
 RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
 SHORT = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=2)
@@ -64,13 +65,12 @@ class Writer:
 
 
 def scorer(fleet, policy, rubric):
-    return Scorer(
+    return GenerativeScorer(
         checkpoint=policy.checkpoint,
         fleet=fleet,
-        evaluator=EvaluatorConfig(scoring="rationale_first", num_samples=2),
+        settings=EvaluatorConfig(scoring="rationale_first", num_samples=2),
         policy=PolicyConfig(path=policy.path),
         rubric=rubric,
-        max_tokens=1024,
         seed=0,
     )
 

@@ -1,4 +1,4 @@
-"""Rewards of one model and of an ensemble, and what they make of pairs."""
+"""Rewards of one model and of an ensemble, and their order of pairs."""
 
 import math
 from dataclasses import replace
@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rayrl.config import RewardModelConfig, load_config
-from rayrl.errors import ConfigError
+from rayrl.config import RewardModelConfig
 from rayrl.fleets.fleet import MAX_PART, Fleet
 from rayrl.records import Checkpoint, PreferencePair, Scored
-from rayrl.stages.policy.ppo import FunctionReward, transport
-from rayrl.stages.rewards.reward_models import RewardScorer, pair_items, pair_metrics
+from rayrl.stages.rewards.reward_models import RewardScorer, pair_items, validate_pairs
 
 MEMBERS = tuple(Checkpoint(path=f"/{name}", version=name) for name in "ab")
 
 
 class Values(Fleet):
-    """A fleet of one without a replica: member "a" counts tokens, "b" says ten times minus the first token."""
+    """A fleet of one without a replica: member "a" counts tokens, "b" is minus ten times the first token."""
 
     concurrency = 2  # of one replica
 
@@ -71,9 +69,9 @@ def test_members_are_standardised_before_they_are_combined(config, expected):
     assert scorer(**config).score(ITEMS) == pytest.approx(expected)
 
 
-def test_a_member_that_says_nothing_counts_as_nothing():
-    silent = replace(scorer(), stds=(0.5, 0.0))
-    assert all(math.isfinite(reward) for reward in silent.score(ITEMS))
+def test_a_member_with_one_value_for_all_counts_as_nothing():
+    constant = replace(scorer(), stds=(0.5, 0.0))
+    assert all(math.isfinite(reward) for reward in constant.score(ITEMS))
 
 
 def test_all_items_are_scored_with_one_member_before_the_next():
@@ -107,58 +105,38 @@ def pair(prompt_id, chosen_tokens, rejected_tokens):
     )
 
 
-def test_pair_metrics_by_hand():
+def test_pairs_are_validated_as_by_hand():
     pairs = [pair("p", 4, 2), pair("p", 3, 1), pair("q", 5, 9), pair("r", 1, 2)]
     chosen, rejected = [2.0, 1.0, 0.5, 3.0], [1.0, 2.0, 0.5, 0.0]  # right, wrong, a tie, right
-    found = pair_metrics(pairs, chosen + rejected)
-    assert (found["num"], found["num_abstained"]) == (4, 0)
+    found = validate_pairs(pairs, chosen + rejected)
+    assert (found.num, found.num_abstained) == (4, 0)
     shares = [0.5, 0.5, 1.0]  # of the prompts
-    assert found["accuracy"] == {
-        "mean": pytest.approx(np.mean(shares)),
-        "standard_error": pytest.approx(np.std(shares, ddof=1) / math.sqrt(3)),
-        "num": 3,
-    }
-    assert found["mean_margin"] == pytest.approx(0.75)
+    assert found.accuracy.mean == pytest.approx(np.mean(shares))
+    assert found.accuracy.standard_error == pytest.approx(np.std(shares, ddof=1) / math.sqrt(3))
+    assert found.accuracy.num == 3
+    assert found.mean_margin == pytest.approx(0.75)
     sure, unsure, very = expit(1.0), 0.5, expit(3.0)
     error = abs(2 * sure - 1) + abs(unsure - 0.5) + abs(very - 1)
-    assert found["calibration_error"] == pytest.approx(error / 4)
-    assert -1 < found["length_correlation"]["mean"] < 1
+    assert found.calibration_error == pytest.approx(error / 4)
+    assert -1 < found.length_correlation.mean < 1
 
 
 def test_a_reward_that_likes_long_responses_is_found_out():
     pairs = [pair(f"p{n}", n % 7 + 1, n % 5 + 2) for n in range(20)]
-    found = pair_metrics(pairs, scorer(MEMBERS[:1]).score(pair_items(pairs)))
-    assert found["length_correlation"]["mean"] == pytest.approx(1.0)
+    found = validate_pairs(pairs, scorer(MEMBERS[:1]).score(pair_items(pairs)))
+    assert found.length_correlation.mean == pytest.approx(1.0)
 
 
 def test_pairs_with_an_abstention_are_left_out():
     pairs = [pair("p", 1, 2), pair("q", 1, 2)]
-    found = pair_metrics(pairs, [1.0, 5.0, None, 2.0])
-    assert (found["num"], found["num_abstained"]) == (1, 1)
-    assert found["accuracy"]["mean"] == 1.0
-    nothing = pair_metrics(pairs, [None, None, 0.0, 0.0])
-    assert (nothing["num"], nothing["accuracy"]) == (0, None)
+    found = validate_pairs(pairs, [1.0, 5.0, None, 2.0])
+    assert (found.num, found.num_abstained) == (1, 1)
+    assert found.accuracy.mean == 1.0
+    nothing = validate_pairs(pairs, [None, None, 0.0, 0.0])
+    assert (nothing.num, nothing.num_abstained, nothing.accuracy) == (0, 2, None)
 
 
 def test_the_items_of_pairs_are_what_the_policy_read_and_wrote():
     items = pair_items([pair("p", 2, 1)])
     assert [i.token_ids for i in items] == [[1, 5, 5], [1, 6]]
     assert [i.response for i in items] == ["good", "bad"]
-
-
-def test_a_python_function_rewards_abstains_and_is_found_or_refused():
-    rewards = FunctionReward("tests.oracles.length_expert:reward")
-    said = [Scored(prompt="?", response=text, token_ids=[1]) for text in ("four", "")]
-    assert rewards.score(said) == [0.04, None]
-    assert rewards.key != FunctionReward("tests.oracles.length_expert:judge").key
-    with pytest.raises(ConfigError, match="has no function nobody"):
-        FunctionReward("tests.oracles.length_expert:nobody").score(said)
-    with pytest.raises(ConfigError, match=r"must be written in Python.*call it from a function of your own"):
-        _ = FunctionReward("math:dist").key
-
-
-def test_every_rank_of_a_replica_is_in_the_trainers_group():
-    ranks = ["generators.tensor_parallel_size=2", "generators.pipeline_parallel_size=3"]
-    config = load_config("jobs/configs/rlp_quickstart.toml", [*ranks, 'ppo.weight_transfer="nccl"'])
-    sent = transport(config)
-    assert sent is not None and sent.ranks_per_replica == 6

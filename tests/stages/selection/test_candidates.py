@@ -2,7 +2,7 @@
 
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Response, Sampled, from_table, to_table
-from rayrl.stages.selection.candidates import without
+from rayrl.stages.selection.candidates import unjudged_block
 
 
 def sampled(prompt, *texts):
@@ -24,7 +24,7 @@ def sampled(prompt, *texts):
 def test_what_was_judged_is_left_out_by_its_text_and_its_prompt_stays(tmp_path):
     table = BlockTable(str(tmp_path), 1)
     table.write(0, to_table([sampled("p", "a", "b", "c"), sampled("q", "a"), sampled("r", "d")], Sampled))
-    left = without(frozenset({("p", "b"), ("q", "a"), ("q", "c")}), table, 0)
+    left = unjudged_block(frozenset({("p", "b"), ("q", "a"), ("q", "c")}), table, 0)
     assert left.schema == table.read(0).schema
     assert [(row.prompt_id, [(r.id, r.text) for r in row.responses]) for row in from_table(left, Sampled)] == [
         ("p", [("p-0", "a"), ("p-2", "c")]),

@@ -5,13 +5,17 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from rayrl.config import EngineConfig, RunConfig
+from rayrl.algorithms.selection import STRATEGIES, Selection, Strategy
+from rayrl.config import EngineConfig, RunConfig, load_config
 from rayrl.data.blocks import BlockTable
 from rayrl.engines.embedder import Embedder
 from rayrl.engines.vllm_engine import EngineSpec
+from rayrl.errors import ConfigError
 from rayrl.fleets.fleet import start_fleet
+from rayrl.preflight import check
 from rayrl.records import Response, Sampled, to_table
-from rayrl.runs.run import Run
+from rayrl.runs.run import Run, read_manifest
+from rayrl.runs.stage_table import SELECT
 from rayrl.stages.artifacts import Responses
 from rayrl.stages.selection.select import select
 
@@ -54,7 +58,7 @@ def responses(tmp_path_factory):
     for block in range(NUM_BLOCKS):
         rows = [sampled(block * PROMPTS_PER_BLOCK + row) for row in range(PROMPTS_PER_BLOCK)]
         table.write(block, to_table(rows, Sampled))
-    return Responses(key="r", table=table, num_prompts=12, num_responses=33, block_counts=[12, 9, 12])
+    return Responses(key="r", table=table, num_prompts=12, num_responses=33)
 
 
 def picks(folder, policy, responses, services, *, seed=0, **settings):
@@ -75,7 +79,8 @@ def picks(folder, policy, responses, services, *, seed=0, **settings):
     )
     run = Run(config=config, url=str(folder))
     table = select(run, services, policy.checkpoint, responses).table.read(0)
-    assert run.stages() == {"select"}
+    manifest = run.manifest(SELECT)
+    assert manifest is not None and manifest.metrics.num_selected == table.num_rows
     return table.to_pylist()
 
 
@@ -173,3 +178,27 @@ def test_a_random_draw_follows_the_seed(tiny_policy, responses, tmp_path):
 def test_a_budget_beyond_the_pool_takes_all(tiny_policy, responses, tmp_path):
     rows = picks(tmp_path, tiny_policy, responses, None, strategy="random", budget=1000)
     assert len(set(names(rows))) == 33
+
+
+def test_a_new_strategy_is_a_function_and_an_entry(monkeypatch, tiny_policy, responses, tmp_path):
+    """Config, plan, stage and manifest learn of it from its entry in the registry."""
+
+    def last_ones(ids, num_selected, *, seed=0):
+        return Selection(ids=sorted(ids.tolist())[-num_selected:], radii=[])
+
+    monkeypatch.setitem(STRATEGIES, "last_ones", Strategy(choose=last_ones, reads_vectors=False))
+    rows = picks(tmp_path, tiny_policy, responses, None, strategy="last_ones", budget=3)
+    assert names(rows) == ["p11-0", "p11-1", "p11-2"]
+    manifest = read_manifest(str(tmp_path), SELECT)
+    assert manifest is not None and manifest.metrics.strategy == "last_ones"
+    planned = plan_of("last_ones")
+    assert "last_ones" in planned.what and not planned.actors, "it embeds nothing"
+    with pytest.raises(ConfigError, match=r'select.strategy: must be one of .*"last_ones", got "nearest"'):
+        plan_of("nearest")
+
+
+def plan_of(strategy):
+    """The row of `select` in the plan of the quickstart with a strategy."""
+    config = load_config("jobs/configs/quickstart.toml", [f"select.strategy={strategy}"])
+    plan = check(config, cluster={"CPU": 4.0})
+    return next(stage for stage in plan.stages if stage.name == SELECT.name)

@@ -1,16 +1,23 @@
-"""What becomes of one prompt: exactly what SPG says of all n samples."""
+"""Outcomes of prompts: exactly those of SPG on all n samples; and their counts."""
 
 import numpy as np
 import pytest
 
 from rayrl.algorithms.synthesis import synthetic_pair
-from rayrl.stages.synthesis.counts import tenths
-from rayrl.stages.synthesis.outcomes import best_worst_outcome, synthesize_outcome
-from tests.color_answers import ANSWERS, CLUSTERS, NUM_EMPTY, REWARDS, ROWS
+from rayrl.records import to_table
+from rayrl.stages.synthesis.outcomes import (
+    Outcome,
+    add_counts,
+    best_worst_outcome,
+    count_outcomes,
+    synthesize_outcome,
+    tenths,
+)
+from tests.color_answers import ANSWERS, CLUSTERS, NUM_EMPTY, REWARDS, SAMPLED
 
 
 def expected(prompt, clusters, gamma, seed=0):
-    """What `synthetic_pair` says of the samples themselves, repeats written out, and the empty ones."""
+    """`synthetic_pair` on the samples themselves, repeats written out, and the empty ones."""
     index = [i for i, (_, num_samples) in enumerate(ANSWERS[prompt]) for _ in range(num_samples)]
     ids = [clusters[i] for i in index] + [-1] * NUM_EMPTY.get(prompt, 0)
     rewards = [REWARDS.get(ANSWERS[prompt][i][0].strip()) for i in index] + [None] * NUM_EMPTY.get(prompt, 0)
@@ -25,7 +32,7 @@ def expected(prompt, clusters, gamma, seed=0):
 
 def outcome(prompt, gamma, seed=0):
     scores = [REWARDS.get(text.strip()) for text, _ in ANSWERS[prompt]]
-    return synthesize_outcome(ROWS[prompt], CLUSTERS[prompt], scores, gamma=gamma, seed=seed)
+    return synthesize_outcome(SAMPLED[prompt], CLUSTERS[prompt], scores, gamma=gamma, seed=seed)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 0.7, 1.0])
@@ -60,13 +67,37 @@ def test_every_refusal_has_its_reason():
 
 
 def test_the_control_pairs_best_and_worst():
-    made = best_worst_outcome(ROWS["p0"], [1.0, 2.0, 3.0, 0.0, None])
+    made = best_worst_outcome("p0", [1.0, 2.0, 3.0, 0.0, None])
     assert (made.chosen, made.rejected, made.confidence, made.cluster_sizes) == (2, 3, None, [])
     scores = ([1.0, 1.0], [1.0, None], [None, None], [1.0], [], [1.0, 1.0, None])
     reasons = ["tied", "abstained", "abstained", "tied", "abstained", "tied"]
-    assert [best_worst_outcome(ROWS["p0"], s).reason for s in scores] == reasons
+    assert [best_worst_outcome("p0", s).reason for s in scores] == reasons
 
 
 def test_a_confidence_is_counted_at_the_gamma_it_passes():
     assert [tenths(k / 10) for k in range(1, 11)] == list(range(1, 11))
     assert [tenths(c) for c in (1 / 3, 0.5, 0.51, 1.0)] == [4, 5, 6, 10]
+
+
+def test_blocks_are_counted_apart_and_added_up():
+    outcomes = [outcome(prompt, 0.5) for prompt in ANSWERS]
+    blocks = [to_table(part, Outcome) for part in (outcomes[:1], outcomes[1:4], [], outcomes[4:])]
+    counts = add_counts([count_outcomes(block) for block in blocks])
+    assert counts == add_counts([count_outcomes(to_table(outcomes, Outcome))])
+    assert list(counts.outcomes.items()) == [
+        ("accepted", 1),
+        ("one_cluster", 2),
+        ("low_confidence", 2),
+        ("abstained", 1),
+    ]
+    assert list(counts.confidences.items()) == [("0.4", 2), ("0.5", 1), ("0.7", 1), ("1.0", 2)]
+    assert list(counts.cluster_sizes) == ["1", "2", "3", "4", "5", "7", "10"], "in the order of numbers"
+    assert (counts.num_prompts, counts.num_pairs, counts.acceptance_rate) == (6, 1, 1 / 6)
+
+
+def test_prompts_that_are_not_clustered_have_a_reason_only():
+    outcomes = [best_worst_outcome("p0", [1.0, 2.0]), best_worst_outcome("p1", [1.0, 1.0])]
+    counts = add_counts([count_outcomes(to_table(outcomes, Outcome))])
+    assert counts.outcomes == {"accepted": 1, "tied": 1}
+    assert counts.confidences == counts.cluster_sizes == counts.num_clusters == {}
+    assert set(counts.pairs_by_gamma.values()) == {0}

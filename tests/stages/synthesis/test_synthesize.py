@@ -1,8 +1,6 @@
-"""Pairs that nobody judged: those of the accepted prompts, made once, and what the manifest tells of them."""
+"""Synthetic pairs: those of the accepted prompts, made once, and the manifest's account of them."""
 
-import json
 import math
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -18,10 +16,12 @@ from rayrl.engines.entailment import EntailmentModel, EntailmentSpec
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint, PreferencePair, Sampled, from_table, to_table
 from rayrl.runs.run import Run
+from rayrl.runs.stage_table import SYNTHESIZE
 from rayrl.stages.artifacts import Responses
+from rayrl.stages.rewards.evaluator import GenerativeScorer
 from rayrl.stages.synthesis.outcomes import synthesize_outcome
 from rayrl.stages.synthesis.synthesize import self_judge, synthesize_preferences
-from tests.color_answers import ANSWERS, CLUSTERS, REWARDS, ROWS, ColorFleet, TableRewards, sampled
+from tests.color_answers import ANSWERS, CLUSTERS, REWARDS, SAMPLED, ColorFleet, TableRewards
 from tests.entailment_model import make_random_model
 
 
@@ -30,8 +30,8 @@ def samples(tmp_path):
     table = BlockTable(str(tmp_path / "samples"), 2)
     prompts = list(ANSWERS)
     for block in range(2):
-        table.write(block, to_table([sampled(p) for p in prompts[3 * block : 3 * block + 3]], Sampled))
-    return Responses(key="samples", table=table, num_prompts=6, num_responses=17, block_counts=[10, 7])
+        table.write(block, to_table([SAMPLED[p] for p in prompts[3 * block : 3 * block + 3]], Sampled))
+    return Responses(key="samples", table=table, num_prompts=6, num_responses=17)
 
 
 class OnlyEntailment:
@@ -51,7 +51,7 @@ class OnlyEntailment:
         self.retired.append(fleet)
 
 
-def run_of(folder, policy, method="spg", **spg):
+def run_of(folder, policy, method="spg", evaluator="generative", **spg):
     config = {
         "name": folder.name,
         "run_dir": str(folder),
@@ -60,6 +60,7 @@ def run_of(folder, policy, method="spg", **spg):
         "sft": {"enabled": False},
         "select": {"budget": 8},
         "oracle": {"type": "scripted", "function": "a:b"},
+        "evaluator": {"type": evaluator},
         "refresh": {"method": method, "spg": spg},
     }
     return Run(config=RunConfig.model_validate(config), url=str(folder))
@@ -80,7 +81,7 @@ def clusters_of(made, clustering):
 
 
 def metrics_of(run):
-    return json.loads(Path(run.folder("synthesize", "manifest.json")).read_text())["metrics"]
+    return run.manifest(SYNTHESIZE).metrics
 
 
 def lines(path):
@@ -89,7 +90,7 @@ def lines(path):
 
 def outcome(prompt, gamma, seed=0):
     scores = [REWARDS.get(text.strip()) for text, _ in ANSWERS[prompt]]
-    return synthesize_outcome(ROWS[prompt], CLUSTERS[prompt], scores, gamma=gamma, seed=seed)
+    return synthesize_outcome(SAMPLED[prompt], CLUSTERS[prompt], scores, gamma=gamma, seed=seed)
 
 
 @pytest.fixture
@@ -119,22 +120,24 @@ def test_the_stage_makes_the_pairs_spg_makes(finished, samples, tmp_path):
 
 def test_the_manifest_tells_what_became_of_the_prompts(finished, tmp_path):
     metrics = metrics_of(finished[0])
-    assert metrics["outcomes"] == {"accepted": 1, "one_cluster": 2, "low_confidence": 2, "abstained": 1}
-    assert (metrics["num_prompts"], metrics["num_pairs"], metrics["acceptance_rate"]) == (6, 1, 1 / 6)
-    assert metrics["confidences"] == {"0.4": 2, "0.5": 1, "0.7": 1, "1.0": 2}
+    assert metrics.outcomes == {"accepted": 1, "one_cluster": 2, "low_confidence": 2, "abstained": 1}
+    assert (metrics.num_prompts, metrics.num_pairs, metrics.acceptance_rate) == (6, 1, 1 / 6)
+    assert (metrics.method, metrics.clustering, metrics.gamma, metrics.num_blocks) == ("spg", "strict", 0.5, 2)
+    assert metrics.confidences == {"0.4": 2, "0.5": 1, "0.7": 1, "1.0": 2}
     by_gamma = {f"{n / 10:.1f}": sum(outcome(p, n / 10).reason == "accepted" for p in ANSWERS) for n in range(11)}
-    assert metrics["pairs_by_gamma"] == by_gamma
+    assert metrics.pairs_by_gamma == by_gamma
     assert by_gamma["0.0"] == by_gamma["0.4"] == 2 and by_gamma["0.5"] == 1 and by_gamma["0.6"] == 0
-    assert metrics["cluster_sizes"] == {"1": 2, "2": 4, "3": 2, "4": 3, "5": 1, "7": 1, "10": 2}
-    assert metrics["num_clusters"] == {"1": 2, "2": 1, "3": 1, "4": 2}
-    assert metrics["num_nli_calls"] == len(lines(tmp_path / "asked"))
+    assert metrics.cluster_sizes == {"1": 2, "2": 4, "3": 2, "4": 3, "5": 1, "7": 1, "10": 2}
+    assert metrics.num_clusters == {"1": 2, "2": 1, "3": 1, "4": 2}
+    assert metrics.entailment.num_nli_calls == len(lines(tmp_path / "asked"))
     num_pairs, num_distinct = 4 * 90 + 6 * 5, 20 + 6 + 2 + 12 + 2  # " blue" and "blue" are one text
-    assert metrics["num_sample_pairs"] == num_pairs
-    assert metrics["deduplicated_share"] == pytest.approx(1 - num_distinct / num_pairs)
+    assert metrics.entailment.num_sample_pairs == num_pairs
+    assert metrics.entailment.deduplicated_share == pytest.approx(1 - num_distinct / num_pairs)
     (pair,) = pairs_of(finished[3])
-    assert metrics["gap_chars"] == len(pair.chosen) - len(pair.rejected)
-    assert metrics["gap_tokens"] == len(pair.chosen_token_ids) - len(pair.rejected_token_ids)
-    assert metrics["num_truncated_pairs"] == 0
+    assert metrics.lengths.gap_chars == len(pair.chosen) - len(pair.rejected)
+    assert metrics.lengths.gap_tokens == len(pair.chosen_token_ids) - len(pair.rejected_token_ids)
+    assert metrics.entailment.num_truncated_pairs == 0
+    assert metrics.embedding_acceptance_rate is None
 
 
 def test_a_second_call_does_nothing_again(finished, samples, tiny_policy, tmp_path):
@@ -150,7 +153,7 @@ def test_an_interrupted_stage_goes_on_where_it_was(finished, samples, tiny_polic
     run, services, rewards, made = finished
     before = pairs_of(made)
     scored, asked = lines(tmp_path / "scored"), lines(tmp_path / "asked")
-    Path(run.folder("synthesize", "manifest.json")).unlink()
+    Path(run.folder(SYNTHESIZE, "manifest.json")).unlink()
     for table in ("clusters-strict", "outcomes-strict", "table"):
         part(made, table, 1).unlink()
     again = synthesize_preferences(run, services, tiny_policy.checkpoint, rewards, samples)
@@ -178,8 +181,9 @@ def test_reward_pairs_need_no_clusters(ray_cluster, tiny_policy, samples, tmp_pa
         ("p3-4", "p3-3", "reward_pairs"),
     ]
     metrics = metrics_of(run)
-    assert metrics["outcomes"] == {"accepted": 3, "abstained": 3}
-    assert metrics["acceptance_rate"] == 0.5 and "num_nli_calls" not in metrics
+    assert metrics.outcomes == {"accepted": 3, "abstained": 3}
+    assert metrics.acceptance_rate == 0.5 and metrics.entailment is None
+    assert metrics.clustering is metrics.gamma is None and metrics.confidences == {}
 
 
 class WithFleets(Services):
@@ -197,19 +201,14 @@ class WithFleets(Services):
 
 
 def test_the_policy_judges_itself(generators, tiny_policy, samples, tmp_path):
-    run = run_of(tmp_path / "rlaif", tiny_policy, "self_judged")
-    scalar = run.config.evaluator.model_copy(update={"type": "scalar"})
-    run = replace(run, config=run.config.model_copy(update={"evaluator": scalar}))
+    run = run_of(tmp_path / "rlaif", tiny_policy, "self_judged", evaluator="scalar")
     services = WithFleets(run, generators=generators)
     judge = self_judge(run, tiny_policy.checkpoint)
     served = judge.serve(services)
-    assert (served.evaluator.type, served.checkpoint, served.fleet) == (
-        "generative",
-        tiny_policy.checkpoint,
-        generators,
-    )
+    assert isinstance(served, GenerativeScorer), "whatever the run's own evaluator is"
+    assert (served.checkpoint, served.fleet) == (tiny_policy.checkpoint, generators)
     made = synthesize_preferences(run, services, tiny_policy.checkpoint, judge, samples)
-    outcomes = metrics_of(run)["outcomes"]
+    outcomes = metrics_of(run).outcomes
     assert sum(outcomes.values()) == 6 and made.num_pairs == outcomes.get("accepted", 0)
     for pair in pairs_of(made):
         assert pair.source == "self_judged" and 0 <= pair.rejected_score < pair.chosen_score <= 5
@@ -231,11 +230,11 @@ def test_clusters_of_a_served_model(ray_cluster, tiny_policy, samples, tmp_path,
             labels[i, j] = model.classify([(texts[i], texts[j])]).labels[0]
         assert row["clusters"] == entailment_clusters(labels, definition).tolist()
     assert len({tuple(row["clusters"]) for row in rows}) > 3
-    assert made.num_pairs == metrics_of(run)["pairs_by_gamma"]["0.0"]
+    assert made.num_pairs == metrics_of(run).pairs_by_gamma["0.0"]
     assert not services._fleets, "the entailment model is not needed any more"
 
 
-def test_no_pair_at_all_is_said_and_embeddings_are_tried(embedders, tiny_policy, samples, tmp_path):
+def test_no_pair_at_all_is_reported_and_embeddings_are_tried(embedders, tiny_policy, samples, tmp_path):
     run = run_of(tmp_path / "none", tiny_policy, gamma=0.8, threshold=0.5)
     services = WithFleets(run, embedders=embedders)
     services.entailment = lambda config: ColorFleet(str(tmp_path / "asked"))
@@ -243,7 +242,7 @@ def test_no_pair_at_all_is_said_and_embeddings_are_tried(embedders, tiny_policy,
     rewards = TableRewards(str(tmp_path / "scored"))
     made = synthesize_preferences(run, services, tiny_policy.checkpoint, rewards, samples)
     assert made.num_pairs == 0 and pairs_of(made) == []
-    manifest = json.loads(Path(run.folder("synthesize", "manifest.json")).read_text())
+    manifest = run.manifest(SYNTHESIZE)
     tokenizer = load_tokenizer(run.config.policy)
     accepted = 0
     for prompt, answers in ANSWERS.items():
@@ -251,11 +250,11 @@ def test_no_pair_at_all_is_said_and_embeddings_are_tried(embedders, tiny_policy,
         vectors = embedders.call("embed", tiny_policy.checkpoint, tokens) if tokens else np.empty((0, 1))
         clusters = embedding_clusters(vectors, 0.5)
         scores = [REWARDS.get(text.strip()) for text, _ in answers]
-        accepted += synthesize_outcome(ROWS[prompt], clusters.tolist(), scores, gamma=0.8, seed=0).chosen is not None
-    assert manifest["metrics"]["embedding_acceptance_rate"] == accepted / 6
-    assert manifest["summary"].startswith("no pair: 0 pairs from 6 prompts; refused: 2 one_cluster")
-    assert "clusters of embeddings would accept" in manifest["summary"]
-    assert "mean_chosen_chars" not in manifest["metrics"]
+        accepted += synthesize_outcome(SAMPLED[prompt], clusters.tolist(), scores, gamma=0.8, seed=0).chosen is not None
+    assert manifest.metrics.embedding_acceptance_rate == accepted / 6
+    assert manifest.summary.startswith("no pair: 0 pairs from 6 prompts; refused: 2 one_cluster")
+    assert "clusters of embeddings would accept" in manifest.summary
+    assert manifest.metrics.lengths is None
 
 
 @pytest.mark.slow

@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rayrl.config import LoraConfig, TrainingConfig
-from rayrl.engines.weight_folder import until_there, with_tied_head
+from rayrl.engines.weight_folder import wait_for_folder, with_tied_head
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.launch import fit
-from rayrl.training.sync.export import PROBE_TOKENS, policy_probe, probe_prompt, save_weights, write
-from rayrl.training.sync.gather import Weights, merge_adapters, split_into_buckets
+from rayrl.training.sync.export import PROBE_TOKENS, export_folder, policy_probe, probe_prompt, write_weights
+from rayrl.training.sync.gather import FullWeights, merge_adapters, split_into_buckets
 from tests.training.test_fit import stream_of, write_examples
 
 LORA = LoraConfig(rank=4, alpha=6)
@@ -90,7 +90,7 @@ def test_a_layer_and_its_adapters_lie_in_one_bucket():
 
 def test_a_small_model_is_one_file_as_transformers_writes_it(tiny_policy, tmp_path):
     model = tiny_policy.load()
-    save_weights(Weights(WHOLE, model), tmp_path / "ours")
+    write_weights(FullWeights(WHOLE, model), tmp_path / "ours")
     state = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     model.save_pretrained(tmp_path / "theirs", state_dict=state)
     assert [file.name for file in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
@@ -99,11 +99,11 @@ def test_a_small_model_is_one_file_as_transformers_writes_it(tiny_policy, tmp_pa
 
 
 def test_one_bucket_is_held_at_a_time_and_known_before_it_is_gathered(tiny_policy):
-    weights = Weights(WHOLE, adapted(tiny_policy.load()), max_bytes=SMALL)
-    promised = list(weights.empty())
+    weights = FullWeights(WHOLE, adapted(tiny_policy.load()), max_bytes=SMALL)
+    promised = list(weights.describe())
     assert len(promised) == len(weights) > 3
     last, seen = [], []
-    for state in weights.gathered():
+    for state in weights.gather():
         assert all(reference() is None for reference in last), "the last bucket is still there"
         last = [weakref.ref(weight) for weight in state.values()]
         seen.append({name: (weight.shape, weight.dtype) for name, weight in state.items()})
@@ -116,11 +116,11 @@ def test_one_bucket_is_held_at_a_time_and_known_before_it_is_gathered(tiny_polic
 def export_in_shards(job, rows):
     """A worker's loop: no training, only a policy in shards and its export."""
     training = TrainingConfig(num_workers=2, zero_stage=3)
-    sharding = zero.prepare_zero3(training, torch.float32)
-    engine = zero.start(adapted(load_policy(job["path"], torch.float32)), training, torch.float32, 1)
-    del sharding
-    weights = Weights(engine, engine.module, max_bytes=SMALL)
-    write(weights, None, job["url"], policy_probe(engine, engine.module), head=None)
+    with zero.sharded_loading(training, torch.float32):
+        policy = adapted(load_policy(Checkpoint(path=job["path"], version="tiny"), torch.float32))
+        engine = zero.start(policy, training, torch.float32, 1)
+    weights = FullWeights(engine, engine.module, max_bytes=SMALL)
+    export_folder(weights, None, job["url"], policy_probe(engine, engine.module), head=None)
 
 
 def shards(folder):
@@ -144,7 +144,7 @@ def test_a_policy_sharded_over_two_workers_is_written_and_served_in_shards(gener
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: shard for shard, state in written.items() for name in state}
     assert index["metadata"]["total_size"] == sum(w.nbytes for state in written.values() for w in state.values())
-    model = load_policy(job["url"], torch.float32)  # reads the index
+    model = load_policy(Checkpoint(path=job["url"], version="in shards"), torch.float32)  # reads the index
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(model.get_parameter(q_proj).detach(), merged_by_peft(tiny_policy)[q_proj].detach())
     generators.adopt(Checkpoint(path=job["url"], version="in shards"))  # proves itself by the probe
@@ -172,11 +172,11 @@ def test_the_tied_head_is_named_beside_several_shards(tmp_path):
 def test_a_remote_folder_is_whole_when_its_probe_is_there(tiny_policy, monkeypatch):
     monkeypatch.setattr(launch, "rank", lambda: 0)
     url = "memory://exported/model"
-    write(Weights(WHOLE, tiny_policy.load()), None, url, {"prompt_token_ids": [1]}, head=None)
+    export_folder(FullWeights(WHOLE, tiny_policy.load()), None, url, {"prompt_token_ids": [1]}, head=None)
     files = sorted(fsspec.filesystem("memory").ls("/exported/model", detail=True), key=lambda file: file["created"])
     assert {file["name"].rpartition("/")[2] for file in files} >= {"config.json", "model.safetensors", "probe.json"}
     assert files[-1]["name"].endswith("probe.json")
-    asyncio.run(asyncio.wait_for(until_there(url), 1))
-    asyncio.run(asyncio.wait_for(until_there("a-hub/id"), 1))
+    asyncio.run(asyncio.wait_for(wait_for_folder(url), 1))
+    asyncio.run(asyncio.wait_for(wait_for_folder("a-hub/id"), 1))
     with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(until_there("memory://exported"), 1))
+        asyncio.run(asyncio.wait_for(wait_for_folder("memory://exported"), 1))

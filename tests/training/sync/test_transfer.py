@@ -21,7 +21,7 @@ from rayrl.models.policy import response_logprobs
 from rayrl.records import Checkpoint
 from rayrl.training.sync.export import PROBE_CANDIDATES, probe_prompt
 from rayrl.training.sync.gather import split_into_buckets
-from rayrl.training.sync.transfer import Sender, Transport, Update
+from rayrl.training.sync.transfer import Sender, Transfer, Transport
 from tests.training.sync.gloo_transfer import EXTENSION, GLOO
 
 SAID = [100, 200, 300, 2]
@@ -87,13 +87,13 @@ def sender(fleet, tiny_policy, tmp_path_factory):
 
 
 def send(sender, trained, meanwhile=lambda: None):
-    update = sender.send(trained.checkpoint, trained.probe, in_flight=False)
+    transfer = sender.begin(trained.checkpoint, trained.probe, in_flight=False)
     for number, bucket in enumerate(trained.buckets):
         if number == 2:
             meanwhile()
-        update.put(bucket)
-    update.put(None)
-    return update.error()
+        transfer.put(bucket)
+    transfer.put(None)
+    return transfer.wait()
 
 
 def statuses(fleet):
@@ -161,24 +161,24 @@ def test_weights_that_do_not_answer_the_probe_are_refused(fleet, sender, trained
 
 
 def test_an_update_that_nobody_takes_ends_and_drops_what_is_put():
-    update = Update(Checkpoint(path="p", version="v"), {}, False, timeout_s=0.5)
+    transfer = Transfer(Checkpoint(path="p", version="v"), {}, False, timeout_s=0.5)
     for _ in range(3):
-        update.put({"weight": torch.zeros(1)})
-    assert isinstance(update.error(), StageTimeout) and "v was not sent" in str(update.error())
+        transfer.put({"weight": torch.zeros(1)})
+    assert isinstance(transfer.wait(), StageTimeout) and "v was not sent" in str(transfer.wait())
     with pytest.raises(StageTimeout):
-        next(iter(update))
+        next(iter(transfer))
 
 
 def test_what_is_put_comes_out_in_order_and_the_first_end_is_believed():
-    update = Update(Checkpoint(path="p", version="v"), {}, False, timeout_s=5)
-    update.put({"a": torch.zeros(1), "b": torch.ones(1)})
-    read = iter(update)
+    transfer = Transfer(Checkpoint(path="p", version="v"), {}, False, timeout_s=5)
+    transfer.put({"a": torch.zeros(1), "b": torch.ones(1)})
+    read = iter(transfer)
     assert [next(read)[0], next(read)[0]] == ["a", "b"]
-    update.put(None)
+    transfer.put(None)
     assert list(read) == []
-    update.end()
-    update.end(RuntimeError("late"))
-    assert update.error() is None
+    transfer.end()
+    transfer.end(RuntimeError("late"))
+    assert transfer.wait() is None
 
 
 def test_nccl_is_told_the_group_and_a_bound_on_its_buffers():

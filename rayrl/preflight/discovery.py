@@ -1,0 +1,64 @@
+"""Discovery of the cluster that a run will use: the Ray cluster of RAY_ADDRESS, or this machine."""
+
+import os
+import re
+from pathlib import Path
+
+from rayrl.errors import ResourceError
+from rayrl.preflight.cluster import Cluster
+
+LIMITS_UNKNOWN = (
+    "if it grows by itself, this process cannot see to what: name the autoscaler's config in RAYRL_AUTOSCALING_CONFIG, "
+    "or raise the minimum"
+)
+
+
+def find_cluster() -> Cluster:
+    """Ask the Ray cluster that RAY_ADDRESS names for its nodes; look at this machine if it names none.
+
+    Raises:
+        ResourceError: the cluster does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or address == "local":
+        gpus, memory = float(_num_local_gpus()), float(_local_memory())
+        return Cluster(nodes=({"CPU": float(os.cpu_count() or 1), "GPU": gpus, "memory": memory},))
+    # Only here: ray takes seconds to import, and a plan for this machine needs none of it.
+    import ray
+
+    from rayrl.preflight.autoscaling import find_node_types
+
+    connects_here = not ray.is_initialized()
+    try:
+        if connects_here:
+            ray.init(address, log_to_driver=False)
+        nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+        growth = find_node_types()
+    except ConnectionError as error:
+        raise ResourceError(
+            f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or unset RAY_ADDRESS"
+        ) from None
+    finally:
+        if connects_here:
+            ray.shutdown()
+    if growth is None:
+        return Cluster(nodes=nodes, remark=LIMITS_UNKNOWN)
+    return Cluster(nodes=nodes, node_types=growth.node_types, most_workers=growth.most_workers)
+
+
+def _num_local_gpus() -> int:
+    """Count the GPUs that CUDA_VISIBLE_DEVICES leaves visible; without it, those with a device file."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        # Ray and CUDA write "no device" in different ways.
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
+    return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+
+
+def _local_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process runs in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    # A container without a limit of its own has the word "max" here.
+    return min(machine, int(text)) if text.isdigit() else machine

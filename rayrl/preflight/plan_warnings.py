@@ -1,0 +1,138 @@
+"""Warnings of a plan: what a user should know of a run that can start, but may not give what is wanted."""
+
+from rayrl.algorithms.pairing import PAIRS_PER_QUERY
+from rayrl.config import RunConfig
+from rayrl.preflight.cluster import Cluster
+from rayrl.preflight.cost import Cost
+from rayrl.preflight.inputs import PoolFacts
+from rayrl.preflight.model import ModelFacts
+from rayrl.preflight.preferences import PairFacts
+from rayrl.preflight.run_folder import DiskFacts
+from rayrl.preflight.workload import Workload, queries_per_eval_prompt
+
+
+def plan_warnings(
+    config: RunConfig,
+    *,
+    cluster: Cluster,
+    model: ModelFacts,
+    pool: PoolFacts,
+    pairs: PairFacts | None,
+    workload: Workload,
+    cost: Cost | None,
+    rubric_tokens: int,
+    disk: DiskFacts,
+) -> tuple[str, ...]:
+    """Collect all warnings, those about the data first.
+
+    Args:
+        config: the run.
+        cluster: the nodes it has, and may get.
+        model: facts of the policy.
+        pool: facts of the prompts.
+        pairs: facts of the file of pairs, if there is one.
+        workload: responses, queries and pairs.
+        cost: price of the queries; None without prices.
+        rubric_tokens: of the rubric alone; 0 if no model of the run reads it.
+        disk: needed and free bytes of the run directory.
+    """
+    return (
+        *_pool_warnings(config, pool, model),
+        *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
+        *_cost_warnings(config, cost),
+        *_budget_warnings(config, workload),
+        *_context_warnings(config, pool, model, rubric_tokens),
+        *_cpu_warnings(config, cluster),
+        *disk.warnings(),
+    )
+
+
+def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> list[str]:
+    found = []
+    counts = pool.counts
+    if counts.num_duplicate or counts.num_empty:
+        found.append(f"pool: dropped {counts.num_duplicate} duplicate and {counts.num_empty} empty prompts")
+    if pool.num_cut:
+        found.append(
+            f"pool: {pool.num_cut} prompts (the longest has {pool.longest_tokens} tokens) leave less than "
+            f"generate.max_tokens = {config.generate.max_tokens} of the context of {model.max_model_len}: "
+            "their responses may be cut short"
+        )
+    if model.tokenizer is None:
+        found.append(f"policy: no tokenizer.json of {config.policy.path} here: prompt lengths are not checked")
+    if model.weights_bytes is None:
+        found.append("policy: its weights are not on this machine: size, disk and format are not checked")
+    return found
+
+
+def _pair_warnings(config: RunConfig, workload: Workload) -> list[str]:
+    """Warn of few pairs for the money; rlp has no such ratio, since PPO learns from rewards."""
+    if config.pipeline == "rlp":
+        return []
+    num_queries = workload.num_label_queries
+    if config.labels == "expert":
+        return [f'labels = "expert" pays for all {num_queries} responses, whatever the budget']
+    per_query = workload.num_pairs / num_queries
+    # "direct" is a control: it pairs nothing but the paid responses.
+    if config.labels == "direct" or per_query >= PAIRS_PER_QUERY:
+        return []
+    remedy = "add prompts or raise generate.k"
+    if config.pseudo_label.pairing == "best_worst":
+        remedy = f'add prompts ({PAIRS_PER_QUERY * num_queries} give nine), or set pseudo_label.pairing = "margin"'
+    return [f"{per_query:.1f} pairs per paid query, and nine is the aim: {remedy}, or lower select.budget"]
+
+
+def _cost_warnings(config: RunConfig, cost: Cost | None) -> list[str]:
+    """Warn of a limit in USD that ends the queries early."""
+    prices = config.oracle.prices()
+    if cost is None or prices is None or prices.budget_usd is None or cost.total_usd <= prices.budget_usd:
+        return []
+    # Labels are asked for first: a limit above their price costs answers of the evaluation only.
+    early = ", before all labels are asked for" if cost.label_usd > prices.budget_usd else ""
+    return [
+        f"the queries may cost {cost.total_usd:.2f} USD, and oracle.budget_usd stops them at "
+        f"{prices.budget_usd:.2f}{early}"
+    ]
+
+
+def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
+    """Warn of budgets that cannot be spent, or do not reach."""
+    found = []
+    # A budget for judgements that the pool cannot fill was refused; comparisons come in whole pairs.
+    if config.asks_for_comparisons and workload.num_label_queries < config.select.budget:
+        found.append(
+            f"select.budget = {config.select.budget} is not spent whole: one pair for each of {workload.num_prompts} "
+            f"prompts and whole pairs only make {workload.num_label_queries} comparisons; add prompts, or lower it"
+        )
+    per_prompt = queries_per_eval_prompt(config)
+    if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
+        found.append(
+            f"evaluate.budget = {config.evaluate.budget} judges {workload.num_judged_prompts} "
+            f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
+        )
+    return found
+
+
+def _context_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts, rubric_tokens: int) -> list[str]:
+    """Warn of a judge prompt that the context may cut."""
+    if not rubric_tokens or not model.max_model_len:
+        return []
+    writes_rationale = config.evaluator.scoring == "rationale_first"
+    # A rationale that comes after the score is never written: reading the score is all that is needed.
+    rationale = config.evaluator.max_rationale_tokens if writes_rationale else 0
+    most = rubric_tokens + pool.longest_tokens + config.generate.max_tokens + rationale
+    if most <= model.max_model_len:
+        return []
+    return [
+        f"evaluator: rubric ({rubric_tokens} tokens), longest prompt ({pool.longest_tokens}), response "
+        f"({config.generate.max_tokens}) and rationale ({rationale}) may exceed the context "
+        f"of {model.max_model_len}"
+    ]
+
+
+def _cpu_warnings(config: RunConfig, cluster: Cluster) -> list[str]:
+    """Warn of generators that slow each other down; their threads are not reserved, and so never refused."""
+    threads = config.generators.num_replicas * config.generators.threads
+    if cluster.most("GPU") > 0 or threads <= cluster.most("CPU"):
+        return []
+    return [f"generators: {threads} compute threads share {cluster.most('CPU'):g} CPUs; lower threads"]

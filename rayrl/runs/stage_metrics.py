@@ -1,0 +1,501 @@
+"""Metrics that each stage leaves in its manifest, one frozen dataclass per stage.
+
+Stages fill them; the report, `rayrl status` and the notebooks read them back with their types (`rayrl.runs.run`).
+Seconds are wall-clock time. A field that is None was not measured; its description says when.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import ConfigDict
+
+from rayrl.algorithms.estimate import CalibrationBin, Estimate
+
+
+class StageMetrics:
+    """Base of all of them: a manifest with a field that the class does not have is refused when it is read."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolMetrics(StageMetrics):
+    """Prompts read, and how they were laid out in blocks."""
+
+    num_rows: int
+    """Rows of the file."""
+    num_empty: int
+    num_duplicates: int
+    num_prompts: int
+    """Prompts that train, without the held-out ones."""
+    num_eval: int
+    """Held-out prompts."""
+    num_train_blocks: int
+    num_held_out_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitMetrics(StageMetrics):
+    """What every training leaves: its length and where its loss went."""
+
+    num_steps: int
+    first_loss: float
+    final_loss: float
+    """Mean of the last ten steps."""
+    fit_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftMetrics(FitMetrics):
+    """Supervised fine-tuning on the seed data."""
+
+    num_empty: int
+    num_below_score: int
+    num_truncated: int
+    """Examples whose response was cut to the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateMetrics(StageMetrics):
+    """Responses sampled from a policy."""
+
+    num_prompts: int
+    num_responses: int
+    """Without empty ones and repeats."""
+    num_empty: int
+    num_duplicates: int
+    num_tokens: int
+    num_truncated: int
+    """Responses that end at the longest length allowed."""
+    mean_tokens: float
+    truncated_share: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedResponsesMetrics(StageMetrics):
+    """Responses of the seed data that stand in for the policy's (the off-policy control)."""
+
+    num_responses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesMetrics(StageMetrics):
+    """Responses of a later round that the oracle has not judged yet."""
+
+    num_responses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectMetrics(StageMetrics):
+    """The selection of what the oracle is asked about."""
+
+    strategy: str
+    """A name of `rayrl.algorithms.selection.STRATEGIES`; "all" where everything there is was taken."""
+    num_selected: int
+    """Responses, also where whole prompts were picked."""
+    num_candidates: int
+    radius: list[float] = field(default_factory=list)
+    """Covering radius as the selection grew, at most about 200 points; empty for strategies without one."""
+    num_embedded: int | None = None
+    embed_s: float | None = None
+
+
+SPENT_STATES = ("scored", "abstained", "lost")
+"""States of a query in the ledger in which it counts as spent: answered, or perhaps paid and lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerCounts(StageMetrics):
+    """Queries of one purpose in the ledger. What is in flight is held back from the budget, and not spent yet."""
+
+    budget: int
+    spent: int
+    """Queries in one of `SPENT_STATES`."""
+    scored: int
+    abstained: int
+    refunded: int
+    lost: int
+    """Calls under way when a process died: the money may be gone."""
+    in_flight: int
+    cost_usd: float
+
+    @classmethod
+    def from_states(cls, num_by_state: Mapping[str, int], *, budget: int, cost_usd: float) -> "LedgerCounts":
+        """Add up the ledger's rows of one purpose, given as their number in each state."""
+        num = dict.fromkeys((*SPENT_STATES, "refunded", "reserved"), 0) | dict(num_by_state)
+        return cls(
+            budget=budget,
+            spent=sum(num[state] for state in SPENT_STATES),
+            scored=num["scored"],
+            abstained=num["abstained"],
+            refunded=num["refunded"],
+            lost=num["lost"],
+            in_flight=num["reserved"],
+            cost_usd=cost_usd,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryMetrics(StageMetrics):
+    """Judgements of single responses, paid out of the label budget."""
+
+    num_spent: int
+    """Label queries that this round paid for."""
+    num_scored: int
+    num_abstained: int
+    score_histogram: dict[str, int]
+    """Judgements by rounded score."""
+    abstentions: dict[str, int]
+    """The five commonest reasons, with their counts."""
+    ledger: dict[str, LedgerCounts]
+    """By purpose, when the stage ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorValidation(StageMetrics):
+    """An evaluator on judgements that it was not trained on."""
+
+    num: int
+    num_abstained: int
+    loss: float | None
+    """Mean squared error of the scores; None without a scored judgement."""
+    spearman: Estimate | None
+    within_one: float
+    calibration: list[CalibrationBin]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitEvaluatorMetrics(FitMetrics):
+    """The evaluator's training, and what it is worth."""
+
+    validation: EvaluatorValidation
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelMetrics(StageMetrics):
+    """Scores of all responses, and the pairs they make."""
+
+    num_prompts: int
+    num_scored: int
+    num_abstained: int
+    num_oracle_scored: int
+    """Of the scored: those whose score was paid for."""
+    num_pairs: int
+    num_synthetic: int
+    """Of the pairs: those of synthetic preference generation."""
+    num_ties: int
+    """Prompts without a pair."""
+    pairs_per_query: float
+    mode: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoMetrics(FitMetrics):
+    """DPO's training."""
+
+    tokens_per_s: float
+    padding_share: float
+    reward_accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFileCounts(StageMetrics):
+    """What became of the rows of a file of preference pairs."""
+
+    num_prompts: int
+    num_rows: int
+    num_unusable: int
+    num_tied: int
+    num_other_prompt: int
+    num_truncated: int
+    num_too_long: int
+    num_same_when_cut: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonCounts(StageMetrics):
+    """What became of pairs of responses that the oracle was asked about."""
+
+    num_ties: int
+    num_abstained: int
+    num_disagreements: int
+    """Pairs asked in both orders whose two answers contradict each other."""
+    first_position_share: float | None
+    """Share of the decided questions won by the first position: 0.5 without position bias; None if none was decided."""
+    abstentions: dict[str, int]
+    """The five commonest reasons, with their counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedPairs(StageMetrics):
+    """Comparisons paid out of the label budget in one round."""
+
+    order: str
+    num_asked: int
+    """Pairs of responses asked about."""
+    num_asked_before: int
+    """Pairs drawn again in a later round, and not asked about again."""
+    num_without_two_responses: int
+    """Prompts without two different responses."""
+    num_new_pairs: int
+    """Preference pairs that this round's comparisons decide."""
+    num_spent: int
+    """Label queries that this round paid for."""
+    counts: ComparisonCounts
+    ledger: dict[str, LedgerCounts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencesMetrics(StageMetrics):
+    """D: the pairs a reward model learns from, read from a file or asked of the oracle."""
+
+    num_pairs: int
+    """With those of earlier rounds."""
+    num_blocks: int
+    file: PairFileCounts | None = None
+    """None where the oracle was asked."""
+    asked: AskedPairs | None = None
+    """None where a file was read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairValidation(StageMetrics):
+    """Rewards of held-out preference pairs."""
+
+    num: int
+    num_abstained: int
+    accuracy: Estimate | None
+    """Share of pairs in the right order, a tie half of one; every prompt counts once."""
+    calibration_error: float | None
+    mean_margin: float | None
+    length_correlation: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberMetrics(StageMetrics):
+    """One reward model of an ensemble."""
+
+    fit: FitMetrics | None
+    """None for a ready-made model."""
+    validation: PairValidation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelMetrics(StageMetrics):
+    """A reward model, or an ensemble of them."""
+
+    num_pairs: int
+    num_left_out: int
+    """Pairs of held-out prompts, and pairs whose sides are the same up to the context."""
+    means: list[float]
+    """Each member's mean reward on its training pairs."""
+    stds: list[float]
+    members: list[MemberMetrics]
+    validation: PairValidation
+    """Of the combined reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoMetrics(FitMetrics):
+    """A PPO training: where reward, KL and time went."""
+
+    first_reward: float
+    final_reward: float
+    """Mean of the last tenth of the rollouts."""
+    best_held_out_reward: float | None
+    final_kl: float
+    """Nats per response."""
+    num_responses: int
+    samples_per_s: float
+    generate_s: float
+    reward_s: float
+    train_s: float
+    sync_s: float
+    sync_share: float
+    overlap: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceMetrics(StageMetrics):
+    """Importance weights of the preference pairs (off-policy corrected reward modelling)."""
+
+    mean_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntailmentCosts(StageMetrics):
+    """What clustering by an entailment model took."""
+
+    num_nli_calls: int
+    """Pairs of texts that the model has read."""
+    num_truncated_pairs: int
+    num_sample_pairs: int
+    """Ordered pairs of samples, repeats included."""
+    deduplicated_share: float
+    """Of those: decided without the model, since a text was repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLengths(StageMetrics):
+    """Mean lengths of the two sides of the synthetic pairs."""
+
+    chosen_chars: float
+    rejected_chars: float
+    chosen_tokens: float
+    rejected_tokens: float
+
+    @property
+    def gap_chars(self) -> float:
+        """How much longer the chosen side is."""
+        return self.chosen_chars - self.rejected_chars
+
+    @property
+    def gap_tokens(self) -> float:
+        """How much longer the chosen side is."""
+        return self.chosen_tokens - self.rejected_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeMetrics(StageMetrics):
+    """Synthetic preference generation, or one of its controls."""
+
+    method: str
+    num_blocks: int
+    num_prompts: int
+    num_pairs: int
+    acceptance_rate: float
+    outcomes: dict[str, int]
+    """Prompts by what became of them: "accepted", or the reason why they gave no pair."""
+    clustering: str | None = None
+    """None for the controls, which cluster nothing."""
+    gamma: float | None = None
+    confidences: dict[str, int] = field(default_factory=dict)
+    """Prompts by the upper edge of the bin, a tenth wide, that holds their confidence."""
+    cluster_sizes: dict[str, int] = field(default_factory=dict)
+    num_clusters: dict[str, int] = field(default_factory=dict)
+    pairs_by_gamma: dict[str, int] = field(default_factory=dict)
+    """Pairs that each gamma would accept."""
+    entailment: EntailmentCosts | None = None
+    lengths: PairLengths | None = None
+    """None without a pair."""
+    embedding_acceptance_rate: float | None = None
+    """Measured where entailment accepts no prompt at all: the share that clusters of embeddings would accept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedReward(StageMetrics):
+    """One reward on the answers of one policy along PPO."""
+
+    mean: float | None
+    accuracy: Estimate | None
+    spearman: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedPoint(StageMetrics):
+    """A policy along PPO: what the oracle makes of its answers, and what each reward does."""
+
+    ppo: str
+    """Name of the stage."""
+    step: int
+    kl: float
+    """Nats per response, of the rollout before it."""
+    oracle_score: Estimate | None
+    rewards: dict[str, TrackedReward]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackRewardsMetrics(StageMetrics):
+    """Reward models along PPO, against the oracle."""
+
+    points: list[TrackedPoint]
+    num_answers: int
+    num_scored: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditPairsMetrics(StageMetrics):
+    """Agreement of the oracle with synthetic pairs."""
+
+    num_audited: int
+    accuracy: Estimate | None
+    accuracy_by_gamma: dict[str, Estimate | None]
+    """Of the pairs that each gamma keeps; empty for the controls."""
+    ledger: dict[str, LedgerCounts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyEvaluation(StageMetrics):
+    """One policy's answers to the held-out prompts. Differences and win rates are against M1."""
+
+    kl: Estimate | None
+    """To M1, nats per response; None of a policy that says nothing."""
+    kl_is_bound: bool
+    """best of n: the KL is an upper bound, not a measurement."""
+    perplexity: float | None
+    """Under M1."""
+    length: float
+    """Mean number of tokens."""
+    distinct2: float
+    self_bleu: float
+    score: Estimate | None
+    """The oracle's mean score; None, like the next four, with fewer than two prompts judged."""
+    base_score: Estimate | None
+    """M1's on the same prompts."""
+    difference: Estimate | None
+    win_rate: Estimate | None
+    length_controlled_win_rate: Estimate | None
+    """None with too few prompts for the regression, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceEvaluation(StageMetrics):
+    """One policy's answers beside the reference answers."""
+
+    win_rate: Estimate | None
+    num_abstained: int
+    """Answers that the oracle did not rank against the reference."""
+    num_same: int = 0
+    """Answers that equal the reference: ties that were not asked about."""
+    counts: ComparisonCounts | None = None
+    """None where scores were compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencesEvaluation(StageMetrics):
+    """Win rates against the fixed table of reference answers."""
+
+    by: str
+    """`RunConfig.competes_by`."""
+    num_prompts: int
+    """Judged prompts that have a reference answer."""
+    policies: dict[str, ReferenceEvaluation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEvaluation(StageMetrics):
+    """How one reward (a reward model, an evaluator, a function) agrees with the oracle on one policy's answers."""
+
+    accuracy: Estimate | None
+    """Share of prompts on which it orders the policy's answer and M1's as the oracle does; ties are left out."""
+    spearman: Estimate | None
+    """Rank correlation of reward and score over the policy's answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateMetrics(StageMetrics):
+    """Every policy of a run on the held-out prompts. One schema for both pipelines."""
+
+    num_judged: int
+    """Prompts on which the oracle scored every policy's answer."""
+    policies: dict[str, PolicyEvaluation]
+    """By name, "m1" first."""
+    rewards: dict[str, dict[str, RewardEvaluation]]
+    """By reward, then by policy (M1 left out)."""
+    references: ReferencesEvaluation | None
+    """None without a table of reference answers."""
+    lm_eval: dict[str, dict[str, dict[str, float]]]
+    """Benchmark results by policy, task and metric; empty without tasks."""
+    ledger: dict[str, LedgerCounts]

@@ -1,0 +1,86 @@
+"""Questions to the oracle pool, chunk by chunk: judgements of single responses, comparisons of two, and what they cost.
+
+The questions come back answered, as the same records. Nothing here is kept: the ledger has every paid answer, and
+makes a repeated question free.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle, ActorMethod
+from ray.exceptions import GetTimeoutError
+
+from rayrl.errors import StageTimeout
+from rayrl.metrics.progress import track
+from rayrl.oracles.questions import Question
+from rayrl.records import Comparison, Judgement, content_id
+from rayrl.runs.stage_metrics import LedgerCounts
+from rayrl.runs.stage_table import Purpose
+
+CHUNK = 64
+CHUNK_TIMEOUT_S = 6 * 3600.0
+"""A chunk may wait for rate limits and retries; the pool bounds each call itself."""
+
+
+def ask(oracle: ActorHandle, judgements: Sequence[Judgement], purpose: Purpose, *, describe: str) -> list[Judgement]:
+    """Have the oracle pool judge responses, with a progress bar.
+
+    Args:
+        oracle: the pool.
+        judgements: of the status "asked".
+        purpose: the budget that pays.
+        describe: title of the bar.
+
+    Returns:
+        The same judgements in the same order, scored or abstained.
+
+    Raises:
+        StageTimeout: a chunk took hours.
+    """
+    return _in_chunks(oracle.judge, judgements, purpose, describe)
+
+
+def oracle_scores(oracle: ActorHandle, texts: Sequence[tuple[str, str, str]], *, describe: str) -> list[float | None]:
+    """Score (prompt id, prompt, response) texts out of the evaluation's budget; None where the oracle abstains."""
+    judgements: list[Judgement] = []
+    for prompt_id, prompt, response in texts:
+        # Held-out answers and references have no id of their own.
+        response_id = content_id(prompt_id, response)
+        judgements.append(Judgement(prompt_id=prompt_id, response_id=response_id, prompt=prompt, response=response))
+    return [judgement.score for judgement in ask(oracle, judgements, "evaluate", describe=describe)]
+
+
+def ask_comparisons(
+    oracle: ActorHandle, comparisons: Sequence[Comparison], purpose: Purpose, *, describe: str
+) -> list[Comparison]:
+    """Have the oracle pool compare responses, as `ask` has it judge them."""
+    return _in_chunks(oracle.compare, comparisons, purpose, describe)
+
+
+def ledger_counts(oracle: ActorHandle) -> dict[str, LedgerCounts]:
+    """Queries in the ledger, by purpose."""
+    counts: Any = ray.get(oracle.summary.remote())
+    return counts
+
+
+def num_spent(oracle: ActorHandle, answers: Sequence[Judgement | Comparison]) -> int:
+    """Count the label queries that these answers took, with calls lost on the way. Known answers took none."""
+    keys = [answer.key for answer in answers]
+    count: Any = ray.get(oracle.num_spent.remote(keys, "label"))
+    return count
+
+
+def _in_chunks(method: ActorMethod, questions: Sequence[Question], purpose: Purpose, describe: str) -> list[Question]:
+    """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
+    chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
+    pending: list[Any] = [method.remote(chunk, purpose) for chunk in chunks]
+    answers: list[Question] = []
+    for chunk in track(pending, describe):
+        try:
+            answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
+        except GetTimeoutError:
+            raise StageTimeout(
+                f"query: the oracle pool gave no answer in {CHUNK_TIMEOUT_S / 3600:.0f} h; see its log"
+            ) from None
+    return answers

@@ -1,0 +1,92 @@
+"""Health checks of an engine's replica, whose vLLM core is the test's."""
+
+import asyncio
+import threading
+
+import pytest
+
+from rayrl.engines import vllm_engine as engine
+from rayrl.engines.vllm_engine import ServedEngine
+from rayrl.errors import StageTimeout
+from rayrl.records import Checkpoint
+
+
+class Core:
+    """Answers once it may."""
+
+    def __init__(self):
+        self.goes_on = asyncio.Event()
+
+    async def check_health(self):
+        pass
+
+    async def is_sleeping(self):
+        await self.goes_on.wait()
+
+
+class Replica(ServedEngine):
+    """A replica on such a core."""
+
+    def __init__(self):
+        self.engine = Core()
+        self.version, self.start_s, self.started_at, self.swaps_s = "v", 0.0, 0.0, []
+        self._num_received, self._is_core_busy, self._swap_lock = 0, False, asyncio.Lock()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(engine, "CORE_TIMEOUT_S", 0.05)
+
+
+def test_a_core_that_does_not_answer_is_told():
+    async def scenario():
+        replica = Replica()
+        with pytest.raises(StageTimeout, match="the engine's core has not answered"):
+            await replica.status()
+        replica.engine.goes_on.set()
+        assert (await replica.status())["version"] == "v"
+
+    asyncio.run(scenario())
+
+
+def test_a_core_that_is_swapping_is_not_asked_and_need_not_answer():
+    async def scenario():
+        replica, loaded = Replica(), asyncio.Event()
+        asked = asyncio.create_task(replica.status())
+        await asyncio.sleep(0)
+
+        async def load(checkpoint):
+            await loaded.wait()
+
+        replica.swap = load
+        swap = asyncio.create_task(replica.load(Checkpoint(path="nowhere", version="w")))
+        assert (await asked)["version"] == "v", "the swap began after the question"
+        assert (await replica.status())["version"] == "v"
+        loaded.set()
+        await swap
+        with pytest.raises(StageTimeout):
+            await replica.status()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_says_how_it_is_while_it_waits_for_a_folder_to_be_fetched(monkeypatch):
+    fetched = threading.Event()
+
+    def fetch(checkpoint):
+        assert fetched.wait(10)
+        return checkpoint.path
+
+    async def scenario():
+        replica = Replica()
+        replica.spec = type("", (), {"weight_transfer": None})
+        replica.engine.goes_on.set()
+        replica._replace = lambda *_, **__: asyncio.sleep(0)
+        swap = asyncio.create_task(replica.swap(Checkpoint(path="nowhere", version="w")))
+        await asyncio.sleep(0.01)
+        assert (await asyncio.wait_for(replica.status(), 5))["version"] == "v" and not swap.done()
+        fetched.set()
+        await swap
+
+    monkeypatch.setattr(engine, "weights_folder", fetch)
+    asyncio.run(scenario())

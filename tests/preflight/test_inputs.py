@@ -1,0 +1,82 @@
+"""Files, modules, keys and packages that a run needs, and prompts that do not fit the context."""
+
+import importlib.util
+
+import pytest
+
+from rayrl.errors import ConfigError, DataError
+from rayrl.preflight import check
+from tests.preflight.trees import EVALUATOR, FUNCTION, TWO_CPUS, changed, plan_of, refusal, save_rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool__path": "gone.jsonl"}, "gone.jsonl does not exist"),
+        (
+            {"pool__prompt_column": "promt"},
+            "no column promt; the columns there are prompt; did you mean prompt?",
+        ),
+        ({"seed_data": {"path": "gone.csv"}}, "gone.csv does not exist"),
+        ({"evaluate__reference_answers": {"path": "gone.csv"}}, "gone.csv does not exist"),
+        ({"oracle": {"type": "replay", "path": "gone.csv"}}, "gone.csv does not exist"),
+    ],
+)
+def test_missing_files_and_columns_are_refused(tree, changes, message):
+    assert message in refusal(DataError, changed(tree, **changes))
+
+
+def test_empty_inputs_are_refused(tree, tmp_path):
+    empty = save_rows(tmp_path / "empty.jsonl", [])
+    blank = save_rows(tmp_path / "blank.jsonl", [{"prompt": " "}])
+    assert "is empty" in refusal(DataError, changed(tree, pool__path=empty))
+    assert "no prompt that is not empty (1 rows)" in refusal(DataError, changed(tree, pool__path=blank))
+    seed = {"path": save_rows(tmp_path / "s.jsonl", [{"prompt": "a", "response": "b", "score": 1}])}
+    seed |= {"score_column": "score", "min_score": 2}
+    assert "1 score below seed_data.min_score" in refusal(DataError, changed(tree, seed_data=seed))
+
+
+def test_prompts_that_fill_the_context_are_refused(tree, tmp_path):
+    rows = [{"prompt": "w " * n + str(n)} for n in (5, 6, 7, 20, 31, 32, 40, 50)]
+    config = changed(
+        tree, pool__path=save_rows(tmp_path / "long.jsonl", rows), policy__max_model_len=32, select__budget=4
+    )
+    message = refusal(ConfigError, changed(config.model_dump(), evaluator__type="scalar"))
+    assert "shorter than the context of 32 tokens, but 4 of 8 are not; the longest has 51" in message
+    save_rows(tmp_path / "long.jsonl", rows[:4])
+    plan = check(changed(config.model_dump(), evaluator__type="scalar"), cluster=TWO_CPUS)
+    assert any("pool: 1 prompts (the longest has 21 tokens) leave less than" in w for w in plan.warnings)
+    assert "rubric.template must leave room in the context of 32" in refusal(ConfigError, config)
+    message = refusal(ConfigError, changed(tree, policy__max_model_len=2000))
+    assert "policy.max_model_len must be at most the model's context 1024, got 2000" in message
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_without_its_package_is_refused(tree, name):
+    config = changed(tree, **{f"tracking__{name}": {}})
+    if importlib.util.find_spec(name) is None:
+        assert refusal(ConfigError, config) == (
+            f"tracking.{name} needs the package {name}, which is not installed here; "
+            f'pip install "rayrl[{name}]", or leave the table out'
+        )
+    else:
+        check(config, cluster=TWO_CPUS)
+
+
+def test_a_function_that_is_not_there_is_refused(rlp_tree):
+    message = refusal(ConfigError, changed(rlp_tree, **FUNCTION | {"ppo__function": "no_such_module:reward"}))
+    assert "ppo.function must be importable" in message and "there is no module no_such_module" in message
+
+
+def test_a_table_of_comparisons_cannot_judge(rlp_tree, tmp_path):
+    rows = [{"prompt": "p", "first": "a", "second": "b", "preference": "tie"}]
+    oracle = {"type": "replay", "comparisons_path": save_rows(tmp_path / "compared.jsonl", rows)}
+    assert "oracle.path is missing" in refusal(ConfigError, changed(rlp_tree, oracle=oracle))
+    plan_of(rlp_tree, oracle=oracle, evaluate__budget=0)
+    gone, unnamed = oracle | {"comparisons_path": "gone.jsonl"}, oracle | {"preference_column": "winner"}
+    assert "gone.jsonl does not exist" in refusal(DataError, changed(rlp_tree, oracle=gone, evaluate__budget=0))
+    message = refusal(DataError, changed(rlp_tree, oracle=unnamed, evaluate__budget=0))
+    assert "has no column winner; the columns there are prompt, first, second, preference" in message
+    for judged in ({"evaluate__diagnosis_budget": 36}, EVALUATOR, {"pipeline": "proxy_dpo"}):
+        config = changed(rlp_tree, oracle=oracle, evaluate__budget=0, **judged)
+        assert "oracle.path is missing" in refusal(ConfigError, config)

@@ -1,0 +1,50 @@
+"""Policies that no engine can serve."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rayrl.errors import ConfigError
+from rayrl.preflight import check
+from rayrl.preflight.model import CPU_HEAD_DIMS
+from tests.preflight.trees import TWO_CPUS, changed, refusal, save_model
+
+
+def test_policies_that_are_no_models_are_refused(tree, tmp_path):
+    assert "no such folder" in refusal(ConfigError, changed(tree, policy__path="/nowhere/model"))
+    (tmp_path / "bare").mkdir()
+    message = refusal(ConfigError, changed(tree, policy__path=str(tmp_path / "bare")))
+    assert "policy.path must be a model folder with a config.json" in message
+    folder = save_model(tmp_path / "pickled")
+    os.rename(f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin")
+    assert "must hold weights as *.safetensors" in refusal(ConfigError, changed(tree, policy__path=folder))
+
+
+def test_a_hub_model_that_is_not_here_is_unknown_to_the_plan(tree, monkeypatch):
+    import huggingface_hub.constants
+
+    config = changed(tree, policy__path="someone/a-model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    plan = check(config, cluster=TWO_CPUS)
+    assert plan.disk_bytes is None
+    assert any("prompt lengths are not checked" in warning for warning in plan.warnings)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "not to be had from the hub" in refusal(ConfigError, config)
+
+
+def test_a_head_dim_only_gpus_have_is_refused_without_one(tree, tmp_path):
+    config = changed(tree, policy__path=save_model(tmp_path / "small", num_attention_heads=8))
+    assert "head_dim must be one of 32, 64, 80" in refusal(ConfigError, config)
+    check(config, cluster={"CPU": 8.0, "GPU": 2.0})
+
+
+def test_head_dims_are_those_of_the_installed_vllm():
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("vllm is not installed")
+    source = Path(spec.submodule_search_locations[0], "v1", "attention", "backends", "cpu_attn.py").read_text()
+    found = re.search(r"def get_supported_head_sizes.*?return \[([\d, ]+)\]", source, re.DOTALL)
+    assert found and tuple(map(int, found[1].split(","))) == CPU_HEAD_DIMS

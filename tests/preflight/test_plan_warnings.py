@@ -1,0 +1,29 @@
+"""Warnings of a plan: few pairs for the money, and budgets that are not spent or do not reach."""
+
+from rayrl.preflight import check
+from tests.preflight.trees import JUDGE, TWO_CPUS, changed, plan_of
+
+
+def test_nine_pairs_per_query_bring_no_warning(tree):
+    plan = check(changed(tree, select__budget=6, pseudo_label__pairing="margin"), cluster=TWO_CPUS)
+    assert (plan.num_pairs, plan.pairs_per_query, plan.warnings) == (60, 10.0, ())
+
+
+def test_evaluation_that_cannot_judge_every_prompt_says_so(tree):
+    plan = check(changed(tree, evaluate__budget=3), cluster=TWO_CPUS)
+    assert plan.num_eval_queries == 2
+    assert any("judges 1 of the 2 held-out prompts" in warning for warning in plan.warnings)
+
+
+def test_a_budget_for_more_pairs_than_prompts_is_told(rlp_tree):
+    (warning,) = [w for w in plan_of(rlp_tree, select__budget=31).warnings if "select.budget" in w]
+    assert "select.budget = 31 is not spent whole" in warning and "make 20 comparisons" in warning
+    assert not [w for w in plan_of(rlp_tree, select__budget=20).warnings if "select.budget" in w]
+
+
+def test_money_that_ends_before_the_labels_is_told(rlp_tree):
+    oracle = JUDGE | {"usd_per_1m_input": 0.0, "usd_per_1m_output": 1000.0, "max_tokens": 100}
+    (warning,) = [w for w in plan_of(rlp_tree, oracle=oracle | {"budget_usd": 0.9}).warnings if "USD" in w]
+    assert "may cost 1.60 USD, and oracle.budget_usd stops them at 0.90, before all labels are asked for" in warning
+    (warning,) = [w for w in plan_of(rlp_tree, oracle=oracle | {"budget_usd": 1.1}).warnings if "USD" in w]
+    assert warning.endswith("stops them at 1.10")
