@@ -1,18 +1,19 @@
-"""Errors rayrl raises on purpose.
+"""Errors that rayrl raises on purpose.
 
     RayRLError
     |-- ConfigError        (ValueError)    a user's setting: names the field, the rule, the value and the remedy
-    |-- DataError          (ValueError)    a user's file: missing, empty, or without the column asked for
-    |-- ResourceError      (RuntimeError)  the cluster lacks what a stage needs
+    |-- DataError          (ValueError)    a user's file: missing, empty, or without a needed column
+    |-- ResourceError      (RuntimeError)  the cluster lacks resources that a stage needs
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
-    |-- DiskFull           (OSError)       a disk has no room for what a run writes: the path, and what is free
+    |-- DiskFull           (OSError)       a disk has no room for a run's files: the path, and the free bytes
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
     |-- FleetError         (RuntimeError)  no replica of a fleet can start, or survives a call
-    |-- TrainingStopped    (RuntimeError)  a training went where it must not go, and was stopped
-    `-- StageTimeout       (TimeoutError)  a wait ended; says what it waited for
+    |-- TrainingStopped    (RuntimeError)  a training left the limits that its config sets, and was stopped
+    `-- StageTimeout       (TimeoutError)  a wait ended without its event, which the message names
 
-Every class takes one message and nothing else, so that it survives the trip across Ray processes.
+Every class takes one message and nothing else: an exception with another signature does not survive the trip across
+Ray processes.
 """
 
 
@@ -29,7 +30,7 @@ class DataError(RayRLError, ValueError):
 
 
 class ResourceError(RayRLError, RuntimeError):
-    """A stage needs more than the cluster has. The message says what, how much and how much there is."""
+    """A stage needs more than the cluster has. The message names the resource, the need and the supply."""
 
 
 class BudgetExhausted(RayRLError, RuntimeError):
@@ -41,7 +42,7 @@ class RunDirectoryError(RayRLError, ValueError):
 
 
 class DiskFull(RayRLError, OSError):
-    """A disk has no room left. The message names the path, the free bytes and what is still there."""
+    """A disk has no room left. The message names the path, the free bytes and the files that are kept."""
 
 
 class WeightSyncError(RayRLError, RuntimeError):
@@ -49,12 +50,12 @@ class WeightSyncError(RayRLError, RuntimeError):
 
 
 class FleetError(RayRLError, RuntimeError):
-    """No replica of a fleet can start, or survives a call. The message says why the last one did not."""
+    """No replica of a fleet can start, or survives a call. The message gives the last one's reason."""
 
 
 class TrainingStopped(RayRLError, RuntimeError):
-    """A training was stopped on purpose. The message says what it did, the limit and the remedy."""
+    """A training was stopped on purpose. The message names the measured value, the limit and the remedy."""
 
 
 class StageTimeout(RayRLError, TimeoutError):
-    """A wait ran out. The message says what was waited for."""
+    """A wait ended without its event. The message names the event."""

@@ -26,7 +26,7 @@ class GaussianEncoder(nn.Module):
         self.sigma = _mlp(input_dim, hidden_dim, z_dim)
 
     def forward(self, views: Float[Tensor, "batch hidden"]) -> Gaussian:
-        views = views.float()
+        views = views.float()  # the backbone's may be bfloat16
         return Gaussian(mu=self.mu(views), sigma=softplus(self.sigma(views)) + MIN_SIGMA)
 
 
@@ -43,6 +43,7 @@ class Critic(nn.Module):
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
+    # Three layers, as the paper says.
     return nn.Sequential(
         Float32Linear(input_dim, hidden_dim),
         nn.ReLU(),

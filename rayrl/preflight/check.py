@@ -20,7 +20,7 @@ from rayrl.preflight.ready_made_reward_model import inspect_reward_model
 from rayrl.preflight.run_folder import check_disk, check_run_folder
 from rayrl.preflight.stage_plans import plan_stages
 from rayrl.preflight.workload import describe_rounds, ledger_budgets, plan_workload
-from rayrl.runs.stage_table import fits_evaluator, learns_from_comparisons
+from rayrl.runs.stage_table import fits_evaluator
 
 
 def check(
@@ -126,7 +126,7 @@ def _check_judge_prompt(config: RunConfig, rubric: Rubric, model: ModelFacts) ->
     Raises:
         ConfigError: no room is left for a prompt and a response.
     """
-    judges_itself = learns_from_comparisons(config) and config.refresh.method == "self_judged"
+    judges_itself = config.learns_from_comparisons and config.refresh.method == "self_judged"
     evaluator_reads_it = fits_evaluator(config) and config.evaluator.served_by == "generators"
     if not judges_itself and not evaluator_reads_it:
         return 0

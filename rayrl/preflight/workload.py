@@ -18,8 +18,6 @@ from rayrl.runs.stage_table import (
     PSEUDO_LABEL,
     SAMPLES,
     TRACK_REWARDS,
-    learns_from_comparisons,
-    learns_from_judgements,
     stages_of,
 )
 
@@ -62,7 +60,7 @@ def plan_workload(config: RunConfig, *, num_kept: int, num_seed: int, num_file_p
     num_prompts = _num_prompts(config, num_kept)
     num_sampled = num_prompts * k if GENERATE.occurs(config, 1) else 0
     num_askable = num_seed if config.generate.source == "seed" else num_sampled
-    if learns_from_judgements(config):
+    if config.learns_from_judgements:
         _check_budget(config, num_prompts, num_seed)
     queries = label_queries(config, num_prompts=num_prompts, num_askable=num_askable)
     each = queries_per_eval_prompt(config)
@@ -96,7 +94,7 @@ def label_queries(config: RunConfig, *, num_prompts: int, num_askable: int) -> t
         unit = queries_per_pair(config.preferences.order)
         num_pairs = num_prompts * num_disjoint(config.generate.k, config.preferences.pairs_per_prompt)
         return planned_spending(budget, config.rounds, num_pairs * unit, unit)
-    if not learns_from_judgements(config):
+    if not config.learns_from_judgements:
         return ()
     if config.labels == "expert":
         return (num_askable,)
@@ -182,7 +180,7 @@ def _num_pairs(config: RunConfig, num_prompts: int, num_queries: int, num_file_p
         # labels = "direct" pairs the responses of the prompts whose k responses are all paid for.
         num_paired = num_queries // config.generate.k if config.labels == "direct" else num_prompts
         return num_pairs_planned(config.pseudo_label.pairing, num_paired, config.generate.k) * config.rounds
-    if not learns_from_comparisons(config):
+    if not config.learns_from_comparisons:
         return 0
     if config.asks_for_comparisons:
         assert config.preferences is not None, "the config is refused without preferences"

@@ -21,7 +21,6 @@ from rayrl.runs.stage_table import (
     PPO,
     SYNTHESIZE,
     fits_evaluator,
-    learns_from_comparisons,
 )
 
 MAX_KL_PER_TOKEN = 0.25
@@ -70,7 +69,7 @@ def _of_synthetic_pairs(facts: RunFacts) -> Iterator[str]:
         return
     rate = synthesized.embedding_acceptance_rate
     other = "" if rate is None else f" Clusters of embeddings would accept {100 * rate:.0f}% of the prompts."
-    if learns_from_comparisons(facts.run.config):
+    if facts.run.config.learns_from_comparisons:
         effect = (
             "the refreshed reward model learnt from the old preferences alone, so this run does not test the refresh"
         )

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from rayrl.config import RunConfig
-from rayrl.runs.stage_table import learns_from_comparisons, learns_from_judgements
 
 LABELS = {
     "direct": "direct labels: DPO on the paid judgements alone",
@@ -26,7 +25,7 @@ def controls(config: RunConfig) -> list[str]:
 def _of_reward(config: RunConfig) -> Iterator[str]:
     if config.pipeline != "rlp":
         return
-    if not learns_from_comparisons(config):
+    if not config.learns_from_comparisons:
         is_function = config.ppo.reward == "function"
         reward = f"the function {config.ppo.function}" if is_function else "an evaluator of actively selected labels"
         yield f"PPO on {reward}, no reward model"
@@ -44,7 +43,7 @@ def _of_reward(config: RunConfig) -> Iterator[str]:
 
 def _of_labels(config: RunConfig) -> Iterator[str]:
     # These are the first paper's controls, of runs that learn from judgements.
-    if not learns_from_judgements(config):
+    if not config.learns_from_judgements:
         return
     if config.labels in LABELS:
         yield LABELS[config.labels]

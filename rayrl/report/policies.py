@@ -15,7 +15,6 @@ from rayrl.runs.stage_table import (
     PPO_REFRESHED,
     Stage,
     fits_evaluator,
-    learns_from_comparisons,
 )
 
 M1 = "m1"
@@ -40,7 +39,7 @@ def trained_policies(config: RunConfig) -> list[TrainedPolicy]:
     if config.pipeline == "proxy_dpo":
         reward = "evaluator" if fits_evaluator(config) else None
         return [TrainedPolicy(name="m2", title="M2", stage=DPO, reward=reward)]
-    if not learns_from_comparisons(config):
+    if not config.learns_from_comparisons:
         return [TrainedPolicy(name="ppo", title="PPO", stage=PPO, reward="reward")]
     is_refreshed = config.refresh.method != "none"
     return [
@@ -56,7 +55,7 @@ def trained_policies(config: RunConfig) -> list[TrainedPolicy]:
 
 def ppo_titles(config: RunConfig) -> dict[str, str]:
     """Titles of the PPO trainings of one round, by the name of the stage."""
-    if not learns_from_comparisons(config):
+    if not config.learns_from_comparisons:
         return {PPO.name: "PPO"}
     is_refreshed = config.refresh.method != "none"
     second = "PPO on the refreshed reward" if is_refreshed else "second PPO on the old reward model"
@@ -84,7 +83,7 @@ def reward_titles(config: RunConfig) -> dict[str, str]:
     """Titles of the rewards of one round, by name."""
     if config.pipeline == "proxy_dpo":
         return {"evaluator": "the evaluator"} if fits_evaluator(config) else {}
-    if not learns_from_comparisons(config):
+    if not config.learns_from_comparisons:
         return {"reward": f"the {config.ppo.reward}"}
     return {"r": "r", "refreshed": "refreshed"} if config.refresh.method != "none" else {"r": "r"}
 

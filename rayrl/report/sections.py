@@ -52,7 +52,6 @@ from rayrl.runs.stage_table import (
     TRACK_REWARDS,
     Stage,
     fits_evaluator,
-    learns_from_comparisons,
 )
 
 M = TypeVar("M", bound=StageMetrics)
@@ -72,7 +71,7 @@ def tiles(facts: RunFacts) -> list[Tile]:
     win_rate = None if evaluation is None else evaluation.win_rate
     controlled = None if evaluation is None else evaluation.length_controlled_win_rate
     found = [estimate_tile(facts.gain, f"gain in mean oracle score, {name} minus M1", signed=True)]
-    if learns_from_comparisons(facts.run.config):
+    if facts.run.config.learns_from_comparisons:
         found.append(estimate_tile(facts.gain_over_ppo, f"gain of {name} over plain PPO", signed=True))
     found.append(estimate_tile(win_rate, f"win rate of {name} against M1", no_change=0.5, percent=True))
     found.append(estimate_tile(controlled, "win rate, length-controlled", no_change=0.5, percent=True))
@@ -122,7 +121,7 @@ def _policies(facts: RunFacts) -> Section:
     else:
         rows = [list(_policy_row(policy, has_references=references is not None)) for policy in facts.policies]
     notes: list[str] = []
-    if learns_from_comparisons(facts.run.config):
+    if facts.run.config.learns_from_comparisons:
         notes.append(f"{facts.aligned_title} over plain PPO: {plus_minus(facts.gain_over_ppo, signed=True)}.")
     if evaluated is not None:
         notes.append(f"{number(evaluated.num_judged)} prompts judged per policy.")
@@ -210,7 +209,7 @@ def _paid(facts: RunFacts) -> Section:
 
 
 def _paid_queries(facts: RunFacts) -> Table:
-    labels = "preferences" if learns_from_comparisons(facts.run.config) else "labels"
+    labels = "preferences" if facts.run.config.learns_from_comparisons else "labels"
     measures: list[tuple[str, Callable[[PaidQueries], int | None]]] = [
         ("budget", lambda paid: paid.budget),
         ("spent", lambda paid: paid.spent),
@@ -268,7 +267,7 @@ def _rounds(facts: RunFacts) -> Section | None:
             "as the reference."
         )
     else:
-        rewards = "reward model" if learns_from_comparisons(run.config) else "reward's fit"
+        rewards = "reward model" if run.config.learns_from_comparisons else "reward's fit"
         starts = f"Every {rewards} and every PPO starts at M1."
     note = (
         "Queries and pairs in the sections above and below are of all rounds, everything else about a stage is of the "
@@ -496,7 +495,7 @@ def _tracked_rewards(facts: RunFacts) -> Section | None:
 def _synthetic_pairs(facts: RunFacts) -> Section | None:
     """The refresh of the reward model, or the synthetic pairs that join proxy DPO's."""
     run = facts.run
-    is_refresh = learns_from_comparisons(run.config)
+    is_refresh = run.config.learns_from_comparisons
     name = "The refresh" if is_refresh else "Synthetic preferences"
     if run.has(SYNTHESIZE):
         return Section(title=name, parts=[*_nothing_accepted(facts), Grid(cards=_synthesis_cards(facts))])
@@ -521,7 +520,7 @@ def _nothing_accepted(facts: RunFacts) -> Iterator[Notice]:
     synthesized = facts.run.last(SYNTHESIZE)
     if synthesized is None or synthesized.num_pairs > 0:
         return
-    if learns_from_comparisons(facts.run.config):
+    if facts.run.config.learns_from_comparisons:
         effect = "the refreshed reward model learnt from the old preferences alone"
     else:
         effect = "DPO learnt from the scored pairs alone"
@@ -593,7 +592,7 @@ def _compute(facts: RunFacts) -> Section:
     first = duration(compute.first_policy_s, missing=NOT_RUN)
     added = duration(compute.added_s, missing=NOT_RUN)
     total = duration(compute.training_s, missing=NOT_RUN)
-    if learns_from_comparisons(config):
+    if config.learns_from_comparisons:
         is_control = config.refresh.method == "none"
         name = "both PPOs" if is_control else "RLP"
         what = "the second PPO" if is_control else "RLP: samples, refresh and the second PPO"

@@ -2,7 +2,7 @@
 
 from rayrl.config import RunConfig
 from rayrl.config.oracle import HttpOracleConfig, ReplayOracleConfig, ScriptedOracleConfig
-from rayrl.runs.stage_table import fits_evaluator, learns_from_comparisons, learns_from_judgements
+from rayrl.runs.stage_table import fits_evaluator
 
 Value = str | int | float | None
 
@@ -14,7 +14,7 @@ def shown_settings(config: RunConfig) -> dict[str, str]:
         "policy": config.policy.path,
         "prompts": config.pool.path,
     }
-    if learns_from_judgements(config) or config.asks_for_comparisons:
+    if config.learns_from_judgements or config.asks_for_comparisons:
         shown |= _of_selection(config)
     if config.pipeline == "rlp":
         shown |= {"PPO reward": config.ppo.reward, "reward function": config.ppo.function}
@@ -28,11 +28,11 @@ def shown_settings(config: RunConfig) -> dict[str, str]:
         }
     if config.pipeline == "proxy_dpo":
         shown |= _of_dpo(config)
-    if learns_from_comparisons(config):
+    if config.learns_from_comparisons:
         shown |= _of_preferences(config)
     if config.pipeline == "rlp":
         shown |= _of_ppo(config)
-    if learns_from_comparisons(config):
+    if config.learns_from_comparisons:
         shown |= _of_refresh(config)
     return {title: str(value) for title, value in shown.items() if value is not None}
 
@@ -41,7 +41,7 @@ def _of_selection(config: RunConfig) -> dict[str, Value]:
     return {
         "responses per prompt": config.generate.k,
         "selection": config.select.strategy,
-        "unit": config.select.unit if learns_from_judgements(config) else None,
+        "unit": config.select.unit if config.learns_from_judgements else None,
         "embedded text": config.select.text,
     }
 
@@ -117,4 +117,4 @@ def _of_refresh(config: RunConfig) -> dict[str, Value]:
 
 def label_queries(config: RunConfig) -> str:
     """Name the queries of the label budget."""
-    return "preference queries" if learns_from_comparisons(config) else "label queries"
+    return "preference queries" if config.learns_from_comparisons else "label queries"

@@ -49,7 +49,6 @@ from rayrl.runs.stage_table import (
     REFIT_REWARD_MODEL,
     Purpose,
     Stage,
-    learns_from_judgements,
 )
 
 NUM_SAMPLES = 20
@@ -259,7 +258,7 @@ def _paid_queries(run: RecordedRun, purpose: Purpose, live: dict[str, LedgerCoun
     config = run.config
     if purpose == "evaluate":
         budget = config.evaluate.budget + config.evaluate.diagnosis_budget
-    elif learns_from_judgements(config) or config.asks_for_comparisons:
+    elif config.learns_from_judgements or config.asks_for_comparisons:
         budget = config.select.budget
     else:
         return PaidQueries(budget=0, spent=0)

@@ -95,19 +95,9 @@ def stages_of(config: RunConfig) -> list[tuple[AnyStage, int]]:
     ]
 
 
-def learns_from_judgements(config: RunConfig) -> bool:
-    """Whether single responses are judged to learn from: proxy DPO, and PPO on an evaluator."""
-    return config.pipeline == "proxy_dpo" or config.ppo.reward == "evaluator"
-
-
-def learns_from_comparisons(config: RunConfig) -> bool:
-    """Whether reward models learn from preference pairs, asked of the oracle or read from a file."""
-    return config.pipeline == "rlp" and config.ppo.reward == "reward_model"
-
-
 def fits_evaluator(config: RunConfig) -> bool:
     """Whether an evaluator is trained; under the controls "direct" and "expert" only the oracle labels."""
-    return learns_from_judgements(config) and config.labels in ("proxy", "shuffled")
+    return config.learns_from_judgements and config.labels in ("proxy", "shuffled")
 
 
 def policy_embedders(pooling: str) -> FleetUse:
@@ -143,7 +133,7 @@ def clustering_embedders(config: RunConfig) -> FleetUse:
 
 
 def _clustering_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
-    if learns_from_comparisons(config) and config.refresh.method != "spg":
+    if config.learns_from_comparisons and config.refresh.method != "spg":
         return ()
     if CLUSTERINGS[config.refresh.spg.clustering].reads == "entailment":
         return (ENTAILMENT,)
@@ -166,11 +156,11 @@ def _evaluation_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
 
 def _compares(config: RunConfig, number: int) -> bool:
     """Whether D grows in this round: a file of pairs is read once, the oracle is asked in each round."""
-    return learns_from_comparisons(config) and (number == 1 or config.asks_for_comparisons)
+    return config.learns_from_comparisons and (number == 1 or config.asks_for_comparisons)
 
 
 def _refreshes(config: RunConfig, *methods: str) -> bool:
-    return learns_from_comparisons(config) and config.refresh.method in methods
+    return config.learns_from_comparisons and config.refresh.method in methods
 
 
 def _training(section: str, settings: TrainingConfig, items: str) -> Training:
@@ -198,32 +188,32 @@ SFT = Stage(
 GENERATE = Stage(
     name="generate",
     metrics=metrics.GenerateMetrics,
-    occurs=lambda config, number: learns_from_judgements(config) or config.asks_for_comparisons,
+    occurs=lambda config, number: config.learns_from_judgements or config.asks_for_comparisons,
     fleets=lambda config: (GENERATORS,),
     prompts=lambda config: "pool",
 )
 SEED_RESPONSES = Stage(
     name="seed_responses",
     metrics=metrics.SeedResponsesMetrics,
-    occurs=lambda config, number: learns_from_judgements(config) and config.generate.source == "seed",
+    occurs=lambda config, number: config.learns_from_judgements and config.generate.source == "seed",
 )
 CANDIDATES = Stage(
     name="candidates",
     metrics=metrics.CandidatesMetrics,
-    occurs=lambda config, number: learns_from_judgements(config) and number > 1,
+    occurs=lambda config, number: config.learns_from_judgements and number > 1,
     prompts=lambda config: "pool" if config.generate.source == "policy" else None,
 )
 SELECT = Stage(
     name="select",
     metrics=metrics.SelectMetrics,
-    occurs=lambda config, number: learns_from_judgements(config) or config.asks_for_comparisons,
+    occurs=lambda config, number: config.learns_from_judgements or config.asks_for_comparisons,
     fleets=_selection_fleets,
     prompts=lambda config: "pool" if config.generate.source == "policy" else None,
 )
 QUERY = Stage(
     name="query",
     metrics=metrics.QueryMetrics,
-    occurs=lambda config, number: learns_from_judgements(config),
+    occurs=lambda config, number: config.learns_from_judgements,
     pays="label",
 )
 FIT_EVALUATOR = Stage(
@@ -280,14 +270,14 @@ IMPORTANCE = Stage(
 REFIT_REWARD_MODEL = Stage(
     name="refit_reward_model",
     metrics=metrics.RewardModelMetrics,
-    occurs=lambda config, number: learns_from_comparisons(config) and config.refresh.method != "none",
+    occurs=lambda config, number: config.learns_from_comparisons and config.refresh.method != "none",
     training=_reward_model_training,
     fleets=lambda config: (policy_embedders("last"),),
 )
 PPO_REFRESHED = Stage(
     name="ppo_refreshed",
     metrics=metrics.PpoMetrics,
-    occurs=lambda config, number: learns_from_comparisons(config),
+    occurs=lambda config, number: config.learns_from_comparisons,
     training=_ppo_training,
     fleets=lambda config: (GENERATORS, *reward_fleets(config)),
 )
@@ -308,7 +298,7 @@ TRACK_REWARDS = Stage(
     name="track_rewards",
     metrics=metrics.TrackRewardsMetrics,
     place="end",
-    occurs=lambda config, number: learns_from_comparisons(config) and config.evaluate.diagnosis_budget > 0,
+    occurs=lambda config, number: config.learns_from_comparisons and config.evaluate.diagnosis_budget > 0,
     pays="evaluate",
     fleets=reward_fleets,
 )

@@ -66,6 +66,7 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
         engine = zero.start(evaluator, training, job.torch_dtype, schedule_steps)
     engine.train()
+    # For a rank without rows while other ranks still work.
     idle = sequence_batch([[0]]).to(engine.device), torch.zeros(1, device=engine.device)
 
     def summed_loss(micro_batch: MicroBatch) -> Tensor:

@@ -115,6 +115,7 @@ def fit(
         RayRLError: a worker's own, DiskFull among them; the whole checkpoints are still there.
         StageTimeout: there was no room for the workers in time; the message has their needs and what is free.
     """
+    # Ray Train reads these in the driver, and hands them on to its controller.
     os.environ.setdefault(START_TIMEOUT, f"{START_TIMEOUT_S:g}")
     os.environ.setdefault(POLL, f"{POLL_S:g}")
     started = time.monotonic()
@@ -138,10 +139,12 @@ def fit(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
+            # A lost controller is `_fit_to_end`'s to restart.
             failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),
         ),
         datasets=streams,
+        # Every worker sees all streams whole, and reads the one that is named after its rank.
         dataset_config=DataConfig(
             datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
         ),
@@ -200,6 +203,7 @@ def _fit_with_tidy_folder(new_trainer: Callable[[], Trainer], fit_url: str, max_
     except ray.train.WorkerGroupError as error:
         raise _own_error(error) or error from None
     finally:
+        # Also after a failure: the next fit, and the user's disk, get whole checkpoints only.
         checkpoints.tidy(fit_url)
         checkpoints.remove_damaged(fit_url)
     if result.error is not None:
@@ -267,7 +271,7 @@ def world_size() -> int:
 def whole_checkpoints() -> list[str]:
     """Return the names of this fit's whole checkpoints, the newest first, equal on every rank. All ranks take part."""
     names: list[str] = []
-    if rank() == 0:
+    if rank() == 0:  # others could see another state of the storage
         checkpoints.tidy(_fit_url.get())
         names = checkpoints.whole(_fit_url.get())[: checkpoints.NUM_KEPT]
     return broadcast_from_rank_zero(names)

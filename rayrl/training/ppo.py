@@ -36,16 +36,18 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
     config = job.ppo
     engine, reference = start(job)
     noted = {"step": 0, "kl_coef": config.kl_coef, "best_reward": -np.inf} | restore(engine)
-    step, kl_coef = int(noted["step"]), noted["kl_coef"]
+    step = int(noted["step"])
+    kl_coef = noted["kl_coef"]
     served = ServedPolicy(job, engine, best_reward=noted["best_reward"])
-    prompts_of_rollouts = rollout_prompts(job, data, skip=step)
-    prompts = next(prompts_of_rollouts, [])
+    all_prompts = rollout_prompts(job, data, skip=step)
+    prompts = next(all_prompts, [])
     with rank_zero_log(job.run_url, job.stage) as log, ThreadPoolExecutor(1) as background:
         if step:
             served.publish(step)  # the replicas may hold later weights, or M1's
         else:
             log(0, **served.measure(0))
         goes_on = zero.max_over_ranks(len(prompts), engine) > 0
+        # In the background: the fleet answers while the folder is written, and with `overlap` during the update.
         sampling = background.submit(served.sample, prompts, step + 1)
         served.ensure_exported()
         while goes_on:
@@ -53,7 +55,7 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
             rollout = sampling.result()
             waited_s = time.monotonic() - started
 
-            prompts = next(prompts_of_rollouts, [])
+            prompts = next(all_prompts, [])
             goes_on = zero.max_over_ranks(len(prompts), engine) > 0
             if config.overlap:  # the next rollout begins with the weights before this update
                 sampling = background.submit(served.sample, prompts, step + 1)
@@ -85,7 +87,7 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
                 updates_behind=step - 1 - rollout.step,
             )
             if is_runaway:
-                return  # the stage tells the user
+                return  # without a policy; the stage raises the error
             kl_coef = next_kl_coef(kl_coef, seen, config)
             if goes_on and step % config.checkpoint_every == 0:
                 checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
@@ -104,14 +106,13 @@ def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
     if not config.lora:
         # Before the others: under ZeRO-3 those are sharded as they load, and M1 stays whole on every rank.
         reference = frozen(load_policy(job.m1, dtype, trust_remote_code=trust))
-    rollouts = num_rollouts(job.num_rows, config)
     updates_per_epoch = -(-config.rollout_size // config.batch_size)
+    num_updates = num_rollouts(job.num_rows, config) * config.inner_epochs * updates_per_epoch
     with zero.sharded_loading(config, dtype):
         policy = load_policy(job.m1, dtype, trust_remote_code=trust)
         value = load_policy(job.value_start, dtype, trust_remote_code=trust)
         if config.lora:
             policy, value = add_lora(policy, config.lora), add_lora(value, config.lora)
-        num_updates = rollouts * config.inner_epochs * updates_per_epoch
         engine = zero.start(ActorCritic(policy, value), config, dtype, num_updates)
     return engine, None if reference is None else reference.to(engine.device)
 

@@ -145,7 +145,7 @@ class StepLosses:
         rewards = self.model(tokens.input_ids, tokens.attention_mask, tokens.position_ids)
         chosen, rejected = rewards.chunk(2)
         losses = batch.weights * bradley_terry_loss(chosen, rejected)
-        if batch is not self.idle:
+        if batch is not self.idle:  # which has two equal responses
             self._margins.append((chosen - rejected).detach())
             self._pair_losses.append(losses.detach())
         return losses.sum()
@@ -156,7 +156,7 @@ class StepLosses:
         Share of the pairs in the right order (a tie is half of one), mean margin and loss of the pairs; information and
         divergence of the views.
         """
-        if not self._margins:
+        if not self._margins:  # this rank had no pair
             return self._view_statistics
         margins, losses = torch.cat(self._margins), torch.cat(self._pair_losses)
         self._margins, self._pair_losses = [], []

@@ -35,7 +35,7 @@ class ServedPolicy:
         self._policy = engine.module.policy
         self._step = 0
         self._served = job.m1
-        self._measured_step = -1
+        self._measured_step = -1  # none yet
         self._publisher = new_publisher(engine, self._policy, job.fleet, job.transport, in_flight=job.ppo.overlap)
 
     def sample(self, prompts: list[PromptRow], step: int) -> Rollout:
@@ -70,6 +70,7 @@ class ServedPolicy:
             return {}
         self._measured_step = step
         prompts = job.held_out[launch.rank() :: launch.world_size()]
+        # Seeds do not depend on the step: measurements differ by the policy, and not by their luck.
         rollouts = [self._sample(prompts, f"{job.seed} held out {i}") for i in range(NUM_HELD_OUT_ANSWERS)]
         answers: list[HeldOutAnswer] = []
         for rollout in rollouts:
@@ -80,7 +81,7 @@ class ServedPolicy:
         num_rewards = zero.sum_over_ranks(len(rewards), self._engine)
         total = zero.sum_over_ranks(sum(rewards), self._engine)
         mean = total / num_rewards if num_rewards else math.nan
-        if mean > self.best_reward:
+        if mean > self.best_reward:  # never for a mean of nothing
             self.best_reward = mean
             self._export(job.best_url)
         return {"held_out_reward": mean}

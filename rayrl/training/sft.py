@@ -54,7 +54,7 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
         engine = zero.start(policy, training, job.torch_dtype, schedule_steps)
     engine.train()
-    idle = collate([[0]], [[0]]).to(engine.device)
+    idle = collate([[0]], [[0]]).to(engine.device)  # for a rank without rows while other ranks still work
 
     def summed_loss(batch: TokenBatch) -> Tensor:
         return -response_logprobs(engine, batch).sum()

@@ -36,7 +36,7 @@ class CurveLog(Protocol):
 
 def num_steps(num_rows: int, training: TrainingConfig, batch_size: int) -> int:
     """Return the optimizer steps of a fit over `num_rows` rows, `batch_size` of them a step."""
-    steps_per_epoch = -(-num_rows // batch_size)
+    steps_per_epoch = -(-num_rows // batch_size)  # the last one may be smaller
     return training.epochs * steps_per_epoch
 
 
@@ -78,6 +78,7 @@ def steps(
         if number % training.checkpoint_every == 0:
             checkpoint(engine, number)
             saved = number
+    # The end is not always a multiple of `checkpoint_every`.
     if number != saved:
         checkpoint(engine, number)
 

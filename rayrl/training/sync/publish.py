@@ -75,7 +75,7 @@ class FolderPublisher:
     def publish(self, checkpoint: Checkpoint) -> None:
         """Export the folder, and have every replica load it."""
         self.export(checkpoint)
-        if launch.rank() == 0:
+        if launch.rank() == 0:  # one call reaches every replica
             self._fleet.adopt(checkpoint, in_flight=self._in_flight)
 
     def ensure_exported(self, checkpoint: Checkpoint) -> None:
@@ -117,6 +117,7 @@ class TransferPublisher:
 
     def publish(self, checkpoint: Checkpoint) -> None:
         """Transfer the weights; after a failure, publish their folder."""
+        # For good: each failure costs the training minutes, and replicas their processes.
         has_given_up = self._num_failures >= MAX_FAILURES
         is_transferred = not has_given_up and self._transfer(checkpoint)
         if not is_transferred:
