@@ -254,11 +254,9 @@ def _headline(facts: "RunFacts") -> str:
 
 def _usd(facts: "RunFacts") -> str:
     """Say what all queries have cost, of what they may; empty where the oracle is free."""
-    from rayrl.config.oracle import HttpOracleConfig
-
     spent = (facts.paid.label.cost_usd or 0.0) + (facts.paid.evaluate.cost_usd or 0.0)
-    oracle = facts.run.config.oracle
-    limit = oracle.budget_usd if isinstance(oracle, HttpOracleConfig) else None
+    prices = facts.run.config.oracle.prices()
+    limit = None if prices is None else prices.budget_usd
     if not spent and limit is None:
         return ""
     return f"spent {spent:,.2f} USD" + ("" if limit is None else f" / {limit:,.2f}")

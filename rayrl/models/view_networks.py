@@ -43,7 +43,7 @@ class Critic(nn.Module):
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
-    # Three layers, as the paper says.
+    # Three layers, as in the paper.
     return nn.Sequential(
         Float32Linear(input_dim, hidden_dim),
         nn.ReLU(),

@@ -80,6 +80,8 @@ class Ledger:
             num_lost = self._db.execute(sql.LOSE_ALL).rowcount
             spent = self._db.execute(sql.SPENT).fetchall()
         except sqlite3.DatabaseError as error:
+            # The lock must not outlive this object: the user may mend the file and open it again.
+            self._owner.close()
             raise RunDirectoryError(f"{location} is not a usable ledger: {error}") from None
         # Counted here and kept up to date, so that a reservation need not add up the whole table.
         self._num_spent: dict[str, int] = {purpose: count for purpose, count, _ in spent}
@@ -159,20 +161,12 @@ class Ledger:
         for purpose, state, num, usd in sorted(rows, key=tuple):
             num_by_state.setdefault(purpose, {})[state] = num
             cost_usd[purpose] = cost_usd.get(purpose, 0.0) + usd
-        summary: dict[str, LedgerCounts] = {}
-        for purpose, num in num_by_state.items():
-            scored, abstained, lost = (num.get(state, 0) for state in ("scored", "abstained", "lost"))
-            summary[purpose] = LedgerCounts(
-                budget=self._budgets.get(purpose, 0),
-                spent=scored + abstained + lost,
-                scored=scored,
-                abstained=abstained,
-                refunded=num.get("refunded", 0),
-                lost=lost,
-                in_flight=num.get("reserved", 0),
-                cost_usd=cost_usd.get(purpose, 0.0),
+        return {
+            purpose: LedgerCounts.from_states(
+                num, budget=self._budgets.get(purpose, 0), cost_usd=cost_usd.get(purpose, 0.0)
             )
-        return summary
+            for purpose, num in num_by_state.items()
+        }
 
     async def sync(self) -> None:
         """Make everything written so far durable remotely; callers that come together share one upload."""

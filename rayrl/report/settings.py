@@ -1,7 +1,6 @@
 """Settings that a report shows: those that say what the run was. All others are in config.json."""
 
 from rayrl.config import RunConfig
-from rayrl.config.oracle import HttpOracleConfig, ReplayOracleConfig, ScriptedOracleConfig
 from rayrl.runs.stage_table import fits_evaluator
 
 Value = str | int | float | None
@@ -47,19 +46,7 @@ def _of_selection(config: RunConfig) -> dict[str, Value]:
 
 
 def _of_oracle(config: RunConfig) -> dict[str, Value]:
-    shown: dict[str, Value] = {"oracle": config.oracle.type}
-    # Settings of the other types of oracle do not exist in this config.
-    match config.oracle:
-        case HttpOracleConfig():
-            shown |= {"oracle model": config.oracle.model}
-        case ScriptedOracleConfig():
-            shown |= {
-                "oracle function": config.oracle.function,
-                "comparing function": config.oracle.compare_function,
-            }
-        case ReplayOracleConfig():
-            shown |= {"judgements": config.oracle.path, "comparisons": config.oracle.comparisons_path}
-    return shown
+    return {"oracle": config.oracle.type, **config.oracle.shown()}
 
 
 def _of_dpo(config: RunConfig) -> dict[str, Value]:

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from rayrl.config import TrainingConfig
 from rayrl.data.batches import optimizer_batches
 from rayrl.metrics.curves import MetricLog
-from rayrl.records import Row
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 
@@ -49,10 +48,9 @@ def rank_batches(
     data: Callable[[], Iterable[R]], *, epochs: int, batch_size: int, seed: int, skip: int
 ) -> Iterator[list[R]]:
     """Yield this rank's share of the batches of all epochs, without the first `skip`."""
-    stream = cast("Callable[[], Iterable[Row]]", data)  # rows are only passed on
-    shares = optimizer_batches(stream, epochs=epochs, batch_size=rank_share(batch_size), seed=seed, skip=skip)
+    shares = optimizer_batches(data, epochs=epochs, batch_size=rank_share(batch_size), seed=seed, skip=skip)
     for _, rows in shares:
-        yield cast("list[R]", rows)
+        yield rows
 
 
 def steps(

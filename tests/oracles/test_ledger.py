@@ -52,8 +52,21 @@ def location(tmp_path):
     return str(tmp_path / "run" / "ledger.sqlite")
 
 
+_OPENED = []
+
+
+@pytest.fixture(autouse=True)
+def close_ledgers():
+    """Close what a test leaves open."""
+    yield
+    while _OPENED:
+        _OPENED.pop().close()
+
+
 def opened(location, label=10, evaluate=10, **settings):
-    return Ledger(location, {"label": label, "evaluate": evaluate}, owner_wait_s=0.0, **settings)
+    ledger = Ledger(location, {"label": label, "evaluate": evaluate}, owner_wait_s=0.0, **settings)
+    _OPENED.append(ledger)
+    return ledger
 
 
 def pay(ledger, index, verdict=SCORED, purpose="label"):

@@ -96,7 +96,9 @@ def main(folder: str) -> None:
     except DiskFull as error:
         print(f"refused: {error}")
     print(f"kept: {checkpoints.whole(f'{folder}/fit/fit')}")
-    print(f"there: {sorted(path.name for path in Path(folder, 'fit', 'fit').glob('checkpoint_*'))}")
+    # Folders only: Ray Train's list has such a name too, and is there or not by whether it was written before the fill.
+    folders = [path for path in Path(folder, "fit", "fit").glob("checkpoint_*") if path.is_dir()]
+    print(f"there: {sorted(path.name for path in folders)}")
     Path(folder, "filler").unlink()
     sft_fit(folder, table)
     print("finished")
