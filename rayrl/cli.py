@@ -213,8 +213,9 @@ def _control(run: str) -> "Actor":
     """Find the control of a live run, named or given by its directory; connects to the cluster."""
     from rayrl.report.recorded_run import read_config
     from rayrl.runs import storage
+    from rayrl.runs.run import CONFIG
 
-    is_folder = storage.exists(storage.join(storage.absolute(run), "config.json"))
+    is_folder = storage.exists(storage.join(storage.absolute(run), CONFIG))
     name = read_config(run).name if is_folder else run
     import ray
 

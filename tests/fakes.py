@@ -1,9 +1,10 @@
-"""Fakes that several tests share: a run whose every stage is finished, and metrics made up from their types."""
+"""Fakes that several tests share: a run whose every stage is finished, made-up metrics, and made-up responses."""
 
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 
+from rayrl.records import Response, Sampled
 from rayrl.runs.run import Manifest, Run
 
 
@@ -39,3 +40,20 @@ class FinishedRun(Run):
     def manifest(self, stage, key="made up"):
         metrics = made_up(stage.metrics)
         return Manifest(stage=stage.name, key=key, seconds=0.0, num_rows=1, metrics=metrics, summary="", finished_at="")
+
+
+def sampled(num, prompt="p"):
+    """A prompt with `num` different responses."""
+    responses = [
+        Response(
+            id=f"{prompt}-{i}",
+            text=f"text {i}",
+            token_ids=[10 + i, 2],
+            seed=i,
+            policy_version="m1",
+            logprob=-float(i),
+            finish_reason="stop",
+        )
+        for i in range(num)
+    ]
+    return Sampled(prompt_id=prompt, prompt="?", prompt_token_ids=[1, 5], responses=responses)

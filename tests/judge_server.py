@@ -112,6 +112,8 @@ def _handler(server: JudgeServer) -> type[BaseHTTPRequestHandler]:
                 for name, value in {"Content-Type": "application/json", **reply.headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
+                # A connection per answer: a test asks from an event loop of its own, and must leave nothing open in it.
+                self.send_header("Connection", "close")
                 self.end_headers()
                 for piece in (bytes([byte]) for byte in body) if reply.drip else (body,):
                     self.wfile.write(piece)

@@ -43,8 +43,8 @@ class Clustering:
     """Cluster ids of n texts, 0, 1, ... in order of first appearance. Called as `find(labels)` with the labels of
     `entailment_clusters`, or as `find(vectors, threshold)` like `embedding_clusters`."""
     is_undecided: Callable[[Int[np.ndarray, " pairs"]], Bool[np.ndarray, " pairs"]] = always_undecided
-    """entailment: given the labels of one direction of some pairs, whether the other direction of each can still
-    change the clusters. Where it cannot, the model need not read it."""
+    """Only for entailment: given the labels of one direction of some pairs, a mask of the pairs whose other direction
+    can still change the clusters. The model need not read the other direction of the rest."""
 
 
 def strict_clusters(labels: Int[np.ndarray, "n n"]) -> Int64[np.ndarray, " n"]:
@@ -93,12 +93,19 @@ def embedding_clusters(vectors: Float[np.ndarray, "n d"], threshold: float) -> I
 
 
 def is_entailed(labels: Int[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
-    """Whether the given direction is an entailment: without it, "strict" has decided."""
+    """Return which pairs the reverse direction still decides under "strict": those entailed in the direction given.
+
+    "strict" asks for entailment in both directions, so any other label refuses the pair at once.
+    """
     return labels == ENTAILMENT
 
 
 def is_not_contradicted(labels: Int[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
-    """Whether the given direction is no contradiction: with one, both releases have decided."""
+    """Return which pairs the reverse direction still decides under "kuhn2023" and "farquhar2024": those without a
+    contradiction in the direction given.
+
+    Both definitions refuse a pair that contradicts itself in either direction.
+    """
     return labels != CONTRADICTION
 
 

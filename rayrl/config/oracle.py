@@ -72,7 +72,7 @@ class OracleLimits(Table):
         return ""
 
     def can_compare(self, rubric: RubricConfig) -> bool:
-        """Whether it compares two responses; if not, comparisons abstain."""
+        """Return whether it compares two responses; if not, comparisons abstain."""
         return not self.missing_to_compare(rubric)
 
     def functions(self) -> dict[str, str]:
@@ -84,7 +84,7 @@ class OracleLimits(Table):
         return []
 
     def key_source(self) -> str | None:
-        """Where the API key is, as `rayrl.oracles.keys.read_key` takes it; None for an oracle without a key."""
+        """Return where the API key is, as `rayrl.oracles.keys.read_key` takes it; None for an oracle without a key."""
         return None
 
     def prices(self) -> Prices | None:

@@ -87,22 +87,22 @@ class RunConfig(Table):
 
     @property
     def learns_from_judgements(self) -> bool:
-        """Whether single responses are judged to learn from: proxy DPO, and PPO on an evaluator."""
+        """Return whether single responses are judged to learn from: proxy DPO, and PPO on an evaluator."""
         return self.pipeline == "proxy_dpo" or self.ppo.reward == "evaluator"
 
     @property
     def learns_from_comparisons(self) -> bool:
-        """Whether reward models learn from preference pairs, asked of the oracle or read from a file."""
+        """Return whether reward models learn from preference pairs, asked of the oracle or read from a file."""
         return self.pipeline == "rlp" and self.ppo.reward == "reward_model"
 
     @property
     def asks_for_comparisons(self) -> bool:
-        """Whether the oracle compares two of M1's responses to a prompt, instead of judging each."""
+        """Return whether the oracle compares two of M1's responses to a prompt, instead of judging each."""
         return self.learns_from_comparisons and self.preferences is not None and self.preferences.source == "oracle"
 
     @property
     def asks_for_judgements(self) -> bool:
-        """Whether the oracle judges single responses: to label them, or to evaluate."""
+        """Return whether the oracle judges single responses: to label them, or to evaluate."""
         num_evaluation_queries = self.evaluate.budget + self.evaluate.diagnosis_budget
         return self.learns_from_judgements or num_evaluation_queries > 0
 

@@ -146,7 +146,7 @@ def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) 
 
 
 def _holds_whole_chats(config: PreferenceDataConfig) -> bool:
-    """Whether the two replies' columns hold the prompt too."""
+    """Return whether the two replies' columns hold the prompt too."""
     return config.messages_column in (config.chosen_column, config.rejected_column) and not config.replies_column
 
 

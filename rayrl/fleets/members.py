@@ -111,7 +111,7 @@ class Members:
 
     @property
     def has_given_up(self) -> bool:
-        """Whether `MAX_FAILURES` starts in a row failed and none is under way. Starts go on after each backoff."""
+        """Return whether the last `MAX_FAILURES` starts failed and none is under way; starts go on after each wait."""
         return self._num_failures >= MAX_FAILURES and all(member.is_ready for member in self.staying())
 
     def start(self, num: int, now: float) -> None:

@@ -77,7 +77,7 @@ class Rubric:
         return content_id(self.template, ANSWER_FORMAT, str(self.min_score), str(self.max_score))
 
     def accepts(self, score: float) -> bool:
-        """Whether a score is a number on the scale."""
+        """Return whether a score is a number on the scale."""
         return math.isfinite(score) and self.min_score <= score <= self.max_score
 
 

@@ -36,7 +36,7 @@ def own(path: Path, wait_s: float) -> IO[str]:
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is an fsspec URL rather than a path."""
+    """Return whether a location is an fsspec URL rather than a path."""
     return "://" in location
 
 

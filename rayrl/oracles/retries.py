@@ -17,12 +17,12 @@ _backoff_s = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 
 
 def was_sent(error: BaseException) -> bool:
-    """Whether the question may have reached the judge before the connection was lost or the time was over."""
+    """Return whether the question may have reached the judge before the connection was lost or the time was over."""
     return type(error.__cause__).__name__ not in _NEVER_SENT
 
 
 def may_retry(error: BaseException) -> bool:
-    """Whether a failed attempt surely cost nothing, and another one may succeed."""
+    """Return whether a failed attempt surely cost nothing, and another one may succeed."""
     if isinstance(error, openai.APIStatusError):
         may_pass = error.status_code in _RETRIED_STATUS or error.status_code >= 500
         return may_pass and (retry_after_s(error) or 0.0) <= _MAX_WAIT_S

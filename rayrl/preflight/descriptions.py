@@ -76,7 +76,7 @@ _LEARNS_FROM = {
     "uml": "D, with a multi-view bottleneck on the samples",
     "ocrm": "importance-weighted preferences",
 }
-"""What r^ is fitted on, by method of the refresh; D and the synthetic pairs under every other one."""
+"""Data that r^ is fitted on, by method of the refresh; every other method fits D and the synthetic pairs."""
 
 
 def _refit_reward_model(config: RunConfig) -> str:

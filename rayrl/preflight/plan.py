@@ -19,7 +19,7 @@ class Whole:
     resource: str
     amount: float
     setting: str
-    """What to lower when no node has so much."""
+    """The setting to lower when no node has so much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Needs:
     """Of the policy's weights that its engines and workers hold in the nodes' memory, at least."""
     whole: tuple[Whole, ...] = ()
     setting: str = ""
-    """What to lower when the cluster has too little."""
+    """The setting to lower when the cluster has too little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether engines and training take GPUs: if the cluster has one, or may get one."""
+        """Return whether engines and training take GPUs: if the cluster has one, or may get one."""
         return self.cluster.most("GPU") > 0
 
     @property

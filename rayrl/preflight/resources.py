@@ -94,7 +94,7 @@ def num_fleet_gpus(engine: EngineConfig, section: str) -> int:
 
 
 def _whole(engine: EngineConfig, section: str, *, on_gpu: bool) -> tuple[Whole, ...]:
-    """What a replica must find on one node. Ray keeps more than one GPU together by a placement group."""
+    """Compute what a replica must find on one node. Ray keeps more than one GPU together by a placement group."""
     if not on_gpu:
         return (Whole(resource="CPU", amount=engine.cpus_per_replica, setting=f"{section}.cpus_per_replica"),)
     if engine.num_gpus <= 1:

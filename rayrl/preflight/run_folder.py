@@ -9,14 +9,13 @@ from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
 from rayrl.preflight.model import ModelFacts
 from rayrl.runs import storage
-from rayrl.runs.run import differences
+from rayrl.runs.run import CONFIG, belongs_to
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, stages_of
 from rayrl.training.checkpoints import NUM_KEPT
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that Ray sets for the entry point of a submitted job."""
 _PPO_STAGES = (PPO, PPO_REFRESHED)
-_SHOWN_DIFFERENCES = 6
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
 _TABLE_BYTES_PER_TOKEN = 40
@@ -44,19 +43,12 @@ def check_run_folder(config: RunConfig) -> None:
                 f"{setting} must be an absolute path inside a Ray job (its working folder is deleted), got {url}; "
                 "name a folder that every node sees, as /mnt/..., or an fsspec URL"
             )
-    if config.reuse is not None and not storage.exists(storage.join(storage.absolute(config.reuse), "config.json")):
+    if config.reuse is not None and not storage.exists(storage.join(storage.absolute(config.reuse), CONFIG)):
         raise RunDirectoryError(f"reuse must be another run's folder (with a config.json), got {config.reuse}")
     url = storage.absolute(config.run_dir)
     if not storage.is_local(url):
         _check_reachable(url)
-    saved = storage.join(url, "config.json")
-    if storage.exists(saved):
-        differing = differences(storage.read_json(saved), config.model_dump(mode="json"))
-        if differing:
-            raise RunDirectoryError(
-                f"run_dir {url} belongs to another config; these settings differ: "
-                f"{', '.join(differing[:_SHOWN_DIFFERENCES])}. Choose another run_dir, or delete that folder"
-            )
+    belongs_to(url, config)
     if storage.is_local(url):
         parent = existing_parent(url)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

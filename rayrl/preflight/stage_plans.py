@@ -182,7 +182,7 @@ def _asked_fleets(stage: Stage, config: RunConfig) -> list[FleetUse]:
 
 
 def _stays_up(fleet: FleetUse, config: RunConfig) -> bool:
-    """Whether a fleet is still up after the stage that asked it. In rlp, embedders that only select or cluster end."""
+    """Return whether a fleet stays up after a stage that asked it; rlp ends embedders that only select or cluster."""
     return config.pipeline != "rlp" or fleet.role == "generators" or fleet in reward_fleets(config)
 
 

@@ -57,7 +57,7 @@ def caveats(facts: RunFacts) -> list[str]:
 
 
 def is_above(estimate: Estimate | None, value: float = 0.0) -> bool:
-    """Whether an estimate lies more than two standard errors above a value; False if that is not known."""
+    """Return whether an estimate lies more than two standard errors above a value; False if that is not known."""
     if estimate is None or not is_known(estimate):
         return False
     return estimate.mean - value > 2 * estimate.standard_error

@@ -53,7 +53,7 @@ class PaidQueries:
 
 @dataclass(frozen=True, kw_only=True)
 class Paid:
-    """What all rounds spent of the query budgets, and what that bought."""
+    """Queries that all rounds spent of the budgets, and the pairs that these bought."""
 
     label: PaidQueries
     evaluate: PaidQueries

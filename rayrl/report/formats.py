@@ -14,7 +14,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 
 
 def is_known(estimate: Estimate | None) -> bool:
-    """Whether an estimate has both its mean and its standard error; one observation has no standard error."""
+    """Return whether an estimate has both its mean and its standard error; one observation has no standard error."""
     return estimate is not None and math.isfinite(estimate.mean) and math.isfinite(estimate.standard_error)
 
 

@@ -74,7 +74,7 @@ PPO_PANELS = {
     "clip_fraction": "clip fraction",
 }
 TIMES = {"generate_s": "generation", "reward_s": "reward", "train_s": "training", "sync_s": "weight sync"}
-"""What PPO's time goes into: fields of `PpoMetrics`, with their titles."""
+"""Parts of PPO's time: fields of `PpoMetrics`, with their titles."""
 
 
 class _Line(TypedDict, total=False):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rayrl.config import RunConfig
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.runs import storage
-from rayrl.runs.run import Manifest, read_manifest, round_folder
+from rayrl.runs.run import CONFIG, Manifest, read_manifest, round_folder
 from rayrl.runs.stage_metrics import StageMetrics
 from rayrl.runs.stage_table import Stage, stages_of
 
@@ -45,7 +45,7 @@ class RecordedRun:
         return storage.join(self.folder(number), "metrics", f"{stage.name}.jsonl")
 
     def has(self, stage: Stage) -> bool:
-        """Whether the config has this stage, finished or not."""
+        """Return whether the config has this stage, finished or not."""
         return any(stage is planned for planned, _ in self.manifests)
 
     def rounds(self) -> range:
@@ -95,7 +95,7 @@ def read_config(run_dir: str) -> RunConfig:
         DataError: the file is damaged, or of another version of rayrl.
     """
     url = storage.absolute(run_dir)
-    path = storage.join(url, "config.json")
+    path = storage.join(url, CONFIG)
     if not storage.exists(path):
         raise RunDirectoryError(
             f"run_dir must be the folder of a run (with config.json in it), got {url}; "

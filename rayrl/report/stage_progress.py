@@ -19,7 +19,7 @@ WINDOW = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a stage is. What is not known is None."""
+    """Progress of a stage. A number that is not known is None."""
 
     done: int
     total: int | None

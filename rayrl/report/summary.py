@@ -308,7 +308,7 @@ def _compute(run: RecordedRun) -> Compute:
 
 
 def _is_over(run: RecordedRun, stages: Sequence[tuple[Stage, int]]) -> bool:
-    """Whether the last of these stages is finished."""
+    """Return whether the last of these stages is finished."""
     return bool(stages) and run.manifests[stages[-1]] is not None
 
 

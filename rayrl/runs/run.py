@@ -35,6 +35,7 @@ T = TypeVar("T", bound=Table)
 KeyPart = BaseModel | str | int | float | bool | Sequence[str] | None
 """What a key can be made of: a table of the config, another key, a plain value."""
 
+CONFIG = "config.json"
 MANIFEST = "manifest.json"
 MAX_DIFFERENCES = 6
 """Settings that a refusal names."""
@@ -186,12 +187,12 @@ def drawn_seed(*parts: str) -> int:
 
 
 def round_folder(url: str, number: int) -> str:
-    """Where a round of the run at `url` is: the first in its own stages and metrics, a later one in rounds/<number>."""
+    """Locate a round of the run at `url`: the first is the run's own folder, a later one is rounds/<number>."""
     return url if number == 1 else storage.join(url, "rounds", str(number))
 
 
 def round_name(name: str, number: int) -> str:
-    """What a policy or a reward of a round is called beside those of the others: ppo, ppo-2, ppo-3."""
+    """Name a policy or a reward of a round, so that it differs from those of other rounds: ppo, ppo-2, ppo-3."""
     return name if number == 1 else f"{name}-{number}"
 
 
@@ -211,23 +212,33 @@ def open_run(config: RunConfig) -> Run:
         RunDirectoryError: the folder belongs to another config; the message names the settings that differ.
     """
     url = storage.absolute(config.run_dir)
-    path = storage.join(url, "config.json")
-    mine = config.model_dump(mode="json")
-    if storage.exists(path):
-        differing = differences(storage.read_json(path), mine)
-        if differing:
-            raise RunDirectoryError(
-                f"run_dir {url} belongs to another config; these settings differ: "
-                f"{', '.join(differing[:MAX_DIFFERENCES])}. Choose another run_dir, or set them back"
-            )
-    else:
-        storage.write_json(path, mine)
+    if not belongs_to(url, config):
+        storage.write_json(storage.join(url, CONFIG), config.model_dump(mode="json"))
     timings = storage.join(url, "timings.json")
     return Run(
         config=_with_absolute_models(config),
         url=url,
         timings=storage.read_json(timings) if storage.exists(timings) else [],
     )
+
+
+def belongs_to(url: str, config: RunConfig) -> bool:
+    """Return whether the folder at `url` is a run of this config; False if it is not a run yet.
+
+    Raises:
+        RunDirectoryError: it is a run of another config; the message names the settings that differ.
+    """
+    path = storage.join(url, CONFIG)
+    if not storage.exists(path):
+        return False
+    differing = differences(storage.read_json(path), config.model_dump(mode="json"))
+    if differing:
+        # Nothing advises to delete the folder: its ledger holds what was paid for.
+        raise RunDirectoryError(
+            f"run_dir {url} belongs to another config; these settings differ: "
+            f"{', '.join(differing[:MAX_DIFFERENCES])}. Choose another run_dir, or set them back"
+        )
+    return True
 
 
 def _with_absolute_models(config: RunConfig) -> RunConfig:

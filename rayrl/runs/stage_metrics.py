@@ -37,7 +37,7 @@ class PoolMetrics(StageMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class FitMetrics(StageMetrics):
-    """What every training leaves: its length and where its loss went."""
+    """Common metrics of every training: its length and where its loss went."""
 
     num_steps: int
     first_loss: float
@@ -202,7 +202,7 @@ class DpoMetrics(FitMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class PairFileCounts(StageMetrics):
-    """What became of the rows of a file of preference pairs."""
+    """Counts of the rows of a file of preference pairs, by what became of them."""
 
     num_prompts: int
     num_rows: int
@@ -216,7 +216,7 @@ class PairFileCounts(StageMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonCounts(StageMetrics):
-    """What became of pairs of responses that the oracle was asked about."""
+    """Counts of pairs of responses that the oracle was asked about, by what became of them."""
 
     num_ties: int
     num_abstained: int
@@ -326,7 +326,7 @@ class ImportanceMetrics(StageMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class EntailmentCosts(StageMetrics):
-    """What clustering by an entailment model took."""
+    """Cost of clustering by an entailment model."""
 
     num_nli_calls: int
     """Pairs of texts that the model has read."""
@@ -348,12 +348,12 @@ class PairLengths(StageMetrics):
 
     @property
     def gap_chars(self) -> float:
-        """How much longer the chosen side is."""
+        """Mean length of the chosen side minus that of the rejected side, characters."""
         return self.chosen_chars - self.rejected_chars
 
     @property
     def gap_tokens(self) -> float:
-        """How much longer the chosen side is."""
+        """Mean length of the chosen side minus that of the rejected side, tokens."""
         return self.chosen_tokens - self.rejected_tokens
 
 
@@ -476,7 +476,7 @@ class ReferencesEvaluation(StageMetrics):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardEvaluation(StageMetrics):
-    """How one reward (a reward model, an evaluator, a function) agrees with the oracle on one policy's answers."""
+    """Agreement of one reward (a reward model, an evaluator, a function) with the oracle on one policy's answers."""
 
     accuracy: Estimate | None
     """Share of prompts on which it orders the policy's answer and M1's as the oracle does; ties are left out."""

@@ -38,7 +38,7 @@ ENTAILMENT = FleetUse(role="entailment")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a stage trains, for a given config."""
+    """A training of a stage, for a given config."""
 
     section: str
     """The config's table that says how."""
@@ -96,7 +96,7 @@ def stages_of(config: RunConfig) -> list[tuple[AnyStage, int]]:
 
 
 def fits_evaluator(config: RunConfig) -> bool:
-    """Whether an evaluator is trained; under the controls "direct" and "expert" only the oracle labels."""
+    """Return whether an evaluator is trained; under the controls "direct" and "expert" only the oracle labels."""
     return config.learns_from_judgements and config.labels in ("proxy", "shuffled")
 
 
@@ -155,7 +155,7 @@ def _evaluation_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
 
 
 def _compares(config: RunConfig, number: int) -> bool:
-    """Whether D grows in this round: a file of pairs is read once, the oracle is asked in each round."""
+    """Return whether D grows in this round: a file of pairs is read once, the oracle is asked in each round."""
     return config.learns_from_comparisons and (number == 1 or config.asks_for_comparisons)
 
 

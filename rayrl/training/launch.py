@@ -287,7 +287,7 @@ def fetched(name: str) -> AbstractContextManager[str]:
 
 
 def is_damaged(name: str, folder: str) -> bool:
-    """Whether this rank's part of a checkpoint has changed since it was written; if so, the driver will log it."""
+    """Return whether this rank's part of a checkpoint has changed since it was written; if so, the driver logs it."""
     files = checkpoints.changed_files(folder, rank(), world_size())
     if files:
         checkpoints.note_damage(_fit_url.get(), name, files)

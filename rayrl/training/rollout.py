@@ -128,7 +128,7 @@ def held_out_answers(rollout: Rollout) -> list[HeldOutAnswer]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTargets:
-    """What the losses read of each response token besides the networks' outputs: (N, R), padded on the right."""
+    """Inputs of the losses for each response token besides the networks' outputs: (N, R), padded on the right."""
 
     logprobs: Tensor
     """Under the policy from which the update starts, nats."""

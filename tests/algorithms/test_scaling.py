@@ -1,4 +1,4 @@
-"""How many replicas a load asks for."""
+"""Number of replicas that a load asks for."""
 
 import pytest
 

@@ -21,7 +21,7 @@ def undisturbed(cluster, folder, command):
 
 
 def is_under_way(stage, folder):
-    """Whether a stage has done some of its work, and has more to do."""
+    """Return whether a stage has done some of its work, and has more to do."""
     at = folder / "stages" / stage
     if (at / "manifest.json").exists():
         raise AssertionError(f"{stage} was over before anything could happen to it")

@@ -1,4 +1,5 @@
-"""What a run survives, stage by stage, on a real cluster of several nodes; the engines are simulated, all else is real.
+"""Faults that a run survives, stage by stage, on a real cluster of several nodes. The engines are simulated, all else
+is real.
 
 Each run begins as a copy of the undisturbed one that has come as far as the stage in question, and its tables at the
 end are compared with that one's.

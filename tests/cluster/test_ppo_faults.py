@@ -1,5 +1,5 @@
-"""What PPO survives on a cluster of several nodes: the rollouts, the rewards and the policy are those of an undisturbed
-one. The engines are simulated, all else is real.
+"""Faults that PPO survives on a cluster of several nodes: the rollouts, the rewards and the policy are those of an
+undisturbed one. The engines are simulated, all else is real.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` uploads, measured with Ray's own packaging."""
+"""Upload of `ray job submit --working-dir .`, measured with Ray's own packaging."""
 
 import shutil
 import subprocess

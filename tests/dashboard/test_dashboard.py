@@ -1,4 +1,4 @@
-"""What a user sees: every query of the Grafana dashboard over real runs, and Ray's own pages in a browser."""
+"""Pages that a user sees: every query of the Grafana dashboard over real runs, and Ray's own pages in a browser."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the model reads: prompts end and responses begin in one column, and padding is masked."""
+"""Batches that the model reads: prompts end and responses begin in one column, and padding is masked."""
 
 import torch
 

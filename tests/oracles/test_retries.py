@@ -1,4 +1,4 @@
-"""How long a judge asks to be left alone, when its clock and ours disagree."""
+"""Waits that a judge asks for, when its clock and ours disagree."""
 
 import email.utils
 import time

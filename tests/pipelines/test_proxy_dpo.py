@@ -94,11 +94,11 @@ def test_pairs_prefer_the_higher_score_and_keep_the_experts_scores(finished):
     pairs = rows(finished, "pseudo_label")
     assert 0 < len(pairs) <= 48
     assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
-    expert = {j["response_id"]: j["score"] for j in rows(finished, "query")}
+    judged = {j["response_id"]: j["score"] for j in rows(finished, "query")}
     for pair in pairs:
         for side in ("chosen", "rejected"):
-            if pair[f"{side}_id"] in expert:
-                assert pair[f"{side}_score"] == expert[pair[f"{side}_id"]]
+            if pair[f"{side}_id"] in judged:
+                assert pair[f"{side}_score"] == judged[pair[f"{side}_id"]]
     assert {pair["source"] for pair in pairs} & {"mixed", "evaluator"}
 
 

@@ -1,4 +1,4 @@
-"""What a run needs against what a cluster has and may grow to; no Ray runs here."""
+"""Needs of a run against the resources that a cluster has and may grow to; no Ray runs here."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a reader of a page sees."""
+"""Text of a page, as a reader sees it."""
 
 from html.parser import HTMLParser
 

@@ -1,4 +1,4 @@
-"""How far the stage under way is, from what it leaves in the run directory."""
+"""Progress of the stage under way, from what it leaves in the run directory."""
 
 import contextlib
 import json

@@ -71,7 +71,7 @@ def test_another_config_is_refused_by_name(run_dir):
     assert "generate.k (4 there, 8 now)" in message
     assert "seed (0 there, 7 now)" in message
     assert "select" not in message.partition("differ:")[2].partition(".")[0]
-    assert "Choose another run_dir" in message
+    assert "Choose another run_dir, or set them back" in message  # a run's folder holds what was paid for
 
 
 def test_where_a_run_lives_is_no_difference(tmp_path):

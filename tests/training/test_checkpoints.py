@@ -1,4 +1,4 @@
-"""Which checkpoints of a fit count, told from the folders alone; no Ray."""
+"""Checkpoints of a fit that count, found from the folders alone; no Ray."""
 
 import json
 

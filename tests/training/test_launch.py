@@ -1,4 +1,4 @@
-"""When a fit gives up waiting for its workers, and what it says then."""
+"""A fit that gives up waiting for its workers, and its message."""
 
 import pytest
 import ray.train

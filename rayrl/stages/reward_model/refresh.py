@@ -28,7 +28,7 @@ class Refresh:
     run: Run
     services: Services
     m1: Checkpoint
-    """Where every reward model starts."""
+    """Checkpoint from which every reward model starts."""
     policy: Checkpoint
     """pi, trained with r; its samples are what r^ must fit."""
     preferences: Preferences

@@ -45,7 +45,7 @@ class Embedding:
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether items have to be tokenised here; otherwise the token ids of the responses table are embedded."""
+        """Return whether items are tokenised here; otherwise the token ids of the responses table are embedded."""
         return not self.uses_policy or self.text == "judge_prompt"
 
     def tokenizer(self) -> Any:

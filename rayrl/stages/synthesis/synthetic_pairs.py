@@ -56,7 +56,7 @@ class SyntheticPairs:
     rewards: ServedReward | BlockRewards
     samples: BlockTable
     folder: str
-    """Where the tables are."""
+    """Folder of the tables."""
 
     @property
     def scored(self) -> BlockTable:

@@ -1,4 +1,4 @@
-"""What answers come to, those that say nothing too."""
+"""Metrics of answers, empty ones included."""
 
 import numpy as np
 import pytest

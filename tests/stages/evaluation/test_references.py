@@ -1,4 +1,4 @@
-"""Win rates against a fixed table of answers: by the expert's verdicts on pairs where it gives any, else by scores."""
+"""Win rates against a fixed table of answers: by the oracle's verdicts on pairs where it gives any, else by scores."""
 
 import math
 import uuid
@@ -37,7 +37,7 @@ def test_the_place_of_an_answer_is_a_function_of_the_seed_and_both_places_are_as
 
 @pytest.fixture
 def compete(ray_cluster, tiny_policy, tmp_path):
-    """Policies' texts, by name, against the references under a scripted expert; the result and the ledger's summary."""
+    """Policies' texts, by name, against the references under a scripted oracle; the result and the ledger's summary."""
     import ray
 
     from rayrl.models.judge_prompt import load_rubric
@@ -48,9 +48,9 @@ def compete(ray_cluster, tiny_policy, tmp_path):
 
     def compete(function, policies, *, order="random", budget=1000):
         compare = function and f"tests.oracles.length_oracle:{function}"
-        expert = {"type": "scripted", "function": "tests.oracles.length_oracle:judge", "compare_function": compare}
+        scripted = {"type": "scripted", "function": "tests.oracles.length_oracle:judge", "compare_function": compare}
         evaluate = {"reference_answers": table | {"order": order}}
-        run = run_in(tmp_path, tiny_policy, {"data": {"path": "unused"}}, oracle=expert, evaluate=evaluate)
+        run = run_in(tmp_path, tiny_policy, {"data": {"path": "unused"}}, oracle=scripted, evaluate=evaluate)
         ids = [*read_references(run), "a prompt without a reference"]
         answers = {name: [answer(*of) for of in zip(ids, *told, strict=False)] for name, told in policies.items()}
         oracle = start_oracle_pool(

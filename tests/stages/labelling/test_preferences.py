@@ -11,7 +11,7 @@ from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer
 from rayrl.errors import DataError
-from rayrl.records import Comparison, PreferencePair, Response, Sampled, from_table, to_table
+from rayrl.records import Comparison, PreferencePair, Sampled, from_table, to_table
 from rayrl.runs.run import Run, read_manifest
 from rayrl.runs.stage_table import PREFERENCES
 from rayrl.stages.artifacts import Responses
@@ -19,6 +19,7 @@ from rayrl.stages.labelling.ask_pairs import count_answers, questions, verdict
 from rayrl.stages.labelling.comparisons import as_question, asked_before, draw_pairs, pair_texts, preferred
 from rayrl.stages.labelling.preferences import read_preferences
 from rayrl.stages.selection.select import num_possible_pairs, select
+from tests.fakes import sampled
 
 
 def run_in(folder, policy, preferences, max_model_len=None, **tables):
@@ -130,24 +131,8 @@ def test_equal_answers_and_files_without_a_pair_are_refused(tmp_path, tiny_polic
 # From comparisons.
 
 
-def sampled(num, prompt="p"):
-    responses = [
-        Response(
-            id=f"{prompt}-{i}",
-            text=f"text {i}",
-            token_ids=[10 + i, 2],
-            seed=i,
-            policy_version="m1",
-            logprob=-float(i),
-            finish_reason="stop",
-        )
-        for i in range(num)
-    ]
-    return Sampled(prompt_id=prompt, prompt="?", prompt_token_ids=[1, 5], responses=responses)
-
-
 def answered(pair, order, *preferences):
-    """What the expert would answer to the questions about a pair."""
+    """Answers of the oracle to the questions about a pair."""
     rest = {"key": "k", "oracle": "o", "rationale": "silent", "purpose": "label", "cost_usd": 0.0}
     return [
         replace(question, **rest, preference=preference, status="scored" if preference else "abstained")
@@ -271,7 +256,7 @@ def test_a_pair_is_known_from_an_earlier_round_in_either_order_by_its_texts(tmp_
     assert asked_before([]) == set()
 
 
-# With the policy and the expert, on Ray.
+# With the policy and the oracle, on Ray.
 
 
 class Fleets:
@@ -295,7 +280,7 @@ class Fleets:
 
 @pytest.fixture
 def gather(generators, embedders, tiny_policy, tmp_path):
-    """Runs the stage with a scripted expert under a fresh pool; (D, the ledger's summary) of it."""
+    """Runs the stage with a scripted oracle under a fresh pool; (D, the ledger's summary) of it."""
     import ray
 
     from rayrl.models.judge_prompt import load_rubric

@@ -1,4 +1,4 @@
-"""What the evaluator is trained and validated on."""
+"""Training and validation data of the evaluator."""
 
 import dataclasses
 from collections import Counter

@@ -6,28 +6,13 @@ import pyarrow as pa
 
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable
-from rayrl.records import PreferencePair, Response, Sampled, from_table, to_table
+from rayrl.records import PreferencePair, Sampled, from_table, to_table
 from rayrl.stages.proxy.pair_blocks import PairBlocks, pairs_of
 from rayrl.stages.synthesis.synthetic_pairs import BlockRewards, SyntheticPairs
+from tests.fakes import sampled
 
 BEST_WORST = PseudoLabelConfig()
 MARGIN = PseudoLabelConfig(pairing="margin", min_margin=1.0)
-
-
-def sampled(num, prompt="p"):
-    responses = [
-        Response(
-            id=f"{prompt}-{i}",
-            text=f"text {i}",
-            token_ids=[10 + i, 2],
-            seed=i,
-            policy_version="m1",
-            logprob=-float(i),
-            finish_reason="stop",
-        )
-        for i in range(num)
-    ]
-    return Sampled(prompt_id=prompt, prompt="?", prompt_token_ids=[1, 5], responses=responses)
 
 
 def pairs(scores, config, sources=None):

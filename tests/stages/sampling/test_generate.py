@@ -1,4 +1,4 @@
-"""What counts as a response, and where its randomness comes from."""
+"""Generation: texts that count as responses, and the seeds that they come from."""
 
 from rayrl.records import Response
 from rayrl.stages.sampling.generate import distinct, response_seed

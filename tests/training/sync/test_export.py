@@ -1,4 +1,4 @@
-"""What is exported is what was trained, in one file or in many."""
+"""An export holds the weights that were trained, in one file or in many."""
 
 import asyncio
 import json
