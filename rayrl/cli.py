@@ -107,7 +107,7 @@ def runs(
     for config in sorted(map(str, fs.glob(f"{path}/*/config.json"))):
         try:
             facts = summarize_run(fs.unstrip_protocol(config.rpartition("/")[0]))
-        except DataError as error:  # of another version, say: no reason to hide the other runs
+        except DataError as error:  # a run of another version must not hide the others
             refusals.append(str(error))
             continue
         done = [stage.stage for stage in facts.stages if stage.state == "done"]

@@ -50,6 +50,12 @@ def content_id(*parts: str) -> str:
     return digest.hexdigest()
 
 
+def drawn_seed(*parts: str) -> int:
+    """A seed (63 bits) that follows from some text."""
+    # 63 bits: vLLM and torch take signed seeds.
+    return int(content_id(*parts), 16) >> 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """Weights that can be served or trained from."""
@@ -96,6 +102,16 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A response to be scored by an evaluator or a reward model."""
+
+    prompt: str
+    response: str
+    token_ids: list[int]
+    """Prompt and response, as the policy read and wrote them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """A prompt with its k responses: one row of the responses table."""
 
@@ -110,15 +126,12 @@ class Sampled:
     num_duplicates: int = 0
     """Samples dropped because an earlier one of this prompt has the same text."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """A response to be scored by an evaluator or a reward model."""
-
-    prompt: str
-    response: str
-    token_ids: list[int]
-    """Prompt and response, as the policy read and wrote them."""
+    def items(self) -> list[Scored]:
+        """List the responses, in order, as an evaluator or a reward model reads them."""
+        return [
+            Scored(prompt=self.prompt, response=response.text, token_ids=self.prompt_token_ids + response.token_ids)
+            for response in self.responses
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +144,10 @@ class HeldOutAnswer:
     response: str
     token_ids: list[int]
     reward: float | None
+
+    def as_item(self) -> Scored:
+        """Return the answer as evaluators and reward models read it."""
+        return Scored(prompt=self.prompt, response=self.response, token_ids=self.prompt_token_ids + self.token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,11 +150,11 @@ def test_runs_of_both_pipelines_are_listed(run_dir, rlp_run_dir, capsys, monkeyp
         ),
         ("generators", "a size must be ROLE=N"),
         ("generators=", "the size of generators must be a number above 0 (generators=4), a range (generators=2-8), or"),
-        ("generators=0", "auto for what the config says, got '0'"),
+        ("generators=0", "auto for the size that the config gives, got '0'"),
         ("generators=8-2", "got '8-2'"),
         ("generators=-3", "got '-3'"),
         ("embedders=2.5", "got '2.5'"),
-        ("oracle=2-8", "the size of oracle must be one number, got '2-8'"),
+        ("oracle=2-8", "the size of oracle must be one number (oracle=8), got '2-8'"),
     ],
 )
 def test_sizes_that_say_nothing_are_refused_before_a_cluster_is_looked_for(capsys, size, message):

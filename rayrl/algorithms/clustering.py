@@ -30,7 +30,7 @@ def distinct(texts: Sequence[str]) -> tuple[list[str], Int64[np.ndarray, " n"]]:
 
 
 def always_undecided(labels: Int[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
-    """Read both directions of every pair: right for any definition, and twice the work of the cheapest."""
+    """Return a mask of all pairs, so that both directions of each are read: right for any definition, and slow."""
     return np.ones(len(labels), np.bool_)
 
 

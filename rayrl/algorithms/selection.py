@@ -228,8 +228,8 @@ def k_center(
 def _refuse_number(num_selected: int, num_points: int) -> None:
     if not 1 <= num_selected <= num_points:
         raise ConfigError(
-            f"num_selected must be between 1 and the pool size {num_points}, got {num_selected}: "
-            "lower the budget or enlarge the pool"
+            f"select.budget must pick between 1 and all {num_points} candidates, got {num_selected}: "
+            "lower the budget, or add prompts to the pool"
         )
 
 

@@ -5,15 +5,14 @@ scipy, ray or vllm, so that `--help`, `--plan` and a refusal take well under two
 published for arXiv 2407.02119; jobs/README.md has a table of them.
 """
 
-from rayrl.config.data import DataConfig, PoolConfig, ReferenceAnswersConfig, SeedDataConfig
+from rayrl.config.data import DataConfig, ReferenceAnswersConfig, SeedDataConfig
 from rayrl.config.dpo import DpoConfig
 from rayrl.config.engines import EngineConfig
-from rayrl.config.evaluate import EvaluateConfig, LmEvalConfig
 from rayrl.config.evaluator import EvaluatorConfig
 from rayrl.config.generate import GenerateConfig
 from rayrl.config.loading import load_config
-from rayrl.config.oracle import HttpOracleConfig, OracleConfig, OracleLimits, ReplayOracleConfig, ScriptedOracleConfig
-from rayrl.config.policy import Dtype, PolicyConfig
+from rayrl.config.oracle import HttpOracleConfig, OracleBase, OracleConfig, ReplayOracleConfig, ScriptedOracleConfig
+from rayrl.config.policy import PolicyConfig
 from rayrl.config.ppo import PpoConfig
 from rayrl.config.preferences import PreferenceDataConfig, PreferencesConfig
 from rayrl.config.pseudo_label import PseudoLabelConfig
@@ -21,29 +20,25 @@ from rayrl.config.refresh import OcrmConfig, RefreshConfig, SpgConfig, UmlConfig
 from rayrl.config.reward_model import RewardModelConfig
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.run import RunConfig
-from rayrl.config.select import SelectConfig, Unit
+from rayrl.config.select import SelectConfig
 from rayrl.config.sft import SftConfig
 from rayrl.config.table import Table
-from rayrl.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
+from rayrl.config.tracking import MlflowConfig, WandbConfig
 from rayrl.config.training import LoraConfig, TrainingConfig
 
 __all__ = [
     "DataConfig",
     "DpoConfig",
-    "Dtype",
     "EngineConfig",
-    "EvaluateConfig",
     "EvaluatorConfig",
     "GenerateConfig",
     "HttpOracleConfig",
-    "LmEvalConfig",
     "LoraConfig",
     "MlflowConfig",
     "OcrmConfig",
+    "OracleBase",
     "OracleConfig",
-    "OracleLimits",
     "PolicyConfig",
-    "PoolConfig",
     "PpoConfig",
     "PreferenceDataConfig",
     "PreferencesConfig",
@@ -60,10 +55,8 @@ __all__ = [
     "SftConfig",
     "SpgConfig",
     "Table",
-    "TrackingConfig",
     "TrainingConfig",
     "UmlConfig",
-    "Unit",
     "WandbConfig",
     "load_config",
 ]

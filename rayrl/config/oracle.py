@@ -1,7 +1,7 @@
 """Oracle settings: limits, prices, and where each type finds its answers.
 
 An oracle type is one class here, which answers for itself what the rest of the package needs to know about it, and one
-implementation in `rayrl.oracles`. A new type derives from `OracleLimits`, names its implementation, and joins the union
+implementation in `rayrl.oracles`. A new type derives from `OracleBase`, names its implementation, and joins the union
 `OracleConfig`; no other module distinguishes types.
 """
 
@@ -41,8 +41,8 @@ class OracleTable:
     """Columns it must have."""
 
 
-class OracleLimits(Table):
-    """Limits of every oracle, and the questions that every type answers; the answers here suit a free, local oracle."""
+class OracleBase(Table):
+    """Base of every oracle type: its limits, and what a type answers about itself, as a free, local oracle would."""
 
     implementation: ClassVar[str]
     """"module:class" of the `rayrl.oracles.protocol.Oracle` that is built from this config and a `Rubric`. It is named
@@ -92,7 +92,7 @@ class OracleLimits(Table):
         return None
 
 
-class HttpOracleConfig(OracleLimits):
+class HttpOracleConfig(OracleBase):
     """Any OpenAI-compatible chat endpoint."""
 
     implementation: ClassVar[str] = "rayrl.oracles.http:HttpOracle"
@@ -146,7 +146,7 @@ class HttpOracleConfig(OracleLimits):
         )
 
 
-class ScriptedOracleConfig(OracleLimits):
+class ScriptedOracleConfig(OracleBase):
     """Python functions: one judges a response, the other (if there is one) compares two. None abstains."""
 
     implementation: ClassVar[str] = "rayrl.oracles.scripted:ScriptedOracle"
@@ -180,7 +180,7 @@ class ScriptedOracleConfig(OracleLimits):
         return functions
 
 
-class ReplayOracleConfig(OracleLimits):
+class ReplayOracleConfig(OracleBase):
     """Tables of judgements and of comparisons made earlier; questions that they do not hold abstain."""
 
     implementation: ClassVar[str] = "rayrl.oracles.replay:ReplayOracle"

@@ -73,14 +73,18 @@ class PpoConfig(TrainingConfig):
         if (self.reward == "function") != (self.function is not None):
             raise ValueError('ppo.function and ppo.reward = "function" go together: set both or neither')
         if self.target_kl is not None and self.kl_coef == 0:
-            raise ValueError("ppo.kl_coef must be above 0 with ppo.target_kl, which multiplies it; got 0")
+            raise ValueError(
+                "ppo.kl_coef must be above 0 with ppo.target_kl, which multiplies it, got 0; raise it, or leave "
+                "ppo.target_kl out"
+            )
         if self.target_kl is not None and self.kl_horizon < self.rollout_size:
             raise ValueError(
                 f"ppo.kl_horizon must be at least ppo.rollout_size ({self.rollout_size}), got {self.kl_horizon}: "
-                "the coefficient would change its sign"
+                "the coefficient would change its sign; raise it"
             )
         if self.batch_size > self.rollout_size:
             raise ValueError(
-                f"ppo.batch_size must be at most ppo.rollout_size ({self.rollout_size}), got {self.batch_size}"
+                f"ppo.batch_size must be at most ppo.rollout_size ({self.rollout_size}), got {self.batch_size}; "
+                "lower it"
             )
         return self

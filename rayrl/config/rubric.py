@@ -19,5 +19,8 @@ class RubricConfig(Table):
     @model_validator(mode="after")
     def _scale(self) -> "RubricConfig":
         if self.min_score >= self.max_score:
-            raise ValueError("min_score must be below max_score")
+            raise ValueError(
+                f"rubric.min_score must be below rubric.max_score, got {self.min_score} and {self.max_score}; "
+                "lower the first or raise the second"
+            )
         return self

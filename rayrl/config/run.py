@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.algorithms.pairing import PAIRINGS
 from rayrl.config.data import PoolConfig, SeedDataConfig
 from rayrl.config.dpo import DpoConfig
@@ -107,6 +108,11 @@ class RunConfig(Table):
         return self.learns_from_judgements or num_evaluation_queries > 0
 
     @property
+    def best_of_n(self) -> int:
+        """Return how many of M1's answers the control best of n picks from; 0 without it, and always in proxy DPO."""
+        return self.evaluate.best_of_n if self.pipeline == "rlp" else 0
+
+    @property
     def rewards_by_embedders(self) -> bool:
         """rlp: whether embedding replicas serve the reward, not generators or a function."""
         match self.ppo.reward:
@@ -177,8 +183,8 @@ def _check_pairs(config: RunConfig) -> None:
     pairing = config.pseudo_label.pairing
     if is_proxy_dpo and PAIRINGS[pairing].num_pairs(config.generate.k) < 1:
         raise ValueError(
-            f'generate.k must be at least 2 when pseudo_label.pairing is "{pairing}", got {config.generate.k}: pairs '
-            "are of responses to one prompt; raise it"
+            f'generate.k is too small for pseudo_label.pairing = "{pairing}", which makes no pair of '
+            f"{config.generate.k} responses to a prompt; raise it"
         )
     if is_proxy_dpo and config.labels == "direct" and config.select.unit != "prompt":
         raise ValueError(
@@ -187,7 +193,10 @@ def _check_pairs(config: RunConfig) -> None:
         )
     evaluator = config.evaluator
     if evaluator.type == "scalar" and evaluator.loss == "bradley_terry" and config.select.unit != "prompt":
-        raise ValueError('evaluator.loss = "bradley_terry" needs pairs of paid responses: set select.unit = "prompt"')
+        raise ValueError(
+            'evaluator.loss = "bradley_terry" needs pairs of paid responses, so select.unit must be "prompt", got '
+            '"response"; set select.unit = "prompt"'
+        )
 
 
 def _check_rounds(config: RunConfig) -> None:
@@ -231,7 +240,7 @@ def _least_queries(config: RunConfig) -> int:
     """Count the queries that are asked together or not at all: the fewest that a round can ask."""
     if config.asks_for_comparisons:
         assert config.preferences is not None
-        return 2 if config.preferences.order == "both" else 1
+        return queries_per_pair(config.preferences.order)
     return config.generate.k if config.select.unit == "prompt" else 1
 
 

@@ -66,7 +66,7 @@ class BlockTable:
         storage.write_bytes(self.part(block), sink.getvalue())
 
     def blocks(self) -> Iterator[pa.Table]:
-        """Every block in order; one in memory at a time."""
+        """Yield every block in order; one is in memory at a time."""
         for block in range(self.num_blocks):
             yield self.read(block)
 

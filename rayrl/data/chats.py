@@ -9,6 +9,7 @@ import json
 import re
 from typing import cast
 
+from rayrl.data.rows import SHOWN_CHARACTERS
 from rayrl.errors import DataError
 
 Messages = list[dict[str, str]]
@@ -17,8 +18,6 @@ ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}
 """Published names of roles; a role that is not listed keeps its name."""
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 """Roles of the speakers of a dialogue in one string."""
-SHOWN_CHARACTERS = 80
-"""Of a cell, in messages."""
 
 
 def read_chat(cell: object, where: str) -> Messages:

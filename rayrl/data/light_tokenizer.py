@@ -57,7 +57,7 @@ class LightTokenizer:
         return self._compiled.render(messages=conversation, **self._special_tokens, **options)
 
     def count_tokens(self, rendered: list[str], *, add_special_tokens: bool) -> list[int]:
-        """Tokens of each text; special ones are added to plain text only (a template writes its own)."""
+        """Count the tokens of each text; special tokens go on plain text only, since a template writes its own."""
         encoded = self._tokenizer.encode_batch_fast(rendered, add_special_tokens=add_special_tokens)
         return [len(encoding.ids) for encoding in encoded]
 
@@ -82,7 +82,7 @@ def load_light_tokenizer(folder: str) -> LightTokenizer | None:
 
 
 def _chat_template(folder: str, settings: TokenizerSettings) -> str | None:
-    """The chat template: a file of its own goes before the setting, as in transformers."""
+    """Read the chat template: a file of its own goes before the setting, as in transformers."""
     path = storage.join(folder, "chat_template.jinja")
     if storage.exists(path):
         return storage.read_bytes(path).decode()
@@ -97,7 +97,7 @@ def _chat_template(folder: str, settings: TokenizerSettings) -> str | None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The Jinja dialect of chat templates, as transformers documents it."""
+    """Make the Jinja environment of chat templates, as transformers documents it."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rayrl.config import PreferenceDataConfig
-from rayrl.data.chats import SHOWN_CHARACTERS, read_chat, read_list, read_message, split_reply
+from rayrl.data.chats import read_chat, read_list, read_message, split_reply
 from rayrl.data.reading import Render, prompt_of, text_cell
-from rayrl.data.rows import SourceRow, rows_with
+from rayrl.data.rows import SHOWN_CHARACTERS, SourceRow, rows_with
 from rayrl.errors import DataError
 from rayrl.records import Prompt
 
@@ -110,7 +110,7 @@ def _prompt(row: SourceRow, config: PreferenceDataConfig, render: Render, where:
 
 
 def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: str) -> list[RankedReply]:
-    """All replies of a row that have a rank, in the order of the row."""
+    """Read all replies of a row that have a rank, in the order of the row."""
     texts: list[tuple[str, float]] = []
     if config.replies_column is not None:
         for cell in read_list(row.get(config.replies_column), where):
@@ -128,7 +128,7 @@ def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: s
 
 
 def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) -> str:
-    """The text of a reply; of a chat, its last assistant message."""
+    """Read the text of a reply; of a chat, its last assistant message."""
     is_whole_chat = _holds_whole_chats(config)
     if isinstance(cell, str | None) and not is_whole_chat:
         return cell or ""
@@ -159,7 +159,7 @@ def _differ_before_the_reply(row: SourceRow, config: PreferenceDataConfig, where
 
 
 def _rank(cell: object, where: str) -> float:
-    """A reply's rank; NaN where it has none."""
+    """Read a reply's rank; NaN where it has none."""
     assert isinstance(cell, dict)  # read_message refused it otherwise
     rank = cell.get("rank")
     if rank is None:

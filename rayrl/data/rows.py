@@ -31,7 +31,7 @@ PEEKED_ROWS = 20
 """Rows that tell the columns of a source: JSON rows may leave a column out, so one row is not enough."""
 BATCH_ROWS = 1024
 SHOWN_CHARACTERS = 80
-"""Of a row, in messages."""
+"""Of a row or cell, in messages."""
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowInvalid)
 
 

@@ -38,6 +38,7 @@ from rayrl.engines.start import EngineSpec
 from rayrl.engines.weight_folder import Probe
 from rayrl.records import Checkpoint
 
+NO_TRANSFER = 'ppo.weight_transfer must be "auto" or "folder" with simulated engines, got "nccl"; leave it out'
 DIMENSION = 64
 """Coordinates of an embedding."""
 FIRST_TOKEN = 100
@@ -91,12 +92,12 @@ class SimulatedEngine(Serving):
         self.swaps_s.append(self._swap_s)
 
     async def join(self, init_info: dict[str, Any], timeout_s: float) -> None:
-        raise NotImplementedError("simulated engines take their weights by name")
+        raise NotImplementedError(NO_TRANSFER)
 
     async def receive(
         self, checkpoint: Checkpoint, probe: Probe, update_info: dict[str, Any], in_flight: bool, timeout_s: float
     ) -> None:
-        raise NotImplementedError("simulated engines take their weights by name")
+        raise NotImplementedError(NO_TRANSFER)
 
     async def probe(self, expected: Probe, checkpoint: Checkpoint) -> float:
         return 0.0

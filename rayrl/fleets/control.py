@@ -145,7 +145,10 @@ class Driver:
         ask(self._control, "show", role, name, actor)
 
     def follow(self) -> bool:
-        """Report to the control again and again; True once an operator ends the run, False once the run is over."""
+        """Report to the control again and again.
+
+        Return True when an operator ends the run, False when the run is over.
+        """
         while True:
             try:
                 # Without retries: at the end of a run the control is gone, and Ray would log a retry as a fault.

@@ -161,7 +161,7 @@ class Fleet:
             raise WeightSyncError(f"{self.name}: replicas serve {stale} instead of {checkpoint.version}")
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[ReplicaStatus]:
-        """Wait until the fleet has its minimum of ready replicas; the reports of all that are ready then.
+        """Wait until the fleet has its minimum of ready replicas, and return the reports of all that are ready then.
 
         Raises:
             StageTimeout: they were not ready in time; the message gives their number, and what the cluster has free.

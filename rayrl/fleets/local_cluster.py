@@ -7,7 +7,7 @@ A head without CPUs and worker nodes, each a raylet with processes of its own:
         cluster.kill(cluster.workers[0])
         cluster.add()
 
-A node that is killed dies as a machine does: all of its processes at once, without a word to the others. With a
+A node that is killed dies as a machine does: all of its processes at once, and no other node is notified. With a
 `rayrl.fleets.local_network.Network`, each worker node is a host whose link can be cut.
 """
 

@@ -140,7 +140,7 @@ class Router:
             self._show()
 
     async def lease(self, num_items: int = 1, wait_s: float = WAIT_S) -> Lease | FleetState:
-        """Wait for a replica with room and lease it; the fleet's state if there is none in time.
+        """Wait for a replica with room and lease it. Return the fleet's state instead if there is none in time.
 
         Args:
             num_items: prompts, inputs or pairs in the call.

@@ -65,12 +65,10 @@ class Services:
         """Return the fleet of this use, and start it if it is not up.
 
         Args:
-            use: role, model and pooling of the fleet, as in the stage table.
+            use: role, model and pooling of the fleet, as in the stage table; of generators or embedders.
             checkpoint: the weights with which engines start. A fleet that is up keeps the weights that it has, and
-                swaps when a request names others. An entailment fleet has its model from the config instead.
+                swaps when a request names others.
         """
-        if use.role == "entailment":
-            return self.entailment(self.run.config.refresh.spg)
         name = fleet_name(use, checkpoint)
         if name not in self._fleets:
             self._make_room()

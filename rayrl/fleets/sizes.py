@@ -38,12 +38,12 @@ def _parse(argument: str) -> tuple[str, Size]:
     are_positive = all(bound.isdecimal() and int(bound) > 0 for bound in (least, most))
     if not are_positive or int(least) > int(most):
         raise ConfigError(
-            f"the size of {role} must be a number above 0 ({role}=4), a range ({role}=2-8), or auto for what the "
-            f"config says, got {text!r}"
+            f"the size of {role} must be a number above 0 ({role}=4), a range ({role}=2-8), or auto for the "
+            f"size that the config gives, got {text!r}"
         )
     if role == "oracle" and dash:
         raise ConfigError(
-            f"the size of oracle must be one number, got {text!r}: it is how many questions may be asked at once, and "
-            "how many are follows the queue by itself"
+            f"the size of oracle must be one number (oracle=8), got {text!r}: it is the most questions asked at once, "
+            "and fewer are asked when fewer wait"
         )
     return role, Size(least=int(least), most=int(most))

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 if TYPE_CHECKING:
     import ray.util.metrics
@@ -21,6 +21,14 @@ SEND_AGAIN_S = 5.0
 
 _METERS: list["Meter"] = []
 _lock = threading.Lock()
+
+
+class RayOptions(TypedDict):
+    """Arguments of a metric of Ray's."""
+
+    name: str
+    description: str
+    tag_keys: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -34,7 +42,6 @@ class Meter:
     labels: tuple[str, ...] = ()
     values: dict[tuple[str, ...], float] = field(default_factory=dict, init=False)
     """What this process has counted or last set, by the values of the labels."""
-    kind: ClassVar[str]
     suffix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -53,6 +60,9 @@ class Meter:
         assert labels.keys() == set(self.labels), f"{self.name} has the labels {self.labels}, got {tuple(labels)}"
         return tuple(labels[name] for name in self.labels)
 
+    def _ray_options(self) -> RayOptions:
+        return {"name": f"rayrl_{self.name}", "description": self.about, "tag_keys": ("run", *self.labels)}
+
     def _tags(self, key: tuple[str, ...]) -> dict[str, str]:
         return {"run": run_name(), **dict(zip(self.labels, key, strict=True))}
 
@@ -60,7 +70,6 @@ class Meter:
 class Counter(Meter):
     """A number that only grows. Prometheus adds `_total` to its name."""
 
-    kind = "counter"
     suffix = "_total"
 
     def __post_init__(self) -> None:
@@ -82,16 +91,12 @@ class Counter(Meter):
         import ray.util.metrics
 
         if self._ray_counter is None:
-            self._ray_counter = ray.util.metrics.Counter(
-                f"rayrl_{self.name}", description=self.about, tag_keys=("run", *self.labels)
-            )
+            self._ray_counter = ray.util.metrics.Counter(**self._ray_options())
         return self._ray_counter
 
 
 class Gauge(Meter):
     """A value that may rise and fall."""
-
-    kind = "gauge"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,9 +127,7 @@ class Gauge(Meter):
         import ray.util.metrics
 
         if self._ray_gauge is None:
-            self._ray_gauge = ray.util.metrics.Gauge(
-                f"rayrl_{self.name}", description=self.about, tag_keys=("run", *self.labels)
-            )
+            self._ray_gauge = ray.util.metrics.Gauge(**self._ray_options())
         return self._ray_gauge
 
 

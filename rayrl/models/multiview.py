@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rayrl.algorithms.information import Gaussian, uml_loss
+from rayrl.algorithms.information import UML_OBJECTIVES, Gaussian, uml_loss
 from rayrl.config import UmlConfig
 from rayrl.models.reward_model import RewardModel
 from rayrl.models.view_networks import Critic, GaussianEncoder
@@ -21,8 +21,8 @@ class MultiViewRewardModel(nn.Module):
         self.uml = uml
         if uml is not None:
             view_dim = reward_model.head.in_features
-            # "infomax" compares a code with a view, the other objectives compare two codes.
-            first_dim = view_dim if uml.objective == "infomax" else uml.z_dim
+            # The critic compares a code with a view ("infomax"), or two codes.
+            first_dim = view_dim if UML_OBJECTIVES[uml.objective].scores_views else uml.z_dim
             self.encoder = GaussianEncoder(view_dim, uml.z_dim, uml.hidden_dim)
             self.critic = Critic(first_dim, uml.z_dim, uml.hidden_dim)
 

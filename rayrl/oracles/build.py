@@ -3,12 +3,12 @@
 import importlib
 from collections.abc import Callable
 
-from rayrl.config import OracleLimits
+from rayrl.config import OracleBase
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.protocol import Oracle
 
 
-def build_oracle(config: OracleLimits, rubric: Rubric) -> Oracle:
+def build_oracle(config: OracleBase, rubric: Rubric) -> Oracle:
     """Build a config's implementation, on a rubric.
 
     Raises:
@@ -17,5 +17,5 @@ def build_oracle(config: OracleLimits, rubric: Rubric) -> Oracle:
     """
     module, _, name = config.implementation.partition(":")
     # Imported by name and only here: the SDK of a chat endpoint takes a second, and other types need not pay that.
-    implementation: Callable[[OracleLimits, Rubric], Oracle] = getattr(importlib.import_module(module), name)
+    implementation: Callable[[OracleBase, Rubric], Oracle] = getattr(importlib.import_module(module), name)
     return implementation(config, rubric)

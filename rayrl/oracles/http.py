@@ -233,7 +233,7 @@ def _require_plain_url(url: str) -> None:
 
 
 def _usage(body: str) -> _Usage | None:
-    """Tokens that the server counted; None if it does not tell."""
+    """Read how many tokens the server counted; None if it gives no count."""
     try:
         return _Completion.model_validate_json(body).usage
     except ValidationError:

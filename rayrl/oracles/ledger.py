@@ -7,7 +7,7 @@ ever after.
 
 One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this process
 works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call. The ledger makes no
-calls, and does not wait: `rayrl.oracles.pool` does both.
+calls and waits for no budget: `rayrl.oracles.pool` does both.
 """
 
 import asyncio
@@ -71,8 +71,7 @@ class Ledger:
         path = working_copy(location, self._scratch.name) if self._scratch else Path(location)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._owner = own(path, owner_wait_s)
-        # Reentrant: a transaction holds it, and what runs inside one may take it again.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._uploading = asyncio.Lock()
         self._num_writes = self._num_uploaded = 0
         try:
@@ -113,19 +112,18 @@ class Ledger:
     def commit(self, reserved: Reserved[Question], verdict: Verdict) -> Question:
         """Keep the result of the call. An abstention that cost nothing gives its reservation back."""
         answer = answered(reserved.question, verdict)
-        is_refunded = verdict.score is None and not verdict.billed
         with self._transaction() as db:
             sql.settle(
                 db,
                 reserved.attempt,
                 answer,
-                state="refunded" if is_refunded else answer.status,
+                state="refunded" if verdict.is_refunded else answer.status,
                 input_tokens=verdict.input_tokens,
                 output_tokens=verdict.output_tokens,
             )
         with self._lock:
             self._spent_usd += answer.cost_usd - reserved.estimated_usd
-            if is_refunded:
+            if verdict.is_refunded:
                 self._num_spent[answer.purpose] -= 1
         return answer
 

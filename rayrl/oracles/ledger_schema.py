@@ -39,6 +39,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON attempts (key)
     WHERE state IN ('reserved', 'scored', 'abstained');
 """
 
+_COLUMNS_OF_COMPARISONS = {"first_id", "second_id", "preference"}
+
 KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
 LOSE = "UPDATE attempts SET state = 'lost' WHERE attempt = ?"
 LOSE_ALL = "UPDATE attempts SET state = 'lost' WHERE state = 'reserved'"
@@ -62,13 +64,17 @@ def connect(path: Path) -> sqlite3.Connection:
     """Open the ledger in a file, made if need be.
 
     Raises:
-        sqlite3.DatabaseError: the file is something else.
+        sqlite3.DatabaseError: the file is something else, or a ledger of another version.
     """
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
     db.execute("PRAGMA synchronous = FULL")
     db.executescript(_SCHEMA)
+    columns = {row["name"] for row in db.execute("PRAGMA table_info(attempts)")}
+    if not columns >= _COLUMNS_OF_COMPARISONS:  # an older ledger would fail only after questions were paid for
+        db.close()
+        raise sqlite3.DatabaseError("its table is of another version of rayrl; choose another run_dir")
     return db
 
 

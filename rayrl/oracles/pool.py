@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrl.config import OracleLimits
+from rayrl.config import OracleBase
 from rayrl.errors import BudgetExhausted, RunDirectoryError, StageTimeout
 from rayrl.metrics import meters
 from rayrl.metrics.fleet_state import FleetState
@@ -47,7 +47,7 @@ class OraclePool:
         budgets: how many queries each purpose may pay for.
     """
 
-    def __init__(self, config: OracleLimits, rubric: Rubric, ledger: str, budgets: Mapping[str, int]) -> None:
+    def __init__(self, config: OracleBase, rubric: Rubric, ledger: str, budgets: Mapping[str, int]) -> None:
         prices = config.prices()
         budget_usd = prices.budget_usd if prices else None
         self._rubric = rubric
@@ -197,7 +197,7 @@ class OraclePool:
 
 
 def start_oracle_pool(
-    run_name: str, config: OracleLimits, *, rubric: Rubric, ledger: str, budgets: Mapping[str, int]
+    run_name: str, config: OracleBase, *, rubric: Rubric, ledger: str, budgets: Mapping[str, int]
 ) -> ActorHandle[OraclePool]:
     """Check the oracle, then start the run's one pool as the actor `<run name>-oracle` on the driver's node.
 

@@ -23,6 +23,11 @@ class Verdict:
     input_tokens: int = 0
     output_tokens: int = 0
 
+    @property
+    def is_refunded(self) -> bool:
+        """Return whether the call gives its reservation back: an abstention that cost nothing does."""
+        return self.score is None and not self.billed
+
 
 class Oracle(Protocol):
     """Judges responses on a rubric, and compares them. Built from its config and the rubric."""

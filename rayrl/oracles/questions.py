@@ -50,13 +50,17 @@ async def call(question: Judgement | Comparison, oracle: Oracle) -> Verdict:
 
 def answered(question: Question, verdict: Verdict) -> Question:
     """Fill in the result of a call. An abstention that was not billed costs nothing, whatever it was priced at."""
-    status: Status = "abstained" if verdict.score is None else "scored"
-    is_refunded = verdict.score is None and not verdict.billed
-    cost_usd = 0.0 if is_refunded else verdict.cost_usd
+    cost_usd = 0.0 if verdict.is_refunded else verdict.cost_usd
+    rationale = verdict.rationale
     if isinstance(question, Judgement):
-        return replace(question, status=status, score=verdict.score, rationale=verdict.rationale, cost_usd=cost_usd)
-    preference = None if verdict.score is None else _PREFERENCES[verdict.score]
-    return replace(question, status=status, preference=preference, rationale=verdict.rationale, cost_usd=cost_usd)
+        status: Status = "abstained" if verdict.score is None else "scored"
+        return replace(question, status=status, score=verdict.score, rationale=rationale, cost_usd=cost_usd)
+    preference = None if verdict.score is None else _PREFERENCES.get(verdict.score)
+    if verdict.score is not None and preference is None:
+        # An oracle type with a fault. The call was paid for, so it must end in the ledger.
+        rationale = f"the score of a comparison must be one of {sorted(_PREFERENCES)}, got {verdict.score}"
+    status = "abstained" if preference is None else "scored"
+    return replace(question, status=status, preference=preference, rationale=rationale, cost_usd=cost_usd)
 
 
 def reused(question: Question, paid: Judgement | Comparison) -> Question:

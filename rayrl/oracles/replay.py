@@ -68,7 +68,7 @@ class ReplayOracle:
             key = content_id(str(row[config.prompt_column]), str(row[config.response_column]))
             self._scores.setdefault(key, (_number(row[config.score_column]), _rationale(row, config)))
         if not self._scores:
-            raise DataError(f"oracle.path {path} holds no judgements")
+            raise DataError(f"oracle.path {path} holds no judgements; name a table with a row for each")
 
     def _read_comparisons(self, config: ReplayOracleConfig, path: str) -> None:
         """Read the rows whose preference is one of the three words, and skip all others."""
@@ -83,7 +83,8 @@ class ReplayOracle:
         if not self._shares:
             words = '"first", "second" or "tie"'
             raise DataError(
-                f"oracle.comparisons_path {path} must say {words} in column {config.preference_column}, and no row does"
+                f"oracle.comparisons_path {path} must hold {words} in column {config.preference_column}, "
+                "and no row does; name the right table, or oracle.preference_column"
             )
 
 

@@ -4,7 +4,7 @@ from ray.actor import ActorHandle
 
 from rayrl.fleets.services import Services
 from rayrl.runs.run import Manifest, Run
-from rayrl.runs.stage_metrics import EvaluateMetrics
+from rayrl.runs.stage_metrics import M1, EvaluateMetrics
 from rayrl.stages.artifacts import Judgements
 from rayrl.stages.evaluation.evaluate import evaluate
 from rayrl.stages.labelling.query import query
@@ -38,4 +38,4 @@ def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest[Eva
         pairs = pseudo_label(now, services, policy, evaluator, responses, judgements)
         policy = dpo(now, services, policy, pairs)  # M2 = DPO(M1, P)
     rewards = {"evaluator": evaluator} if evaluator is not None else {}
-    return evaluate(run, services, oracle, pool, {"m1": m1, "m2": policy}, rewards)
+    return evaluate(run, services, oracle, pool, {M1: m1, "m2": policy}, rewards)

@@ -5,11 +5,11 @@ from ray.actor import ActorHandle
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run, round_name
-from rayrl.runs.stage_metrics import EvaluateMetrics
+from rayrl.runs.stage_metrics import M1, EvaluateMetrics
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED
 from rayrl.stages.artifacts import Judgements, Pool, Preferences
 from rayrl.stages.evaluation.audit_pairs import audit_pairs
-from rayrl.stages.evaluation.evaluate import M1, evaluate
+from rayrl.stages.evaluation.evaluate import evaluate
 from rayrl.stages.evaluation.track_rewards import track_rewards
 from rayrl.stages.labelling.comparisons import compare
 from rayrl.stages.labelling.preferences import read_preferences

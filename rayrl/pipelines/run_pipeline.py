@@ -22,7 +22,6 @@ from rayrl.report.page import write_report
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run, open_run
 from rayrl.runs.stage_metrics import EvaluateMetrics
-from rayrl.runs.stage_table import reward_fleets
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +75,7 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
 def evaluators_role(config: RunConfig) -> str:
     """Return the fleets that `rayrl scale evaluators=N` means: those that serve the evaluator or the reward models."""
     if config.pipeline == "rlp":
-        serves_by_embedders = any(use.role == "embedders" for use in reward_fleets(config))
-        return "embedders" if serves_by_embedders else "generators"
+        return "embedders" if config.rewards_by_embedders else "generators"
     return config.evaluator.served_by
 
 

@@ -113,7 +113,7 @@ def num_policies(config: RunConfig) -> int:
     if config.pipeline == "proxy_dpo":
         return 2
     num_ppos = sum(stage in (PPO, PPO_REFRESHED) for stage, _ in stages_of(config))
-    return 1 + bool(config.evaluate.best_of_n) + num_ppos
+    return 1 + bool(config.best_of_n) + num_ppos
 
 
 def queries_per_eval_prompt(config: RunConfig) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rayrl.config import RunConfig
 from rayrl.report.recorded_run import title
 from rayrl.runs.run import round_name
+from rayrl.runs.stage_metrics import BEST_OF_N, M1
 from rayrl.runs.stage_table import (
     DPO,
     PPO,
@@ -16,9 +17,6 @@ from rayrl.runs.stage_table import (
     Stage,
     fits_evaluator,
 )
-
-M1 = "m1"
-BEST_OF_N = "best_of_n"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,8 @@ def _alone(folder: Path) -> Generator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise StageTimeout(
-                        f"waited {FETCH_S:.0f} s for another process of this machine, which holds {lock.name}"
+                        f"waited {FETCH_S:.0f} s for another process of this machine, which holds {lock.name}; "
+                        "run again, and end that process if it fetches nothing"
                     ) from None
                 time.sleep(0.2)
         yield

@@ -22,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from rayrl.algorithms.budget import round_share
 from rayrl.config import RunConfig, Table
 from rayrl.errors import DataError, RunDirectoryError
-from rayrl.records import content_id
+from rayrl.records import content_id, drawn_seed
 from rayrl.runs import storage
 from rayrl.runs.stage_metrics import StageMetrics
 from rayrl.runs.stage_table import PREFERENCES, QUERY, AnyStage, Stage
@@ -144,7 +144,14 @@ class Run:
             return None
         # A round reuses the round of the same number: a longer run goes on from a shorter one.
         other = round_folder(storage.absolute(self.config.reuse), self.round)
-        found = read_manifest(other, stage)
+        try:
+            found = read_manifest(other, stage)
+        except DataError:
+            path = storage.join(other, "stages", stage.name, MANIFEST)
+            raise DataError(
+                f"reuse must name a run of this version of rayrl, got {self.config.reuse}, of which {path} cannot be "
+                "read; leave reuse out, or name another run"
+            ) from None
         if found is None or found.key != key:
             return None
         # The curve lies outside the stage's folder, and the report reads it.
@@ -178,12 +185,6 @@ class Run:
         ended_at = time.time() if ended_at is None else ended_at
         self.timings.append({"what": what, "seconds": round(seconds, 3), "ended_at": round(ended_at, 3)})
         storage.write_json(storage.join(self.home or self.url, "timings.json"), self.timings)
-
-
-def drawn_seed(*parts: str) -> int:
-    """A seed (63 bits) that follows from some text."""
-    # 63 bits: vLLM and torch take signed seeds.
-    return int(content_id(*parts), 16) >> 1
 
 
 def round_folder(url: str, number: int) -> str:

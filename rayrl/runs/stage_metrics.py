@@ -426,12 +426,16 @@ class AuditPairsMetrics(StageMetrics):
     ledger: dict[str, LedgerCounts]
 
 
+M1, BEST_OF_N = "m1", "best_of_n"
+"""Names of two policies in an evaluation: the one that the others are compared with, and its best of n answers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyEvaluation(StageMetrics):
     """One policy's answers to the held-out prompts. Differences and win rates are against M1."""
 
     kl: Estimate | None
-    """To M1, nats per response; None of a policy that says nothing."""
+    """To M1, nats per response; None if all its answers are empty."""
     kl_is_bound: bool
     """best of n: the KL is an upper bound, not a measurement."""
     perplexity: float | None

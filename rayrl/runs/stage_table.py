@@ -141,7 +141,7 @@ def _clustering_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
 
 
 def _synthesis_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
-    """Whoever ranks the responses, and whoever clusters them. Proxy DPO has ranked them in `pseudo_label`."""
+    """List the fleets that rank the responses and those that cluster them. Proxy DPO ranks in `pseudo_label`."""
     if config.pipeline == "proxy_dpo":
         return (*_evaluator_fleets(config), *_clustering_fleets(config))
     rankers = (GENERATORS,) if config.refresh.method == "self_judged" else reward_fleets(config)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from rayrl.data.blocks import BlockTable, stream_blocks
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
 from rayrl.metrics.progress import progress_bars
+from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import FitMetrics
@@ -28,6 +29,13 @@ POLL_S = 2.0
 """Between two looks at the curve for the progress bar."""
 LAST_STEPS = 10
 """Steps whose mean loss is the final one."""
+
+
+def drawn_holdout(prompt_ids: Collection[str], share: float, seed: int) -> frozenset[str]:
+    """Draw a share of at least two prompts to hold out for validation; at least one prompt is on either side."""
+    drawn = sorted(prompt_ids, key=lambda prompt_id: content_id("holdout", str(seed), prompt_id))
+    num_held_out = min(max(1, round(share * len(drawn))), len(drawn) - 1)
+    return frozenset(drawn[:num_held_out])
 
 
 class Job(Protocol):

@@ -48,8 +48,9 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_TIMEOUT_S = 600.0
 """Unless the environment sets another: as long as a fleet waits for its engines."""
 POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+"""Ray Train's environment variable: seconds between two polls of a fit's workers by its controller."""
 POLL_S = 0.5
-"""Between two looks of Ray Train's controller at its workers. Each checkpoint waits for one, and so does the end."""
+"""Unless the environment sets another. Every checkpoint, and the end of a fit, waits for the next poll."""
 ADDRESS = "RAY_ADDRESS"
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""

@@ -118,7 +118,7 @@ def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """Turn training off."""
+    """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 
 
@@ -144,7 +144,7 @@ def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> f
 
 
 def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob, step: int) -> dict[str, float]:
-    """Take the inner epochs over one rollout; mean losses per token, and how often and how far the ratio moved."""
+    """Take the inner epochs over one rollout, and return the `WATCHED` means per token and the loss."""
     config = job.ppo
     share = rank_share(config.batch_size)
     num_batches = int(zero.max_over_ranks(-(-len(experience) // share), engine))

@@ -23,8 +23,7 @@ from rayrl.fleets.fleet import Fleet
 from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import CausalLM, response_token_logprobs
 from rayrl.models.served_reward import ServedReward
-from rayrl.records import Checkpoint, HeldOutAnswer, Scored
-from rayrl.runs.run import drawn_seed
+from rayrl.records import Checkpoint, HeldOutAnswer, Scored, drawn_seed
 from rayrl.training import deepspeed_engine as zero
 
 if TYPE_CHECKING:

@@ -43,7 +43,10 @@ class ServedPolicy:
         return self._sample(prompts, f"{self._job.seed} step {step}")
 
     def publish(self, step: int) -> float:
-        """Bring the trainer's weights to every replica, proved by the probe; seconds it took. All ranks take part."""
+        """Bring the trainer's weights to every replica, each checked by the probe, and return the seconds it took.
+
+        All ranks take part.
+        """
         started = time.monotonic()
         job = self._job
         checkpoint = Checkpoint(path=self._weights_folder(step), version=f"{job.m1.version}-{job.stage}-{step}")
@@ -70,7 +73,7 @@ class ServedPolicy:
             return {}
         self._measured_step = step
         prompts = job.held_out[launch.rank() :: launch.world_size()]
-        # Seeds do not depend on the step: measurements differ by the policy, and not by their luck.
+        # Seeds do not depend on the step: measurements differ by the policy, and not by the sampling.
         rollouts = [self._sample(prompts, f"{job.seed} held out {i}") for i in range(NUM_HELD_OUT_ANSWERS)]
         answers: list[HeldOutAnswer] = []
         for rollout in rollouts:

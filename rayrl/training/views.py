@@ -16,8 +16,7 @@ from rayrl.config import UmlConfig
 from rayrl.data.batches import optimizer_batches
 from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import TokenBatch, collate
-from rayrl.records import Row, content_id
-from rayrl.runs.run import drawn_seed
+from rayrl.records import Row, content_id, drawn_seed
 
 
 @dataclass(frozen=True, kw_only=True)

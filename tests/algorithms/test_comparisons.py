@@ -30,7 +30,7 @@ from rayrl.algorithms.comparisons import (
 )
 def test_what_both_orders_say(asked, turned, together):
     assert agreed(asked, turned) == together
-    assert agreed(turned, asked) == (together and TURNED[together])  # the same, said of the pair turned around
+    assert agreed(turned, asked) == (together and TURNED[together])  # the same for the pair in the other order
 
 
 @pytest.mark.parametrize(("order", "each"), [("both", 2), ("random", 1)])

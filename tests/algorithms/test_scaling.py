@@ -36,7 +36,7 @@ def test_a_queue_that_lasts_adds_what_it_would_keep_busy(load, change):
         ({"idle_s": (299.0, 10.0)}, 0),
         ({"idle_s": (300.0, 10.0)}, -1),
         ({"idle_s": (300.0, 400.0)}, -1),  # the least stays
-        ({"idle_s": (300.0,), "num_waiting": 1}, 0),  # nobody goes while somebody waits
+        ({"idle_s": (300.0,), "num_waiting": 1}, 0),  # no replica is removed while a call waits
         ({"idle_s": (500.0,) * 5, "num_replicas": 8}, -5),
     ],
 )

@@ -92,15 +92,21 @@ def test_wrong_values_are_refused_with_rule_and_value(small, override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["generate.k=1"], 'generate.k must be at least 2 when pseudo_label.pairing is "best_worst", got 1'),
-        (["generate.k=1", "pseudo_label.pairing=margin"], 'when pseudo_label.pairing is "margin", got 1'),
+        (
+            ["generate.k=1"],
+            'generate.k is too small for pseudo_label.pairing = "best_worst", which makes no pair of 1 responses',
+        ),
+        (
+            ["generate.k=1", "pseudo_label.pairing=margin"],
+            'pseudo_label.pairing = "margin", which makes no pair of 1 responses',
+        ),
         (["sft.enabled=true"], "seed_data is missing"),
         (['generate.source="seed"'], "seed_data is missing"),
         (['labels="direct"'], 'labels = "direct" pairs only paid responses, so select.unit must be "prompt"'),
         (['evaluator={type="scalar", loss="bradley_terry"}'], 'evaluator.loss = "bradley_terry" needs pairs'),
         (['select.unit="prompt"', "select.budget=3"], "select.budget must be at least generate.k (4)"),
         (['seed_data={path="x", min_score=3}'], "score_column and min_score go together"),
-        (["rubric.min_score=5"], "min_score must be below max_score"),
+        (["rubric.min_score=5"], "rubric.min_score must be below rubric.max_score, got 5 and 5"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(small, overrides, message):

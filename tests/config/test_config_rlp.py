@@ -65,3 +65,8 @@ def test_settings_of_the_second_pipeline_are_refused(small, overrides, message):
 )
 def test_what_stands_at_their_edges_is_accepted(small, overrides):
     assert load_config(small, overrides).pipeline == "rlp"
+
+
+@pytest.mark.parametrize(("pipeline", "best_of_n"), [(RLP, 4), ([], 0)])
+def test_best_of_n_is_a_control_of_rlp_alone(small, pipeline, best_of_n):
+    assert load_config(small, [*pipeline, "evaluate.best_of_n=4"]).best_of_n == best_of_n

@@ -116,7 +116,6 @@ def test_a_block_that_fails_among_others_is_heard_of(ray_cluster):
         list(stream_blocks(20, failing, concurrency=12).iter_rows())
 
 
-@pytest.mark.filterwarnings("ignore:The maximum number of concurrent tasks:UserWarning")  # Ray Data's, of no input
 def test_map_blocks_of_an_empty_table(ray_cluster, tmp_path):
     table = BlockTable(str(tmp_path / "table"), 0)
     assert map_blocks(table, counting(tmp_path), concurrency=2, describe=describe, progress="test") == []

@@ -7,7 +7,7 @@ from rayrl.errors import FleetError, StageTimeout
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services, fleet_name
 from rayrl.records import Checkpoint
-from rayrl.runs.stage_table import ENTAILMENT, EVALUATE, GENERATE, GENERATORS, SELECT, FleetUse, policy_embedders
+from rayrl.runs.stage_table import EVALUATE, GENERATE, GENERATORS, SELECT, FleetUse, policy_embedders
 
 M1 = Checkpoint(path="m1", version="v1")
 MEAN = policy_embedders("mean")
@@ -89,8 +89,8 @@ def test_nothing_starts_early_where_fleets_take_turns():
 
 def test_fleets_have_the_names_of_the_guides():
     sentences = FleetUse(role="embedders", model="some/sentence-model", pooling="mean")
-    names = [fleet_name(use, M1) for use in (GENERATORS, MEAN, sentences, ENTAILMENT)]
-    assert names == ["generators", "embedders-mean", "sentences-v1-mean", "entailment"]
+    names = [fleet_name(use, M1) for use in (GENERATORS, MEAN, sentences)]
+    assert names == ["generators", "embedders-mean", "sentences-v1-mean"]
 
 
 def test_engines_are_specified_by_the_configs_table_of_their_role():

@@ -20,5 +20,5 @@ def whatever_comes_first(prompt: str, first: str, second: str) -> str:
 
 
 def reward(prompt: str, response: str) -> float | None:
-    """Length in characters; says nothing of nothing."""
+    """Return the length in hundreds of characters; abstain on an empty response."""
     return len(response) / 100 if response else None

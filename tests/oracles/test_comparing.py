@@ -202,7 +202,7 @@ def test_a_table_with_other_columns(tmp_path):
     ("rows", "text"),
     [
         ([{"prompt": "p", "first": "a", "preference": "tie"}], "row 1: no column second"),
-        ([ROWS[0] | {"preference": "1"}], 'must say "first", "second" or "tie" in column preference, and no row does'),
+        ([ROWS[0] | {"preference": "1"}], 'must hold "first", "second" or "tie" in column preference, and no row does'),
         ([], "no row does"),
     ],
 )

@@ -1,6 +1,7 @@
 """The ledger tries to be overdrawn, killed, corrupted and asked twice, and stays right."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sqlite3
@@ -378,6 +379,24 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     path.write_bytes(b"something else entirely" * 100)
     with pytest.raises(RunDirectoryError, match="not a usable ledger"):
         opened(str(path))
+
+
+def test_a_ledger_of_another_version_is_refused_before_anything_is_paid(tmp_path):
+    path = str(tmp_path / "ledger.sqlite")
+    opened(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE attempts RENAME COLUMN preference TO verdict")
+    with pytest.raises(RunDirectoryError, match="of another version of rayrl; choose another run_dir"):
+        opened(path)
+
+
+def test_a_comparison_without_a_valid_preference_abstains_and_stays_paid(tmp_path):
+    ledger = opened(str(tmp_path / "ledger.sqlite"))
+    reserved = ledger.reserve(pair(1))
+    answer = ledger.commit(reserved, Verdict(score=0.7, rationale="", cost_usd=0.5))
+    assert (answer.status, answer.preference, answer.cost_usd) == ("abstained", None, 0.5)
+    assert "must be one of [0.0, 0.5, 1.0], got 0.7" in answer.rationale
+    assert ledger.summary()["label"].spent == 1
 
 
 @pytest.fixture(params=["memory", "file"])

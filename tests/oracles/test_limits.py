@@ -71,7 +71,7 @@ def test_slots_let_so_many_in_and_may_change():
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
-def test_more_slots_let_in_who_waits_and_fewer_interrupt_nobody():
+def test_more_slots_admit_waiting_callers_and_fewer_interrupt_none():
     async def run():
         slots, done = Slots(1), asyncio.Event()
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import pytest
 
 import rayrl.oracles
-from rayrl.config import HttpOracleConfig, OracleLimits, ReplayOracleConfig, RubricConfig, ScriptedOracleConfig
+from rayrl.config import HttpOracleConfig, OracleBase, ReplayOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.config.oracle import OracleTable, Prices
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
@@ -27,7 +27,7 @@ BOTH_OWN = RubricConfig(template="mine.txt", pairwise_template="pairs.txt")
 HTTP = {"base_url": "http://judge:8000/v1", "model": "judge-1"}
 
 
-class TossConfig(OracleLimits):
+class TossConfig(OracleBase):
     """A made-up type: tosses a loaded coin, at one dollar a million tokens."""
 
     implementation: ClassVar[str] = f"{__name__}:TossOracle"

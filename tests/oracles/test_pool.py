@@ -1,4 +1,4 @@
-"""The pool pays once, within the budget, whoever asks, however it is killed."""
+"""The pool pays once, within the budget, for every caller, however it is killed."""
 
 import asyncio
 import contextlib

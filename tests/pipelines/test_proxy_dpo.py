@@ -90,7 +90,7 @@ def test_every_stage_leaves_its_table_and_manifest(finished):
     assert manifest(finished, "query")["metrics"]["ledger"]["label"]["spent"] == 24
 
 
-def test_pairs_prefer_the_higher_score_and_keep_the_experts_scores(finished):
+def test_pairs_prefer_the_higher_score_and_keep_the_oracles_scores(finished):
     pairs = rows(finished, "pseudo_label")
     assert 0 < len(pairs) <= 48
     assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)

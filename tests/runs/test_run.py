@@ -250,5 +250,14 @@ def test_a_manifest_that_is_damaged_or_of_another_version_is_refused_by_its_path
         read_manifest(run.url, QUERY)
 
 
+def test_a_run_of_another_version_cannot_be_reused(tmp_path):
+    earlier = open_run(config_of(tmp_path / "a"))
+    pay(earlier, 3)
+    storage.write_bytes(earlier.folder(QUERY, "manifest.json"), b'{"stage": "query"}')
+    run = open_run(config_of(tmp_path / "b", reuse=str(tmp_path / "a")))
+    with pytest.raises(DataError, match=r"reuse must name .* of this version .*leave reuse out"):
+        run.finished(QUERY, "k")
+
+
 def test_policies_of_rounds_have_names_of_their_own():
     assert [round_name("ppo", number) for number in (1, 2, 3)] == ["ppo", "ppo-2", "ppo-3"]

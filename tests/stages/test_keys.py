@@ -35,8 +35,8 @@ STAGES = {
 }
 
 
-def key_of(folder, stage, **changes):
-    """The key of a stage in a run with some settings changed."""
+def key_of(folder, stage, *, share=None, **changes):
+    """The key of a stage in a run with some settings changed; `share` is the round's part of the budget."""
     tree = {
         "name": "t",
         "run_dir": str(folder),
@@ -55,7 +55,7 @@ def key_of(folder, stage, **changes):
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
-    run = FinishedRun(config=RunConfig.model_validate(json.loads(json.dumps(tree))), url=str(folder))
+    run = FinishedRun(config=RunConfig.model_validate(json.loads(json.dumps(tree))), url=str(folder), share=share)
     STAGES[stage](run)
     return run.keys[stage]
 
@@ -97,6 +97,13 @@ def test_an_evaluation_is_named_by_the_wording_of_its_comparisons_if_it_has_any(
 @pytest.mark.parametrize("stage", ["query", "evaluate", "track_rewards", "audit_pairs", "preferences"])
 def test_another_oracle_is_other_work(tmp_path, stage):
     assert key_of(tmp_path, stage) != key_of(tmp_path, stage, oracle__function="a:c")
+
+
+def test_a_longer_run_selects_as_the_shorter_one_whose_labels_it_reuses(tmp_path):
+    shorter = key_of(tmp_path, "select", select__budget=4)
+    assert key_of(tmp_path, "select", share=4, select__budget=8, rounds=2) == shorter
+    assert key_of(tmp_path, "select", select__budget=8) != shorter
+    assert key_of(tmp_path, "select", select__budget=4, select__strategy="random") != shorter
 
 
 def test_answers_depend_on_how_they_are_sampled(tmp_path):

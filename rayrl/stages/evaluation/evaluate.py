@@ -19,7 +19,7 @@ from rayrl.fleets.services import Services
 from rayrl.models.served_reward import ServedReward
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Manifest, Run
-from rayrl.runs.stage_metrics import EvaluateMetrics, PolicyEvaluation, RewardEvaluation
+from rayrl.runs.stage_metrics import BEST_OF_N, M1, EvaluateMetrics, PolicyEvaluation, RewardEvaluation
 from rayrl.runs.stage_table import EVALUATE
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.evaluation.answer_metrics import measure_policy, nats
@@ -29,11 +29,6 @@ from rayrl.stages.evaluation.references import against_references, comparison_wo
 from rayrl.stages.labelling.ask import ledger_counts
 from rayrl.stages.labelling.query import oracle_key
 from rayrl.stages.rewards.protocol import Reward
-
-M1, BEST_OF_N = "m1", "best_of_n"
-"""Names of two policies in the table; the pipelines name the others."""
-MIN_FOR_RANKS = 3
-"""Answers below which a rank correlation says nothing."""
 
 
 def evaluate(
@@ -70,7 +65,7 @@ def evaluate(
     trained = [name for name in policies if name != M1]
     answers = {name: answers_of(run, services, m1, policies[name], pool, name) for name in [*trained, M1]}
     answers = {name: answers[name] for name in policies}
-    if config.evaluate.best_of_n:
+    if config.best_of_n:
         answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(served.values())))
 
     queries_each = queries_per_prompt(len(answers), config.competes_by)
@@ -80,7 +75,7 @@ def evaluate(
     judge_answers(oracle, [answer for policy_answers in judged.values() for answer in policy_answers])
     references = against_references(run, oracle, judged)
 
-    kl_bounds = {BEST_OF_N: best_of_n_kl(config.evaluate.best_of_n)} if config.evaluate.best_of_n else {}
+    kl_bounds = {BEST_OF_N: best_of_n_kl(config.best_of_n)} if config.best_of_n else {}
     rows = {
         name: measure_policy(services, m1, answers[M1], policy_answers, kl_bound=kl_bounds.get(name))
         for name, policy_answers in answers.items()
@@ -121,8 +116,7 @@ def _agreement(reward: ServedReward, judged: Mapping[str, list[HeldOut]]) -> dic
         accuracy = order_agreement(np.stack([scores[M1], scores[name]], 1), np.stack([values[M1], values[name]], 1))
         # An abstention of either side is NaN here.
         known = np.isfinite(scores[name]) & np.isfinite(values[name])
-        enough = known.sum() >= MIN_FOR_RANKS
-        rank = spearman(values[name][known], scores[name][known]) if enough else None
+        rank = spearman(values[name][known], scores[name][known])
         agreement[name] = RewardEvaluation(accuracy=accuracy, spearman=rank)
     return agreement
 

@@ -50,14 +50,9 @@ def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, reward: 
 
     The first of the n is M1's answer in `answers_of`. It also stands where the reward abstains on all of them.
     """
-    n = run.config.evaluate.best_of_n
+    n = run.config.best_of_n
     rows = _sampled(run, services, m1, m1, pool, f"best_of_{n}", n)
-    items = [
-        Scored(prompt=row.prompt, response=response.text, token_ids=row.prompt_token_ids + response.token_ids)
-        for row in rows
-        for response in row.responses
-    ]
-    rewards = iter(reward.score(items))
+    rewards = iter(reward.score([item for row in rows for item in row.items()]))
     best: list[HeldOut] = []
     for row in rows:
         chosen = row.responses[0] if row.responses else None

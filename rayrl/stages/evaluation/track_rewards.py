@@ -16,7 +16,7 @@ from rayrl.algorithms.statistics import order_agreement, paired_difference, spea
 from rayrl.data.blocks import BlockTable
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
-from rayrl.records import Checkpoint, HeldOutAnswer, Scored, content_id, from_row
+from rayrl.records import Checkpoint, HeldOutAnswer, content_id, from_row
 from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import PpoMetrics, TrackedPoint, TrackedReward, TrackRewardsMetrics
 from rayrl.runs.stage_table import TRACK_REWARDS, Stage
@@ -79,10 +79,7 @@ def track_rewards(
     texts = [(answer.prompt_id, answer.prompt, answer.response) for answer in answers]
     scores = oracle_scores(oracle, texts, describe="asking about answers along PPO")
     by_oracle = np.array(scores, float).reshape(shape)
-    items: list[Scored] = []
-    for answer in answers:
-        token_ids = answer.prompt_token_ids + answer.token_ids
-        items.append(Scored(prompt=answer.prompt, response=answer.response, token_ids=token_ids))
+    items = [answer.as_item() for answer in answers]
     # All are started before the first is asked, so that their engines come up side by side.
     served = {name: reward.serve(services) for name, reward in rewards.items()}
     by_reward = {name: np.array(reward.score(items), float).reshape(shape) for name, reward in served.items()}

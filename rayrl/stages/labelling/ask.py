@@ -4,6 +4,7 @@ The questions come back answered, as the same records. Nothing here is kept: the
 makes a repeated question free.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from rayrl.runs.stage_metrics import LedgerCounts
 from rayrl.runs.stage_table import Purpose
 
 CHUNK = 64
+MAX_REASONS = 5
+"""Commonest reasons of abstentions that a manifest keeps."""
+REASON_CHARS = 80
 CHUNK_TIMEOUT_S = 6 * 3600.0
 """A chunk may wait for rate limits and retries; the pool bounds each call itself."""
 
@@ -71,6 +75,12 @@ def num_spent(oracle: ActorHandle, answers: Sequence[Judgement | Comparison]) ->
     return count
 
 
+def abstention_reasons(rationales: Sequence[str]) -> dict[str, int]:
+    """Count the commonest reasons, each cut to its beginning."""
+    reasons = Counter(rationale[:REASON_CHARS] for rationale in rationales)
+    return dict(reasons.most_common(MAX_REASONS))
+
+
 def _in_chunks(method: ActorMethod, questions: Sequence[Question], purpose: Purpose, describe: str) -> list[Question]:
     """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
     chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
@@ -81,6 +91,7 @@ def _in_chunks(method: ActorMethod, questions: Sequence[Question], purpose: Purp
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
         except GetTimeoutError:
             raise StageTimeout(
-                f"query: the oracle pool gave no answer in {CHUNK_TIMEOUT_S / 3600:.0f} h; see its log"
+                f"{describe}: the oracle pool must answer {CHUNK} questions within {CHUNK_TIMEOUT_S / 3600:.0f} h, and "
+                "has not; see its log, and run the same command again: what was paid stays in the ledger"
             ) from None
     return answers

@@ -13,10 +13,7 @@ from rayrl.algorithms.comparisons import TURNED, Order, agreed, queries_per_pair
 from rayrl.records import Comparison, Preference, content_id
 from rayrl.runs.stage_metrics import ComparisonCounts
 from rayrl.runs.stage_table import Purpose
-from rayrl.stages.labelling.ask import ask_comparisons
-
-_MAX_REASONS = 5
-_REASON_CHARS = 80
+from rayrl.stages.labelling.ask import abstention_reasons, ask_comparisons
 
 
 def drawn(seed: int, response_id: str) -> str:
@@ -68,7 +65,6 @@ def count_answers(
 ) -> ComparisonCounts:
     """Count ties, abstentions with their reasons, disagreements of the two orders, and wins of the first position."""
     preferences = Counter(answer.preference for answer in answers)
-    reasons = Counter(answer.rationale[:_REASON_CHARS] for answer in answers if answer.preference is None)
     num_decided = preferences["first"] + preferences["second"]
     num_disagreements = 0
     if order == "both":
@@ -80,5 +76,5 @@ def count_answers(
         num_abstained=verdicts.count(None),
         num_disagreements=num_disagreements,
         first_position_share=preferences["first"] / num_decided if num_decided else None,
-        abstentions=dict(reasons.most_common(_MAX_REASONS)),
+        abstentions=abstention_reasons([answer.rationale for answer in answers if answer.preference is None]),
     )

@@ -12,6 +12,7 @@ from itertools import chain, islice
 from ray.actor import ActorHandle
 
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
+from rayrl.config import PreferencesConfig
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
 from rayrl.models.judge_prompt import load_rubric
@@ -58,6 +59,15 @@ def compare(
     )
 
 
+def pairs_to_ask(run: Run, config: PreferencesConfig, responses: Responses, query_set: QuerySet) -> list[Sampled]:
+    """Draw pairs of responses to the chosen prompts, as many as the round's budget pays for."""
+    num_possible = num_possible_pairs(responses, config.pairs_per_prompt)
+    prompts = _chosen_prompts(responses, query_set)
+    # Drawn lazily: no pairs are made beyond what the budget pays for.
+    candidates = chain.from_iterable(draw_pairs(sampled, run.seed, config.pairs_per_prompt) for sampled in prompts)
+    return list(islice(candidates, num_pairs_asked(run.budget, config.order, num_possible)))
+
+
 def _compare(
     run: Run,
     oracle: ActorHandle,
@@ -70,12 +80,7 @@ def _compare(
     started = time.monotonic()
     config = run.config.preferences
     assert config is not None, "the config is refused without preferences"
-    num_possible = num_possible_pairs(responses, config.pairs_per_prompt)
-    num_pairs_wanted = num_pairs_asked(run.budget, config.order, num_possible)
-    prompts = _chosen_prompts(responses, query_set)
-    # Drawn lazily: no pairs are made beyond what the budget pays for.
-    candidates = chain.from_iterable(draw_pairs(sampled, run.seed, config.pairs_per_prompt) for sampled in prompts)
-    drawn_pairs = list(islice(candidates, num_pairs_wanted))
+    drawn_pairs = pairs_to_ask(run, config, responses, query_set)
     # A later round may draw the same texts again, under other ids.
     known = asked_before(earlier.comparisons if earlier else ())
     new_pairs = [pair for pair in drawn_pairs if pair_texts(pair) not in known]

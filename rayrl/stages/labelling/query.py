@@ -12,11 +12,7 @@ from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import QueryMetrics
 from rayrl.runs.stage_table import QUERY
 from rayrl.stages.artifacts import Judgements, QuerySet
-from rayrl.stages.labelling.ask import ask, ledger_counts, num_spent
-
-MAX_REASONS = 5
-"""Commonest reasons of abstentions that the manifest keeps."""
-REASON_CHARS = 80
+from rayrl.stages.labelling.ask import abstention_reasons, ask, ledger_counts, num_spent
 
 
 def oracle_key(run: Run) -> str:
@@ -65,9 +61,3 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
         f"{metrics.num_abstained} abstained, {label.cost_usd:.2f} USD",
     )
     return judgements
-
-
-def abstention_reasons(rationales: list[str]) -> dict[str, int]:
-    """Count the commonest reasons, each cut to its beginning."""
-    reasons = Counter(rationale[:REASON_CHARS] for rationale in rationales)
-    return dict(reasons.most_common(MAX_REASONS))

@@ -14,9 +14,9 @@ from rayrl.engines.generator import Sampling
 from rayrl.errors import TrainingStopped
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
-from rayrl.records import Checkpoint, content_id
+from rayrl.records import Checkpoint, content_id, drawn_seed
 from rayrl.runs import storage
-from rayrl.runs.run import Run, drawn_seed
+from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import FitMetrics, PpoMetrics
 from rayrl.runs.stage_table import PPO, Stage
 from rayrl.stages.artifacts import Pool
@@ -67,7 +67,7 @@ def ppo(
     try:
         fitted = fit_stage(run, services, stage, train_ppo, job, config, stream, batch_size=config.rollout_size)
     finally:
-        # Weights on their way lie in shared memory, which nobody else would free.
+        # Weights on their way lie in shared memory, which nothing else frees.
         storage.remove_folder(job.sync_url)
     curve = read_metrics(run.curve(stage))
     _refuse_runaway(stage, curve, config)

@@ -11,17 +11,16 @@ from rayrl.algorithms.statistics import accuracy_within, calibration_table, spea
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
-from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored, content_id
+from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import EvaluatorValidation, FitEvaluatorMetrics, FitMetrics
 from rayrl.runs.stage_table import FIT_EVALUATOR, fits_evaluator
 from rayrl.stages.artifacts import Judgements
-from rayrl.stages.fitting import fit_stage, stream_of
+from rayrl.stages.fitting import drawn_holdout, fit_stage, stream_of
 from rayrl.stages.rewards.evaluator import Evaluator, evaluator_of
 
 MIN_JUDGEMENTS = 4
 NUM_CALIBRATION_BINS = 5
-MIN_FOR_RANKS = 3
 """Judgements below which a rank correlation says nothing."""
 
 
@@ -39,7 +38,7 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
     config = run.config
     if not fits_evaluator(config):
         return None
-    paid = [of_round.key for of_round in judgements]
+    paid = [round_judgements.key for round_judgements in judgements]
     # The pooling decides which replicas serve a scalar evaluator, and how its head reads the hidden states.
     key = run.key(FIT_EVALUATOR, config.evaluator, config.labels, config.select.pooling, *paid, m1.version)
     checkpoint = Checkpoint(path=run.folder(FIT_EVALUATOR, "checkpoint"), version=f"evaluator-{key}")
@@ -49,8 +48,8 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
     started = time.monotonic()
     training, held_out = split(training_judgements(run, judgements), config.evaluator.holdout, run.seed)
     token_ids: dict[ResponseKey, list[int]] = {}
-    for of_round in judgements:
-        token_ids |= of_round.token_ids()
+    for round_judgements in judgements:
+        token_ids |= round_judgements.token_ids()
     curve = _fit(run, services, evaluator, training, token_ids)
     validation = _validate(services, evaluator, held_out, token_ids)
     rank = validation.spearman
@@ -76,7 +75,7 @@ def training_judgements(run: Run, judgements: Sequence[Judgements]) -> list[Judg
     Raises:
         DataError: there are too few of them.
     """
-    scored = [judgement for of_round in judgements for judgement in of_round.scored()]
+    scored = [judgement for round_judgements in judgements for judgement in round_judgements.scored()]
     if len(scored) < MIN_JUDGEMENTS:
         raise DataError(
             f"{FIT_EVALUATOR.name} needs at least {MIN_JUDGEMENTS} scored judgements, got {len(scored)}: the oracle "
@@ -94,10 +93,7 @@ def training_judgements(run: Run, judgements: Sequence[Judgements]) -> list[Judg
 
 def split(judgements: list[Judgement], holdout: float, seed: int) -> tuple[list[Judgement], list[Judgement]]:
     """Split into training and held-out judgements, all judgements of one prompt on one side."""
-    prompts = sorted({j.prompt_id for j in judgements}, key=lambda prompt: content_id("holdout", str(seed), prompt))
-    # At least one prompt on either side.
-    num_held_out = min(max(1, round(holdout * len(prompts))), len(prompts) - 1)
-    held_out_prompts = set(prompts[:num_held_out])
+    held_out_prompts = drawn_holdout({j.prompt_id for j in judgements}, holdout, seed)
     training = [j for j in judgements if j.prompt_id not in held_out_prompts]
     held_out = [j for j in judgements if j.prompt_id in held_out_prompts]
     return training, held_out
@@ -134,7 +130,7 @@ def _validate(
         num=len(both),
         num_abstained=len(predicted) - len(both),
         loss=float(np.mean((ours - theirs) ** 2)) if both else None,
-        spearman=spearman(ours, theirs) if len(both) >= MIN_FOR_RANKS else None,
+        spearman=spearman(ours, theirs),
         within_one=accuracy_within(ours, theirs) if both else 0.0,
         calibration=calibration_table(ours, theirs, num_bins=NUM_CALIBRATION_BINS) if both else [],
     )

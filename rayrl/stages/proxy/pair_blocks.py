@@ -84,9 +84,9 @@ class PairBlocks:
             scores: list[float | None] = []
             sources: list[str] = []
             for response in row["responses"]:
-                said = row["prompt_id"], response["text"]
-                is_paid = said in self.paid
-                scores.append(self.paid[said] if is_paid else next(predicted))
+                response_key = row["prompt_id"], response["text"]
+                is_paid = response_key in self.paid
+                scores.append(self.paid[response_key] if is_paid else next(predicted))
                 sources.append("oracle" if is_paid else "evaluator")
                 meters.SCORED.add(source="none" if scores[-1] is None else sources[-1])
             scored.append(ScoredRow(prompt_id=row["prompt_id"], scores=scores, sources=sources))

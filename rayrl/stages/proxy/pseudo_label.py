@@ -80,7 +80,7 @@ def pseudo_label(
         pairs=BlockTable(run.folder(PSEUDO_LABEL, "table"), 2 * num_blocks if with_synthetic else num_blocks),
         # A finished stage starts no engine.
         scorer=evaluator.serve(services) if evaluator is not None and done is None else None,
-        paid={said: score for said, score in scores.items() if score is not None},
+        paid={response_key: score for response_key, score in scores.items() if score is not None},
         config=config.pseudo_label,
     )
     num_planned = num_pairs_planned(config.pseudo_label.pairing, responses.num_prompts, config.generate.k)

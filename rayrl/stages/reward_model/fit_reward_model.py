@@ -16,9 +16,9 @@ from rayrl.data.tokenizing import context_length
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
-from rayrl.records import Checkpoint, content_id
+from rayrl.records import Checkpoint, content_id, drawn_seed
 from rayrl.runs import storage
-from rayrl.runs.run import Manifest, Run, drawn_seed
+from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import FitMetrics, RewardModelMetrics
 from rayrl.runs.stage_table import FIT_REWARD_MODEL, Stage
 from rayrl.stages.artifacts import Preferences, Responses

@@ -14,11 +14,12 @@ import pyarrow as pa
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.tokenizing import context_length
 from rayrl.errors import DataError
-from rayrl.records import PreferencePair, content_id, from_row, from_table, to_table
+from rayrl.records import PreferencePair, from_row, from_table, to_table
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import RewardModelMetrics
 from rayrl.runs.stage_table import Stage
 from rayrl.stages.artifacts import Preferences
+from rayrl.stages.fitting import drawn_holdout
 
 NUM_VALIDATED = 2048
 """Held-out pairs that are scored at most: the accuracy's standard error is then about 0.01."""
@@ -165,10 +166,7 @@ def held_out_prompts(pairs: BlockTable, holdout: float, seed: int) -> frozenset[
             f"a reward model needs pairs of at least 2 prompts, one of them to validate on, got {len(prompts)}; "
             "give more preference pairs"
         )
-    drawn = sorted(prompts, key=lambda prompt: content_id("holdout", str(seed), prompt))
-    # At least one prompt on either side of the split.
-    num_held_out = min(max(1, round(holdout * len(drawn))), len(drawn) - 1)
-    return frozenset(drawn[:num_held_out])
+    return drawn_holdout(prompts, holdout, seed)
 
 
 def held_out_pairs(pairs: BlockTable, held_out: frozenset[str]) -> Iterator[PreferencePair]:

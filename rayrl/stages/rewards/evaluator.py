@@ -35,8 +35,8 @@ from rayrl.models.judge_prompt import (
     whole_score,
 )
 from rayrl.models.served_reward import ServedReward
-from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored
-from rayrl.runs.run import Run, drawn_seed
+from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored, drawn_seed
+from rayrl.runs.run import Run
 from rayrl.runs.stage_table import FIT_EVALUATOR
 
 if TYPE_CHECKING:
@@ -376,7 +376,9 @@ def _pair_rows(judgements: list[Judgement], token_ids: Mapping[ResponseKey, list
             )
     if not rows:
         raise DataError(
-            "evaluator.loss = bradley_terry found no two paid responses of one prompt with different scores"
+            'evaluator.loss = "bradley_terry" needs two paid responses of one prompt with different scores, and found '
+            f"none among {len(judgements)} judgements of {len(by_prompt)} prompts; raise select.budget, or set "
+            'evaluator.loss = "regression"'
         )
     return rows
 

@@ -15,8 +15,8 @@ from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
-from rayrl.records import Checkpoint, Response, Sampled, to_table
-from rayrl.runs.run import Run, drawn_seed
+from rayrl.records import Checkpoint, Response, Sampled, drawn_seed, to_table
+from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import GenerateMetrics
 from rayrl.runs.stage_table import GENERATE, Stage
 from rayrl.stages.artifacts import Pool, Responses

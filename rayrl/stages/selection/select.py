@@ -68,7 +68,9 @@ def select(run: Run, services: Services, policy: Checkpoint, responses: Response
     config = run.config
     wording = load_rubric(config.rubric).version
     paired = config.preferences if config.asks_for_comparisons else None
-    key = run.key(SELECT, config.select, run.budget, wording, responses.key, config.labels == "expert", paired)
+    # The budget of this round and not of all: a longer run takes over what a shorter one has paid for.
+    settings = config.select.model_dump_json(exclude={"budget"})
+    key = run.key(SELECT, settings, run.budget, wording, responses.key, config.labels == "expert", paired)
     query_set = QuerySet(key=key, table=BlockTable(run.folder(SELECT, "table"), 1))
     if run.finished(SELECT, key):
         return query_set

@@ -17,7 +17,7 @@ import pyarrow as pa
 from rayrl.data.blocks import BlockTable
 from rayrl.metrics import meters
 from rayrl.models.served_reward import ServedReward
-from rayrl.records import PreferencePair, Row, Sampled, Scored, from_table, to_table
+from rayrl.records import PreferencePair, Row, Sampled, from_table, to_table
 from rayrl.runs.stage_metrics import PairLengths
 from rayrl.stages.synthesis.outcomes import Outcome, Scores, best_worst_outcome, synthesize_outcome
 
@@ -83,11 +83,7 @@ class SyntheticPairs:
         if isinstance(self.rewards, BlockRewards):
             return self.rewards.compute(block)
         prompts = from_table(self.samples.read(block), Sampled)
-        items: list[Scored] = []
-        for sampled in prompts:
-            for response in sampled.responses:
-                token_ids = sampled.prompt_token_ids + response.token_ids
-                items.append(Scored(prompt=sampled.prompt, response=response.text, token_ids=token_ids))
+        items = [item for sampled in prompts for item in sampled.items()]
         scores = iter(self.rewards.score(items))  # one call for the block: the engine batches it
         rows: list[Row] = []
         for sampled in prompts:

@@ -131,7 +131,7 @@ class TransferPublisher:
             self._is_exported = True
 
     def _transfer(self, checkpoint: Checkpoint) -> bool:
-        """Send the weights to every replica; whether all of them took them and proved it."""
+        """Send the weights to every replica, and return whether all of them loaded them and passed the probe."""
         probe = policy_probe(self._engine, self._policy)
         transfer: Transfer | None = None
         if self._sender is not None:

@@ -74,6 +74,7 @@ class Transfer:
 
     def __init__(self, checkpoint: Checkpoint, probe: PolicyProbe, in_flight: bool, timeout_s: float):
         self.checkpoint, self.probe, self.in_flight = checkpoint, probe, in_flight
+        self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._buckets: Queue[dict[str, Tensor] | None] = Queue(1)
         self._outcome: Future[None] = Future()
@@ -123,7 +124,9 @@ class Transfer:
 
     def _end_if_late(self) -> None:
         if time.monotonic() > self._deadline:
-            self.end(StageTimeout(f"{self.checkpoint.version} was not sent to every replica in time"))
+            self.end(
+                StageTimeout(f"{self.checkpoint.version} was not sent to every replica within {self._timeout_s:.0f} s")
+            )
 
 
 class GroupReplicas:
@@ -166,12 +169,15 @@ class GroupReplicas:
             replicas[remote_method.remote(*replica_arguments)] = lease.replica
         pending = list(replicas)
         # Above the replicas' own limit, so that their errors come first.
-        deadline = time.monotonic() + 2 * self._transport.timeout_s
+        limit_s = 2 * self._transport.timeout_s
+        deadline = time.monotonic() + limit_s
         try:
             while pending:
                 wait_s = min(LEASE_S / 4, deadline - time.monotonic())
                 if wait_s <= 0:
-                    raise StageTimeout(f"{self._fleet.name}: {len(pending)} replicas did not take part in time")
+                    raise StageTimeout(
+                        f"{self._fleet.name}: {len(pending)} replicas did not take part within {limit_s:.0f} s"
+                    )
                 done, pending = ray.wait(pending, timeout=wait_s)
                 ray.get(done)
                 self._fleet.renew(self.leases)

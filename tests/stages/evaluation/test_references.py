@@ -81,7 +81,7 @@ def comparisons(tmp_path, name):
 
 
 @pytest.mark.parametrize(("order", "num_asked"), [("random", 1), ("both", 2)])
-def test_the_expert_ranks_every_answer_and_the_reference(compete, tmp_path, order, num_asked):
+def test_the_oracle_ranks_every_answer_and_the_reference(compete, tmp_path, order, num_asked):
     long, short, same_length = REFERENCE + "!", "", REFERENCE[::-1]
     policies = {"m1": said(short), "ppo": said(long, long, long, same_length, same_length, REFERENCE, short)}
     found, spent = compete("longer", policies, order=order)
@@ -98,7 +98,7 @@ def test_the_expert_ranks_every_answer_and_the_reference(compete, tmp_path, orde
         assert c.purpose == "evaluate"
 
 
-def test_an_expert_with_a_favourite_place_decides_nothing_when_asked_both_ways(compete):
+def test_an_oracle_with_a_favourite_place_decides_nothing_when_asked_both_ways(compete):
     policies = {"m1": said("blue hen"), "ppo": said(*(f"hen {i}" for i in range(13)))}
     once, _ = compete("whatever_comes_first", policies)
     for policy in once.policies.values():
@@ -119,7 +119,7 @@ def test_what_the_budget_does_not_pay_for_is_not_counted(compete):
     assert ppo.win_rate.mean == 0 and ppo.counts.abstentions == {"budget exhausted": 9} and spent.spent == 15
 
 
-def test_an_expert_that_compares_nothing_scores_the_references_once(compete, tmp_path):
+def test_an_oracle_that_compares_nothing_scores_the_references_once(compete, tmp_path):
     texts, _ = said("whatever")
     policies = {"m1": (texts, [3.0] * 6 + [2.0] * 7), "ppo": (texts, [1.0] * 3 + [None] * 10)}
     found, spent = compete(None, policies)

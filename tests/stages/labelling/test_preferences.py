@@ -16,7 +16,14 @@ from rayrl.runs.run import Run, read_manifest
 from rayrl.runs.stage_table import PREFERENCES
 from rayrl.stages.artifacts import Responses
 from rayrl.stages.labelling.ask_pairs import count_answers, questions, verdict
-from rayrl.stages.labelling.comparisons import as_question, asked_before, draw_pairs, pair_texts, preferred
+from rayrl.stages.labelling.comparisons import (
+    as_question,
+    asked_before,
+    draw_pairs,
+    pair_texts,
+    pairs_to_ask,
+    preferred,
+)
 from rayrl.stages.labelling.preferences import read_preferences
 from rayrl.stages.selection.select import num_possible_pairs, select
 from tests.fakes import sampled
@@ -163,22 +170,20 @@ def prompts_asked_about(folder, policy, responses, preferences, **tables):
     return set(query_set.table.read(0)["prompt_id"].to_pylist())
 
 
-@pytest.mark.parametrize(("budget", "num_prompts"), [(5, 3), (100, 4)])
-def test_a_budget_for_some_pairs_picks_the_prompts_that_have_them(tmp_path, tiny_policy, budget, num_prompts):
+@pytest.mark.parametrize(("budget", "num_prompts", "num_pairs"), [(5, 3, 5), (100, 4, 8)])
+def test_as_many_pairs_are_asked_about_as_the_budget_pays_for(tmp_path, tiny_policy, budget, num_prompts, num_pairs):
     table = BlockTable(str(tmp_path / "responses"), 1)
     table.write(0, to_table([sampled(5, f"p{i}") for i in range(4)], Sampled))
     responses = Responses(key="y", table=table, num_prompts=4, num_responses=20)
     assert num_possible_pairs(responses, 2) == 8
-    preferences = {"order": "random", "pairs_per_prompt": 2}
-    picked = prompts_asked_about(
-        tmp_path,
-        tiny_policy,
-        responses,
-        preferences,
-        select={"budget": budget, "strategy": "random"},
-        generate={"k": 5},
-    )
-    assert len(picked) == num_prompts
+    preferences = {"source": "oracle", "order": "random", "pairs_per_prompt": 2}
+    tables = {"select": {"budget": budget, "strategy": "random"}, "generate": {"k": 5}}
+    run = run_in(tmp_path, tiny_policy, preferences, **tables)
+    query_set = select(run, None, tiny_policy.checkpoint, responses)  # type: ignore[arg-type]
+    assert len(set(query_set.table.read(0)["prompt_id"].to_pylist())) == num_prompts
+    pairs = pairs_to_ask(run, run.config.preferences, responses, query_set)
+    assert len(pairs) == num_pairs
+    assert {len(pair.responses) for pair in pairs} == {2}
 
 
 @pytest.mark.parametrize("budget", [2, 100])
@@ -317,7 +322,7 @@ def gather(generators, embedders, tiny_policy, tmp_path):
     return gather
 
 
-def test_the_expert_compares_responses_of_the_policy(gather, tmp_path):
+def test_the_oracle_compares_responses_of_the_policy(gather, tmp_path):
     preferences, spent = gather("longer", "both", 9)
     assert spent.spent == spent.scored == 8  # four pairs, in both orders
     comparisons = comparisons_in(tmp_path)

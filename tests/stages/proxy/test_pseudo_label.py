@@ -91,7 +91,7 @@ def pair_blocks(tmp_path, scorer, paid):
     )
 
 
-def test_the_experts_score_wins_and_is_not_asked_again(tmp_path):
+def test_the_oracles_score_wins_and_is_not_asked_again(tmp_path):
     scorer = ByLength()
     made = pair_blocks(tmp_path, scorer, said({"p-0": 5.0, "q-1": 0.0}))
     scored = made.score_block(0).to_pylist()
@@ -110,7 +110,7 @@ def test_nothing_is_scored_twice(tmp_path):
     assert len(scorer.asked) == 6
 
 
-def test_without_an_evaluator_only_the_experts_scores_pair(tmp_path):
+def test_without_an_evaluator_only_the_oracles_scores_pair(tmp_path):
     made = pair_blocks(tmp_path, None, said({"p-0": 1.0, "p-2": 4.0, "q-0": 3.0}))
     found = made.pair_block(0)
     assert isinstance(found, pa.Table)
