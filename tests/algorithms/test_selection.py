@@ -168,7 +168,7 @@ def test_few_points_travel():
 
 def test_bad_input_is_refused():
     vectors = isotropic(10, 4)
-    with pytest.raises(ConfigError, match="between 1 and the pool size 10, got 11"):
+    with pytest.raises(ConfigError, match="between 1 and all 10 candidates, got 11"):
         k_center(sharded(vectors, 2), 11)
     with pytest.raises(ConfigError, match="got 0"):
         random_selection(np.arange(5), 0, seed=0)
