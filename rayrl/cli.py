@@ -211,9 +211,8 @@ def _replicas(run: str) -> Table | Text:
 
 def _control(run: str) -> "Actor":
     """Find the control of a live run, named or given by its directory; connects to the cluster."""
-    from rayrl.report.recorded_run import read_config
     from rayrl.runs import storage
-    from rayrl.runs.run import CONFIG
+    from rayrl.runs.run import CONFIG, read_config
 
     is_folder = storage.exists(storage.join(storage.absolute(run), CONFIG))
     name = read_config(run).name if is_folder else run

@@ -5,6 +5,7 @@
     |-- DataError          (ValueError)    a user's file: missing, empty, or without a needed column
     |-- ResourceError      (RuntimeError)  the cluster lacks resources that a stage needs
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
+    |-- JudgeFailed        (RuntimeError)  the oracle itself fails, and not one question: the asking stopped
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
     |-- DiskFull           (OSError)       a disk has no room for a run's files: the path, and the free bytes
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
@@ -35,6 +36,10 @@ class ResourceError(RayRLError, RuntimeError):
 
 class BudgetExhausted(RayRLError, RuntimeError):
     """The ledger refused to reserve a query: the budget is spent."""
+
+
+class JudgeFailed(RayRLError, RuntimeError):
+    """The oracle failed, and the asking stopped. The message names cause and remedy; the same command goes on."""
 
 
 class RunDirectoryError(RayRLError, ValueError):

@@ -4,38 +4,38 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rayrl.config.table import Table
+from rayrl.config.table import Operation, Table
 
 
 class EngineConfig(Table):
     """A fleet of vLLM replicas of one kind."""
 
-    num_replicas: int = Field(default=1, gt=0)
+    num_replicas: Operation[int] = Field(default=1, gt=0)
     """Replicas at the start of the fleet; and later, unless the next two settings differ from it."""
-    min_replicas: int | None = Field(default=None, gt=0)
+    min_replicas: Operation[int | None] = Field(default=None, gt=0)
     """Fewest replicas that the fleet shrinks to during the run; None is num_replicas."""
-    max_replicas: int | None = Field(default=None, gt=0)
+    max_replicas: Operation[int | None] = Field(default=None, gt=0)
     """Most replicas that the fleet grows to; None is num_replicas. The plan makes room for this many."""
-    queue_s: float = Field(default=10.0, ge=0)
+    queue_s: Operation[float] = Field(default=10.0, ge=0)
     """Seconds for which calls have waited before replicas are added for them."""
-    idle_s: float = Field(default=300.0, ge=0)
+    idle_s: Operation[float] = Field(default=300.0, ge=0)
     """Seconds without a call after which a replica above the minimum ends."""
-    tensor_parallel_size: int = Field(default=1, gt=0)
+    tensor_parallel_size: Operation[int] = Field(default=1, gt=0)
     """Processes that share each layer of one replica's model."""
-    pipeline_parallel_size: int = Field(default=1, gt=0)
+    pipeline_parallel_size: Operation[int] = Field(default=1, gt=0)
     """Groups of consecutive layers that one replica's model is split into."""
-    gpus_per_replica: float = Field(default=1.0, ge=0)
+    gpus_per_replica: Operation[float] = Field(default=1.0, ge=0)
     """Per tensor- and pipeline-parallel rank; a fraction puts several replicas on one GPU. Ignored on CPU machines."""
-    cpus_per_replica: float = Field(default=0.0, ge=0)
+    cpus_per_replica: Operation[float] = Field(default=0.0, ge=0)
     """CPUs that Ray sets aside for a replica on a CPU machine. 0 fits beside anything; above 0, Ray starts only as many
     as fit, and an autoscaling cluster brings nodes for the rest."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    gpu_memory_utilization: Operation[float] = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory that one replica takes."""
-    kv_cache_mb: int = Field(default=128, gt=0)
+    kv_cache_mb: Operation[int] = Field(default=128, gt=0)
     """Key-value cache of a CPU replica, MB."""
-    threads: int = Field(default=1, gt=0)
+    threads: Operation[int] = Field(default=1, gt=0)
     """Compute threads of a CPU replica."""
-    max_num_seqs: int = Field(default=128, gt=0)
+    max_num_seqs: Operation[int] = Field(default=128, gt=0)
     """Sequences that a replica works on at once."""
     engine_args: dict[str, Any] = Field(default={})
     """Passed to vLLM as they are."""

@@ -3,7 +3,7 @@
 from pydantic import Field, model_validator
 
 from rayrl.config.data import ReferenceAnswersConfig
-from rayrl.config.table import Table
+from rayrl.config.table import Growing, Table
 
 MIN_DIAGNOSIS = 36
 """Least `evaluate.diagnosis_budget` above 0: 9 points x 2 answers, twice."""
@@ -25,11 +25,11 @@ class LmEvalConfig(Table):
 class EvaluateConfig(Table):
     """Evaluation of the policies on held-out prompts, under a budget of its own."""
 
-    budget: int = Field(default=128, ge=0)
+    budget: Growing[int] = Field(default=128, ge=0)
     """Paid evaluation queries: a score of every policy's answer to a prompt, and with reference answers a comparison of
     each with the reference (two with order = "both"), or a score of the reference. As many prompts are judged as it
     pays for whole; 0 asks the oracle nothing."""
-    diagnosis_budget: int = Field(default=0, ge=0)
+    diagnosis_budget: Growing[int] = Field(default=0, ge=0)
     """rlp: paid queries beyond `budget` for measurements that the paper leaves out: half for the accuracy of the reward
     models on the policies' own samples along PPO, half for the quality of the synthetic pairs at each gamma."""
     best_of_n: int = Field(default=0, ge=0)

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rayrl.config.rubric import RubricConfig
-from rayrl.config.table import Table
+from rayrl.config.table import Operation, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class OracleBase(Table):
     """"module:class" of the `rayrl.oracles.protocol.Oracle` that is built from this config and a `Rubric`. It is named
     and not imported, since a config must load in a moment."""
 
-    max_concurrency: int = Field(default=16, gt=0)
-    requests_per_minute: int | None = Field(default=None, gt=0)
-    tokens_per_minute: int | None = Field(default=None, gt=0)
-    timeout_s: float = Field(default=120.0, gt=0)
-    max_retries: int = Field(default=4, ge=0)
+    max_concurrency: Operation[int] = Field(default=16, gt=0)
+    requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    timeout_s: Operation[float] = Field(default=120.0, gt=0)
+    max_retries: Operation[int] = Field(default=4, ge=0)
     """Tries after the first, with exponential backoff; then the query abstains."""
 
     def label(self) -> str:
@@ -98,15 +98,15 @@ class HttpOracleConfig(OracleBase):
     implementation: ClassVar[str] = "rayrl.oracles.http:HttpOracle"
 
     type: Literal["http"] = "http"
-    base_url: str
+    base_url: Operation[str]
     model: str
-    api_key_env: str | None = "OPENAI_API_KEY"
+    api_key_env: Operation[str | None] = "OPENAI_API_KEY"
     """Environment variable (or, with a leading "file:", the file) that holds the key; None sends no key."""
     temperature: float = Field(default=0.0, ge=0)
-    max_tokens: int = Field(default=512, gt=0)
-    usd_per_1m_input: float | None = Field(default=None, ge=0)
-    usd_per_1m_output: float | None = Field(default=None, ge=0)
-    budget_usd: float | None = Field(default=None, gt=0)
+    max_tokens: Operation[int] = Field(default=512, gt=0)
+    usd_per_1m_input: Operation[float | None] = Field(default=None, ge=0)
+    usd_per_1m_output: Operation[float | None] = Field(default=None, ge=0)
+    budget_usd: Operation[float | None] = Field(default=None, gt=0)
     """Hard limit over labels and evaluation; needs both prices."""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rayrl.algorithms.kl import KL_ESTIMATORS
-from rayrl.config.table import name_in
+from rayrl.config.table import Operation, name_in
 from rayrl.config.training import TrainingConfig
 
 
@@ -56,7 +56,7 @@ class PpoConfig(TrainingConfig):
     overlap: bool = False
     """Sample the next rollout while this one trains: at most one update behind, corrected by the importance ratio.
     Responses that are being written when the weights change continue under the new ones."""
-    weight_transfer: Literal["auto", "folder", "nccl"] = "auto"
+    weight_transfer: Operation[Literal["auto", "folder", "nccl"]] = "auto"
     """Way of the weights to the generators: through a folder, or over NCCL by vLLM's transfer, with the folder as its
     fallback. "auto" is the folder: NCCL has never been run."""
     importance_cap: float = Field(default=2.0, ge=1)
@@ -65,7 +65,7 @@ class PpoConfig(TrainingConfig):
     """Rollouts between two measurements of the reward on the held-out prompts."""
     keep: Literal["last", "best"] = "last"
     """Policy that later stages get: the last, or the one of the highest held-out reward (kept in either case)."""
-    checkpoint_every: int = Field(default=10, gt=0)
+    checkpoint_every: Operation[int] = Field(default=10, gt=0)
     """Rollouts between checkpoints."""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrl.algorithms.pairing import PAIRINGS
-from rayrl.config.table import Table, name_in
+from rayrl.config.table import Operation, Table, name_in
 
 
 class PseudoLabelConfig(Table):
@@ -15,7 +15,7 @@ class PseudoLabelConfig(Table):
     """"best_worst" makes one pair per prompt, "margin" all pairs of responses whose scores differ enough."""
     min_margin: float = Field(default=0.0, ge=0)
     """Pairs whose scores differ by this or less are ties and are dropped."""
-    mode: Literal["auto", "overlap", "alternate"] = "auto"
+    mode: Operation[Literal["auto", "overlap", "alternate"]] = "auto"
     """Score while DPO's first epoch trains, or before it. "auto" takes overlap when both fit the cluster at once."""
     synthetic: bool = False
     """Add the pairs of synthetic preference generation (`refresh.spg`) on the same responses and scores. It needs every

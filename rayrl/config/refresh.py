@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrl.algorithms.clustering import CLUSTERINGS
-from rayrl.config.table import Table, name_in
+from rayrl.config.table import Operation, Table, name_in
 
 
 class SpgConfig(Table):
@@ -25,7 +25,7 @@ class SpgConfig(Table):
     """embedding: cosine at or above which two responses mean the same."""
     max_tokens: int = Field(default=512, gt=8)
     """Longest pair the entailment model reads; longer answers lose their ends, and are counted."""
-    num_replicas: int = Field(default=1, gt=0)
+    num_replicas: Operation[int] = Field(default=1, gt=0)
     """Actors that serve the entailment model."""
 
 

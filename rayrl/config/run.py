@@ -26,22 +26,22 @@ from rayrl.config.reward_model import RewardModelConfig
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.select import SelectConfig
 from rayrl.config.sft import SftConfig
-from rayrl.config.table import Table
+from rayrl.config.table import Operation, Table
 from rayrl.config.tracking import TrackingConfig
 
 
 class RunConfig(Table):
     """One run of either pipeline."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Operation[str] = Field(pattern=r"^[\w.-]+$")
     """Name of the run in reports and trackers."""
-    run_dir: str
+    run_dir: Operation[str]
     """Folder of this run: a local path, NFS, or any fsspec URL."""
     pipeline: Literal["proxy_dpo", "rlp"] = "proxy_dpo"
     """The algorithm that the tables below are for: jobs/proxy_dpo.py or jobs/rlp.py runs it."""
     seed: int = Field(default=0, ge=0)
     """All random draws follow from it."""
-    reuse: str | None = None
+    reuse: Operation[str | None] = None
     """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
     rounds: int = Field(default=1, gt=0)
     """Repetitions of the algorithm, each on the policy that the last round made. All rounds share select.budget: each
@@ -71,7 +71,7 @@ class RunConfig(Table):
     ppo: PpoConfig = PpoConfig()
     refresh: RefreshConfig = RefreshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: Operation[TrackingConfig] = TrackingConfig()
 
     @model_validator(mode="after")
     def _rules_between_tables(self) -> "RunConfig":

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayrl.algorithms.selection import STRATEGIES
-from rayrl.config.table import Table, name_in
+from rayrl.config.table import Growing, Operation, Table, name_in
 
 Unit = Literal["response", "prompt"]
 
@@ -13,7 +13,7 @@ Unit = Literal["response", "prompt"]
 class SelectConfig(Table):
     """Selection of the responses that the oracle is asked about."""
 
-    budget: int = Field(default=0, ge=0)
+    budget: Growing[int] = Field(default=0, ge=0)
     """Paid queries of all rounds together. The paper's headline is 1,700."""
     strategy: Annotated[str, name_in(STRATEGIES)] = "k_center"
     """"k_center" covers the embedded pool, "random" draws from it."""
@@ -29,7 +29,7 @@ class SelectConfig(Table):
     """L2-normalise the vectors (ours)."""
     seed_centers: bool = False
     """Count the seed data as labelled already: initial centres."""
-    num_shards: int = Field(default=1, gt=0)
+    num_shards: Operation[int] = Field(default=1, gt=0)
     """Actors that hold the vectors."""
-    candidate_batch: int = Field(default=256, gt=0)
+    candidate_batch: Operation[int] = Field(default=256, gt=0)
     """Farthest points that each shard offers per round; changes the speed, never the picks."""

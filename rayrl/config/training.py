@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayrl.config.table import Table
+from rayrl.config.table import Operation, Table
 
 
 class LoraConfig(Table):
@@ -34,19 +34,19 @@ class TrainingConfig(Table):
     """Longer gradients are scaled down to this norm."""
     batch_size: int = Field(default=64, gt=0)
     """Samples (or pairs) per optimizer step, over all workers."""
-    micro_batch_tokens: int = Field(default=8192, gt=0)
+    micro_batch_tokens: Operation[int] = Field(default=8192, gt=0)
     """Tokens, padding included, in one forward pass of one worker."""
-    num_workers: int = Field(default=1, gt=0)
+    num_workers: Operation[int] = Field(default=1, gt=0)
     """Training processes, one per GPU where there are GPUs."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Operation[Literal[0, 1, 2, 3]] = 0
     """DeepSpeed ZeRO: shard the optimizer's state (1), the gradients too (2), and the weights too (3)."""
-    cpu_offload: bool = False
+    cpu_offload: Operation[bool] = False
     """With zero_stage 1 or higher: keep the optimizer's state in the machine's memory; with 3 the weights too."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Operation[bool] = False
     """Compute activations again in the backward pass: less memory, more time."""
     lora: LoraConfig | None = None
     """None trains all weights."""
-    checkpoint_every: int = Field(default=100, gt=0)
+    checkpoint_every: Operation[int] = Field(default=100, gt=0)
     """Steps between checkpoints."""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Operation[int] = Field(default=3, ge=0)
     """Losses of a worker that the training survives; after one more it gives up."""

@@ -11,7 +11,7 @@ PREFERENCE_SHARES: dict[Preference, float] = {"first": 1.0, "tie": 0.5, "second"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Result of one call of an oracle. A failure is an abstention, never a score."""
+    """Result of one call of an oracle. A failure is an abstention or a failed judge, never a score."""
 
     score: float | None
     """Of a judgement a number on the rubric's scale, of a comparison one of `PREFERENCE_SHARES`; None abstains."""
@@ -19,9 +19,18 @@ class Verdict:
     """The oracle's reasons, or why it abstained."""
     billed: bool = True
     """Whether the call may have cost money. An abstention that did not is refunded, and may be asked again."""
-    cost_usd: float = 0.0
+    is_readable: bool = True
+    """False: nobody could read the answer, or none came. Once in a while that is the item's fault; several in a row are
+    a failed judge, and what they were about is asked again."""
+    failure: str | None = None
+    """The judge failed, and not the item: what happened, and the remedy. The question stays unasked, and the asking
+    stops. A verdict may have a score as well, where the judge broke what was agreed with it."""
+    cost_usd: float | None = None
+    """None: the oracle has no price."""
     input_tokens: int = 0
     output_tokens: int = 0
+    disagreement: float | None = None
+    """Standard deviation of the scores, where several judges (or several samples of one) were asked."""
 
     @property
     def is_refunded(self) -> bool:
@@ -50,12 +59,15 @@ class Oracle(Protocol):
         """
         ...
 
-    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
-        """Bound the cost of a judgement (with a second response: of a comparison) from above, before the call."""
+    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float | None:
+        """Bound the cost of a judgement (with a second response: of a comparison) from above, before the call.
+
+        None: the oracle has no price.
+        """
         ...
 
     async def judge(self, prompt: str, response: str) -> Verdict:
-        """Judge one response. A failed call abstains and does not raise."""
+        """Judge one response. A failed call abstains or tells of a failed judge, and does not raise."""
         ...
 
     async def compare(self, prompt: str, first: str, second: str) -> Verdict:

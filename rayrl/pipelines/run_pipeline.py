@@ -20,7 +20,7 @@ from rayrl.oracles.pool import start_oracle_pool
 from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
 from rayrl.runs import storage
-from rayrl.runs.run import Manifest, Run, open_run
+from rayrl.runs.run import LEDGER, Manifest, Run, open_run
 from rayrl.runs.stage_metrics import EvaluateMetrics
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
             config.name,
             config.oracle,
             rubric=load_rubric(config.rubric),
-            ledger=storage.join(run.url, "ledger.sqlite"),
+            ledger=storage.join(run.url, LEDGER),
             budgets=plan.budgets,
         )
         ends.callback(ray.kill, oracle)

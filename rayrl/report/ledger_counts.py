@@ -14,6 +14,7 @@ from pathlib import Path
 from rayrl.oracles import ledger_schema
 from rayrl.oracles.ledger_file import working_copy
 from rayrl.runs import storage
+from rayrl.runs.run import LEDGER
 from rayrl.runs.stage_metrics import SPENT_STATES, LedgerCounts
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def asked_at(run_dir: str, purpose: str) -> list[float]:
 
 
 def _rows(run_dir: str, sql: str, *values: str) -> list[tuple[Value, ...]]:
-    url = storage.join(run_dir, "ledger.sqlite")
+    url = storage.join(run_dir, LEDGER)
     if not storage.exists(url):
         return []
     try:

@@ -8,19 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from pydantic import ValidationError
-
 from rayrl.config import RunConfig
-from rayrl.errors import DataError, RunDirectoryError
 from rayrl.runs import storage
-from rayrl.runs.run import CONFIG, Manifest, read_manifest, round_folder
+from rayrl.runs.run import Manifest, read_config, read_manifest, round_folder
 from rayrl.runs.stage_metrics import StageMetrics
 from rayrl.runs.stage_table import Stage, stages_of
 
 M = TypeVar("M", bound=StageMetrics)
-
-MAX_MISTAKES = 3
-"""Mistakes of a config that a refusal names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,33 +79,6 @@ def read_run(run_dir: str) -> RecordedRun:
         (stage, number): read_manifest(round_folder(url, number), stage) for stage, number in stages_of(config)
     }
     return RecordedRun(url=url, config=config, manifests=manifests)
-
-
-def read_config(run_dir: str) -> RunConfig:
-    """Read the resolved config of a run.
-
-    Raises:
-        RunDirectoryError: the folder does not exist or holds no run.
-        DataError: the file is damaged, or of another version of rayrl.
-    """
-    url = storage.absolute(run_dir)
-    path = storage.join(url, CONFIG)
-    if not storage.exists(path):
-        raise RunDirectoryError(
-            f"run_dir must be the folder of a run (with config.json in it), got {url}; "
-            "`rayrl runs FOLDER` lists the runs in a folder"
-        )
-    try:
-        return RunConfig.model_validate(storage.read_json(path))
-    except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors()]
-        reason = "; ".join(mistakes[:MAX_MISTAKES])
-    except ValueError as error:
-        reason = str(error)
-    raise DataError(
-        f"{path} must be the resolved config of a run of this version of rayrl, but is damaged or of another version "
-        f"({reason}); read the run with the version that made it, or run again into another run_dir"
-    )
 
 
 def title(name: str, number: int) -> str:

@@ -11,13 +11,14 @@ and a budget of its own. The config is the whole run's in every view.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rayrl.algorithms.budget import round_share
 from rayrl.config import RunConfig, Table
@@ -32,15 +33,19 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=StageMetrics)
 T = TypeVar("T", bound=Table)
 
-KeyPart = BaseModel | str | int | float | bool | Sequence[str] | None
+KeyPart = Table | str | int | float | bool | Sequence[str] | None
 """What a key can be made of: a table of the config, another key, a plain value."""
 
 CONFIG = "config.json"
+LEDGER = "ledger.sqlite"
+"""In a run's folder: its account of paid questions, where `oracle.ledger` names no other."""
 MANIFEST = "manifest.json"
+MAX_MISTAKES = 3
+"""Mistakes of a damaged config that a message lists."""
 MAX_DIFFERENCES = 6
 """Settings that a refusal names."""
-PLACES = ("run_dir", "reuse", "tracking")
-"""Settings that say where a run lies and is shown, and may differ when it continues."""
+WORK = "work.json"
+"""In a stage's folder: the key of the work that the folder's files belong to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,7 @@ class Run:
         """Name a stage's work by everything that decides its outcome; the seed is always a part of it."""
         name = stage if isinstance(stage, str) else stage.name
         # JSON tells "3" from 3 and an absent part from an empty one, so that other inputs never give the same key.
-        parts = [i.model_dump_json() if isinstance(i, BaseModel) else json.dumps(i) for i in inputs]
+        parts = [i.science_json() if isinstance(i, Table) else json.dumps(i) for i in inputs]
         return content_id(name, str(self.seed), *parts)
 
     def manifest(self, stage: Stage[M]) -> Manifest[M] | None:
@@ -135,11 +140,16 @@ class Run:
         return read_manifest(self.url, stage)
 
     def finished(self, stage: Stage[M], key: str) -> Manifest[M] | None:
-        """The stage's manifest if this work is done, here or in the run named by `reuse`, from which it is copied."""
+        """The stage's manifest if this work is done, here or in the run named by `reuse`, from which it is copied.
+
+        None: it is to be done. Its folder then holds nothing, or this work half-done; files of other work (the settings
+        or the inputs have changed since) are removed. Nothing paid is among them: that is in the ledger.
+        """
         found = read_manifest(self.url, stage)
         if found is not None and found.key == key:
             logger.info("%s: already finished (%s)", stage.name, found.summary)
             return found
+        self._make_room(stage, key)
         if self.config.reuse is None:
             return None
         # A round reuses the round of the same number: a longer run goes on from a shorter one.
@@ -162,6 +172,17 @@ class Run:
         storage.copy_folder(storage.join(other, "stages", stage.name), self.folder(stage), last=MANIFEST)
         logger.info("%s: taken over from %s (%s)", stage.name, other, found.summary)
         return found
+
+    def _make_room(self, stage: AnyStage, key: str) -> None:
+        """Empty a stage's folder of other work, and name the work that it holds from now on."""
+        path = self.folder(stage, WORK)
+        if storage.exists(path) and storage.read_json(path) == {"key": key}:
+            return
+        if storage.exists(self.folder(stage)):
+            logger.info("%s: other work than before is to be done, and the old is removed", stage.name)
+        storage.remove_folder(self.folder(stage))
+        storage.remove(self.curve(stage))
+        storage.write_json(path, {"key": key})
 
     def finish(
         self, stage: Stage[M], key: str, *, since: float, num_rows: int, metrics: M, summary: str
@@ -207,39 +228,87 @@ def num_label_queries(url: str) -> int:
 
 
 def open_run(config: RunConfig) -> Run:
-    """Open a run directory, or make it. The same config continues it; any other is refused.
+    """Open a run directory, or make it. A config of the same science continues it; any other is refused.
 
     Raises:
         RunDirectoryError: the folder belongs to another config; the message names the settings that differ.
+        DataError: its config is damaged, or of another version of rayrl.
     """
     url = storage.absolute(config.run_dir)
-    if not belongs_to(url, config):
-        storage.write_json(storage.join(url, CONFIG), config.model_dump(mode="json"))
-    timings = storage.join(url, "timings.json")
-    return Run(
-        config=_with_absolute_models(config),
-        url=url,
-        timings=storage.read_json(timings) if storage.exists(timings) else [],
+    belongs_to(url, config)
+    # Written at every start: the settings of its operation may be others than before.
+    storage.write_json(storage.join(url, CONFIG), config.model_dump(mode="json"))
+    return Run(config=_with_absolute_models(config), url=url, timings=_earlier_timings(url))
+
+
+def _earlier_timings(url: str) -> list[dict[str, Any]]:
+    """Read the times of earlier starts. They are only for the report's table: a damaged file is begun anew."""
+    path = storage.join(url, "timings.json")
+    try:
+        return storage.read_json(path) if storage.exists(path) else []
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): the start-up times of earlier starts are lost", path, error)
+        return []
+
+
+def read_config(run_dir: str) -> RunConfig:
+    """Read the resolved config of a run.
+
+    Raises:
+        RunDirectoryError: the folder does not exist or holds no run.
+        DataError: the file is damaged, or of another version of rayrl.
+    """
+    url = storage.absolute(run_dir)
+    path = storage.join(url, CONFIG)
+    if not storage.exists(path):
+        raise RunDirectoryError(
+            f"run_dir must be the folder of a run (with config.json in it), got {url}; "
+            "`rayrl runs FOLDER` lists the runs in a folder"
+        )
+    try:
+        return RunConfig.model_validate(storage.read_json(path))
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors()]
+        reason = "; ".join(mistakes[:MAX_MISTAKES])
+    except ValueError as error:
+        reason = str(error)
+    raise DataError(
+        f"{path} must be the resolved config of a run of this version of rayrl, but is damaged or of another version "
+        f"({reason}); read the run with the version that made it, or run again into another run_dir"
     )
 
 
 def belongs_to(url: str, config: RunConfig) -> bool:
-    """Return whether the folder at `url` is a run of this config; False if it is not a run yet.
+    """Return whether the folder at `url` is a run of this config's science; False if it is not a run yet.
 
     Raises:
-        RunDirectoryError: it is a run of another config; the message names the settings that differ.
+        RunDirectoryError: it is a run of another config; the message names the settings that differ, and those that
+            may.
+        DataError: its config is damaged, or of another version of rayrl.
     """
-    path = storage.join(url, CONFIG)
-    if not storage.exists(path):
+    if not storage.exists(storage.join(url, CONFIG)):
         return False
-    differing = differences(storage.read_json(path), config.model_dump(mode="json"))
+    theirs = read_config(url)
+    raised = {name for name, number in config.growing().items() if number >= theirs.growing().get(name, number)}
+    differing = [name for name in differences(theirs.science(), config.science()) if name.split(" ")[0] not in raised]
     if differing:
         # Nothing advises to delete the folder: its ledger holds what was paid for.
         raise RunDirectoryError(
             f"run_dir {url} belongs to another config; these settings differ: "
-            f"{', '.join(differing[:MAX_DIFFERENCES])}. Choose another run_dir, or set them back"
+            f"{', '.join(differing[:MAX_DIFFERENCES])}. Set them back; or choose another run_dir, with "
+            f"reuse = {url!r} for the stages that stay the same and oracle.ledger = "
+            f"{storage.join(url, LEDGER)!r} for the answers that are paid. Between two starts of a run only its "
+            f"operation may change ({', '.join(_tables_of(config.operation()))}), and "
+            f"{', '.join(config.growing())} may be raised"
         )
     return True
+
+
+def _tables_of(settings: Iterable[str]) -> list[str]:
+    """Shorten a list of dotted settings: one entry per table, with the number of its settings."""
+    num_by_table = Counter(setting.rpartition(".")[0] for setting in settings)
+    names = [setting for setting in settings if "." not in setting]
+    return names + [f"{num} settings of {table}" for table, num in num_by_table.items() if table]
 
 
 def _with_absolute_models(config: RunConfig) -> RunConfig:
@@ -268,8 +337,6 @@ def differences(theirs: object, mine: object, prefix: str = "") -> list[str]:
     their_table, my_table = cast(dict[str, object], theirs), cast(dict[str, object], mine)
     found: list[str] = []
     for name in sorted({*their_table, *my_table}):
-        if not prefix and name in PLACES:
-            continue
         dotted = f"{prefix}.{name}" if prefix else name
         found += differences(their_table.get(name), my_table.get(name), dotted)
     return found

@@ -112,7 +112,8 @@ def fit_stage(
             job,
             training,
             stream,
-            storage=run.folder(stage, "fit"),
+            # Named by the ranks: a checkpoint of other ranks cannot be gone on from.
+            storage=run.folder(stage, f"fit-{training.num_workers}x-zero{training.zero_stage}"),
             on_gpu=services.on_gpu,
             name=f"{run.config.name}-{stage.name}",
         )

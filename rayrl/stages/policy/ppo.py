@@ -31,9 +31,8 @@ NUM_VERSIONS = 4
 """Versions of the weights that may lie in shared memory at once: the last two, the next one being written, and room."""
 MAX_HELD_OUT = 256
 """Held-out prompts on which the reward is measured along the way."""
-NOT_IN_KEY = {"keep", "weight_transfer"}
-"""Settings that leave the training as it is: both policies are kept, whichever goes on, and they are the same by
-whatever way they reach the replicas."""
+NOT_IN_KEY = frozenset({"keep"})
+"""Settings that leave the training as it is: both policies are kept, whichever goes on."""
 
 
 def ppo(
@@ -53,7 +52,7 @@ def ppo(
         TrainingStopped: the policy ran away from M1.
     """
     config = run.config.ppo
-    settings = config.model_dump_json(exclude=NOT_IN_KEY)
+    settings = config.science_json(exclude=NOT_IN_KEY)
     # Rollouts are sampled at temperature 1, so of `generate` only what ends a response counts.
     sampling = [run.config.generate.max_tokens, *run.config.generate.stop]
     key = run.key(stage, settings, reward.key, pool.key, m1.version, services.dtype, *sampling)

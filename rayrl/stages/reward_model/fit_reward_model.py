@@ -29,7 +29,7 @@ from rayrl.stages.rewards.reward_models import RewardModels
 from rayrl.training.reward_model import RewardModelJob, train_reward_model
 from rayrl.training.views import Views, prompts_with_views
 
-COMBINING = {"objective", "variance_coef"}
+COMBINING = frozenset({"objective", "variance_coef"})
 """Settings that combine the members' rewards. No member depends on them, and none is fitted anew when they change."""
 
 
@@ -67,7 +67,7 @@ def fit_reward_model(
     uml = run.config.refresh.uml if views else "no views"
     sources = [source.key for source in (*preferences, views, weights) if source is not None]
     inputs = [uml, run.config.policy.max_model_len, services.dtype, m1.version, *sources]
-    member_key = run.key(stage, "member", config.model_dump_json(exclude=COMBINING), *inputs)
+    member_key = run.key(stage, "member", config.science_json(exclude=COMBINING), *inputs)
     key = run.key(stage, config, *inputs)
 
     members = [stage.member(i) for i in range(config.num_members)]
