@@ -23,11 +23,14 @@ from rayrl.data.reading import (
 from rayrl.errors import ConfigError, DataError
 from rayrl.oracles.keys import read_key
 from rayrl.preflight.model import ModelFacts
+from rayrl.records import Prompt
 from rayrl.runs import storage
 
 _MEASURED_PROMPTS = 2000
 """Prompts that are tokenised: the longest of the pool, in characters. A pool this small is measured whole."""
 _CHARACTERS_PER_TOKEN = 4
+_TEST_PROMPTS = 3
+"""Prompts that the oracle is tried out on: the second only if nobody can read its answer about the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class PoolFacts:
     """Facts of the pool that the checks need."""
 
     counts: PromptCounts
+    first: tuple[Prompt, ...]
+    """The first prompts, as many as the oracle is tried out on."""
     mean_tokens: float
     longest_tokens: int
     """Tokens of the longest prompt; 0 without a tokenizer."""
@@ -53,7 +58,10 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     # A heap of the longest prompts: whether a prompt fits the context shows at these, and tokenising all takes minutes.
     longest: list[tuple[int, str]] = []
     num_characters = 0
+    first: list[Prompt] = []
     for prompt in read_prompts(config.pool, renderer(config, model), counts):
+        if len(first) < _TEST_PROMPTS:
+            first.append(prompt)
         num_characters += len(prompt.rendered)
         item = (len(prompt.rendered), prompt.rendered)
         if len(longest) < _MEASURED_PROMPTS:
@@ -65,13 +73,18 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     mean_characters = num_characters / counts.num_kept
     if model.tokenizer is None:
         return PoolFacts(
-            counts=counts, mean_tokens=mean_characters / _CHARACTERS_PER_TOKEN, longest_tokens=0, num_cut=0
+            counts=counts,
+            first=tuple(first),
+            mean_tokens=mean_characters / _CHARACTERS_PER_TOKEN,
+            longest_tokens=0,
+            num_cut=0,
         )
     num_tokens = count_tokens(config, model, [text for _, text in longest])
     num_characters_measured = sum(length for length, _ in longest)
     tokens_per_character = sum(num_tokens) / num_characters_measured
     return PoolFacts(
         counts=counts,
+        first=tuple(first),
         mean_tokens=mean_characters * tokens_per_character,
         longest_tokens=max(num_tokens),
         num_cut=_check_lengths(config, model, num_tokens, counts.num_kept),

@@ -138,7 +138,7 @@ def _num_blocks(run: RecordedRun, stage: Stage, table: str) -> int | None:
 def _by_ledger(run: RecordedRun, stage: Stage) -> Progress | None:
     if stage.pays is None:
         return None
-    times = asked_at(run.url, stage.pays)
+    times = asked_at(run.url, run.config, stage.pays)
     # Otherwise other stages or rounds share the budget, and how much is left for this one is not known.
     has_whole_budget = stage.pays == "label" and run.config.rounds == 1
     total = run.config.select.budget if has_whole_budget else None

@@ -17,8 +17,8 @@ from rayrl.runs import stage_metrics as metrics
 
 M = TypeVar("M", bound=metrics.StageMetrics, covariant=True)
 
-Purpose = Literal["label", "evaluate"]
-"""Budgets of the ledger: questions that teach, and questions that measure."""
+Purpose = Literal["label", "evaluate", "test"]
+"""Budgets of the ledger: questions that teach, questions that measure, and those that try the judge out beforehand."""
 
 
 @dataclass(frozen=True, kw_only=True)
