@@ -1,6 +1,6 @@
 """Random faults in runs on a cluster of several nodes; counts the rows lost, doubled and paid for twice.
 
-    make chaos                                        # 50 faults in 10 runs, and in 2 with real engines; half an hour
+    make chaos                                        # 50 faults in 10 runs, 2 of them with real engines; half an hour
     python -m jobs.bench.chaos --faults 5 --runs 1 --real-runs 0 --seed 7
 
 Runs follow one another on the same cluster. The times of a run's faults are drawn from the length of an undisturbed
@@ -64,8 +64,8 @@ def undisturbed(cluster: LocalCluster, folder: Path, command: list[str]) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=10, help="with simulated engines; as many more as it takes")
-    parser.add_argument("--real-runs", type=int, default=2, help="among them, with real engines")
+    parser.add_argument("--runs", type=int, default=10, help="runs in all; more follow until all faults are made")
+    parser.add_argument("--real-runs", type=int, default=2, help="how many of them have real engines")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import fsspec
 import pytest
 
+from rayrl.algorithms.selection import STRATEGIES
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
@@ -205,6 +206,13 @@ def test_controls_are_named(run_dir, changes, expected):
     edit_config(run_dir, **changes)
     (control,) = summarize_run(str(run_dir)).controls
     assert expected in control
+
+
+def test_any_strategy_but_the_methods_own_is_a_control(run_dir, monkeypatch):
+    assert summarize_run(str(run_dir)).controls == []
+    monkeypatch.setitem(STRATEGIES, "evenly_spaced", STRATEGIES["random"])
+    edit_config(run_dir, select={"strategy": "evenly_spaced"})
+    assert summarize_run(str(run_dir)).controls == ["evenly spaced selection"]
 
 
 def test_a_run_that_just_began(tmp_path):
