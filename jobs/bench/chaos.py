@@ -9,6 +9,7 @@ run makes up for it.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -70,7 +71,10 @@ def main() -> None:
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     print(f"\n{hardware()}; seed {arguments.seed}; a head without work and two worker nodes\n")
-    made, finished, num_runs, found = Counter[str](), 0, 0, list[Damage]()
+    made = Counter[str]()
+    finished = 0
+    num_runs = 0
+    found: list[Damage] = []
     commands = {"real": REAL, "simulated": rehearsal.PROXY_DPO}
     kinds = ["real"] * arguments.real_runs + ["simulated"] * (arguments.runs - arguments.real_runs)
     with tempfile.TemporaryDirectory(prefix="rayrl-chaos-") as name, LocalCluster(Path(name), num_workers=2) as cluster:
@@ -81,7 +85,7 @@ def main() -> None:
         while kinds or made.total() < arguments.faults:
             kind = kinds.pop() if kinds else "simulated"
             reference, seconds = references[kind]
-            num_faults = -(-(arguments.faults - made.total()) // (len(kinds) + 1))
+            num_faults = math.ceil((arguments.faults - made.total()) / (len(kinds) + 1))
             print(f"run {num_runs} ({kind}, {seconds:.0f} s undisturbed)", file=sys.stderr, flush=True)
             run = LocalRun(cluster=cluster, folder=Path(name) / f"run-{num_runs}", command=commands[kind])
             num_runs += 1

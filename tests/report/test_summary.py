@@ -316,7 +316,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
                     },
                 ),
             ),
-            "did not rank 3 of 20 answers of rlp and the references",
+            "did not rank 3 of 20 answers of RLP and the references",
         ),
         (
             lambda run: edit_metrics(
@@ -327,7 +327,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
         (lambda run: edit_metrics(run, SYNTHESIZE, num_pairs=0), "No synthetic pair was accepted"),
         (
             lambda run: edit_metrics(run, SYNTHESIZE, num_pairs=0, embedding_acceptance_rate=0.4),
-            "would accept 40%",
+            "would accept 40.0%",
         ),
         (lambda run: edit_metrics(run, GENERATE, num_empty=700), "700 of 1659 sampled responses are empty"),
     ],
