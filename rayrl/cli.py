@@ -40,7 +40,7 @@ def plan(
     config: Annotated[str, typer.Argument(help="The run's TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted settings: select.budget=64")] = None,
 ) -> None:
-    """Show the resolved config, the stages, what they need and what they cost. Starts nothing."""
+    """Check the config and show the stages, what they need and what they cost. Starts nothing."""
     from rayrl.config import load_config
 
     resolved = load_config(config, overrides)
@@ -99,7 +99,9 @@ def runs(
 
     fs, path = storage.locate(folder)
     if not fs.isdir(path):
-        raise RunDirectoryError(f"folder must be an existing folder of runs, got {folder}")
+        raise RunDirectoryError(
+            f"folder must be an existing folder of runs, got {folder}; name the folder that holds your run directories"
+        )
     table = Table(
         "run", "pipeline", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold"
     )
@@ -171,10 +173,12 @@ def stop(run: LiveRun) -> None:
 
 def going(progress: "Progress", now: float) -> str:
     """Say how a stage under way goes; `now` is a Unix time."""
+    from rayrl.report.formats import duration
+
     total = "" if progress.total is None else f" of {progress.total:,}"
     rate = "-" if progress.per_s is None else f"{progress.per_s:,.3g}"
-    eta = "-" if progress.eta_s is None else _duration(progress.eta_s)
-    since = _duration(max(0.0, now - progress.at))
+    eta = duration(progress.eta_s, missing="-")
+    since = duration(max(0.0, now - progress.at))
     return f"{progress.done:,}{total} {progress.unit}, {rate} {progress.items}/s, ETA {eta}; last sign {since} ago"
 
 
@@ -260,12 +264,6 @@ def _usd(facts: "RunFacts") -> str:
     if not spent and limit is None:
         return ""
     return f"spent {spent:,.2f} USD" + ("" if limit is None else f" / {limit:,.2f}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _paid(paid: "PaidQueries") -> str:

@@ -381,4 +381,4 @@ def end_oracle_pool(pool: ActorHandle[OraclePool]) -> None:
     ended: Any = pool.drain.remote(_DRAIN_S)
     with contextlib.suppress(GetTimeoutError, RayActorError):
         ray.get(ended, timeout=2 * _DRAIN_S)
-    ray.kill(cast("ActorHandle", pool))
+    ray.kill(cast("ActorHandle[Any]", pool))

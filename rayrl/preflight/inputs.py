@@ -69,7 +69,10 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
         else:
             heapq.heappushpop(longest, item)
     if counts.num_kept == 0:
-        raise DataError(f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows)")
+        raise DataError(
+            f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows); add prompts, or "
+            "correct pool.prompt_column"
+        )
     mean_characters = num_characters / counts.num_kept
     if model.tokenizer is None:
         return PoolFacts(
@@ -144,7 +147,7 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
         raise DataError(
             f"seed_data.path {config.seed_data.path} has no usable row: of {counts.num_rows}, "
             f"{counts.num_empty} lack a prompt or response and {counts.num_below_score} score below "
-            "seed_data.min_score"
+            "seed_data.min_score; lower seed_data.min_score, or complete the rows"
         )
     return counts
 
@@ -162,9 +165,14 @@ def inspect_others(config: RunConfig) -> None:
         require_columns(answers.path, columns_of(answers), answers.split)
     lm_eval = config.evaluate.lm_eval
     if lm_eval.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError('evaluate.lm_eval.tasks needs lm-evaluation-harness; pip install "rayrl[lm-eval]"')
+        raise ConfigError(
+            f"evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got {lm_eval.tasks}; "
+            'pip install "rayrl[lm-eval]", or empty the list'
+        )
     if lm_eval.include_path is not None and not os.path.isdir(lm_eval.include_path):
-        raise ConfigError(f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}")
+        raise ConfigError(
+            f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}; correct it, or leave it out"
+        )
     if config.pipeline == "rlp" and config.ppo.function is not None:
         check_module(config.ppo.function, "ppo.function")
     _inspect_oracle(config)
@@ -221,4 +229,7 @@ def check_module(function: str, setting: str) -> None:
     top = function.partition(":")[0].partition(".")[0]
     here = Path.cwd() / top
     if not (here.is_dir() or here.with_suffix(".py").is_file() or importlib.util.find_spec(top)):
-        raise ConfigError(f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}")
+        raise ConfigError(
+            f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}; run from the "
+            "folder that holds it, or install it"
+        )

@@ -18,6 +18,7 @@ from rayrl.runs.stage_table import (
     PSEUDO_LABEL,
     SAMPLES,
     TRACK_REWARDS,
+    num_refresh_blocks,
     stages_of,
 )
 
@@ -184,8 +185,7 @@ def _num_refresh_samples(config: RunConfig, num_prompts: int) -> int:
     if not SAMPLES.occurs(config, 1):
         return 0
     size = config.generate.block_size
-    wanted = config.refresh.num_prompts or num_prompts
-    num_blocks = math.ceil(wanted / size)
+    num_blocks = num_refresh_blocks(config.refresh.num_prompts, size, math.ceil(num_prompts / size))
     return min(num_prompts, num_blocks * size) * config.refresh.n
 
 

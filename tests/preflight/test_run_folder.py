@@ -20,10 +20,13 @@ def test_a_run_directory_of_another_config_is_refused(tree):
 
 def test_run_directories_that_cannot_be_used_are_refused(tree, tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot be" in refusal(RunDirectoryError, changed(tree, run_dir=str(tmp_path / "file" / "run")))
-    assert "reuse must be another run's folder" in refusal(RunDirectoryError, changed(tree, reuse=str(tmp_path)))
+    message = refusal(RunDirectoryError, changed(tree, run_dir=str(tmp_path / "file" / "run")))
+    assert message.endswith("cannot be; choose another run_dir, or give this user the right to write there")
+    message = refusal(RunDirectoryError, changed(tree, reuse=str(tmp_path)))
+    assert "reuse must be another run's folder" in message and message.endswith("; correct it, or leave reuse out")
     message = refusal(ConfigError, changed(tree, run_dir="nosuch://bucket/run"))
     assert "run_dir must be a path or an fsspec URL" in message
+    assert message.endswith("; install the protocol's fsspec package, or correct the URL")
 
 
 def test_a_relative_run_directory_is_refused_in_a_submitted_job(tree, tmp_path, monkeypatch):

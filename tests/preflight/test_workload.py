@@ -31,7 +31,7 @@ def test_the_plan_counts_what_will_be_done_and_paid(tree):
     assert (plan.mode, plan.reference, plan.usd) == ("overlap", "generation", None)
     text = render_plan(plan)
     assert "10 label queries and 4 evaluation queries" in text
-    assert "warning: 1.0 pairs per paid query, and nine is the aim: add prompts (90 give nine)" in text
+    assert "warning: 1.0 pairs per paid query, and 9 is the aim: add prompts (90 give 9)" in text
 
 
 def test_the_plan_shows_rounds_and_what_each_asks(tree):

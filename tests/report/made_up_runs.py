@@ -94,6 +94,8 @@ RLP_SECONDS = {
     EVALUATE: 25.0,
 }
 NUM_JUDGED = 120
+FINISHED_AT = "2025-01-01T00:00:00+00:00"
+"""When every made-up stage ended."""
 
 
 def estimate(mean: float, standard_error: float | None, num: int = 64) -> Estimate:
@@ -134,7 +136,7 @@ def write_manifest(
         num_rows=10,
         metrics=content,
         summary=f"{stage.name} is over" if summary is None else summary,
-        finished_at="2025-01-01T00:00:00+00:00",
+        finished_at=FINISHED_AT,
     )
     storage.write_json(str(folder / "stages" / stage.name / MANIFEST), asdict(manifest))
 

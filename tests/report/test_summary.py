@@ -9,6 +9,7 @@ from dataclasses import replace
 import fsspec
 import pytest
 
+from rayrl.algorithms.selection import STRATEGIES
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
@@ -207,6 +208,13 @@ def test_controls_are_named(run_dir, changes, expected):
     assert expected in control
 
 
+def test_any_strategy_but_the_methods_own_is_a_control(run_dir, monkeypatch):
+    assert summarize_run(str(run_dir)).controls == []
+    monkeypatch.setitem(STRATEGIES, "evenly_spaced", STRATEGIES["random"])
+    edit_config(run_dir, select={"strategy": "evenly_spaced"})
+    assert summarize_run(str(run_dir)).controls == ["evenly spaced selection"]
+
+
 def test_a_run_that_just_began(tmp_path):
     write_config(tmp_path, merged(PROXY_DPO, {"select": {"budget": 8}}))
     table = tmp_path / "stages" / GENERATE.name / "table"
@@ -308,7 +316,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
                     },
                 ),
             ),
-            "did not rank 3 of 20 answers of rlp and the references",
+            "did not rank 3 of 20 answers of RLP and the references",
         ),
         (
             lambda run: edit_metrics(
@@ -319,7 +327,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
         (lambda run: edit_metrics(run, SYNTHESIZE, num_pairs=0), "No synthetic pair was accepted"),
         (
             lambda run: edit_metrics(run, SYNTHESIZE, num_pairs=0, embedding_acceptance_rate=0.4),
-            "would accept 40%",
+            "would accept 40.0%",
         ),
         (lambda run: edit_metrics(run, GENERATE, num_empty=700), "700 of 1659 sampled responses are empty"),
     ],
