@@ -5,9 +5,10 @@ NULL), the run and the stage that asked, the tokens of the call and its time. It
 more: see `rayrl.oracles.ledger`. A second table notes which answers a stage took over without paying.
 """
 
+import contextlib
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from rayrl.oracles.questions import Question
@@ -82,14 +83,15 @@ SELECT count(*) FROM attempts
 WHERE run = ? AND purpose = ? AND state != 'refunded' AND key IN (SELECT value FROM json_each(?))
 """
 _BY_STATE = """
-SELECT purpose, state, count(*), sum(cost_usd), sum(input_tokens), sum(output_tokens)
-FROM attempts WHERE run = ? GROUP BY purpose, state ORDER BY purpose, state
+SELECT {by}, state, count(*), sum(cost_usd), sum(input_tokens), sum(output_tokens)
+FROM attempts WHERE run = ? GROUP BY {by}, state ORDER BY min(attempt)
 """
-_TAKEN_OVER = "SELECT purpose, count(*) FROM taken_over WHERE run = ? GROUP BY purpose"
+_TAKEN_OVER = "SELECT {by}, count(*) FROM taken_over WHERE run = ? GROUP BY {by}"
 _ABSTENTIONS = """
-SELECT purpose, substr(rationale, 1, {chars}), count(*)
-FROM attempts WHERE run = ? AND state = 'abstained' GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2
+SELECT {by}, substr(rationale, 1, {chars}) AS reason, count(*)
+FROM attempts WHERE run = ? AND state = 'abstained' GROUP BY {by}, reason ORDER BY count(*) DESC, reason
 """
+ALL = "SELECT * FROM attempts ORDER BY attempt"
 REASON_CHARS = 80
 """Characters by which the reasons of abstentions are told apart."""
 _SETTLE = """
@@ -118,24 +120,35 @@ def connect(path: Path, run: str) -> sqlite3.Connection:
 
 
 def close(db: sqlite3.Connection) -> None:
-    """Close the ledger, and leave one file: a write-ahead log beside it would be left behind when it is copied."""
-    db.execute("PRAGMA journal_mode = DELETE")
+    """Close the ledger, and leave one file: a write-ahead log beside it would be left behind when it is copied.
+
+    Closing a ledger again does nothing.
+    """
+    # The log stays while somebody reads the file, and until the next owner closes it.
+    with contextlib.suppress(sqlite3.Error):
+        db.execute("PRAGMA journal_mode = DELETE")
     db.close()
 
 
 def _bring_up_to_date(db: sqlite3.Connection, run: str) -> None:
-    columns = {row["name"] for row in db.execute("PRAGMA table_info(attempts)")}
-    version = db.execute("PRAGMA user_version").fetchone()[0]
+    with contextlib.closing(sqlite3.connect(":memory:")) as blank:
+        blank.executescript(_SCHEMA)
+        columns_of_today = _columns(blank)
+    columns, version = _columns(db), db.execute("PRAGMA user_version").fetchone()[0]
     if version == 0 and columns >= _COLUMNS_OF_VERSION_0:
         script = _FROM_VERSION_0.format(schema=_SCHEMA, run=run.replace("'", "''"))
-    elif version == VERSION or not columns:
+    elif not columns or (version == VERSION and columns == columns_of_today):
         script = _SCHEMA
     else:  # it would fail only after questions were paid for
         raise sqlite3.DatabaseError(
-            f"its schema is of version {version} and this rayrl writes version {VERSION}; open it with the rayrl that "
+            f"its table is of version {version}, and this rayrl writes version {VERSION}; open it with the rayrl that "
             "wrote it, or name another oracle.ledger"
         )
     db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+def _columns(db: sqlite3.Connection) -> set[str]:
+    return {row[1] for row in db.execute("PRAGMA table_info(attempts)")}
 
 
 def insert(
@@ -184,28 +197,38 @@ def read_answer(row: sqlite3.Row, record: type[Question]) -> Question:
 
 def counts(db: sqlite3.Connection, run: str, budgets: Mapping[str, int]) -> dict[str, LedgerCounts]:
     """Count a run's questions of every purpose that has a budget, or has asked some."""
-    num_by_state: dict[str, dict[str, int]] = {purpose: {} for purpose in budgets}
-    cost_usd: dict[str, float | None] = {}
-    tokens: dict[str, tuple[int, int]] = {}
-    for purpose, state, num, usd, num_input, num_output in db.execute(_BY_STATE, (run,)):
-        num_by_state.setdefault(purpose, {})[state] = num
-        so_far = cost_usd.get(purpose)
-        cost_usd[purpose] = so_far if usd is None else usd + (so_far or 0.0)
-        earlier_input, earlier_output = tokens.get(purpose, (0, 0))
-        tokens[purpose] = earlier_input + num_input, earlier_output + num_output
-    num_taken_over: dict[str, int] = dict(db.execute(_TAKEN_OVER, (run,)).fetchall())
-    reasons: dict[str, dict[str, int]] = {}
-    for purpose, reason, num in db.execute(_ABSTENTIONS.format(chars=REASON_CHARS), (run,)):
-        reasons.setdefault(purpose, {})[reason] = num
-    return {
-        purpose: LedgerCounts.from_states(
-            num_by_state.get(purpose, {}),
-            budget=budgets.get(purpose, 0),
-            taken_over=num_taken_over.get(purpose, 0),
-            abstentions=reasons.get(purpose, {}),
-            cost_usd=cost_usd.get(purpose),
-            input_tokens=tokens.get(purpose, (0, 0))[0],
-            output_tokens=tokens.get(purpose, (0, 0))[1],
+    by_purpose = {purpose: found for (purpose,), found in counts_by(db, run, "purpose").items()}
+    nothing = LedgerCounts.from_states({}, budget=0, cost_usd=None)
+    purposes = dict.fromkeys([*budgets, *by_purpose])
+    return {purpose: replace(by_purpose.get(purpose, nothing), budget=budgets.get(purpose, 0)) for purpose in purposes}
+
+
+def counts_by(db: sqlite3.Connection, run: str, *columns: str) -> dict[tuple[str, ...], LedgerCounts]:
+    """Count a run's questions by the values of some columns, which attempts and answers taken over both have.
+
+    The file does not keep the budgets: they are 0 here.
+    """
+    by, size = ", ".join(columns), len(columns)
+    states: dict[tuple[str, ...], list[sqlite3.Row]] = {}
+    for row in db.execute(_BY_STATE.format(by=by), (run,)):
+        states.setdefault(tuple(row[:size]), []).append(row)
+    num_taken_over: dict[tuple[str, ...], int] = {}
+    for row in db.execute(_TAKEN_OVER.format(by=by), (run,)):
+        num_taken_over[tuple(row[:size])] = row[size]
+    reasons: dict[tuple[str, ...], dict[str, int]] = {}
+    for row in db.execute(_ABSTENTIONS.format(by=by, chars=REASON_CHARS), (run,)):
+        reasons.setdefault(tuple(row[:size]), {})[row[size]] = row[size + 1]
+    found: dict[tuple[str, ...], LedgerCounts] = {}
+    for group in dict.fromkeys([*states, *num_taken_over]):
+        rows = states.get(group, [])
+        priced = [row[size + 2] for row in rows if row[size + 2] is not None]
+        found[group] = LedgerCounts.from_states(
+            {row[size]: row[size + 1] for row in rows},
+            budget=0,
+            taken_over=num_taken_over.get(group, 0),
+            abstentions=reasons.get(group, {}),
+            cost_usd=sum(priced) if priced else None,
+            input_tokens=sum(row[size + 3] for row in rows),
+            output_tokens=sum(row[size + 4] for row in rows),
         )
-        for purpose in dict.fromkeys([*num_by_state, *num_taken_over])
-    }
+    return found

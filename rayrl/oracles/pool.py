@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import ray
 from ray.actor import ActorHandle
@@ -381,4 +381,4 @@ def end_oracle_pool(pool: ActorHandle[OraclePool]) -> None:
     ended: Any = pool.drain.remote(_DRAIN_S)
     with contextlib.suppress(GetTimeoutError, RayActorError):
         ray.get(ended, timeout=2 * _DRAIN_S)
-    ray.kill(cast("ActorHandle[Any]", pool))
+    ray.kill(pool)  # pyright: ignore[reportUnknownMemberType] Ray leaves the type of its handles open

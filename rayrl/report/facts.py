@@ -4,7 +4,7 @@ One schema serves both pipelines. What a run has not reached yet is None. `rayrl
 how the facts are drawn or worded is decided elsewhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrl.algorithms.estimate import Estimate
@@ -48,7 +48,14 @@ class PaidQueries:
     refunded: int | None = None
     lost: int | None = None
     in_flight: int | None = None
+    taken_over: int | None = None
+    """Answered at no cost: another stage or run had paid."""
+    abstentions: dict[str, int] = field(default_factory=dict)
+    """Reasons of abstentions, the commonest first."""
     cost_usd: float | None = None
+    """None: the oracle has no price, too."""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

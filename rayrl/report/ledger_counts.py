@@ -5,13 +5,19 @@ manifests then tell what was paid when their stages ended.
 """
 
 import contextlib
+import io
+import json
 import logging
 import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow import csv, parquet
+
 from rayrl.config import RunConfig
+from rayrl.errors import ConfigError, DataError
 from rayrl.oracles import ledger_schema
 from rayrl.oracles.ledger_file import working_copy
 from rayrl.runs import storage
@@ -30,6 +36,52 @@ def ledger_counts(url: str, config: RunConfig) -> dict[str, LedgerCounts]:
     """
     with reading(url, config) as ledger:
         return {} if ledger is None else ledger_schema.counts(ledger, identity(url), {})
+
+
+def spending_by_stage(url: str, config: RunConfig) -> dict[tuple[str, ...], LedgerCounts]:
+    """Count the run's queries by the stage that asked and the oracle that was asked; empty as above."""
+    with reading(url, config) as ledger:
+        return {} if ledger is None else ledger_schema.counts_by(ledger, identity(url), "stage", "oracle")
+
+
+def export(url: str, config: RunConfig, target: str) -> int:
+    """Write all attempts in the ledger of the run in a folder, those of other runs too, to a file.
+
+    Args:
+        url: the run's folder.
+        config: of the run.
+        target: a path or URL that ends in .parquet, .csv or .jsonl.
+
+    Returns:
+        How many attempts there are.
+
+    Raises:
+        ConfigError: the target ends otherwise.
+        DataError: there is no ledger that can be read.
+    """
+    suffix = target.rpartition(".")[2]
+    if suffix not in ("parquet", "csv", "jsonl"):
+        raise ConfigError(f"--export must end in .parquet, .csv or .jsonl, got {target}")
+    with reading(url, config) as ledger:
+        if ledger is None:
+            raise DataError(
+                f"{ledger_url(url, config)} must be the ledger of a run, and cannot be read or is not there"
+            )
+        rows = [dict(row) for row in ledger.execute(ledger_schema.ALL)]
+    storage.write_bytes(target, _encoded(rows, suffix))
+    return len(rows)
+
+
+def _encoded(rows: list[dict[str, object]], suffix: str) -> bytes:
+    if suffix == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    table = pa.Table.from_pylist(rows)
+    sink = io.BytesIO()
+    if suffix == "parquet":
+        parquet.write_table(table, sink)
+    else:
+        csv.write_csv(table, sink)
+    return sink.getvalue()
 
 
 def asked_at(url: str, config: RunConfig, purpose: str) -> list[float]:

@@ -215,16 +215,22 @@ def _paid_queries(facts: RunFacts) -> Table:
         ("spent", lambda paid: paid.spent),
         ("scored", lambda paid: paid.scored),
         ("abstained (no label)", lambda paid: paid.abstained),
-        ("lost in a crash", lambda paid: paid.lost),
+        ("lost (crash, failed judge)", lambda paid: paid.lost),
         ("failed and not charged", lambda paid: paid.refunded),
         ("in flight", lambda paid: paid.in_flight),
+        ("answered from the ledger, free", lambda paid: paid.taken_over),
+        ("tokens read", lambda paid: paid.input_tokens),
+        ("tokens written", lambda paid: paid.output_tokens),
     ]
     rows: list[list[str]] = []
     for name, measure in measures:
         label, evaluate = measure(facts.paid.label), measure(facts.paid.evaluate)
         rows.append([name, number(label, missing="-"), number(evaluate, missing="-")])
     label, evaluate = facts.paid.label.cost_usd, facts.paid.evaluate.cost_usd
-    rows.append(["cost, USD", number(label, ",.2f", missing="-"), number(evaluate, ",.2f", missing="-")])
+    rows.append(["cost, USD", number(label, ",.2f", missing="unpriced"), number(evaluate, ",.2f", missing="unpriced")])
+    for reason in dict.fromkeys([*facts.paid.label.abstentions, *facts.paid.evaluate.abstentions]):
+        nums = (paid.abstentions.get(reason, 0) for paid in (facts.paid.label, facts.paid.evaluate))
+        rows.append([f"{INDENT}abstained: {reason}", *map(str, nums)])
     return Table(head=["paid queries", labels, "evaluation"], rows=rows)
 
 
