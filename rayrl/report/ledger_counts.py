@@ -64,9 +64,8 @@ def export(url: str, config: RunConfig, target: str) -> int:
         raise ConfigError(f"--export must end in .parquet, .csv or .jsonl, got {target}")
     with reading(url, config) as ledger:
         if ledger is None:
-            raise DataError(
-                f"{ledger_url(url, config)} must be the ledger of a run, and cannot be read or is not there"
-            )
+            place = ledger_url(url, config)
+            raise DataError(f"{place} must be the ledger of a run, and none can be read there; name another run")
         rows = [dict(row) for row in ledger.execute(ledger_schema.ALL)]
     storage.write_bytes(target, _encoded(rows, suffix))
     return len(rows)

@@ -189,9 +189,11 @@ def test_the_next_test_question_is_asked_if_nobody_can_read_the_first(server, lo
 def test_a_judge_that_nobody_can_read_is_refused_and_tried_again_after_mending(server, location):
     server.plan = lambda index, question: WAYS["unreadable"]
     for _ in range(2):
-        with contextlib.closing(_pool_with_tests(http(server), location)) as pool:
-            with pytest.raises(JudgeFailed, match="none of 3 answers could be read"):
-                tried(pool)
+        with (
+            contextlib.closing(_pool_with_tests(http(server), location)) as pool,
+            pytest.raises(JudgeFailed, match="none of 3 answers could be read"),
+        ):
+            tried(pool)
     assert server.num_asked == 6
     server.plan = lambda index, question: Reply()
     with contextlib.closing(_pool_with_tests(http(server), location)) as pool:

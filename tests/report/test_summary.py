@@ -159,11 +159,11 @@ def test_the_ledger_itself_knows_best(run_dir):
             [("label", 3.0, True), ("label", None, True), ("label", None, False), ("evaluate", 1.0, True)]
         ):
             reserved = ledger.reserve(judgement(str(i), purpose), 0.01)
-            ledger.commit(reserved, Verdict(score=score, rationale="", billed=billed, cost_usd=0.01))
+            ledger.commit(reserved, Verdict(score=score, rationale="unclear", billed=billed, cost_usd=0.01))
         ledger.reserve(judgement("open"), 0.01)
         paid = summarize_run(str(run_dir)).paid  # while its owner has it open
     states = {"scored": 1, "abstained": 1, "refunded": 1, "reserved": 1}
-    counts = LedgerCounts.from_states(states, budget=128, cost_usd=0.03)
+    counts = LedgerCounts.from_states(states, budget=128, cost_usd=0.03, abstentions={"unclear": 1})
     assert (paid.label.spent, paid.label.in_flight, paid.label.refunded) == (2, 1, 1)
     assert paid.label == PaidQueries(**(vars(counts) | {"cost_usd": pytest.approx(0.03)}))
     assert (paid.evaluate.budget, paid.evaluate.spent, paid.evaluate.cost_usd) == (128, 1, 0.01)
