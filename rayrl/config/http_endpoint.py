@@ -14,7 +14,9 @@ NO_KEY = "none"
 
 _OPENAI_HOST = "api.openai.com"
 _SECRET_NAME = re.compile(r"key|token|secret|auth|password|credential|cookie", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(?:sk|pk|rk|gsk|xai|hf|ghp)[-_][A-Za-z0-9_-]{6,}|\bAIza[A-Za-z0-9_-]{10,}|^bearer\s", re.I)
+_SECRET_VALUE = re.compile(
+    r"\b(?:sk|pk|rk|gsk|xai|hf|ghp)[-_][A-Za-z0-9_-]{6,}|\bAIza[A-Za-z0-9_-]{10,}|^bearer\s", re.I
+)
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _OWN_HEADERS = frozenset({"content-length", "content-type", "host", "connection", "transfer-encoding"})
 _CHAT_PATH = "/chat/completions"
@@ -174,7 +176,7 @@ def _require_plain_header(name: str, value: str) -> None:
         return
     if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value):
         raise ValueError(
-            f"extra_headers.{name} must be \"env:NAME\" or \"file:PATH\", the place of its value (the value given is "
+            f'extra_headers.{name} must be "env:NAME" or "file:PATH", the place of its value (the value given is '
             "not shown): it looks like a secret, and configs are saved"
         )
     if not value.isascii() or not value.isprintable():

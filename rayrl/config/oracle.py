@@ -97,7 +97,8 @@ class OracleBase(Table):
 
     def secret_sources(self) -> dict[str, str]:
         """List where all secrets are, by setting, as `rayrl.oracles.keys.read_secret` takes them."""
-        return {}
+        source = self.key_source()
+        return {} if source is None else {"oracle.api_key_env": source}
 
     def prices(self) -> Prices | None:
         """Prices of a call; None for an oracle that is free, or whose prices are not given."""
@@ -111,7 +112,7 @@ class FailoverEndpoint(HttpEndpoint):
     tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
 
 
-class HttpOracleConfig(OracleBase, HttpEndpoint):
+class HttpOracleConfig(HttpEndpoint, OracleBase):
     """Any OpenAI-compatible chat endpoint."""
 
     implementation: ClassVar[str] = "rayrl.oracles.http:HttpOracle"
@@ -194,11 +195,12 @@ class HttpOracleConfig(OracleBase, HttpEndpoint):
             "policies are evaluated; write the same criteria to a file with {prompt}, {first} and {second}"
         )
 
-    def endpoints(self) -> dict[str, HttpEndpoint]:
+    def endpoints(self) -> "dict[str, HttpOracleConfig | FailoverEndpoint]":
         """List the addresses in the order of asking, by the prefix of their settings in messages."""
-        return {"oracle.": self} | {
-            f"oracle.failover[{place}].": endpoint for place, endpoint in enumerate(self.failover)
-        }
+        endpoints: dict[str, HttpOracleConfig | FailoverEndpoint] = {"oracle.": self}
+        for place, endpoint in enumerate(self.failover):
+            endpoints[f"oracle.failover[{place}]."] = endpoint
+        return endpoints
 
     def secret_sources(self) -> dict[str, str]:
         return dict(self._secret_sources())

@@ -232,9 +232,7 @@ def evaluator_prompt(rubric: Rubric, prompt: str, response: str, scoring: Scorin
 def evaluator_target(rubric: Rubric, score: float, rationale: str, scoring: Scoring) -> str:
     """Write the text that the generative evaluator learns to write after `evaluator_prompt`, with `whole_score`."""
     # A score line inside the rationale would contradict the score when the text is read back.
-    lines = [
-        line for line in rationale.strip().splitlines() if not _SCORE_LINE.fullmatch(plain_ascii(line).strip())
-    ]
+    lines = [line for line in rationale.strip().splitlines() if not _SCORE_LINE.fullmatch(plain_ascii(line).strip())]
     reasons = "\n".join(lines).strip()
     number = whole_score(rubric, score)
     if scoring == "score_first":
