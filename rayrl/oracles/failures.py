@@ -233,7 +233,9 @@ def _status_of(error: ErrorBody) -> int:
     for code in error.codes:
         if code in _STATUS_OF_CODE:
             return _STATUS_OF_CODE[code]
-    return 500
+    if _NO_CREDIT_WORDS.search(error.message):
+        return 402
+    return 401 if _KEY_REFUSED.search(error.message) else 500
 
 
 def _no_chat(reply: Reply, sent: Sent) -> Failure | None:
