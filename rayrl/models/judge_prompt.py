@@ -264,7 +264,7 @@ def _require_our_format(template: str, setting: str, path: str, remedy: str) -> 
 def _read_template(path: str, setting: str, slots: tuple[str, ...]) -> str:
     """Read a user's template, and put tags around the slots that have none."""
     try:
-        template = Path(path).read_text(encoding="utf-8").strip()
+        template = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting} must be a UTF-8 text file, got {path}: {error}") from None
     needed = [f"{{{slot}}}" for slot in slots]
