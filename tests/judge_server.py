@@ -13,12 +13,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Reply:
     """What the server does with one request."""
 
-    text: str = "It answers the question.\nScore: 3"
+    text: str | list | None = "It answers the question.\nScore: 3"
+    """Content of the message; or the message of an error, if the status is one."""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: str | None = None
     """Sent instead of a chat completion."""
-    usage: tuple[int, int] | None = (100, 20)
+    usage: tuple[int, int] | dict | None = (100, 20)
+    finish: str | None = "stop"
+    message: dict = field(default_factory=dict)
+    """More fields of the message."""
     wait: bool = False
     """Hold the answer until the server's `gate` opens."""
     drip: bool = False
@@ -41,12 +45,15 @@ class JudgeServer:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.payloads: list[dict] = []
+        self.paths: list[str] = []
+        """Of chat requests, with their queries."""
         self.models = Reply(body='{"data": []}')
         self.gate = threading.Event()
         self.num_active = self.max_active = 0
         self._lock = threading.Lock()
         self._http = _HttpServer(("127.0.0.1", 0), _handler(self))
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        self.root = f"http://127.0.0.1:{self._http.server_port}"
+        self.url = f"{self.root}/v1"
 
     def __enter__(self) -> "JudgeServer":
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
@@ -73,10 +80,11 @@ class JudgeServer:
             assert time.monotonic() < deadline, f"{self.num_asked} of {num_asked} requests came"
             time.sleep(0.01)
 
-    def receive(self, payload: dict, headers: dict[str, str]) -> Reply:
+    def receive(self, path: str, payload: dict, headers: dict[str, str]) -> Reply:
         with self._lock:
             index, question = len(self.questions), payload["messages"][0]["content"]
             self.times.append(time.monotonic())
+            self.paths.append(path)
             self.headers.append(headers)
             self.payloads.append(payload)
             self.questions.append(question)
@@ -99,7 +107,7 @@ def _handler(server: JudgeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = server.receive(payload, {name.lower(): value for name, value in self.headers.items()})
+            reply = server.receive(self.path, payload, {name.lower(): value for name, value in self.headers.items()})
             if reply.drop:
                 self.close_connection = True
                 return
@@ -130,7 +138,10 @@ def _handler(server: JudgeServer) -> type[BaseHTTPRequestHandler]:
 def _completion(reply: Reply) -> str:
     if reply.status >= 400:
         return json.dumps({"error": {"message": reply.text}})
-    completion: dict = {"choices": [{"index": 0, "message": {"role": "assistant", "content": reply.text}}]}
-    if reply.usage is not None:
+    message = {"role": "assistant", "content": reply.text, **reply.message}
+    completion: dict = {"choices": [{"index": 0, "message": message, "finish_reason": reply.finish}]}
+    if isinstance(reply.usage, dict):
+        completion["usage"] = reply.usage
+    elif reply.usage is not None:
         completion["usage"] = {"prompt_tokens": reply.usage[0], "completion_tokens": reply.usage[1]}
     return json.dumps(completion)

@@ -11,7 +11,14 @@ from rayrl.config.engines import EngineConfig
 from rayrl.config.evaluator import EvaluatorConfig
 from rayrl.config.generate import GenerateConfig
 from rayrl.config.loading import load_config
-from rayrl.config.oracle import HttpOracleConfig, OracleBase, OracleConfig, ReplayOracleConfig, ScriptedOracleConfig
+from rayrl.config.oracle import (
+    FailoverEndpoint,
+    HttpOracleConfig,
+    OracleBase,
+    OracleConfig,
+    ReplayOracleConfig,
+    ScriptedOracleConfig,
+)
 from rayrl.config.policy import PolicyConfig
 from rayrl.config.ppo import PpoConfig
 from rayrl.config.preferences import PreferenceDataConfig, PreferencesConfig
@@ -31,6 +38,7 @@ __all__ = [
     "DpoConfig",
     "EngineConfig",
     "EvaluatorConfig",
+    "FailoverEndpoint",
     "GenerateConfig",
     "HttpOracleConfig",
     "LoraConfig",

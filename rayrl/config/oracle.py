@@ -5,11 +5,13 @@ implementation in `rayrl.oracles`. A new type derives from `OracleBase`, names i
 `OracleConfig`; no other module distinguishes types.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
+from rayrl.config.http_endpoint import HttpEndpoint, require_plain_body
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.table import Operation, Table
 
@@ -24,10 +26,16 @@ class Prices:
     """Longest answer, in tokens."""
     budget_usd: float | None
     """Hard limit over labels and evaluation; None is no limit."""
+    num_samples: int = 1
+    """Calls that one query makes."""
 
     def cost_usd(self, num_input: float, num_output: float) -> float:
         """Price a call of so many tokens."""
         return (num_input * self.usd_per_1m_input + num_output * self.usd_per_1m_output) / 1e6
+
+    def bound_usd(self, num_input: float) -> float:
+        """Bound the price of a query from above: all its samples, each with the longest answer."""
+        return self.num_samples * self.cost_usd(num_input, self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +104,63 @@ class OracleBase(Table):
         """Return where the API key is, as `rayrl.oracles.keys.read_key` takes it; None for an oracle without a key."""
         return None
 
+    def secret_sources(self) -> dict[str, str]:
+        """List where all secrets are, by setting, as `rayrl.oracles.keys.read_secret` takes them."""
+        source = self.key_source()
+        return {} if source is None else {"oracle.api_key_env": source}
+
     def prices(self) -> Prices | None:
         """Prices of a call; None for an oracle that is free, or whose prices are not given."""
         return None
 
 
-class HttpOracleConfig(OracleBase):
+class FailoverEndpoint(HttpEndpoint):
+    """Another address of the same judge, with a key and limits of its own."""
+
+    requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
+
+
+class HttpOracleConfig(HttpEndpoint, OracleBase):
     """Any OpenAI-compatible chat endpoint."""
 
     implementation: ClassVar[str] = "rayrl.oracles.http:HttpOracle"
 
     type: Literal["http"] = "http"
-    base_url: Operation[str]
-    model: str
-    api_key_env: Operation[str | None] = "OPENAI_API_KEY"
-    """Environment variable (or, with a leading "file:", the file) that holds the key; None sends no key."""
-    temperature: float = Field(default=0.0, ge=0)
+    model: str = Field(min_length=1)
+    temperature: float | Literal["default"] = 0.0
+    """At least 0; "default" leaves it out of the request, for servers that take no other than their own."""
     max_tokens: Operation[int] = Field(default=512, gt=0)
+    """Longest answer in tokens, thoughts included."""
+    answer: Literal["text", "json"] = "text"
+    """Form of an answer: a last line that is read, or an object that the server keeps to a JSON schema."""
+    num_samples: int = Field(default=1, gt=0)
+    """Calls per question, whose readable scores are averaged (of comparisons, the majority counts). One query."""
+    extra_body: dict[str, JsonValue] = Field(default_factory=dict)
+    """More fields of a request, such as reasoning_effort. They may change answers, and so they are a part of what an
+    answer is paid for."""
+    failover: Operation[list[FailoverEndpoint]] = Field(default_factory=list)
+    """Other addresses of the same judge, in order: where one fails, the next one is asked from then on."""
     usd_per_1m_input: Operation[float | None] = Field(default=None, ge=0)
     usd_per_1m_output: Operation[float | None] = Field(default=None, ge=0)
     budget_usd: Operation[float | None] = Field(default=None, gt=0)
     """Hard limit over labels and evaluation; needs both prices."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _number_or_default(cls, value: object) -> object:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if not is_number and value != "default":
+            raise ValueError(
+                f'temperature must be a number of at least 0, or "default" to leave it to the server, got {value!r}'
+            )
+        return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _plain_body(cls, body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        require_plain_body(body)
+        return body
 
     @model_validator(mode="after")
     def _complete_prices(self) -> "HttpOracleConfig":
@@ -124,6 +168,25 @@ class HttpOracleConfig(OracleBase):
             raise ValueError("usd_per_1m_input and usd_per_1m_output go together: set both or neither")
         if self.budget_usd is not None and self.usd_per_1m_input is None:
             raise ValueError("budget_usd needs usd_per_1m_input and usd_per_1m_output")
+        if self.budget_usd is not None and self.usd_per_1m_input == self.usd_per_1m_output == 0:
+            raise ValueError(
+                "budget_usd limits nothing where usd_per_1m_input and usd_per_1m_output are 0: "
+                "set the judge's prices, or leave out all three if it is free"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "HttpOracleConfig":
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_samples = {self.num_samples} needs answers that differ: set temperature above 0, or "
+                'to "default", or num_samples = 1'
+            )
+        if self.num_samples > 1 and "seed" in self.extra_body:
+            raise ValueError(
+                f"num_samples = {self.num_samples} asks the same question again, and extra_body.seed would have it "
+                "answered the same way: leave the seed out, or set num_samples = 1"
+            )
         return self
 
     def label(self) -> str:
@@ -141,8 +204,23 @@ class HttpOracleConfig(OracleBase):
             "policies are evaluated; write the same criteria to a file with {prompt}, {first} and {second}"
         )
 
-    def key_source(self) -> str | None:
-        return self.api_key_env
+    def endpoints(self) -> "dict[str, HttpOracleConfig | FailoverEndpoint]":
+        """List the addresses in the order of asking, by the prefix of their settings in messages."""
+        endpoints: dict[str, HttpOracleConfig | FailoverEndpoint] = {"oracle.": self}
+        for place, endpoint in enumerate(self.failover):
+            endpoints[f"oracle.failover[{place}]."] = endpoint
+        return endpoints
+
+    def secret_sources(self) -> dict[str, str]:
+        return dict(self._secret_sources())
+
+    def _secret_sources(self) -> Iterator[tuple[str, str]]:
+        for prefix, endpoint in self.endpoints().items():
+            if (source := endpoint.key_source()) is not None:
+                yield f"{prefix}api_key_env", source
+            for name, value in endpoint.extra_headers.items():
+                if value.startswith(("env:", "file:")):
+                    yield f"{prefix}extra_headers.{name}", value
 
     def prices(self) -> Prices | None:
         if self.usd_per_1m_input is None or self.usd_per_1m_output is None:
@@ -152,6 +230,7 @@ class HttpOracleConfig(OracleBase):
             usd_per_1m_output=self.usd_per_1m_output,
             max_tokens=self.max_tokens,
             budget_usd=self.budget_usd,
+            num_samples=self.num_samples,
         )
 
 

@@ -1,6 +1,8 @@
 """Rubric settings: the scale of scores, and the judge prompts of oracle and evaluator."""
 
-from pydantic import model_validator
+import re
+
+from pydantic import field_validator, model_validator
 
 from rayrl.config.table import Table
 
@@ -13,8 +15,27 @@ class RubricConfig(Table):
     pairwise_template: str | None = None
     """File with the prompt of a comparison; `{prompt}`, `{first}` and `{second}` are filled in. None is the built-in
     comparison."""
+    pattern: str | None = None
+    """Regular expression with one group, the score, for a template that asks for an answer in a form of its own. Unset,
+    a last line `Score: n` is asked for."""
     min_score: int = 0
     max_score: int = 5
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            num_groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"rubric.pattern must be a regular expression, got {pattern!r}: {error}") from None
+        if num_groups != 1:
+            raise ValueError(
+                f"rubric.pattern must have one group in parentheses, which is the score, got {num_groups} in "
+                f"{pattern!r}; write other parentheses as (?: )"
+            )
+        return pattern
 
     @model_validator(mode="after")
     def _scale(self) -> "RubricConfig":

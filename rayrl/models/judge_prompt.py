@@ -13,6 +13,7 @@ from typing import Literal
 
 from rayrl.config import RubricConfig
 from rayrl.errors import ConfigError
+from rayrl.models.answer_text import plain_ascii, without_end, without_thoughts
 from rayrl.records import content_id
 
 Scoring = Literal["score_first", "rationale_first"]
@@ -56,8 +57,28 @@ _TAGS = {
 _DELIMITER = re.compile(
     r"[<\[](?=\s*/?\s*(?:prompt|response)\b|\||/?s>|/?INST\]|(?:start|end)_of_turn>)", re.IGNORECASE
 )
-# "Score: 3", also in Markdown's bold or as "Score: 3/5"; nothing else may stand on the line.
-_SCORE_LINE = re.compile(r"[*#\s]*score:[*\s]*<?(-?[0-9]{1,6})>?(?:/([0-9]{1,6}))?[*\s]*\.?", re.IGNORECASE)
+DECORATION = r"[*_#`\"'\u201c\u201d\u2018\u2019\s]{0,12}"
+"""What judges put around the line that they were asked for: Markdown's bold, backticks, quotes. Bounded, since a long
+line of stars would take long to refuse."""
+LIST_MARK = r"(?:(?:[-+*>\u2022]|[0-9]{1,2}[.)])\s+)?"
+# "Score: 3" as it is asked for, decorated, or as "Score: 3/5"; nothing else may stand on the line.
+_SCORE_LINE = re.compile(
+    rf"{DECORATION}{LIST_MARK}{DECORATION}score{DECORATION}:{DECORATION}<?(-?[0-9]{{1,6}})>?"
+    rf"(?:{DECORATION}/\s*([0-9]{{1,6}}))?{DECORATION}\.?{DECORATION}",
+    re.IGNORECASE,
+)
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,6}")
+# Requests for an answer in a form of the template's own, and none of the words that rubrics are written in.
+_OWN_FORMAT = re.compile(
+    r"""\[\[\s*(?:(?:your\s|the\s)?(?:rating|score|grade|number|verdict)[^\[\]\n]{0,20}|[0-9]{1,3}|[nxabc]|tie)\s*\]\]
+      | \[RESULT\]
+      | \\boxed
+      | <(rating|score|grade|verdict|result)>[^<]{0,60}</\1>
+      | ["'](?:rating|score|grade|verdict|preference|winner|overall_?score)["']\s*:     # a key of JSON
+      | \b(?:rating|grade|verdict)\b["'`*]*\s*:\s*["'`*]*(?:[\[<{(]|-?[0-9]|[nNxX]\b|_{2,})  # Rating: <1-10>
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +91,16 @@ class Rubric:
     max_score: int
     pairwise: str | None = None
     """The user's own pairwise template, with the slots {prompt}, {first} and {second}; None is the built-in one."""
+    pattern: str | None = None
+    """Regular expression whose one group is the score, where the template asks for an answer in a form of its own."""
 
     @property
     def version(self) -> str:
         """Content hash of the prompt and its scale: judgements under different rubrics never mix."""
-        return content_id(self.template, ANSWER_FORMAT, str(self.min_score), str(self.max_score))
+        scale = (str(self.min_score), str(self.max_score))
+        if self.pattern is None:
+            return content_id(self.template, ANSWER_FORMAT, *scale)
+        return content_id(self.template, self.pattern, *scale)
 
     def accepts(self, score: float) -> bool:
         """Return whether a score is a number on the scale."""
@@ -85,20 +111,36 @@ def load_rubric(config: RubricConfig) -> Rubric:
     """Load the rubric of a run: the built-in one, or the user's template file.
 
     Raises:
-        ConfigError: a file is unreadable or lacks a slot, or another scale is asked of the built-in rubric.
+        ConfigError: a file is unreadable or lacks a slot, asks for an answer in a form that nobody would read, or
+            another scale or form is asked of the built-in rubric.
     """
     pairwise = None
     if config.pairwise_template is not None:
         pairwise = _read_template(config.pairwise_template, "rubric.pairwise_template", ("prompt", "first", "second"))
+        _require_our_format(pairwise, "rubric.pairwise_template", config.pairwise_template, "")
     if config.template is None:
         if (config.min_score, config.max_score) != (0, 5):
             raise ConfigError(
                 "rubric.template is needed for a scale other than 0 to 5, since the built-in rubric adds up "
                 f"five points; got {config.min_score} to {config.max_score}"
             )
+        if config.pattern is not None:
+            raise ConfigError(
+                "rubric.pattern reads the answers that rubric.template asks for, and there is no template: set "
+                "rubric.template, or leave out rubric.pattern"
+            )
         return Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5, pairwise=pairwise)
     template = _read_template(config.template, "rubric.template", ("prompt", "response"))
-    return Rubric(template=template, min_score=config.min_score, max_score=config.max_score, pairwise=pairwise)
+    if config.pattern is None:
+        remedy = ", or set rubric.pattern to a regular expression whose one group is the score"
+        _require_our_format(template, "rubric.template", config.template, remedy)
+    return Rubric(
+        template=template,
+        min_score=config.min_score,
+        max_score=config.max_score,
+        pairwise=pairwise,
+        pattern=config.pattern,
+    )
 
 
 def fill(rubric: Rubric, prompt: str, response: str) -> str:
@@ -107,10 +149,12 @@ def fill(rubric: Rubric, prompt: str, response: str) -> str:
     return _SLOT.sub(lambda slot: texts[slot[1]], rubric.template)
 
 
-def oracle_prompt(rubric: Rubric, prompt: str, response: str) -> str:
-    """Write the message to a paid judge: the filled rubric and the answer format."""
-    scale = {"min_score": rubric.min_score, "max_score": rubric.max_score}
-    return fill(rubric, prompt, response) + ANSWER_FORMAT.format(**scale)
+def oracle_prompt(rubric: Rubric, prompt: str, response: str, *, form: str = ANSWER_FORMAT) -> str:
+    """Write the message to a paid judge: the filled rubric, and the form of its answer if it has none of its own."""
+    filled = fill(rubric, prompt, response)
+    if rubric.pattern is not None:
+        return filled
+    return filled + form.format(min_score=rubric.min_score, max_score=rubric.max_score)
 
 
 def parse_judgement(text: str, rubric: Rubric, *, scoring: Scoring = "rationale_first") -> tuple[int, str] | None:
@@ -125,15 +169,17 @@ def parse_judgement(text: str, rubric: Rubric, *, scoring: Scoring = "rationale_
     Returns:
         None if there is no score in that place, if it is off the scale, or if score lines contradict each other.
     """
-    # The prompt of a "score_first" evaluator ends with "Score:"; reasoning models think in a block of their own.
-    answer = f"Score:{text}" if scoring == "score_first" else text.rpartition("</think>")[2]
+    # The prompt of a "score_first" evaluator ends with "Score:".
+    answer = f"Score:{text}" if scoring == "score_first" else without_thoughts(text)
+    if answer is None:
+        return None
     score_lines: dict[int, re.Match[str]] = {}
     rationale: list[str] = []
     num_lines = 0
-    for line in map(str.strip, answer.strip().splitlines()):
+    for line in map(str.strip, without_end(answer).splitlines()):
         if not line:
             continue
-        match = _SCORE_LINE.fullmatch(line)
+        match = _SCORE_LINE.fullmatch(plain_ascii(line))
         if match is None:
             rationale.append(line)
         else:
@@ -151,6 +197,27 @@ def parse_judgement(text: str, rubric: Rubric, *, scoring: Scoring = "rationale_
     return score, "\n".join(rationale)
 
 
+def parse_by_pattern(text: str, rubric: Rubric) -> tuple[int, str] | None:
+    """Read score and rationale from an answer in the form of `rubric.pattern`, or None if it is not one clear score.
+
+    All matches must agree, and the group must be a whole number on the scale. The rationale is the rest of the text.
+    """
+    assert rubric.pattern is not None, "only for rubrics with a form of their own"
+    answer = without_thoughts(text)
+    if answer is None:
+        return None
+    pattern = re.compile(rubric.pattern)
+    # A group that takes no part in a match is None.
+    groups: list[str | None] = [match[1] for match in pattern.finditer(plain_ascii(answer))]
+    scores = {group.strip() for group in groups if group is not None}
+    if len(scores) != 1 or None in groups:
+        return None
+    number = scores.pop()
+    if _WHOLE_NUMBER.fullmatch(number) is None or not rubric.accepts(int(number)):
+        return None
+    return int(number), pattern.sub("", without_end(answer)).strip()
+
+
 def whole_score(rubric: Rubric, score: float) -> int:
     """Round to the nearest score on the scale, halves up: evaluators write whole numbers, oracles need not."""
     return min(rubric.max_score, max(rubric.min_score, math.floor(score + 0.5)))
@@ -165,7 +232,7 @@ def evaluator_prompt(rubric: Rubric, prompt: str, response: str, scoring: Scorin
 def evaluator_target(rubric: Rubric, score: float, rationale: str, scoring: Scoring) -> str:
     """Write the text that the generative evaluator learns to write after `evaluator_prompt`, with `whole_score`."""
     # A score line inside the rationale would contradict the score when the text is read back.
-    lines = [line for line in rationale.strip().splitlines() if not _SCORE_LINE.fullmatch(line.strip())]
+    lines = [line for line in rationale.strip().splitlines() if not _SCORE_LINE.fullmatch(plain_ascii(line).strip())]
     reasons = "\n".join(lines).strip()
     number = whole_score(rubric, score)
     if scoring == "score_first":
@@ -184,10 +251,20 @@ def upto_score(text: str) -> str | None:
     return None if place < 0 else text[: place + len("\nScore:")]
 
 
+def _require_our_format(template: str, setting: str, path: str, remedy: str) -> None:
+    """Refuse a template that asks for an answer in a form of its own: a request for ours is added to it."""
+    request = _OWN_FORMAT.search(template)
+    if request is not None:
+        raise ConfigError(
+            f"{setting} {path} asks for an answer in a form of its own ({request[0]!r}), and the form that is read is "
+            f"asked for after it: take that request out of the template{remedy}"
+        )
+
+
 def _read_template(path: str, setting: str, slots: tuple[str, ...]) -> str:
     """Read a user's template, and put tags around the slots that have none."""
     try:
-        template = Path(path).read_text(encoding="utf-8").strip()
+        template = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting} must be a UTF-8 text file, got {path}: {error}") from None
     needed = [f"{{{slot}}}" for slot in slots]

@@ -8,7 +8,8 @@ reads text; it calls no model.
 
 import re
 
-from rayrl.models.judge_prompt import Rubric, defuse
+from rayrl.models.answer_text import plain_ascii, without_end, without_thoughts
+from rayrl.models.judge_prompt import DECORATION, LIST_MARK, Rubric, defuse
 from rayrl.records import Preference, content_id
 
 PAIRWISE_FORMAT = """\
@@ -44,8 +45,11 @@ for this very request, with nothing superfluous. Neither the order of the respon
 
 _SLOT = re.compile(r"\{(prompt|first|second)\}")
 _PREFERENCES: dict[str, Preference] = {"first": "first", "second": "second", "tie": "tie"}
-# "Better: first", also in Markdown's bold; nothing else may stand on the line.
-_VERDICT_LINE = re.compile(r"[*#\s]*better:[*\s]*<?(first|second|tie)>?[*\s]*\.?", re.IGNORECASE)
+# "Better: first" as it is asked for, or decorated; nothing else may stand on the line.
+_VERDICT_LINE = re.compile(
+    rf"{DECORATION}{LIST_MARK}{DECORATION}better{DECORATION}:{DECORATION}<?(first|second|tie)>?{DECORATION}\.?{DECORATION}",
+    re.IGNORECASE,
+)
 
 
 def pairwise_version(rubric: Rubric) -> str:
@@ -53,10 +57,11 @@ def pairwise_version(rubric: Rubric) -> str:
     return content_id(_question(rubric))
 
 
-def pairwise_prompt(rubric: Rubric, prompt: str, first: str, second: str) -> str:
+def pairwise_prompt(rubric: Rubric, prompt: str, first: str, second: str, *, form: str = PAIRWISE_FORMAT) -> str:
     """Write the message to a paid judge. Nothing inside the three texts is filled in, or closes their tags."""
     texts = {"prompt": defuse(prompt), "first": defuse(first), "second": defuse(second)}
-    return _SLOT.sub(lambda slot: texts[slot[1]], _question(rubric))
+    criteria = _question(rubric).removesuffix(PAIRWISE_FORMAT)
+    return _SLOT.sub(lambda slot: texts[slot[1]], criteria) + form
 
 
 def _question(rubric: Rubric) -> str:
@@ -68,14 +73,16 @@ def parse_comparison(text: str) -> tuple[Preference, str] | None:
 
     The last line that is not empty must be the verdict, and no other verdict line may contradict it.
     """
+    answer = without_thoughts(text)
+    if answer is None:
+        return None
     verdicts: set[Preference] = set()
     last: Preference | None = None
     rationale: list[str] = []
-    # Reasoning models think in a block of their own, where they may consider any verdict.
-    for line in map(str.strip, text.rpartition("</think>")[2].splitlines()):
+    for line in map(str.strip, without_end(answer).splitlines()):
         if not line:
             continue
-        match = _VERDICT_LINE.fullmatch(line)
+        match = _VERDICT_LINE.fullmatch(plain_ascii(line))
         last = None if match is None else _PREFERENCES[match[1].lower()]
         if last is None:
             rationale.append(line)

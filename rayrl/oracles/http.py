@@ -1,240 +1,269 @@
 """Any OpenAI-compatible chat endpoint as the oracle.
 
-One reserved query is at most one call that may cost money. A call that surely cost nothing (a refused connection, an
-error status) is tried again with exponential backoff and jitter. A call whose outcome is unknown (no answer in time, a
-connection lost after the question was sent) is not tried again: it counts as paid, at its estimated price.
+One reserved query pays for at most `num_samples` calls. `rayrl.oracles.endpoints` sends them; here an answer becomes a
+verdict. An answer that is not clear abstains, whatever else stands in it, and a judge that fails is no abstention.
 """
 
-import asyncio
+import json
+import logging
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TypedDict
-from urllib.parse import urlsplit
-
-import openai
-import tenacity
-from pydantic import BaseModel, Field, ValidationError
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rayrl.config import HttpOracleConfig
 from rayrl.errors import ConfigError
-from rayrl.models.judge_prompt import Rubric, oracle_prompt, parse_judgement
-from rayrl.models.pairwise_prompt import pairwise_prompt, parse_comparison
-from rayrl.oracles.keys import read_key
-from rayrl.oracles.limits import RateLimit
+from rayrl.models.answer_text import without_thoughts
+from rayrl.models.json_answers import (
+    JSON_FORMAT,
+    PAIRWISE_JSON_FORMAT,
+    comparison_schema,
+    judgement_schema,
+    read_json_comparison,
+    read_json_judgement,
+)
+from rayrl.models.judge_prompt import ANSWER_FORMAT, Rubric, oracle_prompt, parse_by_pattern, parse_judgement
+from rayrl.models.pairwise_prompt import PAIRWISE_FORMAT, pairwise_prompt, parse_comparison
+from rayrl.oracles.completions import Completion, well_formed
+from rayrl.oracles.endpoints import Endpoint, failed_everywhere
+from rayrl.oracles.failures import Failure
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
-from rayrl.oracles.retries import may_retry, wait_s, was_sent
+from rayrl.oracles.samples import Combine, combined, has_too_few, majority, mean
 
-_CHECK_TIMEOUT_S = 20.0
-_CONNECT_TIMEOUT_S = 10.0
-_OUT_OF_SERVICE = frozenset({500, 502, 503, 504})
+logger = logging.getLogger(__name__)
+
 _MAX_REASON = 300
 """Characters kept of an answer or error that became the reason of an abstention."""
 _CHAT_OVERHEAD_TOKENS = 64
 """Allowance for the chat template around one message."""
+_CUT_OFF = frozenset({"length", "max_tokens", "model_length", "max_output_tokens"})
+"""Values of finish_reason for an answer that reached its limit, in the words of several servers."""
+_FILTERED = frozenset({"content_filter", "safety", "sensitive", "recitation", "blocklist", "prohibited_content"})
 
 _Parsed = tuple[float, str] | None
 """Score and rationale of an answer; None if it is not clear."""
 
 
-class _Connection(TypedDict):
-    """Settings of the SDK's client."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """What is sent, and how the answer is read."""
 
-    base_url: str
-    api_key: str
-    max_retries: int
-    timeout: openai.Timeout
-
-
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(ge=0)
-
-
-class _Completion(BaseModel):
-    """The part of a chat completion that is read here; compatible servers differ in the rest."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    text: str
+    form: dict[str, Any] | None
+    """The `response_format`; None leaves the form free."""
+    read: Callable[[str], _Parsed]
+    combine: Combine
 
 
 class HttpOracle:
-    """Asks a chat model to judge and to compare. The limits hold for one object, of which a run has one."""
+    """Asks a chat model to judge and to compare. A run has one object, which remembers endpoints that failed."""
 
     def __init__(self, config: HttpOracleConfig, rubric: Rubric) -> None:
-        _require_plain_url(config.base_url)
+        if config.answer == "json" and rubric.pattern is not None:
+            raise ConfigError(
+                'rubric.pattern reads answers in a form of the template\'s own, and oracle.answer = "json" asks for '
+                "another: leave one of them out"
+            )
         self._config = config
-        self._prices = config.prices()
         self._rubric = rubric
-        self._key = read_key(config.api_key_env)
-        self._headers = {"Authorization": openai.Omit()} if self._key is None else {}
-        self._requests = RateLimit(config.requests_per_minute)
-        self._tokens = RateLimit(config.tokens_per_minute)
-        self._client = openai.AsyncOpenAI(**self._connection(config.timeout_s))
-        self.name = self.comparer = f"http:{config.model}"
+        self._prices = config.prices()
+        self._endpoints = [Endpoint(config, endpoint, prefix) for prefix, endpoint in config.endpoints().items()]
+        self._current = 0  # place of the endpoint that is asked; those before it have failed
+        self.name = self.comparer = identity(config)
 
     def __repr__(self) -> str:
-        return f"HttpOracle(model={self._config.model!r}, base_url={self._config.base_url!r})"
+        return f"HttpOracle(name={self.name!r}, base_url={self._config.base_url!r})"
 
     def check(self) -> None:
-        """Ask for the list of models, which is free. A server without such a list answers 404, and passes."""
-        config = self._config
-        where = f"oracle.base_url {config.base_url}"
-        try:
-            with openai.OpenAI(**self._connection(_CHECK_TIMEOUT_S)) as client:
-                client.models.with_raw_response.list(extra_headers=self._headers)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise ConfigError(
-                f"{where} refuses the key (status {error.status_code}): "
-                f"put a valid one where oracle.api_key_env points, which is {config.api_key_env!r}"
-            ) from None
-        except openai.APIConnectionError as error:
-            raise ConfigError(
-                f"{where} cannot be reached ({type(error.__cause__).__name__}): start the judge, or correct the address"
-            ) from None
-        except openai.APIStatusError as error:
-            if error.status_code in _OUT_OF_SERVICE:
-                raise ConfigError(
-                    f"{where} is not in service (status {error.status_code}): "
-                    "try again when it is, or correct the address"
-                ) from None
+        """Ask each endpoint for its list of models, which is free. One that can judge is enough."""
+        problems = [problem for endpoint in self._endpoints if (problem := endpoint.check()) is not None]
+        if len(problems) == len(self._endpoints):
+            raise ConfigError("; ".join(problems))
+        for problem in problems:
+            logger.warning("%s (another endpoint of the oracle can be asked)", problem)
 
-    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
+    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float | None:
         if second is not None:
-            return self._bound_usd(pairwise_prompt(self._rubric, prompt, response, second))
-        return self._bound_usd(oracle_prompt(self._rubric, prompt, response))
+            question = self._comparison(prompt, response, second)
+        else:
+            question = self._judgement(prompt, response)
+        bound_usd = self._bound_usd(question.text)
+        return None if bound_usd is None else self._config.num_samples * bound_usd
 
     async def judge(self, prompt: str, response: str) -> Verdict:
-        return await self._ask(oracle_prompt(self._rubric, prompt, response), self._read_score)
+        return await self._ask(self._judgement(prompt, response))
 
     async def compare(self, prompt: str, first: str, second: str) -> Verdict:
-        return await self._ask(pairwise_prompt(self._rubric, prompt, first, second), _read_preference)
+        return await self._ask(self._comparison(prompt, first, second))
 
-    async def _ask(self, question: str, read: Callable[[str], _Parsed]) -> Verdict:
-        # The price of a call whose outcome is unknown.
-        unknown_usd = self._bound_usd(question)
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self._config.max_retries + 1),
-            retry=tenacity.retry_if_exception(may_retry),
-            wait=wait_s,
-            reraise=True,
+    def _judgement(self, prompt: str, response: str) -> _Question:
+        is_json = self._config.answer == "json"
+        text = oracle_prompt(self._rubric, prompt, response, form=JSON_FORMAT if is_json else ANSWER_FORMAT)
+        form = judgement_schema(self._rubric) if is_json else None
+        return _Question(text=well_formed(text), form=form, read=self._read_score, combine=mean)
+
+    def _comparison(self, prompt: str, first: str, second: str) -> _Question:
+        is_json = self._config.answer == "json"
+        form = PAIRWISE_JSON_FORMAT if is_json else PAIRWISE_FORMAT
+        text = pairwise_prompt(self._rubric, prompt, first, second, form=form)
+        schema = comparison_schema() if is_json else None
+        return _Question(text=well_formed(text), form=schema, read=self._read_preference, combine=majority)
+
+    async def _ask(self, question: _Question) -> Verdict:
+        """Ask for all samples, one after the other, so that max_concurrency bounds the calls at once."""
+        num_samples = self._config.num_samples
+        verdicts: list[Verdict] = []
+        while len(verdicts) < num_samples and not has_too_few(verdicts, num_samples):
+            verdicts.append(await self._sample(question))
+            if verdicts[-1].failure is not None:
+                break
+        return combined(verdicts, num_samples, question.combine)
+
+    async def _sample(self, question: _Question) -> Verdict:
+        """Ask once: the current endpoint, and where it fails, those after it."""
+        failures: list[tuple[Endpoint, Failure]] = []
+        last = len(self._endpoints) - 1
+        for place in range(self._current, last + 1):
+            endpoint = self._endpoints[place]
+            outcome = await endpoint.ask(question.text, question.form)
+            if isinstance(outcome, Completion):
+                # An endpoint that had no answer to this question is left for good once another one has it.
+                self._current = max(self._current, place)
+                return self._verdict(question, outcome, endpoint)
+            failures.append((endpoint, outcome))
+            if outcome.kind not in ("judge", "passing"):
+                break
+            if place < last:
+                logger.warning("%s; asking the next endpoint", failed_everywhere([(endpoint, outcome)]))
+                if outcome.kind == "judge":
+                    self._current = max(self._current, place + 1)
+        return self._without_answer(question, failures)
+
+    def _without_answer(self, question: _Question, failures: list[tuple[Endpoint, Failure]]) -> Verdict:
+        """Abstain, or tell of a failed judge, after the last failure."""
+        last = failures[-1][1]
+        if last.kind == "judge":
+            failure = failed_everywhere(failures)
+            return Verdict(score=None, rationale=failure, billed=False, failure=failure, cost_usd=self._nothing_usd)
+        billed = last.kind == "unknown"
+        return Verdict(
+            score=None,
+            rationale=last.reason[:_MAX_REASON],
+            billed=billed,
+            is_readable=last.is_filtered,
+            # Of a call whose outcome is unknown, the price that is safe to assume.
+            cost_usd=self._bound_usd(question.text) if billed else self._nothing_usd,
         )
-        try:
-            body: str = await retrying(self._call, question)
-        except openai.APIStatusError as error:
-            return Verdict(score=None, rationale=self._reason(error.message), billed=False)
-        except (TimeoutError, openai.APITimeoutError) as error:
-            return _failed(f"no answer within {self._config.timeout_s:g} s", unknown_usd, billed=was_sent(error))
-        except openai.APIConnectionError as error:
-            reason = self._reason(f"connection failed: {error.__cause__}")
-            return _failed(reason, unknown_usd, billed=was_sent(error))
-        return self._verdict(body, read, unknown_usd)
 
-    async def _call(self, question: str) -> str:
-        """Send one request under the limits, and return the body of the answer as it came."""
-        config = self._config
-        # About four bytes of text are a token; corrected below, once the server has counted.
-        expected_tokens = len(question.encode()) // 4 + config.max_tokens
-        await self._requests.acquire()
-        await self._tokens.acquire(expected_tokens)
-        # OpenAI's own newer models know only the new name, most compatible servers only the old one.
-        is_openai = "//api.openai.com" in config.base_url
-        # The SDK's own timeout is per read: an answer that comes in drips would pass it.
-        async with asyncio.timeout(config.timeout_s):
-            raw = await self._client.chat.completions.with_raw_response.create(
-                model=config.model,
-                messages=[{"role": "user", "content": question}],
-                temperature=config.temperature,
-                extra_headers=self._headers,
-                max_completion_tokens=config.max_tokens if is_openai else openai.Omit(),
-                max_tokens=openai.Omit() if is_openai else config.max_tokens,
-            )
-        body = raw.http_response.text
-        if (usage := _usage(body)) is not None:
-            self._tokens.correct(usage.prompt_tokens + usage.completion_tokens - expected_tokens)
-        return body
+    def _verdict(self, question: _Question, completion: Completion, endpoint: Endpoint) -> Verdict:
+        """Read an answer, and account for it."""
+        verdict = self._read(question, completion)
+        verdict = replace(verdict, rationale=endpoint.without_secrets(verdict.rationale))
+        usage = completion.usage
+        bound_usd = self._bound_usd(question.text)
+        if usage is None:
+            # Without a count of the tokens, the price that is safe to assume.
+            return replace(verdict, cost_usd=bound_usd)
+        cost_usd = self._cost_usd(usage.input_tokens, usage.output_tokens)
+        return replace(
+            verdict,
+            cost_usd=cost_usd,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            failure=self._broken_bound(usage.output_tokens, cost_usd, bound_usd, endpoint),
+        )
 
-    def _verdict(self, body: str, read: Callable[[str], _Parsed], unknown_usd: float) -> Verdict:
-        usage = _usage(body)
-        # Without a count of the tokens, the price that is safe to assume.
-        verdict = Verdict(score=None, rationale="", cost_usd=unknown_usd)
-        if usage is not None:
-            verdict = replace(
-                verdict,
-                cost_usd=self._cost_usd(usage.prompt_tokens, usage.completion_tokens),
-                input_tokens=usage.prompt_tokens,
-                output_tokens=usage.completion_tokens,
+    def _read(self, question: _Question, completion: Completion) -> Verdict:
+        """Read score and rationale, or why there is none."""
+        finish = completion.finish or "not told"
+        if not completion.has_choice:
+            return _abstained("the answer has no choices")
+        if completion.finish in _CUT_OFF:
+            return _abstained(
+                f"the answer was cut off: oracle.max_tokens = {self._config.max_tokens} was used up "
+                f"(finish_reason {finish}); {_more_room(completion)}"
             )
-        try:
-            answer = _Completion.model_validate_json(body).choices[0].message.content or ""
-        except ValidationError:
-            return replace(verdict, rationale=self._reason(f"not a chat completion: {body}"))
-        parsed = read(answer)
-        if parsed is None:
-            return replace(verdict, rationale=self._reason(f"no clear verdict: {answer}"))
-        score, rationale = parsed
-        return replace(verdict, score=score, rationale=self._without_key(rationale))
+        if completion.finish in _FILTERED:
+            return _abstained(f"the judge's filter cut the answer (finish_reason {finish})", is_readable=True)
+        if completion.refusal:
+            return _abstained(f"the judge refused: {completion.refusal}", is_readable=True)
+        if completion.finish in ("tool_calls", "function_call") or (completion.has_tool_call and not completion.text):
+            return _abstained(f"the judge called a tool instead of answering (finish_reason {finish})")
+        if not completion.text.strip():
+            if completion.has_reasoning:
+                return _abstained(
+                    f"the answer is empty, and the judge's thoughts beside it are not (finish_reason {finish}); "
+                    f"{_more_room(completion)}"
+                )
+            return _abstained(f"the answer is empty (finish_reason {finish})")
+        parsed = question.read(completion.text)
+        if parsed is not None:
+            return Verdict(score=parsed[0], rationale=parsed[1])
+        if without_thoughts(completion.text) is None:
+            return _abstained(f"the answer ends inside of a thought: {completion.text}")
+        return _abstained(f"no clear verdict: {completion.text}")
 
     def _read_score(self, answer: str) -> _Parsed:
-        parsed = parse_judgement(answer, self._rubric)
+        if self._config.answer == "json":
+            parsed = read_json_judgement(answer, self._rubric)
+        elif self._rubric.pattern is not None:
+            parsed = parse_by_pattern(answer, self._rubric)
+        else:
+            parsed = parse_judgement(answer, self._rubric)
         return None if parsed is None else (float(parsed[0]), parsed[1])
 
-    def _bound_usd(self, question: str) -> float:
-        """Bound the price from above: a token is at least one byte of text, an answer has at most `max_tokens`."""
+    def _read_preference(self, answer: str) -> _Parsed:
+        parsed = read_json_comparison(answer) if self._config.answer == "json" else parse_comparison(answer)
+        return None if parsed is None else (PREFERENCE_SHARES[parsed[0]], parsed[1])
+
+    def _broken_bound(
+        self, num_output: int, cost_usd: float | None, bound_usd: float | None, endpoint: Endpoint
+    ) -> str | None:
+        """Tell of an answer that is longer than was agreed: its price was not reserved."""
+        most = self._config.max_tokens
+        if num_output <= most:
+            return None
+        beyond = ""
+        if cost_usd is not None and bound_usd is not None and cost_usd > bound_usd:
+            beyond = (
+                f", and {cost_usd - bound_usd:.6f} USD more than the {bound_usd:.6f} USD that it could cost at most"
+            )
+        return (
+            f"{endpoint.where} gave {num_output} completion tokens, {num_output - most} more than oracle.max_tokens = "
+            f"{most}{beyond}. Remedy: raise oracle.max_tokens to what this judge uses, or ask one that keeps to it"
+        )
+
+    def _bound_usd(self, question: str) -> float | None:
+        """Bound the price of a call: a token is at least one byte of text, an answer has at most `max_tokens`."""
         return self._cost_usd(len(question.encode()) + _CHAT_OVERHEAD_TOKENS, self._config.max_tokens)
 
-    def _cost_usd(self, num_input: int, num_output: int) -> float:
-        return 0.0 if self._prices is None else self._prices.cost_usd(num_input, num_output)
+    def _cost_usd(self, num_input: int, num_output: int) -> float | None:
+        """Price a call; None without a price, which is not the price 0."""
+        return None if self._prices is None else self._prices.cost_usd(num_input, num_output)
 
-    def _connection(self, timeout_s: float) -> _Connection:
-        return {
-            "base_url": self._config.base_url,
-            "api_key": self._key or "none",  # the SDK insists on one, and would take it from the environment
-            "max_retries": 0,
-            "timeout": openai.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
-        }
-
-    def _reason(self, text: str) -> str:
-        return self._without_key(text)[:_MAX_REASON]
-
-    def _without_key(self, text: str) -> str:
-        """Hide the key in a text of the server's: some quote the request in their errors."""
-        return text.replace(self._key, "[api key]") if self._key else text
+    @property
+    def _nothing_usd(self) -> float | None:
+        return None if self._prices is None else 0.0
 
 
-def _read_preference(answer: str) -> _Parsed:
-    parsed = parse_comparison(answer)
-    return None if parsed is None else (PREFERENCE_SHARES[parsed[0]], parsed[1])
+def identity(config: HttpOracleConfig) -> str:
+    """Name a judge by its model and all settings that change its answers: a part of the key of a paid answer."""
+    parts = [f"http:{config.model}"]
+    if config.temperature != 0.0:
+        parts.append(f"temperature={config.temperature}")
+    if config.answer != "text":
+        parts.append(f"answer={config.answer}")
+    if config.extra_body:
+        parts.append(f"extra_body={json.dumps(config.extra_body, sort_keys=True, separators=(',', ':'))}")
+    if config.num_samples > 1:
+        parts.append(f"num_samples={config.num_samples}")
+    return " ".join(parts)
 
 
-def _failed(reason: str, unknown_usd: float, *, billed: bool) -> Verdict:
-    """Abstain on a call without an answer; if it may have been billed, at the price that is safe to assume."""
-    return Verdict(score=None, rationale=reason, billed=billed, cost_usd=unknown_usd if billed else 0.0)
+def _abstained(reason: str, *, is_readable: bool = False) -> Verdict:
+    return Verdict(score=None, rationale=reason[:_MAX_REASON], is_readable=is_readable)
 
 
-def _require_plain_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname is not None
-        secret = parts.username is not None or parts.password is not None
-    except ValueError:  # for instance an IPv6 address without its closing bracket
-        usable, secret = False, False
-    if secret:
-        raise ConfigError("oracle.base_url must hold no user name or password (configs are saved); use api_key_env")
-    if not usable:
-        raise ConfigError(f"oracle.base_url must be an http or https address such as http://host:8000/v1, got {url!r}")
-
-
-def _usage(body: str) -> _Usage | None:
-    """Read how many tokens the server counted; None if it gives no count."""
-    try:
-        return _Completion.model_validate_json(body).usage
-    except ValidationError:
-        return None
+def _more_room(completion: Completion) -> str:
+    if completion.has_reasoning or without_thoughts(completion.text) is None:
+        return "raise it, or switch thinking off through oracle.extra_body"
+    return "raise it"

@@ -34,7 +34,7 @@ def estimate_cost(
         # The policy's tokenizer stands for the oracle's, which is not known here.
         num_asked = count_tokens(config, model, [question])[0]
         num_input = num_asked + pool.mean_tokens + num_responses * config.generate.max_tokens
-        return prices.cost_usd(num_input, prices.max_tokens)
+        return prices.bound_usd(num_input)
 
     judgement = price(oracle_prompt(rubric, "", ""), 1)
     comparison = price(pairwise_prompt(rubric, "", "", ""), 2)

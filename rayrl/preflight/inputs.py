@@ -21,7 +21,7 @@ from rayrl.data.reading import (
     require_columns,
 )
 from rayrl.errors import ConfigError, DataError
-from rayrl.oracles.keys import read_key
+from rayrl.oracles.keys import read_secret
 from rayrl.preflight.model import ModelFacts
 from rayrl.records import Prompt
 from rayrl.runs import storage
@@ -181,8 +181,9 @@ def inspect_others(config: RunConfig) -> None:
 def _inspect_oracle(config: RunConfig) -> None:
     """Refuse an oracle whose key, functions or tables are missing, or that cannot judge where the run needs it to."""
     oracle = config.oracle
-    # The key is read to see that it is there; it is kept nowhere.
-    read_key(oracle.key_source())
+    # Keys are read to see that they are there; they are kept nowhere.
+    for setting, source in oracle.secret_sources().items():
+        read_secret(source, setting)
     for setting, function in oracle.functions().items():
         check_module(function, setting)
     if config.asks_for_judgements and (missing := oracle.missing_to_judge()):

@@ -1,11 +1,14 @@
 """The HTTP oracle against a real server: clear answers are scores, every failure abstains, and no key leaks."""
 
 import asyncio
+import json
 import logging
 import socket
 import time
+from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from rayrl.config import HttpOracleConfig, RubricConfig
 from rayrl.errors import ConfigError
@@ -70,7 +73,7 @@ def test_without_a_key_none_is_sent(server, monkeypatch):
     assert "authorization" not in server.headers[0]
 
 
-@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503])
 def test_passing_failures_are_tried_again(server, status):
     server.plan = plan(Reply(status=status), Reply(status=status), Reply())
     assert ask(oracle_for(server)).score == 3.0
@@ -80,7 +83,8 @@ def test_passing_failures_are_tried_again(server, status):
 def test_lasting_failure_abstains_unbilled(server):
     server.plan = plan(Reply(status=500, text="out of order"))
     verdict = ask(oracle_for(server))
-    assert verdict.score is None and not verdict.billed and verdict.cost_usd == 0
+    assert verdict.score is None and not verdict.billed and not verdict.is_readable
+    assert verdict.failure is None and verdict.cost_usd is None  # without a price, not even nothing has one
     assert "out of order" in verdict.rationale and server.num_asked == 3
 
 
@@ -108,10 +112,8 @@ def test_a_judge_that_wants_an_hour_is_given_up_on(server):
         Reply(text="A fine answer, I say 4 of 5."),
         Reply(text="Score: 11"),
         Reply(text=""),
-        Reply(body="<html>gateway</html>"),
         Reply(body='{"choices": []}'),
         Reply(body='{"choices": [{"message": {"content": null}}]}'),
-        Reply(body='{"error": {"message": "quota"}}'),
         Reply(body='"text"'),
         Reply(body=""),
     ],
@@ -121,7 +123,7 @@ def test_an_unclear_answer_abstains_and_counts_as_paid(server, reply):
     oracle = oracle_for(server, usd_per_1m_input=2.0, usd_per_1m_output=10.0)
     verdict = ask(oracle)
     assert verdict.score is None and verdict.billed and verdict.cost_usd > 0
-    assert server.num_asked == 1
+    assert not verdict.is_readable and verdict.failure is None and server.num_asked == 1
 
 
 @pytest.mark.parametrize("reply", [Reply(wait=True), Reply(drip=True)])
@@ -144,7 +146,8 @@ def test_a_refused_connection_abstains_unbilled():
     with JudgeServer() as server:
         oracle = oracle_for(server, max_retries=1)
     verdict = ask(oracle)
-    assert verdict.score is None and not verdict.billed and "connection failed" in verdict.rationale
+    assert verdict.score is None and not verdict.billed
+    assert "connection failed" in verdict.failure and "start the judge" in verdict.failure
 
 
 def test_missing_usage_is_priced_at_the_estimate(server):
@@ -219,13 +222,13 @@ def test_unreachable_judge_names_the_address():
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://[::1", ""])
 def test_unusable_address_is_refused(url):
-    with pytest.raises(ConfigError, match=r"oracle\.base_url"):
-        HttpOracle(HttpOracleConfig(base_url=url, model="m"), RUBRIC)
+    with pytest.raises(ValidationError, match="base_url must be an http or https address"):
+        HttpOracleConfig(base_url=url, model="m")
 
 
 def test_address_with_a_password_is_refused_and_not_shown():
-    with pytest.raises(ConfigError, match="password") as caught:
-        HttpOracle(HttpOracleConfig(base_url="http://me:hunter2@host/v1", model="m"), RUBRIC)
+    with pytest.raises(ValidationError, match="password") as caught:
+        HttpOracleConfig(base_url="http://me:hunter2@host/v1", model="m")
     assert "hunter2" not in str(caught.value)
 
 
@@ -268,3 +271,200 @@ def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
     assert caplog.records
     for text in (repr(oracle), caplog.text, *map(repr, verdicts)):
         assert KEY not in text
+
+
+# The list of models.
+
+
+def listing(*names):
+    return Reply(body=json.dumps({"data": [{"id": name} for name in names]}))
+
+
+def test_a_model_that_is_not_listed_is_refused_with_those_that_are_close(server):
+    server.models = listing("judge-1", "judge-2", "embedder")
+    oracle_for(server).check()
+    with pytest.raises(ConfigError, match=r"'jugde-1'.*oracle\.model; did you mean judge-1"):
+        oracle_for(server, model="jugde-1").check()
+    with pytest.raises(ConfigError, match="it has embedder, judge-1, judge-2"):
+        oracle_for(server, model="zzz").check()
+    assert server.num_asked == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "listed"),
+    [
+        ("judge-1", ["other/judge-1"]),
+        ("judge-1", ["judge-1:latest"]),
+        ("judge-1:free", ["judge-1"]),
+        ("Judge-1", ["judge-1"]),
+        ("openai/judge-1", ["openai/*"]),
+        ("judge-1", []),
+    ],
+)
+def test_a_model_may_be_asked_under_other_names_than_the_listed_one(server, model, listed):
+    server.models = listing(*listed)
+    oracle_for(server, model=model).check()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(body='{"data": [{"id": "a"}], "has_more": true}'),
+        Reply(body='{"models": [{"name": "judge-1"}]}'),
+        Reply(body="not json"),
+        Reply(status=429),
+        Reply(status=403, text="Missing scopes: api.model.read"),
+    ],
+)
+def test_an_odd_list_of_models_passes(server, reply):
+    server.models = reply
+    oracle_for(server).check()
+
+
+# Several endpoints.
+
+
+@pytest.fixture
+def spare():
+    with JudgeServer() as spare:
+        yield spare
+
+
+def test_where_one_endpoint_fails_the_next_one_is_asked_for_good(server, spare, monkeypatch):
+    monkeypatch.setenv("SPARE_KEY", "sk-spare-0123456789")
+    server.plan = plan(Reply(), Reply(status=401, text="no"))
+    spare.plan = plan(Reply(text="Score: 4"))
+    oracle = oracle_for(server, failover=[{"base_url": spare.url, "api_key_env": "SPARE_KEY"}])
+    assert [ask(oracle).score for _ in range(4)] == [3.0, 4.0, 4.0, 4.0]
+    assert (server.num_asked, spare.num_asked) == (2, 3)
+    # Each has its own key.
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    assert {headers["authorization"] for headers in spare.headers} == {"Bearer sk-spare-0123456789"}
+
+
+def test_only_when_all_endpoints_failed_the_judge_has(server, spare):
+    server.plan, spare.plan = plan(Reply(status=401, text="no")), plan(Reply(status=402, text="no credit"))
+    oracle = oracle_for(server, failover=[{"base_url": spare.url}])
+    verdict = ask(oracle)
+    assert (verdict.score, verdict.billed) == (None, False)
+    assert server.url in verdict.failure and spare.url in verdict.failure
+    assert "oracle.failover[0].base_url" in verdict.failure and "JUDGE_KEY" in verdict.failure
+    ask(oracle)
+    assert (server.num_asked, spare.num_asked) == (1, 2)  # the last one is probed again
+
+
+def test_an_endpoint_out_of_service_is_left_once_another_answers(server, spare):
+    server.plan = plan(Reply(status=503, text="out of order"))
+    oracle = oracle_for(server, max_retries=0, failover=[{"base_url": spare.url}])
+    assert [ask(oracle).score, ask(oracle).score] == [3.0, 3.0]
+    assert (server.num_asked, spare.num_asked) == (1, 2)
+
+
+def test_an_item_that_fails_is_not_asked_elsewhere(server, spare):
+    server.plan = plan(Reply(status=400, text="too long"), Reply(drop=True), Reply(text="unclear"))
+    oracle = oracle_for(server, failover=[{"base_url": spare.url}])
+    assert [ask(oracle).score for _ in range(3)] == [None] * 3
+    assert spare.num_asked == 0
+
+
+def test_one_endpoint_that_can_judge_passes_the_check(server, spare):
+    server.models = Reply(status=401)
+    oracle_for(server, failover=[{"base_url": spare.url}]).check()
+    spare.models = Reply(body="<html>")
+    with pytest.raises(ConfigError, match=rf"{server.url}.*{spare.url}"):
+        oracle_for(server, failover=[{"base_url": spare.url}]).check()
+
+
+def test_limits_are_those_of_each_endpoint(server, spare):
+    server.plan = plan(Reply(status=401))
+    oracle = oracle_for(server, requests_per_minute=1, failover=[{"base_url": spare.url, "requests_per_minute": 60000}])
+    start = time.monotonic()
+    assert [ask(oracle).score for _ in range(3)] == [3.0] * 3
+    assert time.monotonic() - start < 30
+
+
+# Samples, JSON, and the name under which an answer is paid.
+
+
+def test_samples_are_averaged_and_cost_their_sum(server):
+    server.plan = plan(*(Reply(text=f"Reason {score}.\nScore: {score}") for score in (1, 4, 4)))
+    prices = {"usd_per_1m_input": 2.0, "usd_per_1m_output": 10.0}
+    oracle = oracle_for(server, num_samples=3, temperature=1, **prices)
+    verdict = ask(oracle)
+    assert verdict.score == pytest.approx(3.0) and verdict.disagreement == pytest.approx(2**0.5)
+    assert verdict.rationale == "Reason 4." and server.num_asked == 3
+    assert verdict.cost_usd == pytest.approx(3 * (100 * 2e-6 + 20 * 10e-6)) and verdict.input_tokens == 300
+    alone = oracle_for(server, temperature=1, **prices)
+    assert oracle.estimate_usd("p", "r") == pytest.approx(3 * alone.estimate_usd("p", "r"))
+    assert oracle.estimate_usd("p", "a", "b") == pytest.approx(3 * alone.estimate_usd("p", "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "score", "num_asked"),
+    [(["?", "Score: 2", "Score: 4", "?"], 3.0, 4), (["?", "?", "?", "Score: 4"], None, 3)],
+)
+def test_half_of_the_samples_must_be_readable(server, texts, score, num_asked):
+    server.plan = plan(*map(Reply, texts))
+    verdict = ask(oracle_for(server, num_samples=4, temperature="default"))
+    assert (verdict.score, verdict.billed, server.num_asked) == (score, True, num_asked)
+    assert verdict.is_readable == (score is not None)
+
+
+@pytest.mark.parametrize(
+    ("votes", "score"),
+    [(["first", "second", "first"], 1.0), (["first", "second", "tie"], 0.5), (["first", "second"], 0.5)],
+)
+def test_the_majority_of_comparisons_counts(server, votes, score):
+    server.plan = plan(*(Reply(text=f"Better: {vote}") for vote in votes))
+    oracle = oracle_for(server, num_samples=len(votes), temperature=1)
+    assert asyncio.run(oracle.compare("p", "a", "b")).score == score
+
+
+def test_a_judge_that_fails_between_samples_has_still_cost_what_was_asked(server):
+    server.plan = plan(Reply(), Reply(status=401))
+    prices = {"usd_per_1m_input": 2.0, "usd_per_1m_output": 10.0}
+    verdict = ask(oracle_for(server, num_samples=3, temperature=1, **prices))
+    assert (verdict.score, verdict.billed) == (None, True)
+    assert verdict.failure and verdict.cost_usd == pytest.approx(100 * 2e-6 + 20 * 10e-6)
+
+
+def test_an_answer_in_json(server):
+    server.plan = plan(Reply(text='{"rationale": "Right.", "score": 4}'), Reply(text='{"better": "tie"}'))
+    oracle = oracle_for(server, answer="json")
+    verdict = ask(oracle)
+    assert (verdict.score, verdict.rationale) == (4.0, "Right.")
+    assert asyncio.run(oracle.compare("p", "a", "b")).score == 0.5
+    schemas = [payload["response_format"]["json_schema"]["schema"] for payload in server.payloads]
+    assert schemas[0]["properties"]["score"]["enum"] == [0, 1, 2, 3, 4, 5]
+    assert schemas[1]["properties"]["better"]["enum"] == ["first", "second", "tie"]
+    assert "Score: n" not in server.questions[0] and "Better: first" not in server.questions[1]
+
+
+def test_a_server_without_json_schemas_names_the_remedy(server):
+    server.plan = plan(Reply(status=400, text="response_format json_schema is not supported"))
+    assert 'oracle.answer = "text"' in ask(oracle_for(server, answer="json")).failure
+
+
+def test_a_pattern_and_json_do_not_go_together(server):
+    rubric = replace(RUBRIC, pattern="([0-9])")
+    config = HttpOracleConfig(base_url=server.url, model="m", answer="json")
+    with pytest.raises(ConfigError, match=r"rubric\.pattern"):
+        HttpOracle(config, rubric)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "http:judge-1"),
+        ({"max_tokens": 9, "timeout_s": 1, "usd_per_1m_input": 1, "usd_per_1m_output": 1}, "http:judge-1"),
+        ({"extra_query": {"v": "1"}, "extra_headers": {"x-route": "a"}}, "http:judge-1"),
+        ({"temperature": 0.5}, "http:judge-1 temperature=0.5"),
+        (
+            {"num_samples": 2, "extra_body": {"b": 1, "a": {"c": None}}, "answer": "json", "temperature": "default"},
+            'http:judge-1 temperature=default answer=json extra_body={"a":{"c":null},"b":1} num_samples=2',
+        ),
+    ],
+)
+def test_the_name_holds_what_changes_answers_and_nothing_else(server, settings, name):
+    oracle = oracle_for(server, **settings)
+    assert oracle.name == oracle.comparer == name
