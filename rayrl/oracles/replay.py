@@ -45,7 +45,7 @@ class ReplayOracle:
         """Do nothing: the tables were read when this object was made."""
 
     def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float | None:
-        return None
+        return 0.0
 
     async def judge(self, prompt: str, response: str) -> Verdict:
         if (found := self._scores.get(content_id(prompt, response))) is None:
@@ -54,13 +54,13 @@ class ReplayOracle:
         if not self._rubric.accepts(score):
             scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
             return Verdict(score=None, rationale=f"not a score from {scale}: {score}", billed=False)
-        return Verdict(score=score, rationale=rationale)
+        return Verdict(score=score, rationale=rationale, cost_usd=0.0)
 
     async def compare(self, prompt: str, first: str, second: str) -> Verdict:
         if (found := self._shares.get(content_id(prompt, first, second))) is not None:
-            return Verdict(score=found[0], rationale=found[1])
+            return Verdict(score=found[0], rationale=found[1], cost_usd=0.0)
         if (found := self._shares.get(content_id(prompt, second, first))) is not None:
-            return Verdict(score=1.0 - found[0], rationale=found[1])
+            return Verdict(score=1.0 - found[0], rationale=found[1], cost_usd=0.0)
         return _NOT_IN_TABLE
 
     def _read_judgements(self, config: ReplayOracleConfig, path: str) -> None:

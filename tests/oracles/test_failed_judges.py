@@ -99,7 +99,7 @@ def test_unreadable_answers_at_the_very_end_stop_the_stage_as_well(server, locat
 
 
 def test_calls_under_way_are_kept_before_the_run_ends(server, location):
-    server.plan = lambda index, question: WAYS["401"] if index == 3 else Reply(drip=index < 3, usage=None)
+    server.plan = lambda index, question: WAYS["401"] if index >= 3 else Reply(drip=True, usage=None)
     with opened(http(server, max_concurrency=4), location) as pool:
         stops(pool, items(*range(20)))
         assert counts(pool.summary())["scored"] == 3

@@ -158,7 +158,7 @@ def test_usd_budget_holds_and_what_was_paid_is_kept(server, location):
 def test_failures_never_become_values(server, location):
     bad = [Reply(text="perhaps 4?"), Reply(status=500), Reply(drop=True), Reply(body="{}"), Reply(text="Score: 9")]
     server.plan = lambda index, question: bad[index % len(bad)]
-    with opened(http(server), location) as pool:
+    with opened(http(server, max_unreadable=100), location) as pool:
         judgements = asyncio.run(pool.judge(items(*range(25)), "label"))
     assert all(j.status == "abstained" and j.score is None and j.rationale for j in judgements)
     paid = kept(location)
