@@ -5,10 +5,13 @@ nothing) or `lost` (the process died during the call, or the judge turned out to
 the same may be asked again). All but refunds count against the budget. A judgement or comparison is keyed by its texts,
 the oracle and the rubric, not by its run or purpose: paid once, it is free ever after.
 
+What is written becomes durable with the next `sync` (or `flush`, or `close`), which must be awaited between a
+reservation and its call. Many callers share one wait for the disk.
+
 Several runs may use one ledger, one after another: each has budgets of its own, and takes over what the others paid
 for. One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this
-process works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call. The ledger
-makes no calls and waits for no budget: `rayrl.oracles.pool` does both.
+process works on a copy, and `sync` uploads it. The ledger makes no calls and waits for no budget:
+`rayrl.oracles.pool` does both.
 """
 
 import asyncio
@@ -44,7 +47,7 @@ class Reserved(Generic[Question]):
 
 
 class Ledger:
-    """Durable account of paid questions, open for one run. Methods are atomic, and safe to call from several threads.
+    """Account of paid questions, open for one run. Methods are atomic, and safe to call from several threads.
 
     Args:
         location: a local path, or an fsspec URL.
@@ -76,7 +79,7 @@ class Ledger:
         self._owner = own(path, owner_wait_s)
         self._lock = threading.Lock()
         self._uploading = asyncio.Lock()
-        self._num_writes = self._num_uploaded = 0
+        self._num_writes = self._num_durable = self._num_uploaded = 0
         try:
             self._db = sql.connect(path, run)
             num_lost = self._db.execute(sql.LOSE_ALL).rowcount
@@ -157,22 +160,37 @@ class Ledger:
         with self._lock:
             return sql.counts(self._db, self._run, self._budgets)
 
+    def flush(self) -> None:
+        """Make everything written so far durable in the local file. It waits for the disk."""
+        with self._lock:
+            self._commit()
+
     async def sync(self) -> None:
-        """Make everything written so far durable remotely; callers that come together share one upload."""
+        """Make everything written so far durable, in the file and remotely.
+
+        Callers that come together share one commit and one upload, since both take longer than what they write.
+        """
+        wanted = self._num_writes
+        # Lets those write that are ready to: the commit below is then theirs too.
+        await asyncio.sleep(0)
+        if self._num_durable < wanted:
+            self.flush()
         if self._remote is None:
             return
-        wanted = self._num_writes
         async with self._uploading:
             # Another caller's upload may have covered these writes while this one waited.
             if self._num_uploaded >= wanted:
                 return
             with self._lock:
+                self._commit()
                 num_writes, snapshot = self._num_writes, self._db.serialize()
             await asyncio.to_thread(storage.write_bytes, self._remote, snapshot)
             self._num_uploaded = num_writes
 
     def close(self) -> None:
         """Give the file up. Attempts that are still reserved are lost when it is opened again."""
+        with self._lock, contextlib.suppress(sqlite3.ProgrammingError):  # closed already
+            self._commit()
         with self._lock:
             sql.close(self._db)
             self._owner.close()
@@ -181,11 +199,24 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
-        with self._lock, self._db:
-            # Immediate: the read and the write of a reservation must not let another writer in between.
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
+        """Write all or nothing, into the transaction that the next `flush` or `sync` commits."""
+        with self._lock:
+            if not self._db.in_transaction:
+                self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("SAVEPOINT step")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK TO step")
+                raise
+            finally:
+                self._db.execute("RELEASE step")
             self._num_writes += 1
+
+    def _commit(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("COMMIT")
+        self._num_durable = self._num_writes
 
     def _refuse_overspending(self, purpose: str, estimated_usd: float) -> None:
         budget, spent = self._budgets.get(purpose, 0), self._num_spent.get(purpose, 0)

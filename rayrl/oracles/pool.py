@@ -123,6 +123,7 @@ class OraclePool:
                 return _told(outcome.answer)
             # It may be asked again: the judge may be mended without a change to the config.
             self._ledger.lose(outcome.unreadable_attempt)
+            await self._ledger.sync()
             reasons.append(outcome.answer.rationale)
         raise JudgeFailed(
             f"the oracle failed the test: none of {len(questions)} answers could be read "
@@ -286,6 +287,7 @@ class OraclePool:
         elif in_a_row := self._breaker.unreadable(outcome.unreadable_attempt):
             # Those answers teach nothing about their items: they are asked again once the judge is mended.
             self._ledger.lose(*in_a_row)
+            self._ledger.flush()
             reason = outcome.answer.rationale if outcome.answer else ""
             self._breaker.stop(
                 f"{len(in_a_row)} answers in a row could not be read (oracle.max_unreadable), the last one because: "
