@@ -189,6 +189,7 @@ def test_judgements_are_what_was_paid_for_in_order(location):
     paid = [pay(ledger, 5), pay(ledger, 1, ABSTAINED), pay(ledger, 3)]
     pay(ledger, 2, UNBILLED)
     pay(ledger, 9, purpose="evaluate")
+    ledger.flush()
     assert answers(location, Judgement) == paid
 
 
@@ -260,6 +261,7 @@ def test_64_threads_never_overspend(location, budget_usd):
         num_paid = sum(threads.map(spend, range(300)))
     expected = 40 if budget_usd is None else 25
     assert num_paid == counts(ledger)["scored"] == expected
+    ledger.flush()
     with sqlite3.connect(location) as db:
         assert db.execute("SELECT count(*) FROM attempts").fetchone() == (expected,)
 
@@ -301,6 +303,7 @@ def test_a_comparison_says_who_preferred_what_and_for_how_much(location):
         cost_usd=0.01,
     )
     assert ledger.reserve(pair(1)) == paid
+    ledger.flush()
     with sqlite3.connect(location) as db:
         asked = db.execute("SELECT first, second, preference, response, score FROM attempts").fetchall()
     assert asked == [("a", "b", "second", None, None)]
@@ -365,6 +368,7 @@ for index, key in enumerate(sys.argv[2:]):
     claim = ledger.reserve(question)
     if index < 4:
         ledger.commit(claim, Verdict(score=3.0, rationale="good", cost_usd=0.01))
+ledger.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -376,6 +380,39 @@ def test_kill_9_loses_no_paid_judgement_and_no_count(location):
     ledger = opened(location)
     assert counts(ledger) == {"spent": 7, "scored": 4, "lost": 3, "cost_usd": pytest.approx(0.04)}
     assert all(isinstance(ledger.reserve(query(index)), Judgement) for index in range(4))
+
+
+def test_what_is_written_together_is_committed_together_and_before_the_call(location, monkeypatch):
+    ledger = opened(location, label=100)
+    commits = []
+    commit = ledger._commit
+    monkeypatch.setattr(ledger, "_commit", lambda: (commits.append(1), commit()))
+
+    async def ask(index):
+        claim = ledger.reserve(query(index))
+        await ledger.sync()
+        with contextlib.closing(sqlite3.connect(location)) as db:  # as it would be found after a kill
+            found = db.execute("SELECT state FROM attempts WHERE attempt = ?", (claim.attempt,)).fetchone()
+        ledger.commit(claim, SCORED)
+        await ledger.sync()
+        return found
+
+    async def ask_all():
+        return await asyncio.gather(*(ask(index) for index in range(50)))
+
+    assert set(asyncio.run(ask_all())) == {("reserved",)}
+    assert len(commits) <= 6
+    assert len(answers(location)) == 50
+
+
+def test_a_refused_reservation_leaves_the_others_as_they_are(location):
+    ledger = opened(location, label=1)
+    claim = ledger.reserve(query(1))
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(query(2))
+    ledger.commit(claim, SCORED)
+    ledger.close()
+    assert [answer.prompt_id for answer in answers(location)] == ["p1"]
 
 
 def test_a_ledger_has_one_owner(location):

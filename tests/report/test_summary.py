@@ -161,6 +161,7 @@ def test_the_ledger_itself_knows_best(run_dir):
             reserved = ledger.reserve(judgement(str(i), purpose), 0.01)
             ledger.commit(reserved, Verdict(score=score, rationale="unclear", billed=billed, cost_usd=0.01))
         ledger.reserve(judgement("open"), 0.01)
+        ledger.flush()
         paid = summarize_run(str(run_dir)).paid  # while its owner has it open
     states = {"scored": 1, "abstained": 1, "refunded": 1, "reserved": 1}
     counts = LedgerCounts.from_states(states, budget=128, cost_usd=0.03, abstentions={"unclear": 1})
