@@ -40,7 +40,7 @@ test-slow: install
 test-faults: install
 	$(BIN)/python -m pytest -m faults -q
 
-# Random ones.
+# Faults at random times, in whole runs.
 chaos: install
 	$(BIN)/python -m jobs.bench.chaos
 
@@ -49,7 +49,7 @@ dashboard-tools:
 	apt-get update -q
 	apt-get install -q -y --no-install-recommends prometheus chromium
 
-# Fails, and does not skip, where they are absent.
+# Fails, and does not skip, where Prometheus or Chromium is absent.
 test-dashboard: install
 	$(BIN)/python -m pytest -m dashboard -q
 

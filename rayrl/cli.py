@@ -6,7 +6,7 @@ A user's mistake ends in one message on stderr and exit code 2. Heavy imports wa
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,7 +40,7 @@ def plan(
     config: Annotated[str, typer.Argument(help="The run's TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted settings: select.budget=64")] = None,
 ) -> None:
-    """Show the resolved config, the stages, what they need and what they cost. Starts nothing."""
+    """Check the config and show the stages, what they need and what they cost. Starts nothing."""
     from rayrl.config import load_config
 
     resolved = load_config(config, overrides)
@@ -79,6 +79,8 @@ def status(
         if stage.progress is not None:
             console.print(Text(f"{stage.stage}: {going(stage.progress, time.time())}"), soft_wrap=True)
     console.print(Text(_headline(facts)), soft_wrap=True)
+    for line in _answers(facts):
+        console.print(Text(line), soft_wrap=True)
     if spent := _usd(facts):
         console.print(Text(spent), soft_wrap=True)
     if live:
@@ -99,7 +101,9 @@ def runs(
 
     fs, path = storage.locate(folder)
     if not fs.isdir(path):
-        raise RunDirectoryError(f"folder must be an existing folder of runs, got {folder}")
+        raise RunDirectoryError(
+            f"folder must be an existing folder of runs, got {folder}; name the folder that holds your run directories"
+        )
     table = Table(
         "run", "pipeline", "seed", "reached", "paid", "gain", "control", box=None, pad_edge=False, header_style="bold"
     )
@@ -124,6 +128,38 @@ def runs(
     console.print(table if table.rows else Text(f"no runs in {folder}"))
     for refusal in refusals:
         console.print(Text(f"! {refusal}", style="yellow"), soft_wrap=True)
+
+
+@app.command()
+def ledger(
+    run_dir: RunDir,
+    export: Annotated[
+        str | None, typer.Option("--export", help="Write every question and answer to a .parquet, .csv or .jsonl file.")
+    ] = None,
+) -> None:
+    """Show what a run has asked and paid, by stage and judge; also while it goes on."""
+    from rayrl.report import ledger_counts
+    from rayrl.runs import storage
+    from rayrl.runs.run import ledger_url, read_config
+
+    url, config, console = storage.absolute(run_dir), read_config(run_dir), Console()
+    table = Table(
+        *("stage", "judge", "spent", "answered", "abstained", "lost", "refunded", "in flight", "taken over", "paid"),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    spending = ledger_counts.spending_by_stage(url, config)
+    for (stage, judge), found in spending.items():
+        counts = (found.spent, found.scored, found.abstained, found.lost, found.refunded, found.in_flight)
+        table.add_row(Text(stage or "-"), Text(judge), *map(str, (*counts, found.taken_over)), found.price())
+    console.print(table if spending else Text(f"nothing was asked: {ledger_url(url, config)}"))
+    for (stage, _), found in spending.items():
+        for reason, num in found.abstentions.items():
+            console.print(Text(f"{stage or '-'}: {num} abstained: {reason}"), soft_wrap=True)
+    if export is not None:
+        num_rows = ledger_counts.export(url, config, storage.absolute(export))
+        console.print(Text(f"{num_rows} attempts written to {export}"), soft_wrap=True)
 
 
 @app.command()
@@ -171,10 +207,12 @@ def stop(run: LiveRun) -> None:
 
 def going(progress: "Progress", now: float) -> str:
     """Say how a stage under way goes; `now` is a Unix time."""
+    from rayrl.report.formats import duration
+
     total = "" if progress.total is None else f" of {progress.total:,}"
     rate = "-" if progress.per_s is None else f"{progress.per_s:,.3g}"
-    eta = "-" if progress.eta_s is None else _duration(progress.eta_s)
-    since = _duration(max(0.0, now - progress.at))
+    eta = duration(progress.eta_s, missing="-")
+    since = duration(max(0.0, now - progress.at))
     return f"{progress.done:,}{total} {progress.unit}, {rate} {progress.items}/s, ETA {eta}; last sign {since} ago"
 
 
@@ -252,20 +290,30 @@ def _headline(facts: "RunFacts") -> str:
     return headline
 
 
+def _answers(facts: "RunFacts") -> Iterator[str]:
+    """Say how the oracle answered what it was asked, and why it abstained; nothing where nothing was asked."""
+    for what, paid in (("label", facts.paid.label), ("evaluation", facts.paid.evaluate)):
+        if not paid.spent:
+            continue
+        reasons = "; ".join(f"{num} {reason}" for reason, num in paid.abstentions.items())
+        yield (
+            f"{what} queries: {paid.spent} asked, {paid.scored} answered, {paid.abstained} abstained"
+            + (f" ({reasons})" if reasons else "")
+            + (f", {paid.lost} lost" if paid.lost else "")
+            + (f", {paid.taken_over} more answered from the ledger" if paid.taken_over else "")
+        )
+
+
 def _usd(facts: "RunFacts") -> str:
-    """Say what all queries have cost, of what they may; empty where the oracle is free."""
-    spent = (facts.paid.label.cost_usd or 0.0) + (facts.paid.evaluate.cost_usd or 0.0)
+    """Say what all queries have cost, of what they may, or that there is no price; empty before any is asked."""
+    paid = [facts.paid.label, facts.paid.evaluate]
     prices = facts.run.config.oracle.prices()
-    limit = None if prices is None else prices.budget_usd
-    if not spent and limit is None:
-        return ""
+    if prices is None:
+        num_tokens = sum((each.input_tokens or 0) + (each.output_tokens or 0) for each in paid)
+        return f"unpriced: {num_tokens:,} tokens read and written" if num_tokens else ""
+    limit = prices.budget_usd
+    spent = sum(each.cost_usd or 0.0 for each in paid)
     return f"spent {spent:,.2f} USD" + ("" if limit is None else f" / {limit:,.2f}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _paid(paid: "PaidQueries") -> str:

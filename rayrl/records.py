@@ -158,7 +158,7 @@ class Judgement:
     """
 
     key: str = ""
-    """content_id(prompt, response, oracle, version of the rubric): a judgement once paid is never paid again."""
+    """content_id(conversation, response, oracle, version of the rubric): a judgement once paid is never paid again."""
     prompt_id: str
     response_id: str
     prompt: str
@@ -171,9 +171,9 @@ class Judgement:
     rationale: str = ""
     """The oracle's reasons, or why it abstained."""
     purpose: str = ""
-    """The budget that the question was put under: "label" or "evaluate"."""
-    cost_usd: float = 0.0
-    """0 where the answer was paid for by an earlier question with the same key."""
+    """The budget that the question was put under: "label", "evaluate" or "test"."""
+    cost_usd: float | None = 0.0
+    """0 where the answer was paid for by an earlier question with the same key; None where there is no price."""
 
     @property
     def response_key(self) -> ResponseKey:
@@ -205,9 +205,9 @@ class Comparison:
     rationale: str = ""
     """The oracle's reasons, or why it abstained."""
     purpose: str = ""
-    """The budget that the question was put under: "label" or "evaluate"."""
-    cost_usd: float = 0.0
-    """0 where the answer was paid for by an earlier question with the same key."""
+    """The budget that the question was put under: "label", "evaluate" or "test"."""
+    cost_usd: float | None = 0.0
+    """0 where the answer was paid for by an earlier question with the same key; None where there is no price."""
 
     def turned(self) -> "Comparison":
         """Swap the two responses of a comparison that is not answered yet."""

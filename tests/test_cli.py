@@ -97,7 +97,9 @@ def test_mistakes_get_one_message(tmp_path, capsys):
     assert refusal(capsys, "plan", str(tmp_path / "none.toml")).startswith("config file ")
     assert refusal(capsys, "status", str(tmp_path)).startswith("run_dir must be the folder of a run")
     assert refusal(capsys, "report", str(tmp_path)).startswith("run_dir must be the folder of a run")
-    assert refusal(capsys, "runs", str(tmp_path / "none")).startswith("folder must be an existing folder")
+    refused = refusal(capsys, "runs", str(tmp_path / "none"))
+    assert refused.startswith("folder must be an existing folder")
+    assert refused.endswith("; name the folder that holds your run directories\n")
 
 
 def test_a_refusal_of_the_installed_command_has_no_traceback(tmp_path):
@@ -192,7 +194,7 @@ def test_status_shows_how_the_stage_under_way_goes_and_what_it_cost(run_dir, cap
     steps = "".join(json.dumps({"step": n, "at": 1000.0 + n}) + "\n" for n in range(1, 11))
     (run_dir / "metrics" / "dpo.jsonl").write_text(steps)
     printed = output(capsys, "status", str(run_dir))
-    assert "\ndpo: 10 of 40 steps, 16 pairs/s, ETA 30 s; last sign " in printed
+    assert "\ndpo: 10 of 40 steps, 16 pairs/s, ETA 30.0 s; last sign " in printed
     assert "\nspent 0.00 USD / 5.00\n" in printed and "replicas" not in printed
 
 

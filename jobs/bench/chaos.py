@@ -1,6 +1,6 @@
 """Random faults in runs on a cluster of several nodes; counts the rows lost, doubled and paid for twice.
 
-    make chaos                                        # 50 faults in 10 runs, and in 2 with real engines; half an hour
+    make chaos                                        # 50 faults in 10 runs, 2 of them with real engines; half an hour
     python -m jobs.bench.chaos --faults 5 --runs 1 --real-runs 0 --seed 7
 
 Runs follow one another on the same cluster. The times of a run's faults are drawn from the length of an undisturbed
@@ -9,6 +9,7 @@ run makes up for it.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -64,13 +65,16 @@ def undisturbed(cluster: LocalCluster, folder: Path, command: list[str]) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=10, help="with simulated engines; as many more as it takes")
-    parser.add_argument("--real-runs", type=int, default=2, help="among them, with real engines")
+    parser.add_argument("--runs", type=int, default=10, help="runs in all; more follow until all faults are made")
+    parser.add_argument("--real-runs", type=int, default=2, help="how many of them have real engines")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     print(f"\n{hardware()}; seed {arguments.seed}; a head without work and two worker nodes\n")
-    made, finished, num_runs, found = Counter[str](), 0, 0, list[Damage]()
+    made = Counter[str]()
+    finished = 0
+    num_runs = 0
+    found: list[Damage] = []
     commands = {"real": REAL, "simulated": rehearsal.PROXY_DPO}
     kinds = ["real"] * arguments.real_runs + ["simulated"] * (arguments.runs - arguments.real_runs)
     with tempfile.TemporaryDirectory(prefix="rayrl-chaos-") as name, LocalCluster(Path(name), num_workers=2) as cluster:
@@ -81,7 +85,7 @@ def main() -> None:
         while kinds or made.total() < arguments.faults:
             kind = kinds.pop() if kinds else "simulated"
             reference, seconds = references[kind]
-            num_faults = -(-(arguments.faults - made.total()) // (len(kinds) + 1))
+            num_faults = math.ceil((arguments.faults - made.total()) / (len(kinds) + 1))
             print(f"run {num_runs} ({kind}, {seconds:.0f} s undisturbed)", file=sys.stderr, flush=True)
             run = LocalRun(cluster=cluster, folder=Path(name) / f"run-{num_runs}", command=commands[kind])
             num_runs += 1

@@ -107,9 +107,7 @@ class Ours:
         for start in range(0, len(self.pairs), size):
             rows = self.pairs[start : start + size]
             batches = collated(rows, self.config.micro_batch_tokens)
-            zero.train_step(
-                self.engine, batches, lambda b: pair_losses(self.engine, b, self.config)[0].sum(), size, self.idle
-            )
+            zero.train_step(self.engine, batches, self.loss, size, self.idle)
             if start == 0:
                 started = time.perf_counter()
                 continue

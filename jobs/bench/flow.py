@@ -2,8 +2,8 @@
 
     python jobs/bench/flow.py                # writes jobs/bench/pictures/flow.svg
 
-Which stages are paid for comes from the stage table; the rows are the stages that a run without options has. `rayrl
-plan CONFIG` prints those of one config.
+Which stages are paid for comes from the stage table; the rows are the stages that a run without options has; rlp's
+row leaves out pool, select and samples, for room. `rayrl plan CONFIG` prints those of one config.
 """
 
 from pathlib import Path
@@ -33,7 +33,9 @@ from rayrl.runs.stage_table import (
 )
 
 OUTPUT = Path(__file__).parent / "pictures" / "flow.svg"
-PROXY_DPO = [
+Row = list[tuple[Stage, str]]
+"""Stages from left to right, each with its text."""
+PROXY_DPO: Row = [
     (POOL, "X\nprompts"),
     (SFT, "M1\nfrom M0 and\nseed data"),
     (GENERATE, "Y ~ M1\nk responses\nper prompt"),
@@ -44,7 +46,7 @@ PROXY_DPO = [
     (DPO, "M2\nfrom M1 and P"),
     (EVALUATE, "M2 against M1\non held-out\nprompts"),
 ]
-RLP = [
+RLP: Row = [
     (SFT, "M1\nfrom M0 and\nseed data"),
     (GENERATE, "pairs of M1's\nresponses"),
     (PREFERENCES, "D\nthe oracle's\ncomparisons"),
@@ -58,10 +60,10 @@ RLP = [
 WIDTH, HEIGHT, STEP = 1.36, 1.0, 1.56
 
 
-def draw_row(axes: Axes, title: str, stages: list[tuple[Stage, str]], bottom: float) -> None:
+def draw_row(axes: Axes, title: str, row: Row, bottom: float) -> None:
     """Draw one pipeline from left to right, its stages joined by arrows."""
     axes.text(0, bottom + HEIGHT + 0.42, title, fontsize=11, weight="bold")
-    for number, (stage, text) in enumerate(stages):
+    for number, (stage, text) in enumerate(row):
         left = number * STEP
         color = "#fde3c0" if stage.pays else "#eaf0fe"
         axes.add_patch(
@@ -80,9 +82,10 @@ def draw_row(axes: Axes, title: str, stages: list[tuple[Stage, str]], bottom: fl
             )
 
 
-def draw_bypass(axes: Axes, first: int, last: int, bottom: float, depth: float, label: str) -> None:
+def draw_bypass(axes: Axes, row: Row, first: Stage, last: Stage, bottom: float, depth: float, label: str) -> None:
     """Draw an arrow below a row, from one stage to a later one that needs its output too."""
-    start, end = first * STEP + WIDTH / 2, last * STEP + WIDTH / 2
+    stages = [stage for stage, _ in row]
+    start, end = (stages.index(stage) * STEP + WIDTH / 2 for stage in (first, last))
     axes.plot([start, start, end], [bottom, bottom - depth, bottom - depth], color="#1f2937", linewidth=1)
     axes.annotate(
         "", xy=(end, bottom), xytext=(end, bottom - depth), arrowprops={"arrowstyle": "-|>", "color": "#1f2937"}
@@ -98,10 +101,20 @@ def main() -> None:
     axes.set_ylim(-0.5, 4.25)
     axes.axis("off")
     draw_row(axes, "proxy_dpo (arXiv 2407.02119)", PROXY_DPO, bottom=2.6)
-    draw_bypass(axes, 2, 6, 2.6, 0.25, "all responses, most of them never judged by the oracle")
+    draw_bypass(
+        axes, PROXY_DPO, GENERATE, PSEUDO_LABEL, 2.6, 0.25, "all responses, most of them never judged by the oracle"
+    )
     draw_row(axes, "rlp (arXiv 2403.19279)", RLP, bottom=0.15)
-    draw_bypass(axes, 0, 7, 0.15, 0.5, "PPO starts from M1 again")
-    draw_bypass(axes, 2, 6, 0.15, 0.25, "the comparisons are used again, and no new ones are paid")
+    draw_bypass(axes, RLP, SFT, PPO_REFRESHED, 0.15, 0.5, "PPO starts from M1 again")
+    draw_bypass(
+        axes,
+        RLP,
+        PREFERENCES,
+        REFIT_REWARD_MODEL,
+        0.15,
+        0.25,
+        "the comparisons are used again, and no new ones are paid",
+    )
     axes.text(8 * STEP + WIDTH, 4.05, "orange: paid questions to the oracle", ha="right", fontsize=9, color="#b45309")
     OUTPUT.parent.mkdir(exist_ok=True)
     figure.savefig(OUTPUT, metadata={"Date": None})

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from hardware import hardware
 
 from rayrl.algorithms.selection import CoresetShard, LocalShards, k_center
 
@@ -103,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
-        f"{arguments.num_points} x {arguments.dimension}, k = {arguments.num_selected}, "
+        f"{hardware()}; {arguments.num_points} x {arguments.dimension}, k = {arguments.num_selected}, "
         f"B = {arguments.candidate_batch}, {arguments.num_shards} shard(s), {arguments.threads} threads, "
         f"median of {arguments.repeats}, interleaved\n"
     )

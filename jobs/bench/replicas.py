@@ -3,7 +3,7 @@
     python jobs/bench/replicas.py                  # a minute per size
     python jobs/bench/replicas.py --sizes 1 4 --requests-per-replica 320
 
-The replicas are simulated (rayrl/fleets/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
+The replicas are simulated (rayrl/engines/simulated.py: requests of 0.5 s, 32 at once), so that all of them fit on this
 machine and what is measured is the rest: the router, the blocks' tasks, the tables, the driver. Every size is a
 fresh process with a fresh Ray, and the same number of requests for each replica. The fleet is up before the clock
 runs, and so are the processes of Ray Data's tasks: a first round of two blocks per replica, at its best 4 s, comes

@@ -1,11 +1,11 @@
 """Time and memory from a pool of prompts to preference pairs, at 10,000, 100,000 and 1,000,000 prompts.
 
-    python jobs/bench/scale.py                     # about 15 minutes on two cores
+    python jobs/bench/scale.py                     # about 8 minutes on two cores
     python jobs/bench/scale.py --sizes 2000 --budget 50
 
 Every stage of the pipeline but the trainings, k = 2 responses a prompt, k-center on 64-d embeddings, 2,000 queries to a
-scripted oracle. The engines are simulated (rayrl/fleets/simulated.py) and take almost no time, and the evaluator is not
-fitted: what is measured is rayrl's own work on the rows. Every size is a fresh process with a fresh Ray.
+scripted oracle. The engines are simulated (rayrl/engines/simulated.py) and take almost no time, and the evaluator is
+not fitted: what is measured is rayrl's own work on the rows. Every size is a fresh process with a fresh Ray.
 """
 
 import argparse

@@ -96,6 +96,14 @@ def stage_metrics(folder: str, stage: Stage[M]) -> M | None:
     return None if manifest is None else manifest.metrics
 
 
+def finished_metrics(folder: str, stage: Stage[M]) -> M:
+    """Read the metrics of a stage that every run of a study has."""
+    metrics = stage_metrics(folder, stage)
+    if metrics is None:
+        raise ValueError(f"{folder} has not finished {stage.name}; rerun the study")
+    return metrics
+
+
 def measured(value: T | None, name: str) -> T:
     """Insist on a measurement, which a run of a study has, but one without an evaluation budget has not."""
     if value is None:

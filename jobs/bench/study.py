@@ -11,16 +11,18 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from seeds import Result, finish, markdown, measured, over_seeds, pooled, stage_metrics, study
+from seeds import Result, finish, finished_metrics, markdown, measured, over_seeds, pooled, study
 
-from rayrl.config import RunConfig, load_config
+from rayrl.config import load_config
 from rayrl.pipelines.proxy_dpo import proxy_dpo
 from rayrl.runs import storage
 from rayrl.runs.stage_metrics import PolicyEvaluation
-from rayrl.runs.stage_table import EVALUATE, QUERY
+from rayrl.runs.stage_table import EVALUATE
 
+BASE = "k-center"
+"""The variant that runs the stages that all have in common."""
 VARIANTS: dict[str, list[str]] = {
-    "k-center": [],
+    BASE: [],
     "random": ["select.strategy=random"],
     "off-policy": ["generate.source=seed"],
     "direct": ["labels=direct", "select.unit=prompt"],
@@ -28,7 +30,7 @@ VARIANTS: dict[str, list[str]] = {
     "shuffled": ["labels=shuffled"],
 }
 TITLES = {
-    "k-center": "k-center selection (the method)",
+    BASE: "k-center selection (the method)",
     "random": "random selection, same budget",
     "off-policy": "seed data queried instead of M1's responses",
     "direct": "DPO on the paid labels alone, same budget",
@@ -37,11 +39,13 @@ TITLES = {
 }
 
 
-def variant(path: str, overrides: list[str], name: str, seed: int) -> RunConfig:
-    base = load_config(path, [*overrides, *VARIANTS[name], f"seed={seed}"])
-    folder = storage.join(base.run_dir, f"{name}-{seed}")
-    shared = None if name == "k-center" else storage.join(base.run_dir, f"k-center-{seed}")
-    return base.model_copy(update={"name": f"{base.name}-{name}-{seed}", "run_dir": folder, "reuse": shared})
+def finished(options: argparse.Namespace, name: str, seed: int) -> str:
+    """Finish a variant's run, after the run it shares stages with; return its folder."""
+    shared = None if name == BASE else finished(options, BASE, seed)
+    config = load_config(options.config, [*options.overrides, *VARIANTS[name], f"seed={seed}"])
+    folder = storage.join(config.run_dir, f"{name}-{seed}")
+    update = {"name": f"{config.name}-{name}-{seed}", "run_dir": folder, "reuse": shared}
+    return finish(config.model_copy(update=update), proxy_dpo)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +58,14 @@ class LabelResult(Result):
 
 
 def run(options: argparse.Namespace, name: str, seed: int) -> LabelResult:
-    folder = finish(variant(options.config, options.overrides, name, seed), proxy_dpo)
-    evaluated = measured(stage_metrics(folder, EVALUATE), "the evaluation")
-    asked = measured(stage_metrics(folder, QUERY), "the paid queries")
+    """Run a variant; return the measurements of both policies."""
+    evaluated = finished_metrics(finished(options, name, seed), EVALUATE)
     m2 = evaluated.policies["m2"]
     return LabelResult(
         difference=measured(m2.difference, "the gain"),
         m1=evaluated.policies["m1"],
         m2=m2,
-        num_paid=asked.ledger["label"].spent,
+        num_paid=evaluated.ledger["label"].spent,
     )
 
 

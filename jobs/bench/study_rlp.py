@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from plain_rlhf import plain_rlhf
 from ray.actor import ActorHandle
-from seeds import Result, finish, markdown, measured, pooled, stage_metrics, study
+from seeds import Result, finish, finished_metrics, markdown, measured, pooled, stage_metrics, study
 
 from rayrl.algorithms.estimate import Estimate
 from rayrl.algorithms.statistics import paired_difference
@@ -139,8 +139,8 @@ def run(options: argparse.Namespace, name: str, seed: int) -> RefreshResult:
     """Run a variant; return the measurements of its policy and reward models, beside M1 and plain PPO of that seed."""
     policy = VARIANTS[name].policy
     base, folder = finished(options, BASE, seed), finished(options, name, seed)
-    plain = policies_of(measured(stage_metrics(base, EVALUATE), "the evaluation"))
-    evaluated = measured(stage_metrics(folder, EVALUATE), "the evaluation")
+    plain = policies_of(finished_metrics(base, EVALUATE))
+    evaluated = finished_metrics(folder, EVALUATE)
     ours, tracked = policies_of(evaluated)[policy], stage_metrics(folder, TRACK_REWARDS)
     held_out: dict[str, Estimate | None] = {}
     against_m1: dict[str, Estimate | None] = {}

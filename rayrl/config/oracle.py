@@ -56,12 +56,21 @@ class OracleBase(Table):
     """"module:class" of the `rayrl.oracles.protocol.Oracle` that is built from this config and a `Rubric`. It is named
     and not imported, since a config must load in a moment."""
 
+    is_tried_out: ClassVar[bool] = True
+    """Whether a test question is asked before the first stage; not of a table, which holds no such question."""
+
     max_concurrency: Operation[int] = Field(default=16, gt=0)
     requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
     tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
     timeout_s: Operation[float] = Field(default=120.0, gt=0)
     max_retries: Operation[int] = Field(default=4, ge=0)
     """Tries after the first, with exponential backoff; then the query abstains."""
+    max_unreadable: Operation[int] = Field(default=8, gt=0)
+    """Answers in a row that nobody can read, or calls in a row that got none, after which the oracle counts as failed
+    and nothing more is asked. Those are asked again."""
+    ledger: Operation[str | None] = None
+    """File (or fsspec URL) with the account of paid questions, for several runs one after another: what one of them
+    paid is free to all. None is ledger.sqlite in the run's folder."""
 
     def label(self) -> str:
         """Name the oracle for humans."""
@@ -263,6 +272,7 @@ class ReplayOracleConfig(OracleBase):
     """Tables of judgements and of comparisons made earlier; questions that they do not hold abstain."""
 
     implementation: ClassVar[str] = "rayrl.oracles.replay:ReplayOracle"
+    is_tried_out: ClassVar[bool] = False
 
     type: Literal["replay"] = "replay"
     path: str | None = None

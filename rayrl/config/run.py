@@ -108,6 +108,11 @@ class RunConfig(Table):
         return self.learns_from_judgements or num_evaluation_queries > 0
 
     @property
+    def asks_to_compare(self) -> bool:
+        """Return whether the oracle is asked which of two responses is better: to label them, or to evaluate."""
+        return self.asks_for_comparisons or self.competes_by in ("both", "random")
+
+    @property
     def best_of_n(self) -> int:
         """Return how many of M1's answers the control best of n picks from; 0 without it, and always in proxy DPO."""
         return self.evaluate.best_of_n if self.pipeline == "rlp" else 0

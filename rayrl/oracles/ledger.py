@@ -1,13 +1,14 @@
 """Ledger of paid questions: reserve before a call, commit after it, in a SQLite file.
 
 An attempt is `reserved` (a call is under way), then `scored` or `abstained` (paid and final), `refunded` (it cost
-nothing) or `lost` (the process died during the call: the money may be gone). All but refunds count against the budget.
-A judgement or comparison is keyed by its texts, the oracle and the rubric, not by its purpose: paid once, it is free
-ever after.
+nothing) or `lost` (the process died during the call, or the judge turned out to have failed: the money may be gone, and
+the same may be asked again). All but refunds count against the budget. A judgement or comparison is keyed by its texts,
+the oracle and the rubric, not by its run or purpose: paid once, it is free ever after.
 
-One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this process
-works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call. The ledger makes no
-calls and waits for no budget: `rayrl.oracles.pool` does both.
+Several runs may use one ledger, one after another: each has budgets of its own, and takes over what the others paid
+for. One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this
+process works on a copy, and `sync` uploads it, which must be awaited between a reservation and its call. The ledger
+makes no calls and waits for no budget: `rayrl.oracles.pool` does both.
 """
 
 import asyncio
@@ -27,7 +28,6 @@ from rayrl.oracles import ledger_schema as sql
 from rayrl.oracles.ledger_file import is_remote, own, working_copy
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import Question, answered, reused
-from rayrl.records import Judgement
 from rayrl.runs import storage
 from rayrl.runs.stage_metrics import LedgerCounts
 
@@ -40,16 +40,17 @@ class Reserved(Generic[Question]):
 
     attempt: int
     question: Question
-    estimated_usd: float
+    estimated_usd: float | None
 
 
 class Ledger:
-    """Durable account of one run. Methods are atomic, and safe to call from several threads.
+    """Durable account of paid questions, open for one run. Methods are atomic, and safe to call from several threads.
 
     Args:
         location: a local path, or an fsspec URL.
-        budgets: how many attempts each purpose may pay for.
-        budget_usd: hard limit over all purposes; needs an honest upper bound with every reservation.
+        budgets: how many attempts of this run each purpose may pay for.
+        run: id of the run (`rayrl.runs.run.Run.id`).
+        budget_usd: hard limit over all purposes of this run; needs an honest upper bound with every reservation.
         owner_wait_s: how long a restarted owner waits for its killed predecessor to be gone.
 
     Raises:
@@ -61,10 +62,12 @@ class Ledger:
         location: str,
         budgets: Mapping[str, int],
         *,
+        run: str = "",
         budget_usd: float | None = None,
         owner_wait_s: float = 30.0,
     ) -> None:
         self._budgets = dict(budgets)
+        self._run = run
         self._budget_usd = budget_usd
         self._remote = location if is_remote(location) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="rayrl-ledger-") if self._remote else None
@@ -75,9 +78,9 @@ class Ledger:
         self._uploading = asyncio.Lock()
         self._num_writes = self._num_uploaded = 0
         try:
-            self._db = sql.connect(path)
+            self._db = sql.connect(path, run)
             num_lost = self._db.execute(sql.LOSE_ALL).rowcount
-            spent = self._db.execute(sql.SPENT).fetchall()
+            spent = self._db.execute(sql.SPENT, (run,)).fetchall()
         except sqlite3.DatabaseError as error:
             # The lock must not outlive this object: the user may mend the file and open it again.
             self._owner.close()
@@ -88,12 +91,15 @@ class Ledger:
         if num_lost:
             logger.warning("%d calls were under way when the last process died: counted as spent", num_lost)
 
-    def reserve(self, question: Question, estimated_usd: float = 0.0) -> Reserved[Question] | Question:
-        """Reserve the right to ask, or return the answer if it was paid for already, under whatever purpose.
+    def reserve(
+        self, question: Question, estimated_usd: float | None = None, *, stage: str = ""
+    ) -> Reserved[Question] | Question:
+        """Reserve the right to ask, or return the answer if it was paid for already, by whatever run and purpose.
 
         Args:
             question: with its key, oracle and purpose (`rayrl.oracles.questions.address`).
-            estimated_usd: the most that the call may cost.
+            estimated_usd: the most that the call may cost; None where the oracle has no price.
+            stage: the stage that asks.
 
         Raises:
             BudgetExhausted: one more call could exceed the purpose's budget, or the budget in USD.
@@ -101,12 +107,15 @@ class Ledger:
         with self._transaction() as db:
             row = db.execute(sql.KNOWN, (question.key,)).fetchone()
             if row is not None and row["state"] != "reserved":
+                if (row["run"], row["stage"]) != (self._run, stage):
+                    taken_over = {"run": self._run, "stage": stage, "purpose": question.purpose}
+                    db.execute(sql.TAKE_OVER, taken_over | {"oracle": question.oracle, "key": question.key})
                 return _known(question, row)
             assert row is None, f"question {question.key} is already under way"
-            self._refuse_overspending(question.purpose, estimated_usd)
-            attempt = sql.insert(db, question, estimated_usd)
+            self._refuse_overspending(question.purpose, estimated_usd or 0.0)
+            attempt = sql.insert(db, question, run=self._run, stage=stage, estimated_usd=estimated_usd)
             self._num_spent[question.purpose] = self._num_spent.get(question.purpose, 0) + 1
-            self._spent_usd += estimated_usd
+            self._spent_usd += estimated_usd or 0.0
         return Reserved(attempt=attempt, question=question, estimated_usd=estimated_usd)
 
     def commit(self, reserved: Reserved[Question], verdict: Verdict) -> Question:
@@ -118,53 +127,35 @@ class Ledger:
                 reserved.attempt,
                 answer,
                 state="refunded" if verdict.is_refunded else answer.status,
+                disagreement=verdict.disagreement,
                 input_tokens=verdict.input_tokens,
                 output_tokens=verdict.output_tokens,
             )
         with self._lock:
-            self._spent_usd += answer.cost_usd - reserved.estimated_usd
+            self._spent_usd += (answer.cost_usd or 0.0) - (reserved.estimated_usd or 0.0)
             if verdict.is_refunded:
                 self._num_spent[answer.purpose] -= 1
         return answer
 
-    def lose(self, reserved: Reserved[Question]) -> None:
-        """Give up a call whose outcome is unknown: it stays counted, and the same may be asked again."""
+    def lose(self, *attempts: int) -> None:
+        """Give up calls of unknown outcome, or answers of a failed judge: they stay counted, and may be asked again."""
         with self._transaction() as db:
-            db.execute(sql.LOSE, (reserved.attempt,))
-
-    def answers(self, record: type[Question], purpose: str) -> list[Question]:
-        """Read all judgements (or comparisons) paid for under a purpose, as they were asked; abstentions included."""
-        id_column = "response_id" if record is Judgement else "second_id"
-        with self._lock:
-            rows = self._db.execute(sql.ANSWERS.format(id_column=id_column), (purpose,)).fetchall()
-        return [sql.read_answer(row, record) for row in rows]
+            db.executemany(sql.LOSE, [(attempt,) for attempt in attempts])
 
     def num_spent(self, keys: Iterable[str], purpose: str) -> int:
         """Count what these questions took of a purpose's budget, with the calls that were lost on the way."""
         with self._lock:
-            return self._db.execute(sql.SPENT_ON, (purpose, json.dumps(sorted(set(keys))))).fetchone()[0]
+            return self._db.execute(sql.SPENT_ON, (self._run, purpose, json.dumps(sorted(set(keys))))).fetchone()[0]
 
     def spending(self) -> tuple[dict[str, int], float]:
-        """Queries per purpose and USD that are spent, or held for calls under way."""
+        """Queries per purpose and USD of this run that are spent, or held for calls under way."""
         with self._lock:
             return dict(self._num_spent), self._spent_usd
 
     def summary(self) -> dict[str, LedgerCounts]:
-        """Count the queries of every purpose. What is in flight is held back from the budget too."""
+        """Count the run's queries of every purpose. What is in flight is held back from the budget too."""
         with self._lock:
-            rows = self._db.execute(sql.SUMMARY).fetchall()
-        num_by_state: dict[str, dict[str, int]] = {purpose: {} for purpose in self._budgets}
-        cost_usd: dict[str, float] = {}
-        # Sorted, so that purposes of an earlier config, which have no budget now, come in a fixed order.
-        for purpose, state, num, usd in sorted(rows, key=tuple):
-            num_by_state.setdefault(purpose, {})[state] = num
-            cost_usd[purpose] = cost_usd.get(purpose, 0.0) + usd
-        return {
-            purpose: LedgerCounts.from_states(
-                num, budget=self._budgets.get(purpose, 0), cost_usd=cost_usd.get(purpose, 0.0)
-            )
-            for purpose, num in num_by_state.items()
-        }
+            return sql.counts(self._db, self._run, self._budgets)
 
     async def sync(self) -> None:
         """Make everything written so far durable remotely; callers that come together share one upload."""
@@ -183,7 +174,7 @@ class Ledger:
     def close(self) -> None:
         """Give the file up. Attempts that are still reserved are lost when it is opened again."""
         with self._lock:
-            self._db.close()
+            sql.close(self._db)
             self._owner.close()
             if self._scratch:
                 self._scratch.cleanup()

@@ -1,20 +1,29 @@
 """Schema of the ledger: one table of attempts, and the statements that read and write it.
 
 An attempt has the columns of the record that it is about (`Judgement` or `Comparison`; those of the other kind are
-NULL), the tokens of the call and its time. Its `state` is the record's status, and more: see `rayrl.oracles.ledger`.
+NULL), the run and the stage that asked, the tokens of the call and its time. Its `state` is the record's status, and
+more: see `rayrl.oracles.ledger`. A second table notes which answers a stage took over without paying.
 """
 
+import contextlib
 import sqlite3
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 
 from rayrl.oracles.questions import Question
 from rayrl.records import Comparison, Judgement, Row, to_row
+from rayrl.runs.stage_metrics import LedgerCounts
+
+VERSION = 1
+"""Of the schema, in the file's `user_version`. Files of version 0 are brought up to it when they are opened."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
     attempt INTEGER PRIMARY KEY AUTOINCREMENT,
     key TEXT NOT NULL,
+    run TEXT NOT NULL,
+    stage TEXT NOT NULL,
     purpose TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('reserved', 'scored', 'abstained', 'refunded', 'lost')),
     oracle TEXT NOT NULL,
@@ -29,7 +38,8 @@ CREATE TABLE IF NOT EXISTS attempts (
     second TEXT,
     preference TEXT CHECK (preference IN ('first', 'second', 'tie')),
     rationale TEXT NOT NULL DEFAULT '',
-    cost_usd REAL NOT NULL,
+    disagreement REAL,
+    cost_usd REAL,
     input_tokens INTEGER NOT NULL DEFAULT 0,
     output_tokens INTEGER NOT NULL DEFAULT 0,
     reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
@@ -37,50 +47,115 @@ CREATE TABLE IF NOT EXISTS attempts (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON attempts (key)
     WHERE state IN ('reserved', 'scored', 'abstained');
+CREATE INDEX IF NOT EXISTS by_run ON attempts (run, purpose, state);
+CREATE TABLE IF NOT EXISTS taken_over (
+    run TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    oracle TEXT NOT NULL,
+    key TEXT NOT NULL,
+    PRIMARY KEY (run, stage, key)
+);
 """
 
-_COLUMNS_OF_COMPARISONS = {"first_id", "second_id", "preference"}
+# Version 0 belonged to one run, kept no stage, and wrote 0 where there was no price.
+_FROM_VERSION_0 = """
+ALTER TABLE attempts RENAME TO attempts_0;
+DROP INDEX one_answer;
+{schema}
+INSERT INTO attempts
+SELECT attempt, key, '{run}', '', purpose, state, oracle, prompt_id, prompt, response_id, response, score, first_id,
+    second_id, first, second, preference, rationale, NULL, nullif(cost_usd, 0), input_tokens, output_tokens, reserved_at
+FROM attempts_0;
+DROP TABLE attempts_0;
+"""
+_COLUMNS_OF_VERSION_0 = {"key", "purpose", "state", "oracle", "first_id", "second_id", "preference", "cost_usd"}
 
 KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
-LOSE = "UPDATE attempts SET state = 'lost' WHERE attempt = ?"
+LOSE = "UPDATE attempts SET state = 'lost' WHERE attempt = ? AND state IN ('reserved', 'abstained')"
 LOSE_ALL = "UPDATE attempts SET state = 'lost' WHERE state = 'reserved'"
-ANSWERS = """
-SELECT * FROM attempts WHERE purpose = ? AND state IN ('scored', 'abstained') AND {id_column} IS NOT NULL
-ORDER BY attempt
+TAKE_OVER = "INSERT OR IGNORE INTO taken_over VALUES (:run, :stage, :purpose, :oracle, :key)"
+SPENT = """
+SELECT purpose, count(*), total(cost_usd) FROM attempts WHERE run = ? AND state != 'refunded' GROUP BY purpose
 """
-SPENT = "SELECT purpose, count(*), sum(cost_usd) FROM attempts WHERE state != 'refunded' GROUP BY purpose"
 SPENT_ON = """
-SELECT count(*) FROM attempts WHERE purpose = ? AND state != 'refunded' AND key IN (SELECT value FROM json_each(?))
+SELECT count(*) FROM attempts
+WHERE run = ? AND purpose = ? AND state != 'refunded' AND key IN (SELECT value FROM json_each(?))
 """
-SUMMARY = "SELECT purpose, state, count(*), sum(cost_usd) FROM attempts GROUP BY purpose, state"
+_BY_STATE = """
+SELECT {by}, state, count(*), sum(cost_usd), sum(input_tokens), sum(output_tokens)
+FROM attempts WHERE run = ? GROUP BY {by}, state ORDER BY min(attempt)
+"""
+_TAKEN_OVER = "SELECT {by}, count(*) FROM taken_over WHERE run = ? GROUP BY {by}"
+_ABSTENTIONS = """
+SELECT {by}, substr(rationale, 1, {chars}) AS reason, count(*)
+FROM attempts WHERE run = ? AND state = 'abstained' GROUP BY {by}, reason ORDER BY count(*) DESC, reason
+"""
+ALL = "SELECT * FROM attempts ORDER BY attempt"
+REASON_CHARS = 80
+"""Characters by which the reasons of abstentions are told apart."""
 _SETTLE = """
-UPDATE attempts SET state = :state, {value} = :{value}, rationale = :rationale, cost_usd = :cost_usd,
-    input_tokens = :input_tokens, output_tokens = :output_tokens
+UPDATE attempts SET state = :state, {value} = :{value}, rationale = :rationale, disagreement = :disagreement,
+    cost_usd = :cost_usd, input_tokens = :input_tokens, output_tokens = :output_tokens
 WHERE attempt = :attempt AND state = 'reserved'
 """
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the ledger in a file, made if need be.
+def connect(path: Path, run: str) -> sqlite3.Connection:
+    """Open the ledger in a file, made if need be; an older one is brought up to date for this run.
 
     Raises:
         sqlite3.DatabaseError: the file is something else, or a ledger of another version.
     """
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    db.row_factory = sqlite3.Row
-    db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
-    db.execute("PRAGMA synchronous = FULL")
-    db.executescript(_SCHEMA)
-    columns = {row["name"] for row in db.execute("PRAGMA table_info(attempts)")}
-    if not columns >= _COLUMNS_OF_COMPARISONS:  # an older ledger would fail only after questions were paid for
+    try:
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
+        db.execute("PRAGMA synchronous = FULL")
+        _bring_up_to_date(db, run)
+    except sqlite3.DatabaseError:
         db.close()
-        raise sqlite3.DatabaseError("its table is of another version of rayrl; choose another run_dir")
+        raise
     return db
 
 
-def insert(db: sqlite3.Connection, question: Judgement | Comparison, estimated_usd: float) -> int:
+def close(db: sqlite3.Connection) -> None:
+    """Close the ledger, and leave one file: a write-ahead log beside it would be left behind when it is copied.
+
+    Closing a ledger again does nothing.
+    """
+    # The log stays while somebody reads the file, and until the next owner closes it.
+    with contextlib.suppress(sqlite3.Error):
+        db.execute("PRAGMA journal_mode = DELETE")
+    db.close()
+
+
+def _bring_up_to_date(db: sqlite3.Connection, run: str) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as blank:
+        blank.executescript(_SCHEMA)
+        columns_of_today = _columns(blank)
+    columns, version = _columns(db), db.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0 and columns >= _COLUMNS_OF_VERSION_0:
+        script = _FROM_VERSION_0.format(schema=_SCHEMA, run=run.replace("'", "''"))
+    elif not columns or (version == VERSION and columns == columns_of_today):
+        script = _SCHEMA
+    else:  # it would fail only after questions were paid for
+        raise sqlite3.DatabaseError(
+            f"its table is of version {version}, and this rayrl writes version {VERSION}; open it with the rayrl that "
+            "wrote it, or name another oracle.ledger"
+        )
+    db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+def _columns(db: sqlite3.Connection) -> set[str]:
+    return {row[1] for row in db.execute("PRAGMA table_info(attempts)")}
+
+
+def insert(
+    db: sqlite3.Connection, question: Judgement | Comparison, *, run: str, stage: str, estimated_usd: float | None
+) -> int:
     """Write a question as a reserved attempt, at its highest price. Returns the attempt's number."""
-    values = to_row(question) | {"cost_usd": estimated_usd}
+    values = to_row(question) | {"run": run, "stage": stage, "cost_usd": estimated_usd}
     del values["status"]
     columns = ", ".join(values)
     placeholders = ", ".join(f":{column}" for column in values)
@@ -96,6 +171,7 @@ def settle(
     answer: Judgement | Comparison,
     *,
     state: str,
+    disagreement: float | None,
     input_tokens: int,
     output_tokens: int,
 ) -> None:
@@ -105,6 +181,7 @@ def settle(
         **to_row(answer),
         "attempt": attempt,
         "state": state,
+        "disagreement": disagreement,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
     }
@@ -116,3 +193,42 @@ def read_answer(row: sqlite3.Row, record: type[Question]) -> Question:
     """Read a scored or abstained attempt."""
     columns = {field.name: field.name for field in fields(record)} | {"status": "state"}
     return record(**{name: row[column] for name, column in columns.items()})
+
+
+def counts(db: sqlite3.Connection, run: str, budgets: Mapping[str, int]) -> dict[str, LedgerCounts]:
+    """Count a run's questions of every purpose that has a budget, or has asked some."""
+    by_purpose = {purpose: found for (purpose,), found in counts_by(db, run, "purpose").items()}
+    nothing = LedgerCounts.from_states({}, budget=0, cost_usd=None)
+    purposes = dict.fromkeys([*budgets, *by_purpose])
+    return {purpose: replace(by_purpose.get(purpose, nothing), budget=budgets.get(purpose, 0)) for purpose in purposes}
+
+
+def counts_by(db: sqlite3.Connection, run: str, *columns: str) -> dict[tuple[str, ...], LedgerCounts]:
+    """Count a run's questions by the values of some columns, which attempts and answers taken over both have.
+
+    The file does not keep the budgets: they are 0 here.
+    """
+    by, size = ", ".join(columns), len(columns)
+    states: dict[tuple[str, ...], list[sqlite3.Row]] = {}
+    for row in db.execute(_BY_STATE.format(by=by), (run,)):
+        states.setdefault(tuple(row[:size]), []).append(row)
+    num_taken_over: dict[tuple[str, ...], int] = {}
+    for row in db.execute(_TAKEN_OVER.format(by=by), (run,)):
+        num_taken_over[tuple(row[:size])] = row[size]
+    reasons: dict[tuple[str, ...], dict[str, int]] = {}
+    for row in db.execute(_ABSTENTIONS.format(by=by, chars=REASON_CHARS), (run,)):
+        reasons.setdefault(tuple(row[:size]), {})[row[size]] = row[size + 1]
+    found: dict[tuple[str, ...], LedgerCounts] = {}
+    for group in dict.fromkeys([*states, *num_taken_over]):
+        rows = states.get(group, [])
+        priced = [row[size + 2] for row in rows if row[size + 2] is not None]
+        found[group] = LedgerCounts.from_states(
+            {row[size]: row[size + 1] for row in rows},
+            budget=0,
+            taken_over=num_taken_over.get(group, 0),
+            abstentions=reasons.get(group, {}),
+            cost_usd=sum(priced) if priced else None,
+            input_tokens=sum(row[size + 3] for row in rows),
+            output_tokens=sum(row[size + 4] for row in rows),
+        )
+    return found

@@ -1,29 +1,34 @@
 """Oracle pool: the one named actor that asks the oracle, and owns the ledger, the connections and the global limits.
 
 `OraclePool` is a plain class and runs without Ray. A restarted actor opens the ledger again and goes on: paid
-questions are answered from there, so that a caller may simply repeat its call. The pool does not choose what is asked,
-and it does not retry a failed call; the oracle's implementation does that.
+questions are answered from there, so that a caller may simply repeat its call. The pool does not choose what is asked.
+Retries of a call are the oracle's implementation's; the pool notices when the judge itself has failed, and then asks
+nothing more (`rayrl.oracles.breaker`).
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.config import OracleBase
-from rayrl.errors import BudgetExhausted, RunDirectoryError, StageTimeout
+from rayrl.errors import BudgetExhausted, JudgeFailed, RunDirectoryError, StageTimeout
 from rayrl.metrics import meters
 from rayrl.metrics.fleet_state import FleetState
 from rayrl.models.judge_prompt import Rubric
+from rayrl.oracles.breaker import Breaker
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.ledger import Ledger, Reserved
 from rayrl.oracles.limits import Slots
+from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import Question, address, call, estimate_usd, refused, reused
 from rayrl.records import Comparison, Judgement
 from rayrl.runs.stage_metrics import LedgerCounts
@@ -35,6 +40,18 @@ BUDGET_EXHAUSTED = "budget exhausted"
 """Rationale of an abstention that was never asked, because nothing was left to pay with."""
 
 _START_TIMEOUT_S = 120.0
+_DRAIN_S = 5.0
+"""For calls under way when a run ends early."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Generic[Question]):
+    """What became of a question that was put to the oracle."""
+
+    answer: Question | None
+    """None: the budget does not allow it."""
+    unreadable_attempt: int | None = None
+    """The attempt that paid for an answer that nobody can read; None for every other outcome."""
 
 
 class OraclePool:
@@ -45,14 +62,19 @@ class OraclePool:
         rubric: what it is asked.
         ledger: path or fsspec URL of the ledger.
         budgets: how many queries each purpose may pay for.
+        run: id of the run, to which the budgets belong.
     """
 
-    def __init__(self, config: OracleBase, rubric: Rubric, ledger: str, budgets: Mapping[str, int]) -> None:
+    def __init__(
+        self, config: OracleBase, rubric: Rubric, ledger: str, budgets: Mapping[str, int], run: str = ""
+    ) -> None:
         prices = config.prices()
         budget_usd = prices.budget_usd if prices else None
         self._rubric = rubric
         self._oracle = build_oracle(config, rubric)
-        self._ledger = Ledger(ledger, budgets, budget_usd=budget_usd)
+        self._ledger = Ledger(ledger, budgets, run=run, budget_usd=budget_usd)
+        self._breaker = Breaker(config.max_unreadable)
+        self._longest_call_s = config.timeout_s * (config.max_retries + 1)
         self._slots = Slots(config.max_concurrency)
         self._max_concurrency = config.max_concurrency
         # Questions that wait or are asked, by key. A task ends with the answer, or with None if the budget is gone.
@@ -63,15 +85,49 @@ class OraclePool:
         meters.show_budget(budgets, budget_usd)
         self._show_load()
 
-    async def judge(self, judgements: Sequence[Judgement], purpose: Purpose) -> list[Judgement]:
-        """Answer judgements, in order; failures and questions that the budget does not cover are abstentions."""
-        questions = [address(each, self._oracle, self._rubric, purpose) for each in judgements]
-        return await self._answers(questions, purpose)
+    async def judge(self, judgements: Sequence[Judgement], purpose: Purpose, stage: str = "") -> list[Judgement]:
+        """Answer judgements, in order; items that fail and questions beyond the budget are abstentions.
 
-    async def compare(self, comparisons: Sequence[Comparison], purpose: Purpose) -> list[Comparison]:
-        """Answer comparisons, in order. Each is one query of the purpose's budget, in the order given."""
-        questions = [address(each, self._oracle, self._rubric, purpose) for each in comparisons]
-        return await self._answers(questions, purpose)
+        Args:
+            judgements: of the status "asked".
+            purpose: the budget that pays.
+            stage: the stage that asks, for the ledger.
+
+        Raises:
+            JudgeFailed: the oracle itself fails; what it had answered is in the ledger.
+        """
+        return await self._answers(judgements, purpose, stage)
+
+    async def compare(self, comparisons: Sequence[Comparison], purpose: Purpose, stage: str = "") -> list[Comparison]:
+        """Answer comparisons, as `judge` does. Each is one query of the purpose's budget, in the order given."""
+        return await self._answers(comparisons, purpose, stage)
+
+    async def try_out(self, questions: Sequence[Question]) -> str:
+        """Ask one of a few questions, alone and before anything else; the next one only if the first is unreadable.
+
+        It goes the whole way: rubric, endpoint, model, parser. It is paid, and counted under the purpose "test". One
+        that this run, or another one with the same ledger, has asked is not asked again.
+
+        Returns:
+            What came back and what it cost, for humans.
+
+        Raises:
+            JudgeFailed: the oracle fails, or its answers cannot be read.
+        """
+        reasons: list[str] = []
+        for question in questions:
+            outcome = await self._attempts(address(question, self._oracle, self._rubric, "test"), "test")
+            if outcome.answer is None:
+                return "not asked: the budget of this run's test questions is spent"
+            if outcome.unreadable_attempt is None:
+                return _told(outcome.answer)
+            # It may be asked again: the judge may be mended without a change to the config.
+            self._ledger.lose(outcome.unreadable_attempt)
+            reasons.append(outcome.answer.rationale)
+        raise JudgeFailed(
+            f"the oracle failed the test: none of {len(questions)} answers could be read "
+            f"({'; '.join(dict.fromkeys(reasons))}). Mend the judge, oracle or rubric, and run the same command again"
+        )
 
     def summary(self) -> dict[str, LedgerCounts]:
         """`Ledger.summary`."""
@@ -105,13 +161,28 @@ class OraclePool:
             has_given_up=False,
         )
 
+    async def drain(self, wait_s: float) -> None:
+        """Ask nothing more, wait a moment for the calls under way, and close the ledger, which then is one file."""
+        self._breaker.stop("the run is ending")
+        await self._idle(wait_s)
+        self.close()
+
     def close(self) -> None:
         """Give up the ledger, for another owner in the same process."""
         self._ledger.close()
 
-    async def _answers(self, questions: Sequence[Question], purpose: Purpose) -> list[Question]:
+    async def _answers(self, asked: Sequence[Question], purpose: Purpose, stage: str) -> list[Question]:
         start = time.monotonic()
-        answers = await asyncio.gather(*(self._answer(question) for question in questions))
+        questions = [address(each, self._oracle, self._rubric, purpose) for each in asked]
+        tasks = [asyncio.create_task(self._answer(question, stage)) for question in questions]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        if failure := next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None):
+            # The run ends now. What is being paid for is kept first.
+            await self._idle(self._longest_call_s)
+            raise failure
+        # The last ones may have stopped the asking, with nothing left to ask.
+        await self._breaker.pass_through()
+        answers = [task.result() for task in tasks]
         num_scored = sum(answer.status == "scored" for answer in answers)
         logger.info(
             "asked %d questions for %s: %d answered, %d abstained, %.1f s",
@@ -123,7 +194,14 @@ class OraclePool:
         )
         return answers
 
-    async def _answer(self, question: Question) -> Question:
+    async def _idle(self, wait_s: float) -> None:
+        """Wait until no call is under way, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while self._num_calls:
+                    await self._settled.wait()
+
+    async def _answer(self, question: Question, stage: str) -> Question:
         """Ask, or share the answer to an equal question that is being asked already."""
         # A loop, since the other caller may have been refused under its own purpose's budget, and a third may have
         # begun to ask meanwhile.
@@ -133,41 +211,86 @@ class OraclePool:
                 meters.REUSED.add(purpose=question.purpose)
                 return reused(question, paid)
         # A task of its own: a caller that goes away must not cancel a call that is being paid for.
-        task = asyncio.create_task(self._ask(question))
+        task = asyncio.create_task(self._ask(question, stage))
         self._asking[question.key] = task
         task.add_done_callback(lambda _: self._asked(question.key))
         answer = await asyncio.shield(task)
         return refused(question, BUDGET_EXHAUSTED) if answer is None else answer
 
-    async def _ask(self, question: Question) -> Question | None:
-        """Reserve, call, commit; None if the budget does not allow it."""
+    async def _ask(self, question: Question, stage: str) -> Question | None:
+        """Ask under the limits; None if the budget does not allow it."""
         async with self._slots:
-            reserved = await self._reserve(question)
-            if reserved is None:
-                return None
-            if not isinstance(reserved, Reserved):
-                meters.REUSED.add(purpose=question.purpose)
-                return reserved
-            self._num_calls += 1
-            self._show_load()
-            started = time.monotonic()
-            answer = None
-            try:
-                # The reservation must be durable before the call: otherwise a crash could pay for it twice.
-                await self._ledger.sync()
-                answer = self._ledger.commit(reserved, await call(question, self._oracle))
-                kind = "judgement" if isinstance(answer, Judgement) else "comparison"
-                meters.JUDGEMENTS.add(purpose=question.purpose, kind=kind, outcome=answer.status)
-            finally:
-                if answer is None:  # the call may have been made, and may have cost money
-                    self._ledger.lose(reserved)
-                self._num_calls -= 1
-                # Wakes all that wait for the budget, and is replaced for those that wait from now on.
-                self._settled.set()
-                self._settled = asyncio.Event()
-                meters.ORACLE_SECONDS.add(time.monotonic() - started, purpose=question.purpose)
+            await self._breaker.pass_through()
+            outcome = await self._attempts(question, stage)
+        self._note(outcome)
+        return outcome.answer
+
+    async def _attempts(self, question: Question, stage: str) -> Outcome[Question]:
+        """Attempt a question until it is answered, as far as the judge comes back when it fails.
+
+        Raises:
+            JudgeFailed: the judge does not come back.
+        """
+        is_probe = False
+        try:
+            while True:
+                reserved = await self._reserve(question, stage)
+                if reserved is None:
+                    return Outcome(answer=None)
+                if not isinstance(reserved, Reserved):
+                    meters.REUSED.add(purpose=question.purpose)
+                    return Outcome(answer=reserved)
+                answer, verdict = await self._pay(reserved)
+                if verdict.failure is None or not verdict.is_refunded:
+                    if verdict.failure is not None:  # it answered, and broke what was agreed: kept, and the last
+                        self._breaker.stop(verdict.failure)
+                    unreadable = None if verdict.is_readable else reserved.attempt
+                    return Outcome(answer=answer, unreadable_attempt=unreadable)
+                is_probe = await self._breaker.failed(verdict.failure, is_probe=is_probe)
+                if not is_probe:
+                    await self._breaker.pass_through()
+        finally:
+            if is_probe:
+                self._breaker.probed()
+
+    async def _pay(self, reserved: Reserved[Question]) -> tuple[Question, Verdict]:
+        """Call the oracle and commit what it says."""
+        question = reserved.question
+        is_settled = False
+        self._num_calls += 1
+        self._show_load()
+        started = time.monotonic()
+        try:
+            # The reservation must be durable before the call: otherwise a crash could pay for it twice.
+            await self._ledger.sync()
+            verdict = await call(question, self._oracle)
+            answer = self._ledger.commit(reserved, verdict)
+            is_settled = True
+            kind = "judgement" if isinstance(answer, Judgement) else "comparison"
+            meters.JUDGEMENTS.add(purpose=question.purpose, kind=kind, outcome=answer.status)
+        finally:
+            if not is_settled:  # the call may have been made, and may have cost money
+                self._ledger.lose(reserved.attempt)
+            self._num_calls -= 1
+            # Wakes all that wait for the budget, and is replaced for those that wait from now on.
+            self._settled.set()
+            self._settled = asyncio.Event()
+            meters.ORACLE_SECONDS.add(time.monotonic() - started, purpose=question.purpose)
         await self._ledger.sync()
-        return answer
+        return answer, verdict
+
+    def _note(self, outcome: Outcome[Question]) -> None:
+        """Let the breaker count answers that nobody can read; too many in a row are a failed judge's."""
+        if outcome.unreadable_attempt is None:
+            self._breaker.read()
+        elif in_a_row := self._breaker.unreadable(outcome.unreadable_attempt):
+            # Those answers teach nothing about their items: they are asked again once the judge is mended.
+            self._ledger.lose(*in_a_row)
+            reason = outcome.answer.rationale if outcome.answer else ""
+            self._breaker.stop(
+                f"{len(in_a_row)} answers in a row could not be read (oracle.max_unreadable), the last one because: "
+                f"{reason}"
+            )
 
     def _asked(self, key: str) -> None:
         self._asking.pop(key)
@@ -178,7 +301,7 @@ class OraclePool:
         meters.ORACLE_WAITING.set(len(self._asking) - self._num_calls)
         meters.show_spending(*self._ledger.spending())
 
-    async def _reserve(self, question: Question) -> Reserved[Question] | Question | None:
+    async def _reserve(self, question: Question, stage: str) -> Reserved[Question] | Question | None:
         """Reserve a call, or find the answer in the ledger; None if the budget is gone.
 
         Waits while calls under way may still give back some of the budget they hold.
@@ -188,7 +311,7 @@ class OraclePool:
             # Taken before the attempt, so that a call that settles during it is not missed.
             settled = self._settled
             try:
-                return self._ledger.reserve(question, estimated_usd)
+                return self._ledger.reserve(question, estimated_usd, stage=stage)
             except BudgetExhausted as error:
                 if self._num_calls == 0:
                     logger.info("not asked: %s", error)
@@ -196,13 +319,32 @@ class OraclePool:
             await settled.wait()
 
 
+def _told(answer: Judgement | Comparison) -> str:
+    """Write an answer to a test question in one line."""
+    if answer.status == "abstained":
+        said = f"abstained ({answer.rationale})"
+    elif isinstance(answer, Judgement):
+        said = f"score {answer.score:g}"
+    else:
+        said = f"prefers {answer.preference}"
+    return f"{said}, {'unpriced' if answer.cost_usd is None else f'{answer.cost_usd:.4f} USD'}"
+
+
 def start_oracle_pool(
-    run_name: str, config: OracleBase, *, rubric: Rubric, ledger: str, budgets: Mapping[str, int]
+    run_name: str, config: OracleBase, *, rubric: Rubric, ledger: str, budgets: Mapping[str, int], run: str = ""
 ) -> ActorHandle[OraclePool]:
     """Check the oracle, then start the run's one pool as the actor `<run name>-oracle` on the driver's node.
 
     The driver's node is where a local ledger lies and where the API key was checked. A killed pool restarts
     by itself and repeats the calls it was in; at most those are paid twice, and they are counted.
+
+    Args:
+        run_name: names the actor.
+        config: which oracle.
+        rubric: what it is asked.
+        ledger: path or fsspec URL.
+        budgets: queries that each purpose may pay for.
+        run: id of the run, to which the budgets belong.
 
     Raises:
         ConfigError: the oracle is unreachable, or its key, function or table unusable.
@@ -219,7 +361,7 @@ def start_oracle_pool(
     }
     try:
         # Any, since the types of Ray know neither the actor's methods nor that this is a handle.
-        pool: Any = ray.remote(OraclePool).options(**options).remote(config, rubric, ledger, dict(budgets))
+        pool: Any = ray.remote(OraclePool).options(**options).remote(config, rubric, ledger, dict(budgets), run)
     except ValueError:
         raise RunDirectoryError(
             f"name must be unique in the cluster: a run {run_name!r} is alive; end it, or choose another name"
@@ -232,3 +374,11 @@ def start_oracle_pool(
     except GetTimeoutError:
         raise StageTimeout(f"waited {_START_TIMEOUT_S:g} s for the oracle pool of run {run_name!r} to start") from None
     return pool
+
+
+def end_oracle_pool(pool: ActorHandle[OraclePool]) -> None:
+    """End the pool. Calls under way get a moment to be kept; those that take longer are lost, and counted."""
+    ended: Any = pool.drain.remote(_DRAIN_S)
+    with contextlib.suppress(GetTimeoutError, RayActorError):
+        ray.get(ended, timeout=2 * _DRAIN_S)
+    ray.kill(pool)  # pyright: ignore[reportUnknownMemberType] Ray leaves the type of its handles open

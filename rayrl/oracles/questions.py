@@ -34,8 +34,8 @@ def address(question: Question, oracle: Oracle, rubric: Rubric, purpose: Purpose
     return replace(question, key=content_id(*texts, name, version), oracle=name, purpose=purpose)
 
 
-def estimate_usd(question: Judgement | Comparison, oracle: Oracle) -> float:
-    """Bound the price of a question from above."""
+def estimate_usd(question: Judgement | Comparison, oracle: Oracle) -> float | None:
+    """Bound the price of a question from above; None where the oracle has no price."""
     if isinstance(question, Judgement):
         return oracle.estimate_usd(question.prompt, question.response)
     return oracle.estimate_usd(question.prompt, question.first, question.second)

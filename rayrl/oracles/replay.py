@@ -44,8 +44,8 @@ class ReplayOracle:
     def check(self) -> None:
         """Do nothing: the tables were read when this object was made."""
 
-    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
-        return 0.0
+    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float | None:
+        return None
 
     async def judge(self, prompt: str, response: str) -> Verdict:
         if (found := self._scores.get(content_id(prompt, response))) is None:

@@ -6,6 +6,8 @@ import inspect
 import numbers
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -18,16 +20,21 @@ from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
 
 _MAX_REASON = 300
 """Characters kept of an error's text."""
+_MAX_SHOWN = 60
+"""Characters shown of each text that a failed call was made with."""
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+"""Folder of rayrl itself."""
 
 
 class ScriptedOracle:
     """Calls `function(prompt, response)`, plain or async, which returns a score or (score, rationale), and
     `compare_function(prompt, first, second)`, which returns "first", "second" or "tie", or that and a rationale.
 
-    Every call that returns counts as paid, whatever it returned; None abstains. A call that raises is refunded, so that
-    a bug in the function does not use up the budget. A call that runs out of time is not refunded, since the function
-    may have paid for something. Without a `compare_function` no two responses are compared: scoring both with
-    `function` would be two calls under one reservation, and a budget must cover every call.
+    Every call that returns counts as paid, whatever it returned; None abstains. A function that raises is a failed
+    judge: the call is refunded, the asking stops with the function's own traceback, and the question is asked again
+    once it is mended. A call that runs out of time is not refunded, since the function may have paid for something.
+    Without a `compare_function` no two responses are compared: scoring both with `function` would be two calls under
+    one reservation, and a budget must cover every call.
     """
 
     def __init__(self, config: ScriptedOracleConfig, rubric: Rubric) -> None:
@@ -45,8 +52,8 @@ class ScriptedOracle:
     def check(self) -> None:
         """Do nothing: the functions were imported when this object was made."""
 
-    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float:
-        return 0.0
+    def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float | None:
+        return None
 
     async def judge(self, prompt: str, response: str) -> Verdict:
         return await self._ask(self._function, (prompt, response), self._read_score)
@@ -66,9 +73,12 @@ class ScriptedOracle:
                 returned = await self._call(function, texts)
         except Exception as error:  # the user's code: whatever it raises is a failed call
             if deadline.expired():
-                return Verdict(score=None, rationale=f"no answer within {self._timeout_s:g} s")
+                reason = f"no answer within {self._timeout_s:g} s (oracle.timeout_s)"
+                return Verdict(score=None, rationale=reason, is_readable=False)
             reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
-            return Verdict(score=None, rationale=reason, billed=False)
+            name = getattr(function, "__qualname__", repr(function))
+            failure = f"{name}({_shown(texts)}) raised\n{own_traceback(error)}\nMend the function"
+            return Verdict(score=None, rationale=reason, billed=False, failure=failure)
         answer, rationale = _split(returned)
         if answer is None:
             return Verdict(score=None, rationale=rationale or "the function abstained")
@@ -91,6 +101,24 @@ class ScriptedOracle:
                 return score
         scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
         raise ValueError(f"not a score from {scale}: {answer!r}")
+
+
+def own_traceback(error: Exception) -> str:
+    """Write an error's traceback without the lines of rayrl, of installed packages and of Python itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_library(frame.filename)]
+    lines = traceback.format_list(own or frames[-1:])
+    return "".join(lines + traceback.format_exception_only(error)).rstrip()
+
+
+def _is_library(filename: str) -> bool:
+    folders = (_PACKAGE, *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+    return filename.startswith("<") or any(filename.startswith(folder + os.sep) for folder in folders)
+
+
+def _shown(texts: tuple[str, ...]) -> str:
+    """Write a call's arguments, each cut to its beginning."""
+    return ", ".join(repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...") for text in texts)
 
 
 def _split(returned: object) -> tuple[object, str]:

@@ -16,12 +16,13 @@ from rayrl.fleets.services import Services
 from rayrl.metrics import meters, prometheus
 from rayrl.metrics.tracking import tracked
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.pool import start_oracle_pool
+from rayrl.oracles.pool import end_oracle_pool, start_oracle_pool
 from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
 from rayrl.runs import storage
-from rayrl.runs.run import LEDGER, Manifest, Run, open_run
+from rayrl.runs.run import Manifest, Run, ledger_url, open_run
 from rayrl.runs.stage_metrics import EvaluateMetrics
+from rayrl.stages.labelling.try_out import try_out
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,13 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
             config.name,
             config.oracle,
             rubric=load_rubric(config.rubric),
-            ledger=storage.join(run.url, LEDGER),
+            ledger=ledger_url(run.url, config),
             budgets=plan.budgets,
+            run=run.id,
         )
-        ends.callback(ray.kill, oracle)
+        ends.callback(end_oracle_pool, oracle)
         driver.show("oracle", "oracle", oracle)
+        try_out(run, oracle, plan.test_prompts)
         services = Services(run, mode=plan.mode, reference=plan.reference, on_gpu=plan.on_gpu, control=driver)
         ends.callback(services.stop)
         ends.enter_context(tracked(run))

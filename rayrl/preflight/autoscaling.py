@@ -39,13 +39,13 @@ def find_node_types() -> Growth | None:
     """Find the limits of the connected cluster's autoscaler; None if they cannot be found out from here.
 
     Raises:
-        ConfigError: RAYRL_AUTOSCALING_CONFIG names no such file.
+        ConfigError: the file that RAYRL_AUTOSCALING_CONFIG names, or the one that `ray up` has left, is no such file.
     """
     if named := os.environ.get(SETTING):
-        return _read_file(named)
+        return _read_file(named, f"{SETTING} must name", "correct it, or unset it")
     found = _read_platform() or _read_kuberay()
     if found is None and Path(BOOTSTRAP).expanduser().exists():
-        return _read_file(BOOTSTRAP)
+        return _read_file(BOOTSTRAP, "the file that `ray up` leaves must be", f"set {SETTING} to a correct one")
     return found
 
 
@@ -73,15 +73,21 @@ def growth_of_kuberay(resource: Mapping[str, Any]) -> Growth:
     return growth_of(autoscaling_config._derive_autoscaling_config_from_ray_cr(dict(resource)))
 
 
-def _read_file(path: str) -> Growth:
+def _read_file(path: str, rule: str, remedy: str) -> Growth:
+    """Read the limits in a file of the autoscaler.
+
+    Args:
+        path: of the file.
+        rule: begins the message that refuses it: what must be the autoscaler's config.
+        remedy: ends that message.
+    """
     import yaml
 
     try:
         return growth_of(yaml.safe_load(Path(path).expanduser().read_text()))
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{SETTING} must name the autoscaler's config, a YAML file with available_node_types, got {path}: "
-            f"{error!r}; correct it, or unset it"
+            f"{rule} the autoscaler's config, a YAML file with available_node_types, got {path}: {error!r}; {remedy}"
         ) from None
 
 

@@ -19,7 +19,7 @@ from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.ready_made_reward_model import inspect_reward_model
 from rayrl.preflight.run_folder import check_disk, check_run_folder
 from rayrl.preflight.stage_plans import plan_stages
-from rayrl.preflight.workload import describe_rounds, ledger_budgets, plan_workload
+from rayrl.preflight.workload import describe_rounds, ledger_budgets, num_test_questions, plan_workload
 from rayrl.runs.stage_table import fits_evaluator
 
 
@@ -81,6 +81,7 @@ def check(
         num_eval_comparisons=workload.num_eval_comparisons,
         num_pairs=workload.num_pairs,
         budgets=ledger_budgets(config, workload.label_queries),
+        test_prompts=pool.first,
         usd=None if cost is None else cost.total_usd,
         disk_bytes=disk.needed,
         free_bytes=disk.free,
@@ -95,8 +96,19 @@ def check(
             rubric_tokens=rubric_tokens,
             disk=disk,
         ),
+        num_test_questions=num_test_questions(config),
+        operation=operation_by_table(config),
         rounds=describe_rounds(config, workload.label_queries),
     )
+
+
+def operation_by_table(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Group the settings that may change between two starts by their table; "run" has those outside of any."""
+    names: dict[str, list[str]] = {}
+    for setting in config.operation():
+        table, _, name = setting.rpartition(".")
+        names.setdefault(table or "run", []).append(name)
+    return {table: tuple(settings) for table, settings in names.items()}
 
 
 def _copy_bytes(config: RunConfig, model: ModelFacts, cluster: Cluster) -> int:

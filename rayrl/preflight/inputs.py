@@ -23,11 +23,14 @@ from rayrl.data.reading import (
 from rayrl.errors import ConfigError, DataError
 from rayrl.oracles.keys import read_secret
 from rayrl.preflight.model import ModelFacts
+from rayrl.records import Prompt
 from rayrl.runs import storage
 
 _MEASURED_PROMPTS = 2000
 """Prompts that are tokenised: the longest of the pool, in characters. A pool this small is measured whole."""
 _CHARACTERS_PER_TOKEN = 4
+_TEST_PROMPTS = 3
+"""Prompts that the oracle is tried out on: the second only if nobody can read its answer about the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class PoolFacts:
     """Facts of the pool that the checks need."""
 
     counts: PromptCounts
+    first: tuple[Prompt, ...]
+    """The first prompts, as many as the oracle is tried out on."""
     mean_tokens: float
     longest_tokens: int
     """Tokens of the longest prompt; 0 without a tokenizer."""
@@ -53,7 +58,10 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     # A heap of the longest prompts: whether a prompt fits the context shows at these, and tokenising all takes minutes.
     longest: list[tuple[int, str]] = []
     num_characters = 0
+    first: list[Prompt] = []
     for prompt in read_prompts(config.pool, renderer(config, model), counts):
+        if len(first) < _TEST_PROMPTS:
+            first.append(prompt)
         num_characters += len(prompt.rendered)
         item = (len(prompt.rendered), prompt.rendered)
         if len(longest) < _MEASURED_PROMPTS:
@@ -61,17 +69,25 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
         else:
             heapq.heappushpop(longest, item)
     if counts.num_kept == 0:
-        raise DataError(f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows)")
+        raise DataError(
+            f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows); add prompts, or "
+            "correct pool.prompt_column"
+        )
     mean_characters = num_characters / counts.num_kept
     if model.tokenizer is None:
         return PoolFacts(
-            counts=counts, mean_tokens=mean_characters / _CHARACTERS_PER_TOKEN, longest_tokens=0, num_cut=0
+            counts=counts,
+            first=tuple(first),
+            mean_tokens=mean_characters / _CHARACTERS_PER_TOKEN,
+            longest_tokens=0,
+            num_cut=0,
         )
     num_tokens = count_tokens(config, model, [text for _, text in longest])
     num_characters_measured = sum(length for length, _ in longest)
     tokens_per_character = sum(num_tokens) / num_characters_measured
     return PoolFacts(
         counts=counts,
+        first=tuple(first),
         mean_tokens=mean_characters * tokens_per_character,
         longest_tokens=max(num_tokens),
         num_cut=_check_lengths(config, model, num_tokens, counts.num_kept),
@@ -131,7 +147,7 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
         raise DataError(
             f"seed_data.path {config.seed_data.path} has no usable row: of {counts.num_rows}, "
             f"{counts.num_empty} lack a prompt or response and {counts.num_below_score} score below "
-            "seed_data.min_score"
+            "seed_data.min_score; lower seed_data.min_score, or complete the rows"
         )
     return counts
 
@@ -149,9 +165,14 @@ def inspect_others(config: RunConfig) -> None:
         require_columns(answers.path, columns_of(answers), answers.split)
     lm_eval = config.evaluate.lm_eval
     if lm_eval.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError('evaluate.lm_eval.tasks needs lm-evaluation-harness; pip install "rayrl[lm-eval]"')
+        raise ConfigError(
+            f"evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got {lm_eval.tasks}; "
+            'pip install "rayrl[lm-eval]", or empty the list'
+        )
     if lm_eval.include_path is not None and not os.path.isdir(lm_eval.include_path):
-        raise ConfigError(f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}")
+        raise ConfigError(
+            f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}; correct it, or leave it out"
+        )
     if config.pipeline == "rlp" and config.ppo.function is not None:
         check_module(config.ppo.function, "ppo.function")
     _inspect_oracle(config)
@@ -209,4 +230,7 @@ def check_module(function: str, setting: str) -> None:
     top = function.partition(":")[0].partition(".")[0]
     here = Path.cwd() / top
     if not (here.is_dir() or here.with_suffix(".py").is_file() or importlib.util.find_spec(top)):
-        raise ConfigError(f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}")
+        raise ConfigError(
+            f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}; run from the "
+            "folder that holds it, or install it"
+        )

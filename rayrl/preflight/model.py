@@ -56,12 +56,15 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
     Raises:
         ConfigError: neither a model folder nor, as far as can be told, a hub id.
     """
+    remedy = "give the folder that save_pretrained wrote, or a hub id"
     if "://" in path or os.path.isdir(path):
         if not storage.exists(storage.join(path, "config.json")):
-            raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}")
+            raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}; {remedy}")
         return path
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
-        raise ConfigError(f"{setting} must be a model folder or a hub id, got {path}: there is no such folder")
+        raise ConfigError(
+            f"{setting} must be a model folder or a hub id, got {path}: there is no such folder; {remedy}"
+        )
     from huggingface_hub import constants, snapshot_download
 
     is_offline = not online or constants.HF_HUB_OFFLINE
@@ -116,6 +119,7 @@ def _max_model_len(policy: PolicyConfig, config: dict[str, Any]) -> int | None:
     # A rope that is scaled may reach further than max_position_embeddings says.
     if policy.max_model_len and context and not scaled and policy.max_model_len > context:
         raise ConfigError(
-            f"policy.max_model_len must be at most the model's context {context}, got {policy.max_model_len}"
+            f"policy.max_model_len must be at most the model's context {context}, got {policy.max_model_len}; lower "
+            "it, or leave it out"
         )
     return policy.max_model_len or context

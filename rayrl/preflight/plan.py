@@ -1,10 +1,11 @@
 """Plan of a run: what it will do, need and pay, as a value and as text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrl.preflight.cluster import Cluster, describe_amount
+from rayrl.records import Prompt
 
 Mode = Literal["overlap", "alternate"]
 """Whether fleets stay up beside trainings, or make room for them."""
@@ -73,6 +74,8 @@ class Plan:
     """Before ties are dropped."""
     budgets: Mapping[str, int]
     """Caps of the ledger: paid queries over all rounds, by `rayrl.runs.stage_table.Purpose`."""
+    test_prompts: tuple[Prompt, ...]
+    """Prompts of the pool that the oracle is tried out on before the first stage."""
     usd: float | None
     """At most about this much for all paid queries; None without prices."""
     disk_bytes: int | None
@@ -80,6 +83,10 @@ class Plan:
     free_bytes: int | None = None
     """Of the run directory's disk; None where it is remote."""
     warnings: tuple[str, ...] = ()
+    num_test_questions: int = 0
+    """Kinds of question of which one is asked before the first stage."""
+    operation: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Settings that may change between two starts, by their table."""
     rounds: str = ""
     """Description of the rounds; empty if there is one."""
 
@@ -106,6 +113,9 @@ def render_plan(plan: Plan) -> str:
     for stage in plan.stages:
         row = f"{stage.name:<{name_width}}{stage.what:<{what_width}}{stage.actors}{_amounts(stage)}"
         lines.append(row.rstrip())  # a stage of the driver alone reserves nothing
+    if plan.operation:
+        lines += ["", "may change between two starts of the run, and repeats no work:"]
+        lines += [f"  {table:<14}{', '.join(names)}" for table, names in plan.operation.items()]
     if plan.warnings:
         lines.append("")
         lines += [f"warning: {warning}" for warning in plan.warnings]
@@ -125,12 +135,19 @@ def _facts(plan: Plan) -> dict[str, str]:
         "run": f"{plan.name} -> {plan.run_dir}",
         **(_rlp_facts(plan) if plan.pipeline == "rlp" else _proxy_dpo_facts(plan)),
         "paid": f"{paid}; {price}",
+        "test": _test_fact(plan.num_test_questions),
         "disk": disk,
         "cluster": _cluster_fact(plan.cluster),
     }
     if plan.rounds:
         facts["rounds"] = plan.rounds
     return facts
+
+
+def _test_fact(num_questions: int) -> str:
+    if num_questions == 0:
+        return "the oracle is not tried out before the first stage"
+    return f"{num_questions} paid test question(s) before the first stage; this plan has asked none"
 
 
 def _proxy_dpo_facts(plan: Plan) -> dict[str, str]:

@@ -78,8 +78,9 @@ def _pair_warnings(config: RunConfig, workload: Workload) -> list[str]:
         return []
     remedy = "add prompts or raise generate.k"
     if config.pseudo_label.pairing == "best_worst":
-        remedy = f'add prompts ({PAIRS_PER_QUERY * num_queries} give nine), or set pseudo_label.pairing = "margin"'
-    return [f"{per_query:.1f} pairs per paid query, and nine is the aim: {remedy}, or lower select.budget"]
+        enough = PAIRS_PER_QUERY * num_queries
+        remedy = f'add prompts ({enough} give {PAIRS_PER_QUERY}), or set pseudo_label.pairing = "margin"'
+    return [f"{per_query:.1f} pairs per paid query, and {PAIRS_PER_QUERY} is the aim: {remedy}, or lower select.budget"]
 
 
 def _cost_warnings(config: RunConfig, cost: Cost | None) -> list[str]:
@@ -124,7 +125,7 @@ def _context_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts, rub
     if most <= model.max_model_len:
         return []
     return [
-        f"evaluator: rubric ({rubric_tokens} tokens), longest prompt ({pool.longest_tokens}), response "
+        f"judge prompt: rubric ({rubric_tokens} tokens), longest prompt ({pool.longest_tokens}), response "
         f"({config.generate.max_tokens}) and rationale ({rationale}) may exceed the context "
         f"of {model.max_model_len}"
     ]

@@ -71,7 +71,8 @@ def inspect_preferences(config: RunConfig, model: ModelFacts) -> PairFacts | Non
         raise DataError(
             f"preferences.data.path {preferences.data.path} must hold pairs of at least {MIN_PROMPTS} prompts, and has "
             f"{counts.num_pairs} pairs of {len(counts.prompt_ids)}: of {counts.num_rows} rows {counts.num_unusable} "
-            f"lack a prompt or two answers, {counts.num_tied} are tied and {counts.num_other_prompt} have two prompts"
+            f"lack a prompt or two answers, {counts.num_tied} are tied and {counts.num_other_prompt} have two prompts; "
+            "add pairs of other prompts"
         )
     _check_room(config, model, [prompt for _, prompt in shortest], counts)
     return PairFacts(counts=counts, num_cut=_num_cut(config, model, longest))
@@ -121,11 +122,11 @@ def _check_budget(config: RunConfig, preferences: PreferencesConfig) -> None:
         raise ConfigError(
             f"select.budget must be at least {(least - 1) * config.rounds + 1} when preferences.order is "
             f'"{preferences.order}"{rounds} ({MIN_PROMPTS} pairs, one to learn from and one to check on), '
-            f"got {config.select.budget}"
+            f"got {config.select.budget}; raise it, or lower rounds"
         )
     if config.generate.k < 2 * preferences.pairs_per_prompt:
         raise ConfigError(
             f'generate.k must be at least {2 * preferences.pairs_per_prompt} when preferences.source is "oracle" and '
             f"preferences.pairs_per_prompt is {preferences.pairs_per_prompt}, since two responses to a prompt are "
-            f"compared and none of them twice; got {config.generate.k}"
+            f"compared and none of them twice; got {config.generate.k}; raise it, or lower preferences.pairs_per_prompt"
         )

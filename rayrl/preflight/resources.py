@@ -50,9 +50,10 @@ def fleet_needs(fleet: FleetUse, config: RunConfig, *, on_gpu: bool) -> Needs:
     engine = config.generators if fleet.role == "generators" else config.embedders
     # Embedders may serve a smaller model than the policy, so that nothing is known of their weights.
     num_cpu_copies = engine.most if fleet.role == "generators" else 0
+    kind = "generator" if fleet.role == "generators" else "embedder"
     limit = "num_replicas" if engine.max_replicas is None else "max_replicas"
     return Needs(
-        actors=f"{engine.most} engine(s)",
+        actors=f"{engine.most} {kind}(s)",
         num_gpus=num_fleet_gpus(engine, fleet.role) if on_gpu else 0,
         num_cpus=0 if on_gpu else math.ceil(engine.most * engine.cpus_per_replica),
         num_copies=0 if on_gpu else num_cpu_copies,
@@ -82,7 +83,7 @@ def num_fleet_gpus(engine: EngineConfig, section: str) -> int:
     if each > 1 and each != int(each):
         raise ConfigError(
             f"{section}.gpus_per_replica x tensor_parallel_size x pipeline_parallel_size must be at most 1 or whole, "
-            f"got {each:g}"
+            f"got {each:g}; change one of the three"
         )
     if each >= 1:
         return engine.most * int(each)
@@ -148,20 +149,20 @@ def lacking(needs: Needs, cluster: Cluster, copy_bytes: int) -> str | None:
     Returns:
         Resource, amount needed, amount present, and the remedy, for a message.
     """
-    lower = f"lower {needs.setting}" if needs.setting else "use a larger machine"
+    remedy = f"lower {needs.setting}, or use a larger cluster" if needs.setting else "use a larger machine or cluster"
     if needs.num_gpus > cluster.most("GPU"):
-        return f"GPU: {needs.num_gpus:g}, and the cluster has {cluster.describe('GPU')}; {lower}"
+        return f"GPU: {needs.num_gpus:g}, and the cluster has {cluster.describe('GPU')}; {remedy}"
     if needs.num_cpus + FREE_CPUS > cluster.most("CPU"):
         return (
             f"CPU: {needs.num_cpus} and {FREE_CPUS} free for Ray Data, and the cluster has "
-            f"{cluster.describe('CPU')}; {lower}"
+            f"{cluster.describe('CPU')}; {remedy}"
         )
     for part in needs.whole:
         largest = cluster.largest(part.resource)
         if part.amount > largest:
             return (
                 f"{part.resource}: {part.amount:g} on one node, and the largest that there is, or may be, has "
-                f"{largest:g}; lower {part.setting}, use larger nodes"
+                f"{largest:g}; lower {part.setting}, or use larger nodes"
             )
     # Object store, key-value caches and optimizers come on top: this refuses only what is certain to fail.
     num_bytes = needs.num_copies * copy_bytes
@@ -169,7 +170,7 @@ def lacking(needs: Needs, cluster: Cluster, copy_bytes: int) -> str | None:
     if num_bytes > memory:
         return (
             f"memory: over {num_bytes / 2**30:,.1f} GiB (the weights {needs.num_copies} times), "
-            f"and the cluster has, or may get, {memory / 2**30:,.1f} GiB; {lower}"
+            f"and the cluster has, or may get, {memory / 2**30:,.1f} GiB; {remedy}"
         )
     return None
 
@@ -183,6 +184,4 @@ def require(stage: StagePlan, cluster: Cluster, copy_bytes: int = 0) -> None:
     lack = lacking(stage, cluster, copy_bytes)
     if lack is not None:
         remark = f"; {cluster.remark}" if cluster.remark else ""
-        raise ResourceError(
-            f"stage {stage.name} ({stage.actors or 'driver'}) needs {lack}, or use a larger cluster{remark}"
-        )
+        raise ResourceError(f"stage {stage.name} ({stage.actors or 'driver'}) needs {lack}{remark}")

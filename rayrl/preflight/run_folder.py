@@ -36,7 +36,8 @@ def check_run_folder(config: RunConfig) -> None:
             is_local = storage.is_local(url)
         except (ImportError, ValueError) as error:  # fsspec: a package is missing, or the protocol is unknown
             raise ConfigError(
-                f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}"
+                f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}; install the "
+                "protocol's fsspec package, or correct the URL"
             ) from None
         if is_local and SUBMITTED in os.environ and not os.path.isabs(url.partition("://")[2] or url):
             raise ConfigError(
@@ -44,7 +45,10 @@ def check_run_folder(config: RunConfig) -> None:
                 "name a folder that every node sees, as /mnt/..., or an fsspec URL"
             )
     if config.reuse is not None and not storage.exists(storage.join(storage.absolute(config.reuse), CONFIG)):
-        raise RunDirectoryError(f"reuse must be another run's folder (with a config.json), got {config.reuse}")
+        raise RunDirectoryError(
+            f"reuse must be another run's folder (with a config.json), got {config.reuse}; correct it, or leave reuse "
+            "out"
+        )
     url = storage.absolute(config.run_dir)
     if not storage.is_local(url):
         _check_reachable(url)
@@ -52,7 +56,10 @@ def check_run_folder(config: RunConfig) -> None:
     if storage.is_local(url):
         parent = existing_parent(url)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise RunDirectoryError(f"run_dir must be a folder that can be written, got {url}: {parent} cannot be")
+            raise RunDirectoryError(
+                f"run_dir must be a folder that can be written, got {url}: {parent} cannot be; choose another run_dir, "
+                "or give this user the right to write there"
+            )
 
 
 def _check_reachable(url: str) -> None:

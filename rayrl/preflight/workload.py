@@ -18,6 +18,7 @@ from rayrl.runs.stage_table import (
     PSEUDO_LABEL,
     SAMPLES,
     TRACK_REWARDS,
+    num_refresh_blocks,
     stages_of,
 )
 
@@ -103,9 +104,24 @@ def label_queries(config: RunConfig, *, num_prompts: int, num_askable: int) -> t
     return planned_spending(budget, config.rounds, num_askable, config.generate.k if asks_whole_prompts else 1)
 
 
+TEST_BUDGET = 60
+"""Test questions of a run, over all its starts: at most three of either kind at each start that fails."""
+
+
 def ledger_budgets(config: RunConfig, queries: tuple[int, ...]) -> dict[str, int]:
     """Caps of the ledger by purpose, given the label queries of every round."""
-    return {"label": sum(queries), "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget}
+    return {
+        "label": sum(queries),
+        "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget,
+        "test": TEST_BUDGET,
+    }
+
+
+def num_test_questions(config: RunConfig) -> int:
+    """Count the kinds of question that the oracle is tried out with: a judgement, a comparison, or both."""
+    if not config.oracle.is_tried_out:
+        return 0
+    return int(config.asks_for_judgements) + int(config.asks_to_compare)
 
 
 def num_policies(config: RunConfig) -> int:
@@ -169,8 +185,7 @@ def _num_refresh_samples(config: RunConfig, num_prompts: int) -> int:
     if not SAMPLES.occurs(config, 1):
         return 0
     size = config.generate.block_size
-    wanted = config.refresh.num_prompts or num_prompts
-    num_blocks = math.ceil(wanted / size)
+    num_blocks = num_refresh_blocks(config.refresh.num_prompts, size, math.ceil(num_prompts / size))
     return min(num_prompts, num_blocks * size) * config.refresh.n
 
 

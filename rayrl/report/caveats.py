@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from rayrl.algorithms.estimate import Estimate
 from rayrl.algorithms.pairing import PAIRS_PER_QUERY
 from rayrl.report.facts import PolicyFacts, RewardFacts, RunFacts
-from rayrl.report.formats import is_known
-from rayrl.report.policies import M1, TrainedPolicy, latest, trained_policies
+from rayrl.report.formats import is_above, is_known
+from rayrl.report.policies import TrainedPolicy, latest, trained_policies
+from rayrl.report.recorded_run import RecordedRun
 from rayrl.report.settings import label_queries
-from rayrl.runs.stage_metrics import PolicyEvaluation, PpoMetrics
+from rayrl.runs.stage_metrics import M1, PolicyEvaluation, PpoMetrics
 from rayrl.runs.stage_table import (
     DPO,
     EVALUATE,
@@ -56,26 +57,25 @@ def caveats(facts: RunFacts) -> list[str]:
     ]
 
 
-def is_above(estimate: Estimate | None, value: float = 0.0) -> bool:
-    """Return whether an estimate lies more than two standard errors above a value; False if that is not known."""
-    if estimate is None or not is_known(estimate):
-        return False
-    return estimate.mean - value > 2 * estimate.standard_error
+def effect_of_no_pairs(run: RecordedRun) -> str | None:
+    """Say what followed from synthetic pairs of which none was accepted; None where some were, or none were made."""
+    synthesized = run.last(SYNTHESIZE)
+    if synthesized is None or synthesized.num_pairs > 0:
+        return None
+    if run.config.learns_from_comparisons:
+        effect = (
+            "the refreshed reward model learnt from the old preferences alone, so this run does not test the refresh."
+        )
+    else:
+        effect = "DPO learnt from the scored pairs alone."
+    rate = synthesized.embedding_acceptance_rate
+    return effect if rate is None else f"{effect} Clusters of embeddings would accept {rate:.1%} of the prompts."
 
 
 def _of_synthetic_pairs(facts: RunFacts) -> Iterator[str]:
-    synthesized = facts.run.last(SYNTHESIZE)
-    if synthesized is None or synthesized.num_pairs > 0:
-        return
-    rate = synthesized.embedding_acceptance_rate
-    other = "" if rate is None else f" Clusters of embeddings would accept {100 * rate:.0f}% of the prompts."
-    if facts.run.config.learns_from_comparisons:
-        effect = (
-            "the refreshed reward model learnt from the old preferences alone, so this run does not test the refresh"
-        )
-    else:
-        effect = "DPO learnt from the scored pairs alone"
-    yield f"No synthetic pair was accepted: {effect}.{other}"
+    effect = effect_of_no_pairs(facts.run)
+    if effect is not None:
+        yield f"No synthetic pair was accepted: {effect}"
 
 
 def _of_policies(facts: RunFacts) -> Iterator[str]:
@@ -181,11 +181,12 @@ def _of_references(facts: RunFacts) -> Iterator[str]:
     if num == 0:
         yield "No judged prompt has a reference answer: evaluate.reference_answers must answer prompts of the pool."
         return
-    for name, policy in references.policies.items():
-        if policy.num_abstained / num > MAX_EMPTY_SHARE:
+    for policy in facts.policies:
+        reference = policy.reference
+        if reference is not None and reference.num_abstained / num > MAX_EMPTY_SHARE:
             yield (
-                f"The oracle did not rank {policy.num_abstained} of {num} answers of {name} and the references: "
-                "that win rate is of the others alone."
+                f"The oracle did not rank {reference.num_abstained} of {num} answers of {policy.title} and the "
+                "references: that win rate is of the others alone."
             )
 
 

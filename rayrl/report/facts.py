@@ -4,7 +4,7 @@ One schema serves both pipelines. What a run has not reached yet is None. `rayrl
 how the facts are drawn or worded is decided elsewhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrl.algorithms.estimate import Estimate
@@ -48,7 +48,14 @@ class PaidQueries:
     refunded: int | None = None
     lost: int | None = None
     in_flight: int | None = None
+    taken_over: int | None = None
+    """Answered at no cost: another stage or run had paid."""
+    abstentions: dict[str, int] = field(default_factory=dict)
+    """Reasons of abstentions, the commonest first."""
     cost_usd: float | None = None
+    """None: the oracle has no price, too."""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +67,9 @@ class Paid:
     num_pairs: int | None
     """Preference pairs of all rounds."""
     num_scored: int | None
-    """Proxy DPO: responses with a score, the evaluator's or the oracle's; None in the other pipeline, like the next."""
+    """Proxy DPO: responses with a score, the evaluator's or the oracle's; None in the other pipeline."""
     num_ties: int | None
-    """Prompts without a pair."""
+    """Proxy DPO: prompts without a pair; None in the other pipeline."""
     num_synthetic: int | None
     """Of the pairs: those of synthetic preference generation; None without it."""
     pairs_per_query: float | None
@@ -76,7 +83,7 @@ class PolicyFacts:
     title: str
     evaluation: PolicyEvaluation | None
     reference: ReferenceEvaluation | None
-    """None without a table of reference answers, too."""
+    """None before the evaluation, and without a table of reference answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ class RewardFacts:
     """One reward of the run."""
 
     name: str
-    """In the first round."""
+    """Its name in the first round's evaluation ("r"); later rounds add "-2"."""
     title: str
     agreement: dict[str, RewardEvaluation]
     """By policy, of the last round that was evaluated."""

@@ -18,8 +18,15 @@ def is_known(estimate: Estimate | None) -> bool:
     return estimate is not None and math.isfinite(estimate.mean) and math.isfinite(estimate.standard_error)
 
 
+def is_above(estimate: Estimate | None, value: float = 0.0) -> bool:
+    """Return whether an estimate lies more than two standard errors above a value; False if that is not known."""
+    if estimate is None or not is_known(estimate):
+        return False
+    return estimate.mean - value > 2 * estimate.standard_error
+
+
 def plus_minus(estimate: Estimate | None, *, signed: bool = False, percent: bool = False) -> str:
-    """Write an estimate with its standard error: `+0.42 +- 0.05`. A mean without a standard error is not shown."""
+    """Write an estimate with its standard error: `+0.42 ± 0.05`. A mean without a standard error is not shown."""
     if estimate is None or not math.isfinite(estimate.mean):
         return "not measured"
     if not math.isfinite(estimate.standard_error):

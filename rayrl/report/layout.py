@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 from rayrl.algorithms.estimate import Estimate
-from rayrl.report.formats import NOT_RUN, is_known, number, plus_minus
+from rayrl.report.formats import NOT_RUN, is_above, is_known, number, plus_minus
 
 M = TypeVar("M")
 
@@ -101,8 +101,8 @@ def estimate_tile(
     value = plus_minus(estimate, signed=signed, percent=percent)
     if estimate is None or not is_known(estimate):
         return Tile(value=value, title=title, state="none")
-    is_better = estimate.mean - no_change > 2 * estimate.standard_error
-    return Tile(value=value, title=f"{title}, n = {estimate.num}", state="good" if is_better else "unsure")
+    state = "good" if is_above(estimate, no_change) else "unsure"
+    return Tile(value=value, title=f"{title}, n = {estimate.num}", state=state)
 
 
 def number_of(

@@ -5,62 +5,109 @@ manifests then tell what was paid when their stages ended.
 """
 
 import contextlib
+import io
+import json
 import logging
 import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from rayrl.config import RunConfig
+from rayrl.errors import ConfigError, DataError
 from rayrl.oracles import ledger_schema
 from rayrl.oracles.ledger_file import working_copy
 from rayrl.runs import storage
-from rayrl.runs.run import LEDGER
+from rayrl.runs.run import identity, ledger_url
 from rayrl.runs.stage_metrics import SPENT_STATES, LedgerCounts
 
 logger = logging.getLogger(__name__)
 
-_ASKED = f"SELECT strftime('%s', reserved_at) FROM attempts WHERE purpose = ? AND state IN {SPENT_STATES}"
-
-Value = str | int | float
+_ASKED = f"SELECT strftime('%s', reserved_at) FROM attempts WHERE run = ? AND purpose = ? AND state IN {SPENT_STATES}"
 
 
-def ledger_counts(run_dir: str) -> dict[str, LedgerCounts]:
+def ledger_counts(url: str, config: RunConfig) -> dict[str, LedgerCounts]:
     """Count the queries of every purpose that has some; empty where the ledger cannot be read.
 
     The file does not keep the budgets: they are 0 here.
     """
-    num_by_state: dict[str, dict[str, int]] = {}
-    cost_usd: dict[str, float] = {}
-    for purpose, state, num, usd in _rows(run_dir, ledger_schema.SUMMARY):
-        num_by_state.setdefault(str(purpose), {})[str(state)] = int(num)
-        cost_usd[str(purpose)] = cost_usd.get(str(purpose), 0.0) + float(usd)
-    return {
-        purpose: LedgerCounts.from_states(states, budget=0, cost_usd=cost_usd[purpose])
-        for purpose, states in num_by_state.items()
-    }
+    with reading(url, config) as ledger:
+        return {} if ledger is None else ledger_schema.counts(ledger, identity(url), {})
 
 
-def asked_at(run_dir: str, purpose: str) -> list[float]:
+def spending_by_stage(url: str, config: RunConfig) -> dict[tuple[str, ...], LedgerCounts]:
+    """Count the run's queries by the stage that asked and the oracle that was asked; empty as above."""
+    with reading(url, config) as ledger:
+        return {} if ledger is None else ledger_schema.counts_by(ledger, identity(url), "stage", "oracle")
+
+
+def export(url: str, config: RunConfig, target: str) -> int:
+    """Write all attempts in the ledger of the run in a folder, those of other runs too, to a file.
+
+    Args:
+        url: the run's folder.
+        config: of the run.
+        target: a path or URL that ends in .parquet, .csv or .jsonl.
+
+    Returns:
+        How many attempts there are.
+
+    Raises:
+        ConfigError: the target ends otherwise.
+        DataError: there is no ledger that can be read.
+    """
+    suffix = target.rpartition(".")[2]
+    if suffix not in ("parquet", "csv", "jsonl"):
+        raise ConfigError(f"--export must end in .parquet, .csv or .jsonl, got {target}")
+    with reading(url, config) as ledger:
+        if ledger is None:
+            place = ledger_url(url, config)
+            raise DataError(f"{place} must be the ledger of a run, and none can be read there; name another run")
+        rows = [dict(row) for row in ledger.execute(ledger_schema.ALL)]
+    storage.write_bytes(target, _encoded(rows, suffix))
+    return len(rows)
+
+
+def _encoded(rows: list[dict[str, object]], suffix: str) -> bytes:
+    if suffix == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    table = pa.Table.from_pylist(rows)
+    sink = io.BytesIO()
+    if suffix == "parquet":
+        parquet.write_table(table, sink)
+    else:
+        csv.write_csv(table, sink)
+    return sink.getvalue()
+
+
+def asked_at(url: str, config: RunConfig, purpose: str) -> list[float]:
     """Read when every query was asked that is paid for: Unix times, to the second."""
-    return [float(second) for (second,) in _rows(run_dir, _ASKED, purpose)]
-
-
-def _rows(run_dir: str, sql: str, *values: str) -> list[tuple[Value, ...]]:
-    url = storage.join(run_dir, LEDGER)
-    if not storage.exists(url):
-        return []
-    try:
-        with _opened(url) as ledger:
-            return ledger.execute(sql, values).fetchall()
-    except sqlite3.DatabaseError as error:
-        logger.warning("%s cannot be read (%s): spending is shown as of the last finished stage", url, error)
-        return []
+    with reading(url, config) as ledger:
+        rows = [] if ledger is None else ledger.execute(_ASKED, (identity(url), purpose)).fetchall()
+        return [float(second) for (second,) in rows]
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[sqlite3.Connection]:
+def reading(url: str, config: RunConfig) -> Iterator[sqlite3.Connection | None]:
+    """Open the ledger of the run in a folder to read it; None where there is none, or it cannot be read."""
+    location = ledger_url(url, config)
+    if not storage.exists(location):
+        yield None
+        return
     with tempfile.TemporaryDirectory() as folder:
         # Read-only: the file belongs to the process that pays.
-        path = Path(storage.locate(url)[1]) if storage.is_local(url) else working_copy(url, folder)
+        path = Path(storage.locate(location)[1]) if storage.is_local(location) else working_copy(location, folder)
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as ledger:
+            ledger.row_factory = sqlite3.Row
+            try:
+                ledger.execute("SELECT run FROM attempts LIMIT 1")
+            except sqlite3.DatabaseError as error:
+                logger.warning(
+                    "%s cannot be read (%s): spending is shown as of the last finished stage", location, error
+                )
+                yield None
+                return
             yield ledger

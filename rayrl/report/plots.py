@@ -92,7 +92,7 @@ class _Line(TypedDict, total=False):
 def colors_of(num: int) -> list[str]:
     """Choose the colors of so many policies, M1 first."""
     known = COLORS.get(num, COLORS[3])
-    return [*known, *itertools.islice(itertools.cycle(MORE), num - len(known))]
+    return list(itertools.islice(itertools.chain(known, itertools.cycle(MORE)), num))
 
 
 @mpl.rc_context(STYLE)

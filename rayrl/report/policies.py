@@ -24,7 +24,7 @@ class TrainedPolicy:
     """A policy that each round trains; proxy DPO keeps only that of its last round."""
 
     name: str
-    """In the first round."""
+    """Its name in the first round's evaluation ("ppo"); later rounds add "-2"."""
     title: str
     stage: Stage
     """Its training."""

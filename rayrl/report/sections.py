@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from rayrl.algorithms.estimate import Estimate
 from rayrl.algorithms.selection import STRATEGIES
+from rayrl.report.caveats import effect_of_no_pairs
 from rayrl.report.facts import PaidQueries, PolicyFacts, RewardModelFacts, RunFacts
 from rayrl.report.figures import training_stages
 from rayrl.report.formats import NOT_RUN, duration, number, plus_minus
@@ -26,11 +27,10 @@ from rayrl.report.layout import (
     estimate_tile,
     number_of,
 )
-from rayrl.report.policies import M1, ppo_titles
+from rayrl.report.policies import ppo_titles
 from rayrl.report.recorded_run import RecordedRun
 from rayrl.report.settings import label_queries
-from rayrl.runs.run import num_label_queries
-from rayrl.runs.stage_metrics import PpoMetrics, ReferencesEvaluation, RewardEvaluation, StageMetrics
+from rayrl.runs.stage_metrics import M1, PpoMetrics, ReferencesEvaluation, RewardEvaluation, StageMetrics
 from rayrl.runs.stage_table import (
     AUDIT_PAIRS,
     DPO,
@@ -215,16 +215,22 @@ def _paid_queries(facts: RunFacts) -> Table:
         ("spent", lambda paid: paid.spent),
         ("scored", lambda paid: paid.scored),
         ("abstained (no label)", lambda paid: paid.abstained),
-        ("lost in a crash", lambda paid: paid.lost),
+        ("lost (crash, failed judge)", lambda paid: paid.lost),
         ("failed and not charged", lambda paid: paid.refunded),
         ("in flight", lambda paid: paid.in_flight),
+        ("answered from the ledger, free", lambda paid: paid.taken_over),
+        ("tokens read", lambda paid: paid.input_tokens),
+        ("tokens written", lambda paid: paid.output_tokens),
     ]
     rows: list[list[str]] = []
     for name, measure in measures:
         label, evaluate = measure(facts.paid.label), measure(facts.paid.evaluate)
         rows.append([name, number(label, missing="-"), number(evaluate, missing="-")])
     label, evaluate = facts.paid.label.cost_usd, facts.paid.evaluate.cost_usd
-    rows.append(["cost, USD", number(label, ",.2f", missing="-"), number(evaluate, ",.2f", missing="-")])
+    rows.append(["cost, USD", number(label, ",.2f", missing="unpriced"), number(evaluate, ",.2f", missing="unpriced")])
+    for reason in dict.fromkeys([*facts.paid.label.abstentions, *facts.paid.evaluate.abstentions]):
+        nums = (paid.abstentions.get(reason, 0) for paid in (facts.paid.label, facts.paid.evaluate))
+        rows.append([f"{INDENT}abstained: {reason}", *map(str, nums)])
     return Table(head=["paid queries", labels, "evaluation"], rows=rows)
 
 
@@ -280,9 +286,13 @@ def _round_columns(run: RecordedRun) -> Iterator[tuple[str, Callable[[int], str]
     """Yield the columns of the table of rounds: a title, and what a round's cell shows."""
 
     def queries(round_: int) -> str:
-        # No queries and a stage that has not counted them yet are both 0 in the manifests.
-        is_counted = run.metrics(QUERY, round_) is not None or run.metrics(PREFERENCES, round_) is not None
-        return number(num_label_queries(run.folder(round_))) if is_counted else "-"
+        # A round has one of them: it judges responses, or it compares them.
+        judged, compared = run.metrics(QUERY, round_), run.metrics(PREFERENCES, round_)
+        if judged is not None:
+            return number(judged.num_spent)
+        if compared is not None:
+            return number(0 if compared.asked is None else compared.asked.num_spent)  # a file of pairs costs nothing
+        return "-"
 
     def column(stage: Stage[M], show: Callable[[M], str]) -> Callable[[int], str]:
         def show_round(round_: int) -> str:
@@ -517,17 +527,10 @@ def _synthetic_pairs(facts: RunFacts) -> Section | None:
 
 
 def _nothing_accepted(facts: RunFacts) -> Iterator[Notice]:
-    synthesized = facts.run.last(SYNTHESIZE)
-    if synthesized is None or synthesized.num_pairs > 0:
-        return
-    if facts.run.config.learns_from_comparisons:
-        effect = "the refreshed reward model learnt from the old preferences alone"
-    else:
-        effect = "DPO learnt from the scored pairs alone"
-    text = f", of {number(synthesized.num_prompts)} prompts: {effect}."
-    if synthesized.embedding_acceptance_rate is not None:
-        text += f" Clusters of embeddings would accept {synthesized.embedding_acceptance_rate:.1%} of the prompts."
-    yield Notice(title="No pair was accepted", text=text)
+    effect = effect_of_no_pairs(facts.run)
+    if effect is not None:
+        num_prompts = number_of(facts.run.last(SYNTHESIZE), lambda found: found.num_prompts)
+        yield Notice(title="No pair was accepted", text=f", of {num_prompts} prompts: {effect}")
 
 
 def _synthesis_cards(facts: RunFacts) -> list[Card]:

@@ -1,7 +1,7 @@
 """Settings that a report shows: those that say what the run was. All others are in config.json."""
 
 from rayrl.config import RunConfig
-from rayrl.runs.stage_table import fits_evaluator
+from rayrl.runs.stage_table import SAMPLES, fits_evaluator
 
 Value = str | int | float | None
 
@@ -92,10 +92,9 @@ def _of_ppo(config: RunConfig) -> dict[str, Value]:
 def _of_refresh(config: RunConfig) -> dict[str, Value]:
     refresh = config.refresh
     is_spg = refresh.method == "spg"
-    samples_responses = refresh.method not in ("ocrm", "none")
     return {
         "refresh": refresh.method,
-        "samples per prompt": refresh.n if samples_responses else None,
+        "samples per prompt": refresh.n if SAMPLES.occurs(config, 1) else None,
         "clustering": refresh.spg.clustering if is_spg else None,
         "gamma": refresh.spg.gamma if is_spg else None,
         "views' objective": refresh.uml.objective if refresh.method == "uml" else None,

@@ -6,12 +6,13 @@ a stage leaves, the newest says where the stage is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from rayrl.metrics.curves import read_times
 from rayrl.report.ledger_counts import asked_at
 from rayrl.report.recorded_run import RecordedRun
 from rayrl.runs import storage
-from rayrl.runs.stage_table import POOL, PSEUDO_LABEL, Stage
+from rayrl.runs.stage_table import POOL, PSEUDO_LABEL, Purpose, Stage, num_refresh_blocks
 
 WINDOW = 32
 """A rate is that of the last so many."""
@@ -87,7 +88,7 @@ def _by_curve(run: RecordedRun, stage: Stage, number: int) -> Progress | None:
 
 def _planned_steps(curve: str) -> int | None:
     """Read the number of steps that a training announced beside its curve."""
-    planned = curve.removesuffix("l")
+    planned = curve.removesuffix("l")  # x.jsonl -> x.json
     return storage.read_json(planned)["num_steps"] if storage.exists(planned) else None
 
 
@@ -127,8 +128,7 @@ def _num_blocks(run: RecordedRun, stage: Stage, table: str) -> int | None:
             return pool.num_held_out_blocks
         case "refresh":
             wanted, size = run.config.refresh.num_prompts, run.config.generate.block_size
-            whole = pool.num_train_blocks
-            return whole if wanted is None else min(whole, -(-wanted // size))
+            return num_refresh_blocks(wanted, size, pool.num_train_blocks)
         case "pool":
             # Synthetic pairs follow the others in blocks of their own.
             is_doubled = stage is PSEUDO_LABEL and table == "table" and run.config.pseudo_label.synthetic
@@ -138,8 +138,21 @@ def _num_blocks(run: RecordedRun, stage: Stage, table: str) -> int | None:
 def _by_ledger(run: RecordedRun, stage: Stage) -> Progress | None:
     if stage.pays is None:
         return None
-    times = asked_at(run.url, stage.pays)
-    # Otherwise other stages or rounds share the budget, and how much is left for this one is not known.
-    has_whole_budget = stage.pays == "label" and run.config.rounds == 1
+    # Stages of one purpose run one after another: those that have finished asked all that came before they ended.
+    since = _last_finished(run, stage.pays)
+    times = [at for at in asked_at(run.url, run.config, stage.pays) if at >= since]
+    # Otherwise other stages or rounds share the budget, and how much is left for this one is not known. The control
+    # "expert" asks about every response, whatever the budget.
+    has_whole_budget = stage.pays == "label" and run.config.rounds == 1 and run.config.labels != "expert"
     total = run.config.select.budget if has_whole_budget else None
     return measure(times, done=len(times), total=total, unit="queries", items="queries", per_unit=1)
+
+
+def _last_finished(run: RecordedRun, purpose: Purpose) -> float:
+    """Find when the last of the finished stages that pay from a budget ended, in Unix time; 0 without one."""
+    ended = [
+        datetime.fromisoformat(manifest.finished_at).timestamp()
+        for (stage, _), manifest in run.manifests.items()
+        if manifest is not None and stage.pays == purpose
+    ]
+    return max(ended, default=0.0)

@@ -226,7 +226,7 @@ def _reward_model(metrics: RewardModelMetrics | None) -> RewardModelFacts | None
 
 
 def _paid(run: RecordedRun) -> Paid:
-    live = ledger_counts(run.url)
+    live = ledger_counts(run.url, run.config)
     label, evaluate = _paid_queries(run, "label", live), _paid_queries(run, "evaluate", live)
     labelled = run.all_rounds(PSEUDO_LABEL)
     if not labelled:

@@ -11,6 +11,7 @@ and a budget of its own. The config is the whole run's in every view.
 import json
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,8 @@ KeyPart = Table | str | int | float | bool | Sequence[str] | None
 """What a key can be made of: a table of the config, another key, a plain value."""
 
 CONFIG = "config.json"
+IDENTITY = "identity.json"
+"""In a run's folder: an id that stays with it wherever it lies, and by which a ledger knows the run's questions."""
 LEDGER = "ledger.sqlite"
 """In a run's folder: its account of paid questions, where `oracle.ledger` names no other."""
 MANIFEST = "manifest.json"
@@ -88,6 +91,8 @@ class Run:
     config: RunConfig
     url: str
     """Folder of the run, or of the round where this is a view of a later one."""
+    id: str = ""
+    """Names the run in ledgers that several runs share."""
     timings: list[dict[str, Any]] = field(default_factory=list)
     """Shared by all views: start-up and stage times, kept in the run's timings.json."""
     round: int = 1
@@ -238,7 +243,30 @@ def open_run(config: RunConfig) -> Run:
     belongs_to(url, config)
     # Written at every start: the settings of its operation may be others than before.
     storage.write_json(storage.join(url, CONFIG), config.model_dump(mode="json"))
-    return Run(config=_with_absolute_models(config), url=url, timings=_earlier_timings(url))
+    if not identity(url):
+        storage.write_json(storage.join(url, IDENTITY), {"id": uuid.uuid4().hex})
+    return Run(config=_with_absolute_models(config), url=url, id=identity(url), timings=_earlier_timings(url))
+
+
+def ledger_url(url: str, config: RunConfig) -> str:
+    """Locate the ledger of the run in a folder: its own, or the one that its config names."""
+    return storage.join(url, LEDGER) if config.oracle.ledger is None else storage.absolute(config.oracle.ledger)
+
+
+def identity(url: str) -> str:
+    """Read the id of the run in a folder; "" if it has none yet.
+
+    Raises:
+        DataError: its file is damaged.
+    """
+    path = storage.join(url, IDENTITY)
+    try:
+        return str(storage.read_json(path)["id"]) if storage.exists(path) else ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} must hold the id by which the ledger knows this run's questions, but is damaged ({error}); the "
+            'ledger has it in column run of table attempts: write it back as {"id": "..."}'
+        ) from None
 
 
 def _earlier_timings(url: str) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ SPENT_STATES = ("scored", "abstained", "lost")
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerCounts(StageMetrics):
-    """Queries of one purpose in the ledger. What is in flight is held back from the budget, and not spent yet."""
+    """Queries of one purpose of a run in the ledger. What is in flight is held back from the budget, not spent yet."""
 
     budget: int
     spent: int
@@ -117,12 +117,30 @@ class LedgerCounts(StageMetrics):
     abstained: int
     refunded: int
     lost: int
-    """Calls under way when a process died: the money may be gone."""
+    """Calls under way when a process died, and answers of a failed judge: the money may be gone."""
     in_flight: int
-    cost_usd: float
+    taken_over: int = 0
+    """Questions that another stage or run had paid for: answered at no cost."""
+    abstentions: dict[str, int] = field(default_factory=dict)
+    """How often each reason of an abstention was given, the commonest first."""
+    cost_usd: float | None
+    """None: the oracle has no price, or nothing was asked."""
+    input_tokens: int = 0
+    """As the oracle counted them; 0 where it counts none."""
+    output_tokens: int = 0
 
     @classmethod
-    def from_states(cls, num_by_state: Mapping[str, int], *, budget: int, cost_usd: float) -> "LedgerCounts":
+    def from_states(
+        cls,
+        num_by_state: Mapping[str, int],
+        *,
+        budget: int,
+        cost_usd: float | None,
+        taken_over: int = 0,
+        abstentions: dict[str, int] | None = None,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> "LedgerCounts":
         """Add up the ledger's rows of one purpose, given as their number in each state."""
         num = dict.fromkeys((*SPENT_STATES, "refunded", "reserved"), 0) | dict(num_by_state)
         return cls(
@@ -133,8 +151,20 @@ class LedgerCounts(StageMetrics):
             refunded=num["refunded"],
             lost=num["lost"],
             in_flight=num["reserved"],
+            taken_over=taken_over,
+            abstentions=abstentions or {},
             cost_usd=cost_usd,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
         )
+
+    def price(self) -> str:
+        """Write what was paid, for humans: in USD, or in tokens where there is no price."""
+        if self.cost_usd is not None:
+            return f"{self.cost_usd:.2f} USD"
+        if self.input_tokens + self.output_tokens == 0:
+            return "unpriced"
+        return f"unpriced, {self.input_tokens:,} tokens read and {self.output_tokens:,} written"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ trains, what it pays from, which fleets it asks and what it leaves in its manife
 An entry tells a config from a run that is planned: nothing here reads a run directory.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
@@ -17,8 +18,8 @@ from rayrl.runs import stage_metrics as metrics
 
 M = TypeVar("M", bound=metrics.StageMetrics, covariant=True)
 
-Purpose = Literal["label", "evaluate"]
-"""Budgets of the ledger: questions that teach, and questions that measure."""
+Purpose = Literal["label", "evaluate", "test"]
+"""Budgets of the ledger: questions that teach, questions that measure, and those that try the judge out beforehand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,17 @@ def stages_of(config: RunConfig) -> list[tuple[AnyStage, int]]:
 def fits_evaluator(config: RunConfig) -> bool:
     """Return whether an evaluator is trained; under the controls "direct" and "expert" only the oracle labels."""
     return config.learns_from_judgements and config.labels in ("proxy", "shuffled")
+
+
+def num_refresh_blocks(num_wanted: int | None, block_size: int, num_blocks: int) -> int:
+    """Count the blocks of the pool that the refresh samples: whole ones, as many as it takes.
+
+    Args:
+        num_wanted: `refresh.num_prompts`; None is the whole pool.
+        block_size: prompts of a block.
+        num_blocks: blocks of the pool's prompts that train.
+    """
+    return num_blocks if num_wanted is None else min(num_blocks, math.ceil(num_wanted / block_size))
 
 
 def policy_embedders(pooling: str) -> FleetUse:

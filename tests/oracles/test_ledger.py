@@ -17,6 +17,7 @@ import pytest
 from rayrl.errors import BudgetExhausted, RunDirectoryError
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.ledger import Ledger, Reserved
+from rayrl.oracles.ledger_schema import read_answer
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import address
 from rayrl.records import Comparison, Judgement
@@ -77,7 +78,18 @@ def pay(ledger, index, verdict=SCORED, purpose="label"):
 
 
 def counts(ledger, purpose="label"):
-    return {name: value for name, value in asdict(ledger.summary()[purpose]).items() if value and name != "budget"}
+    left_out = ("budget", "input_tokens", "output_tokens", "abstentions")
+    return {name: value for name, value in asdict(ledger.summary()[purpose]).items() if value and name not in left_out}
+
+
+def answers(location, record=Judgement, purpose="label"):
+    """Read the paid answers of one kind from a ledger's file, in the order in which they were asked."""
+    id_column = "response_id" if record is Judgement else "second_id"
+    with contextlib.closing(sqlite3.connect(location)) as db:
+        db.row_factory = sqlite3.Row
+        paid = f"purpose = ? AND state IN ('scored', 'abstained') AND {id_column} IS NOT NULL"
+        rows = db.execute(f"SELECT * FROM attempts WHERE {paid}", (purpose,)).fetchall()
+    return [read_answer(row, record) for row in rows]
 
 
 def test_a_judgement_says_who_judged_what_and_for_how_much(location):
@@ -112,7 +124,7 @@ def test_what_some_questions_took_of_a_budget(location):
     for index, verdict in enumerate([SCORED, ABSTAINED, UNBILLED, SCORED]):
         pay(ledger, index, verdict)
     pay(ledger, 5, purpose="evaluate")
-    ledger.lose(ledger.reserve(query(6)))
+    ledger.lose(ledger.reserve(query(6)).attempt)
     pay(ledger, 6)  # the answer, after a call that was lost
     keys = [query(index).key for index in range(9)]
     assert ledger.num_spent(keys, "label") == counts(ledger)["spent"] == 5
@@ -177,7 +189,7 @@ def test_judgements_are_what_was_paid_for_in_order(location):
     paid = [pay(ledger, 5), pay(ledger, 1, ABSTAINED), pay(ledger, 3)]
     pay(ledger, 2, UNBILLED)
     pay(ledger, 9, purpose="evaluate")
-    assert ledger.answers(Judgement, "label") == paid
+    assert answers(location, Judgement) == paid
 
 
 def test_reopening_keeps_everything(location):
@@ -186,7 +198,7 @@ def test_reopening_keeps_everything(location):
     before = ledger.summary()
     ledger.close()
     ledger = opened(location, label=2)
-    assert ledger.answers(Judgement, "label") == paid and ledger.summary() == before
+    assert answers(location, Judgement) == paid and ledger.summary() == before
     with pytest.raises(BudgetExhausted):
         ledger.reserve(query(3))
 
@@ -206,7 +218,7 @@ def test_what_was_under_way_is_lost_counted_and_may_be_asked_anew(location):
 
 def test_a_call_of_unknown_outcome_counts_and_may_be_asked_anew(location):
     ledger = opened(location, label=2)
-    ledger.lose(ledger.reserve(query(1)))
+    ledger.lose(ledger.reserve(query(1)).attempt)
     assert pay(ledger, 1).score == 3.0
     assert counts(ledger) == {"spent": 2, "lost": 1, "scored": 1, "cost_usd": 0.01}
 
@@ -328,8 +340,8 @@ def test_judgements_and_comparisons_share_a_budget_and_never_mix(location):
         ledger.reserve(pair(3))
     ledger.close()
     ledger = opened(location, label=3)
-    assert ledger.answers(Judgement, "label") == [judged]
-    assert ledger.answers(Comparison, "label") == [compared, abstained]
+    assert answers(location, Judgement) == [judged]
+    assert answers(location, Comparison) == [compared, abstained]
     assert counts(ledger) == {"spent": 3, "scored": 2, "abstained": 1, "cost_usd": pytest.approx(0.04)}
 
 
@@ -381,13 +393,101 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
         opened(str(path))
 
 
-def test_a_ledger_of_another_version_is_refused_before_anything_is_paid(tmp_path):
+@pytest.mark.parametrize(
+    "change", ["PRAGMA user_version = 9", "ALTER TABLE attempts RENAME COLUMN preference TO verdict"]
+)
+def test_a_ledger_of_another_version_is_refused_before_anything_is_paid(tmp_path, change):
     path = str(tmp_path / "ledger.sqlite")
     opened(path).close()
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("ALTER TABLE attempts RENAME COLUMN preference TO verdict")
-    with pytest.raises(RunDirectoryError, match="of another version of rayrl; choose another run_dir"):
+        db.execute(change)
+    with pytest.raises(RunDirectoryError, match="open it with the rayrl that wrote it"):
         opened(path)
+
+
+VERSION_0 = """
+CREATE TABLE attempts (
+    attempt INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, purpose TEXT NOT NULL, state TEXT NOT NULL,
+    oracle TEXT NOT NULL, prompt_id TEXT NOT NULL, prompt TEXT NOT NULL, response_id TEXT, response TEXT, score REAL,
+    first_id TEXT, second_id TEXT, first TEXT, second TEXT, preference TEXT, rationale TEXT NOT NULL DEFAULT '',
+    cost_usd REAL NOT NULL, input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
+    reserved_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+CREATE UNIQUE INDEX one_answer ON attempts (key) WHERE state IN ('reserved', 'scored', 'abstained');
+"""
+
+
+def test_what_an_older_version_paid_for_is_not_paid_again(tmp_path):
+    path = str(tmp_path / "ledger.sqlite")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_0)
+        for index, (state, score, usd) in enumerate([("scored", 3.0, 0.5), ("reserved", None, 0.2)]):
+            db.execute(
+                "INSERT INTO attempts (key, purpose, state, oracle, prompt_id, prompt, response_id, response, score,"
+                " cost_usd) VALUES (?, 'label', ?, 'test', 'p', 'prompt', 'r', 'answer', ?, ?)",
+                (query(index).key, state, score, usd),
+            )
+        db.commit()
+    ledger = opened(path, label=2, run="a run")
+    assert ledger.reserve(query(0)).score == 3.0
+    assert counts(ledger) == {"spent": 2, "scored": 1, "lost": 1, "cost_usd": pytest.approx(0.7)}
+    with pytest.raises(BudgetExhausted):
+        ledger.reserve(query(5))
+
+
+def test_runs_that_share_a_ledger_pay_once_and_each_from_its_own_budget(location):
+    first = opened(location, label=2, run="first")
+    paid = [pay(first, 1), pay(first, 2)]
+    first.close()
+    second = opened(location, label=2, evaluate=5, run="second")
+    assert [second.reserve(query(index), stage="query").score for index in (1, 2)] == [3.0, 3.0]
+    assert second.reserve(query(1, purpose="evaluate"), stage="evaluate").score == 3.0
+    pay(second, 3)
+    pay(second, 4)
+    with pytest.raises(BudgetExhausted, match="all 2"):
+        second.reserve(query(5))
+    assert counts(second) == {"spent": 2, "scored": 2, "taken_over": 2, "cost_usd": pytest.approx(0.02)}
+    assert counts(second, "evaluate") == {"taken_over": 1}
+    second.close()
+    again = opened(location, label=3, run="first")
+    assert [again.reserve(query(index)) for index in (1, 2)] == paid
+    assert counts(again) == {"spent": 2, "scored": 2, "cost_usd": pytest.approx(0.02)}
+    assert isinstance(again.reserve(query(6)), Reserved)
+
+
+def test_answers_of_a_failed_judge_stay_counted_and_are_asked_again(location):
+    ledger = opened(location, label=4)
+    claims = [ledger.reserve(query(index)) for index in range(3)]
+    for claim, verdict in zip(claims, (SCORED, ABSTAINED, UNBILLED), strict=True):
+        ledger.commit(claim, verdict)
+    ledger.lose(*(claim.attempt for claim in claims[1:]))
+    assert counts(ledger) == {"spent": 2, "scored": 1, "lost": 1, "refunded": 1, "cost_usd": pytest.approx(0.03)}
+    assert pay(ledger, 1).score == pay(ledger, 2).score == 3.0
+
+
+def test_no_price_is_none_and_never_zero(location):
+    ledger = opened(location)
+    answer = pay(ledger, 1, Verdict(score=3.0, rationale="", input_tokens=70, output_tokens=20))
+    assert answer.cost_usd is None
+    summary = ledger.summary()["label"]
+    assert (summary.cost_usd, summary.input_tokens, summary.output_tokens) == (None, 70, 20)
+    assert summary.price() == "unpriced, 70 tokens read and 20 written"
+
+
+def test_why_questions_abstained_is_counted(location):
+    ledger = opened(location)
+    for index, reason in enumerate(["unclear", "refused", "unclear"]):
+        pay(ledger, index, replace(ABSTAINED, rationale=reason))
+    assert ledger.summary()["label"].abstentions == {"unclear": 2, "refused": 1}
+
+
+def test_a_closed_ledger_is_one_file(location):
+    ledger = opened(location)
+    pay(ledger, 1)
+    folder = os.path.dirname(location)
+    assert "ledger.sqlite-wal" in os.listdir(folder)
+    ledger.close()
+    assert sorted(os.listdir(folder)) == ["ledger.sqlite", "ledger.sqlite.lock"]
+    assert len(answers(location)) == 1
 
 
 def test_a_comparison_without_a_valid_preference_abstains_and_stays_paid(tmp_path):

@@ -17,10 +17,10 @@ import pytest
 from rayrl.config import HttpOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.errors import ConfigError, RunDirectoryError
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool, start_oracle_pool
 from rayrl.records import Judgement
 from tests.judge_server import JudgeServer, Reply
+from tests.oracles.test_ledger import answers
 
 RUBRIC = load_rubric(RubricConfig())
 KEY = "sk-very-secret-0123456789"
@@ -63,13 +63,13 @@ def statuses(judgements):
 
 
 def counts(summary, purpose="label"):
-    return {name: value for name, value in asdict(summary[purpose]).items() if value and name != "budget"}
+    left_out = ("budget", "input_tokens", "output_tokens", "abstentions")
+    return {name: value for name, value in asdict(summary[purpose]).items() if value and name not in left_out}
 
 
 def kept(location):
     """The paid judgements in a ledger without an owner."""
-    with contextlib.closing(Ledger(location, {})) as ledger:
-        return ledger.answers(Judgement, "label")
+    return answers(location)
 
 
 def test_judgements_come_back_in_order(server, location):

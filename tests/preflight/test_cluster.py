@@ -38,12 +38,12 @@ def test_a_cluster_that_cannot_grow_enough_is_refused(tree):
     config = changed(tree, generators__num_replicas=7)
     message = refusal(ResourceError, config, growing((WORKER, 3), workers=[WORKER]))
     assert message.startswith(
-        "stage generate (7 engine(s)) needs GPU: 7, and the cluster has 2 and may grow to 6; lower generators.num_repl"
+        "stage generate (7 generator(s)) needs GPU: 7, and the cluster has 2 and may grow to 6; lower generators.num_"
     )
     unseen = Cluster(nodes=({"CPU": 0.0},), remark="if it grows by itself, say so")
     message = refusal(ResourceError, changed(tree), unseen)
     assert "needs CPU: 0 and 1 free for Ray Data, and the cluster has 0;" in message
-    assert message.endswith("or use a larger cluster; if it grows by itself, say so")
+    assert message.endswith("; use a larger machine or cluster; if it grows by itself, say so")
 
 
 def test_workers_that_are_there_are_not_counted_twice():
@@ -67,10 +67,12 @@ def test_a_replica_of_several_gpus_needs_them_on_one_node(tree):
     pairs = Cluster(nodes=(WORKER, WORKER, WORKER))
     message = refusal(ResourceError, config, pairs)
     assert (
-        "stage generate (1 engine(s)) needs GPU: 4 on one node, and the largest that there is, or may be, has"
+        "stage generate (1 generator(s)) needs GPU: 4 on one node, and the largest that there is, or may be, has"
         in message
     )
-    assert "has 2; lower generators.tensor_parallel_size or generators.pipeline_parallel_size" in message
+    # More nodes of the same kind cannot help.
+    lower = "lower generators.tensor_parallel_size or generators.pipeline_parallel_size"
+    assert message.endswith(f"has 2; {lower}, or use larger nodes")
     larger = {"CPU": 8.0, "GPU": 4.0}
     check(config, cluster=Cluster(nodes=(WORKER, larger, larger)))
     check(config, cluster=growing((larger, 2), workers=[WORKER]))
@@ -79,7 +81,9 @@ def test_a_replica_of_several_gpus_needs_them_on_one_node(tree):
 def test_a_replica_of_several_cpus_needs_them_on_one_node(tree):
     config = changed(tree, embedders__cpus_per_replica=6.0)
     message = refusal(ResourceError, config, Cluster(nodes=({"CPU": 4.0},) * 4))
-    assert "stage select (1 engine(s)) needs CPU: 6 on one node" in message and "embedders.cpus_per_replica" in message
+    assert (
+        "stage select (1 embedder(s)) needs CPU: 6 on one node" in message and "embedders.cpus_per_replica" in message
+    )
     check(config, cluster=Cluster(nodes=({"CPU": 8.0},) * 2))
 
 
@@ -88,7 +92,7 @@ def test_weights_that_no_memory_holds_are_refused(tree):
     tree |= {"generators": {"num_replicas": 4}}
     small = {"CPU": 2.0, "memory": 3.0 * 2**20, "object_store_memory": 0.5 * 2**20}
     message = refusal(ResourceError, changed(tree), Cluster(nodes=(small,)))
-    assert re.search(r"stage generate \(4 engine.*needs memory: over 0.0 GiB \(the weights 4 times\), and the", message)
+    assert re.search(r"stage generate \(4 generator.*needs memory: over 0.0 GiB \(the weights 4 times\), and", message)
     check(changed(tree, policy__dtype="bfloat16"), cluster=Cluster(nodes=(small | {"CPU": 9.0},)))
     check(changed(tree), cluster=Cluster(nodes=(small, small)))
     check(changed(tree), cluster=Cluster(nodes=(small, {"CPU": 2.0})))  # a node that does not say what it has
@@ -115,6 +119,20 @@ def test_an_autoscalers_config_says_what_may_come(tmp_path, monkeypatch):
         (tmp_path / "autoscaling.yaml").write_text(content)
         with pytest.raises(ConfigError, match=f"{SETTING} must name the autoscaler's config, a YAML file with avail"):
             find_node_types()
+
+
+def test_a_bad_file_of_ray_up_is_not_blamed_on_a_setting_that_nobody_made(tmp_path, monkeypatch):
+    for name in (SETTING, "RAY_CLUSTER_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rayrl.preflight.autoscaling._read_platform", lambda: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_node_types() is None
+    (tmp_path / "ray_bootstrap_config.yaml").write_text("- 1")
+    with pytest.raises(ConfigError) as refused:
+        find_node_types()
+    message = str(refused.value)
+    assert message.startswith("the file that `ray up` leaves must be the autoscaler's config, a YAML file with avail")
+    assert "got ~/ray_bootstrap_config.yaml: " in message and message.endswith(f"; set {SETTING} to a correct one")
 
 
 @pytest.mark.parametrize(("file", "kind"), [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")])

@@ -1,6 +1,7 @@
 """Files, modules, keys and packages that a run needs, and prompts that do not fit the context."""
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -30,10 +31,12 @@ def test_empty_inputs_are_refused(tree, tmp_path):
     empty = save_rows(tmp_path / "empty.jsonl", [])
     blank = save_rows(tmp_path / "blank.jsonl", [{"prompt": " "}])
     assert "is empty" in refusal(DataError, changed(tree, pool__path=empty))
-    assert "no prompt that is not empty (1 rows)" in refusal(DataError, changed(tree, pool__path=blank))
+    message = refusal(DataError, changed(tree, pool__path=blank))
+    assert message.endswith("no prompt that is not empty (1 rows); add prompts, or correct pool.prompt_column")
     seed = {"path": save_rows(tmp_path / "s.jsonl", [{"prompt": "a", "response": "b", "score": 1}])}
     seed |= {"score_column": "score", "min_score": 2}
-    assert "1 score below seed_data.min_score" in refusal(DataError, changed(tree, seed_data=seed))
+    message = refusal(DataError, changed(tree, seed_data=seed))
+    assert message.endswith("1 score below seed_data.min_score; lower seed_data.min_score, or complete the rows")
 
 
 def test_prompts_that_fill_the_context_are_refused(tree, tmp_path):
@@ -48,7 +51,9 @@ def test_prompts_that_fill_the_context_are_refused(tree, tmp_path):
     assert any("pool: 1 prompts (the longest has 21 tokens) leave less than" in w for w in plan.warnings)
     assert "rubric.template must leave room in the context of 32" in refusal(ConfigError, config)
     message = refusal(ConfigError, changed(tree, policy__max_model_len=2000))
-    assert "policy.max_model_len must be at most the model's context 1024, got 2000" in message
+    assert (
+        "policy.max_model_len must be at most the model's context 1024, got 2000; lower it, or leave it out" in message
+    )
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -65,7 +70,17 @@ def test_a_tracker_without_its_package_is_refused(tree, name):
 
 def test_a_function_that_is_not_there_is_refused(rlp_tree):
     message = refusal(ConfigError, changed(rlp_tree, **FUNCTION | {"ppo__function": "no_such_module:reward"}))
-    assert "ppo.function must be importable" in message and "there is no module no_such_module" in message
+    assert "ppo.function must be importable" in message and "there is no module no_such_module; run from" in message
+
+
+def test_benchmarks_that_cannot_run_are_refused(tree, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert refusal(ConfigError, changed(tree, evaluate__lm_eval={"tasks": ["mmlu"]})) == (
+        "evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got ['mmlu']; "
+        'pip install "rayrl[lm-eval]", or empty the list'
+    )
+    message = refusal(ConfigError, changed(tree, evaluate__lm_eval={"include_path": "/nowhere"}))
+    assert message.endswith("must be a folder, got /nowhere; correct it, or leave it out")
 
 
 def test_a_table_of_comparisons_cannot_judge(rlp_tree, tmp_path):

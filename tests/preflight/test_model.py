@@ -14,10 +14,12 @@ from tests.preflight.trees import TWO_CPUS, changed, refusal, save_model
 
 
 def test_policies_that_are_no_models_are_refused(tree, tmp_path):
-    assert "no such folder" in refusal(ConfigError, changed(tree, policy__path="/nowhere/model"))
+    remedy = "; give the folder that save_pretrained wrote, or a hub id"
+    message = refusal(ConfigError, changed(tree, policy__path="/nowhere/model"))
+    assert message.endswith(f"got /nowhere/model: there is no such folder{remedy}")
     (tmp_path / "bare").mkdir()
     message = refusal(ConfigError, changed(tree, policy__path=str(tmp_path / "bare")))
-    assert "policy.path must be a model folder with a config.json" in message
+    assert "policy.path must be a model folder with a config.json" in message and message.endswith(remedy)
     folder = save_model(tmp_path / "pickled")
     os.rename(f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin")
     assert "must hold weights as *.safetensors" in refusal(ConfigError, changed(tree, policy__path=folder))

@@ -180,7 +180,7 @@ def test_synthetic_pairs_are_a_stage_of_the_plan(tree):
         (
             {"generators__max_replicas": 5},
             {"CPU": 9.0, "GPU": 4.0},
-            r"stage generate \(5 engine.* needs GPU: 5, .* lower generators.max_replicas",
+            r"stage generate \(5 generator.* needs GPU: 5, .* lower generators.max_replicas",
         ),
         (
             {"generators__num_replicas": 2, "generators__cpus_per_replica": 2.0},
@@ -190,12 +190,12 @@ def test_synthetic_pairs_are_a_stage_of_the_plan(tree):
         (
             {"pseudo_label__mode": "overlap", "policy__dtype": "float32", "dpo__num_workers": 2},
             {"CPU": 9.0, "GPU": 3.0},
-            'stage dpo .*beside 1 engine.* needs GPU: 4, .*pseudo_label.mode = "alternate"',
+            'stage dpo .*beside 1 generator.* needs GPU: 4, .*pseudo_label.mode = "alternate"',
         ),
         (
             {"pseudo_label__mode": "overlap", "policy__dtype": "float32", "evaluator__num_workers": 2},
             {"CPU": 9.0, "GPU": 3.0},
-            "stage fit_evaluator .*beside 1 engine.* needs GPU: 4, .* lower evaluator.num_workers or generators",
+            "stage fit_evaluator .*beside 1 generator.* needs GPU: 4, .* lower evaluator.num_workers or generators",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_entailment_replicas_are_counted_where_they_run(tree, tmp_path):
     assert "stage synthesize (3 entailment model(s)) needs GPU: 3, and the cluster has 2; lower refresh.spg" in message
     assert check(changed(tree), cluster=four).mode == "alternate", "alone they have room"
     message = refusal(ResourceError, changed(tree, pseudo_label__mode="overlap"), four)
-    assert "stage synthesize (3 entailment model(s), beside 1 engine(s) and 1 engine(s)) needs GPU: 5" in message
+    assert "stage synthesize (3 entailment model(s), beside 1 generator(s) and 1 embedder(s)) needs GPU: 5" in message
     assert check(changed(tree), cluster=five).mode == "overlap"
     for fewer in ({"num_replicas": 2}, {"clustering": "embedding"}):
         spg = changed(tree, **{f"refresh__spg__{name}": value for name, value in fewer.items()})
@@ -232,7 +232,9 @@ def test_every_model_that_embeds_has_a_fleet_of_its_own(tree, tmp_path):
 
 def test_gpu_settings_ray_cannot_give_are_refused(tree):
     config = changed(tree, generators__gpus_per_replica=0.75, generators__tensor_parallel_size=2)
-    assert "at most 1 or whole, got 1.5" in refusal(ConfigError, config, {"CPU": 9.0, "GPU": 8.0})
+    assert "at most 1 or whole, got 1.5; change one of the three" in refusal(
+        ConfigError, config, {"CPU": 9.0, "GPU": 8.0}
+    )
 
 
 def test_the_mode_follows_the_cluster_and_the_reference(tree):
@@ -255,13 +257,13 @@ def test_the_mode_follows_the_cluster_and_the_reference(tree):
             {"reward_model__num_workers": 3, "refresh__method": "none"},
             {"preferences__source": "data"},
             3,
-            "stage fit_reward_model .*3 worker.*beside 1 engine.* needs GPU: 4, .* lower reward_model.num_workers or",
+            "stage fit_reward_model .*3 worker.*beside 1 gener.* needs GPU: 4, .* lower reward_model.num_workers or",
         ),
         (
             {"reward_model__num_workers": 2},
             {"refresh__method": "none"},
             3,
-            r"stage refit_reward_model .*beside 1 engine\(s\) and 1 engine\(s\)\) needs GPU: 4",
+            r"stage refit_reward_model .*beside 1 generator\(s\) and 1 embedder\(s\)\) needs GPU: 4",
         ),
         (
             {"refresh__spg__num_replicas": 2, "select__pooling": "last"},
@@ -295,7 +297,7 @@ def test_the_mode_follows_the_cluster_and_the_reference(tree):
             {"reward_model__num_workers": 2, "refresh__method": "none", "rounds": 2},
             {"rounds": 1},
             3,
-            r"stage fit_reward_model .*beside 1 engine\(s\) and 1 engine\(s\)\) needs GPU: 4",
+            r"stage fit_reward_model .*beside 1 generator\(s\) and 1 embedder\(s\)\) needs GPU: 4",
         ),
         (
             {"select__strategy": "k_center", "embedders__num_replicas": 2, "rounds": 2},

@@ -31,7 +31,7 @@ def test_the_plan_counts_what_will_be_done_and_paid(tree):
     assert (plan.mode, plan.reference, plan.usd) == ("overlap", "generation", None)
     text = render_plan(plan)
     assert "10 label queries and 4 evaluation queries" in text
-    assert "warning: 1.0 pairs per paid query, and nine is the aim: add prompts (90 give nine)" in text
+    assert "warning: 1.0 pairs per paid query, and 9 is the aim: add prompts (90 give 9)" in text
 
 
 def test_the_plan_shows_rounds_and_what_each_asks(tree):
@@ -164,7 +164,9 @@ def test_comparisons_with_references_are_paid_beside_the_scores(rlp_tree, tmp_pa
 
 
 def test_the_ledgers_caps_are_all_label_queries_and_both_budgets_of_the_evaluation(tree, rlp_tree):
-    assert plan_of(tree, rounds=3).budgets == {"label": 10, "evaluate": 4}
-    assert plan_of(tree, labels="expert").budgets == {"label": 40, "evaluate": 4}
-    assert plan_of(rlp_tree, select__budget=9, evaluate__diagnosis_budget=36).budgets == {"label": 8, "evaluate": 42}
-    assert plan_of(rlp_tree, **FUNCTION).budgets == {"label": 0, "evaluate": 6}
+    test = {"test": 60}
+    assert plan_of(tree, rounds=3).budgets == {"label": 10, "evaluate": 4} | test
+    assert plan_of(tree, labels="expert").budgets == {"label": 40, "evaluate": 4} | test
+    diagnosed = plan_of(rlp_tree, select__budget=9, evaluate__diagnosis_budget=36)
+    assert diagnosed.budgets == {"label": 8, "evaluate": 42} | test
+    assert plan_of(rlp_tree, **FUNCTION).budgets == {"label": 0, "evaluate": 6} | test

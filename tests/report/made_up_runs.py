@@ -94,6 +94,8 @@ RLP_SECONDS = {
     EVALUATE: 25.0,
 }
 NUM_JUDGED = 120
+FINISHED_AT = "2025-01-01T00:00:00+00:00"
+"""When every made-up stage ended."""
 
 
 def estimate(mean: float, standard_error: float | None, num: int = 64) -> Estimate:
@@ -134,7 +136,7 @@ def write_manifest(
         num_rows=10,
         metrics=content,
         summary=f"{stage.name} is over" if summary is None else summary,
-        finished_at="2025-01-01T00:00:00+00:00",
+        finished_at=FINISHED_AT,
     )
     storage.write_json(str(folder / "stages" / stage.name / MANIFEST), asdict(manifest))
 
@@ -612,12 +614,15 @@ def _write_ledger(run_dir: Path) -> None:
     answers = [replace(_comparison(f"Twice, {i}."), preference="first", **paid) for i in range(296)]
     answers += [replace(_comparison(f"Thrice, {i}."), status="abstained", cost_usd=0.003) for i in range(4)]
     answers += [replace(judgement(f"Once, {i}.", "evaluate"), score=1.0, **paid) for i in range(660)]
-    with contextlib.closing(ledger_schema.connect(run_dir / "ledger.sqlite")) as db:
+    with contextlib.closing(ledger_schema.connect(run_dir / "ledger.sqlite", "")) as db:
         db.execute("BEGIN")
         for answer in answers:
             unanswered = {"preference": None} if isinstance(answer, Comparison) else {"score": None}
-            attempt = ledger_schema.insert(db, replace(answer, **unanswered), answer.cost_usd)
-            ledger_schema.settle(db, attempt, answer, state=answer.status, input_tokens=9, output_tokens=9)
+            question = replace(answer, **unanswered)
+            attempt = ledger_schema.insert(db, question, run="", stage=answer.purpose, estimated_usd=answer.cost_usd)
+            ledger_schema.settle(
+                db, attempt, answer, state=answer.status, disagreement=None, input_tokens=9, output_tokens=9
+            )
         db.execute("COMMIT")
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rayrl.report.formats import duration, json_value, number, plus_minus, printable
+from rayrl.report.formats import duration, is_above, json_value, number, plus_minus, printable
 from tests.report.made_up_runs import estimate
 
 
@@ -22,6 +22,12 @@ def test_no_mean_without_its_standard_error():
 )
 def test_durations(seconds, expected):
     assert duration(seconds) == expected
+
+
+def test_two_standard_errors_above():
+    assert is_above(estimate(0.71, 0.1), 0.5) and not is_above(estimate(0.7, 0.1), 0.5)
+    assert is_above(estimate(0.3, 0.1))
+    assert not is_above(None) and not is_above(estimate(0.9, None))
 
 
 def test_numbers():

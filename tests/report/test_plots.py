@@ -30,6 +30,12 @@ def test_scores_of_any_kind_lose_no_response(scores):
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 20])
+def test_every_policy_has_a_color(num):
+    colors = plots.colors_of(num)
+    assert len(colors) == num and colors[0] == plots.M1
+
+
 def test_paid_scores_are_in_numeric_order():
     figure = plots.plot_paid_scores({"10": 1, "2": 3})
     assert [bar.get_height() for bar in figure.axes[0].containers[0]] == [3, 1]

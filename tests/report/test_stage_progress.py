@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import sqlite3
 from dataclasses import asdict, replace
+from datetime import datetime
 
 import fsspec
 import pytest
@@ -13,8 +15,32 @@ from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
 from rayrl.report.stage_progress import WINDOW, Progress, measure
 from rayrl.report.summary import summarize_run
-from rayrl.runs.stage_table import DPO, EVALUATE, FIT_REWARD_MODEL, GENERATE, POOL, PSEUDO_LABEL, QUERY, SAMPLES, SFT
-from tests.report.made_up_runs import PROXY_DPO, RLP, judgement, merged, pool_metrics, write_config, write_manifest
+from rayrl.runs.stage_table import (
+    AUDIT_PAIRS,
+    DPO,
+    EVALUATE,
+    FIT_REWARD_MODEL,
+    GENERATE,
+    POOL,
+    PSEUDO_LABEL,
+    QUERY,
+    SAMPLES,
+    SFT,
+    TRACK_REWARDS,
+)
+from tests.report.made_up_runs import (
+    FINISHED_AT,
+    PROXY_DPO,
+    RLP,
+    edit_config,
+    judgement,
+    merged,
+    pool_metrics,
+    proxy_dpo_metrics,
+    rlp_metrics,
+    write_config,
+    write_manifest,
+)
 
 NOON = 1_700_000_000.0
 YOUNG = {
@@ -116,6 +142,59 @@ def test_paid_queries_go_as_the_ledger_says(run):
     assert (progress.done, progress.total, progress.unit) == (3, 8, "queries")
 
 
+def pay(run, purpose, *times):
+    """Ask a query of this purpose at each of these Unix times."""
+    path = run / "ledger.sqlite"
+    with contextlib.closing(Ledger(str(path), {"label": 99, "evaluate": 99})) as ledger:
+        for at in times:
+            reserved = ledger.reserve(judgement(f"{purpose} {at}", purpose), 0.01)
+            ledger.commit(reserved, Verdict(score=1.0, rationale="", billed=True, cost_usd=0.01))
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for at in times:
+            sql = "UPDATE attempts SET reserved_at = datetime(?, 'unixepoch') WHERE response = ?"
+            db.execute(sql, (at, f"{purpose} {at}"))
+
+
+def begin(run, stage, number=1):
+    folder = run if number == 1 else run / "rounds" / str(number)
+    (folder / "stages" / stage.name).mkdir(parents=True)
+
+
+def test_queries_of_finished_stages_are_not_those_of_the_stage_under_way(tmp_path):
+    made_up = rlp_metrics()
+    write_config(tmp_path, RLP)
+    ended = datetime.fromisoformat(FINISHED_AT).timestamp()
+    pay(tmp_path, "label", *(ended + second for second in range(7)))
+    pay(tmp_path, "evaluate", ended - 30, ended - 20, ended - 10)
+    begin(tmp_path, TRACK_REWARDS)
+    assert progress_of(tmp_path, TRACK_REWARDS).done == 3
+    write_manifest(tmp_path, TRACK_REWARDS, made_up[TRACK_REWARDS])
+    begin(tmp_path, AUDIT_PAIRS)
+    assert progress_of(tmp_path, AUDIT_PAIRS) is None
+    pay(tmp_path, "evaluate", ended, ended + 10)
+    progress = progress_of(tmp_path, AUDIT_PAIRS)
+    assert (progress.done, progress.total, progress.per_s) == (2, None, pytest.approx(0.1))
+
+
+def test_queries_of_earlier_rounds_are_not_those_of_a_later_one(run):
+    edit_config(run, rounds=2)
+    ended = datetime.fromisoformat(FINISHED_AT).timestamp()
+    pay(run, "label", ended - 30, ended - 20, ended + 10)
+    write_manifest(run, QUERY, proxy_dpo_metrics()[QUERY])
+    begin(run, QUERY, 2)
+    stages = {facts.stage: facts.progress for facts in summarize_run(str(run)).stages}
+    progress = stages["query, round 2"]
+    assert progress is not None and (progress.done, progress.total) == (1, None)
+
+
+def test_the_control_that_asks_about_everything_has_no_known_end(run):
+    edit_config(run, labels="expert", pseudo_label={"synthetic": False})
+    begin(run, QUERY)
+    pay(run, "label", NOON, NOON + 1)
+    progress = progress_of(run, QUERY)
+    assert (progress.done, progress.total, progress.eta_s) == (2, None, None)
+
+
 def test_a_remote_run_has_a_pace_too(run):
     write_parts(run, GENERATE, "table", [NOON, NOON + 20])
     memory = fsspec.filesystem("memory")
@@ -141,4 +220,4 @@ def test_progress_for_humans():
         "1,200 of 4,000 blocks, 31.2 prompts/s, ETA 1 h 12 min; last sign 1 min 35 s ago"
     )
     unknown = replace(progress, total=None, per_s=None, eta_s=None)
-    assert going(unknown, NOON) == "1,200 blocks, - prompts/s, ETA -; last sign 0 s ago"
+    assert going(unknown, NOON) == "1,200 blocks, - prompts/s, ETA -; last sign 0.0 s ago"

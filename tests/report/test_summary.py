@@ -9,6 +9,7 @@ from dataclasses import replace
 import fsspec
 import pytest
 
+from rayrl.algorithms.selection import STRATEGIES
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
@@ -158,11 +159,11 @@ def test_the_ledger_itself_knows_best(run_dir):
             [("label", 3.0, True), ("label", None, True), ("label", None, False), ("evaluate", 1.0, True)]
         ):
             reserved = ledger.reserve(judgement(str(i), purpose), 0.01)
-            ledger.commit(reserved, Verdict(score=score, rationale="", billed=billed, cost_usd=0.01))
+            ledger.commit(reserved, Verdict(score=score, rationale="unclear", billed=billed, cost_usd=0.01))
         ledger.reserve(judgement("open"), 0.01)
         paid = summarize_run(str(run_dir)).paid  # while its owner has it open
     states = {"scored": 1, "abstained": 1, "refunded": 1, "reserved": 1}
-    counts = LedgerCounts.from_states(states, budget=128, cost_usd=0.03)
+    counts = LedgerCounts.from_states(states, budget=128, cost_usd=0.03, abstentions={"unclear": 1})
     assert (paid.label.spent, paid.label.in_flight, paid.label.refunded) == (2, 1, 1)
     assert paid.label == PaidQueries(**(vars(counts) | {"cost_usd": pytest.approx(0.03)}))
     assert (paid.evaluate.budget, paid.evaluate.spent, paid.evaluate.cost_usd) == (128, 1, 0.01)
@@ -205,6 +206,13 @@ def test_controls_are_named(run_dir, changes, expected):
     edit_config(run_dir, **changes)
     (control,) = summarize_run(str(run_dir)).controls
     assert expected in control
+
+
+def test_any_strategy_but_the_methods_own_is_a_control(run_dir, monkeypatch):
+    assert summarize_run(str(run_dir)).controls == []
+    monkeypatch.setitem(STRATEGIES, "evenly_spaced", STRATEGIES["random"])
+    edit_config(run_dir, select={"strategy": "evenly_spaced"})
+    assert summarize_run(str(run_dir)).controls == ["evenly spaced selection"]
 
 
 def test_a_run_that_just_began(tmp_path):
@@ -308,7 +316,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
                     },
                 ),
             ),
-            "did not rank 3 of 20 answers of rlp and the references",
+            "did not rank 3 of 20 answers of RLP and the references",
         ),
         (
             lambda run: edit_metrics(
@@ -319,7 +327,7 @@ def test_a_good_run_is_one_seed_all_the_same(good):
         (lambda run: edit_metrics(run, SYNTHESIZE, num_pairs=0), "No synthetic pair was accepted"),
         (
             lambda run: edit_metrics(run, SYNTHESIZE, num_pairs=0, embedding_acceptance_rate=0.4),
-            "would accept 40%",
+            "would accept 40.0%",
         ),
         (lambda run: edit_metrics(run, GENERATE, num_empty=700), "700 of 1659 sampled responses are empty"),
     ],

@@ -48,9 +48,23 @@ def test_a_stage_is_finished_when_its_manifest_says_so(run_dir):
     written = finish(run, GENERATE, "k1")
     again = open_run(config_of(run_dir))
     assert again.finished(GENERATE, "k1") == written
-    assert again.finished(GENERATE, "k2") is None
     assert again.finished(SELECT, "k1") is None
     assert finished_stages(again) == {"generate"}
+
+
+def test_other_work_of_a_stage_begins_in_an_empty_folder(run_dir):
+    run = open_run(config_of(run_dir))
+    assert run.finished(GENERATE, "k1") is None
+    half_done = run.folder(GENERATE, "table", "part-00000.parquet")
+    storage.write_bytes(half_done, b"rows of k1")
+    storage.write_bytes(run.curve(GENERATE), b"{}")
+    assert run.finished(GENERATE, "k1") is None
+    assert storage.exists(half_done)  # the same work goes on
+    assert run.finished(GENERATE, "k2") is None
+    assert not storage.exists(half_done) and not storage.exists(run.curve(GENERATE))
+    finish(run, GENERATE, "k2")
+    assert run.finished(GENERATE, "k3") is None
+    assert run.manifest(GENERATE) is None
 
 
 def test_timings_survive_a_restart(run_dir):
@@ -71,7 +85,8 @@ def test_another_config_is_refused_by_name(run_dir):
     assert "generate.k (4 there, 8 now)" in message
     assert "seed (0 there, 7 now)" in message
     assert "select" not in message.partition("differ:")[2].partition(".")[0]
-    assert "Choose another run_dir, or set them back" in message  # a run's folder holds what was paid for
+    assert "Set them back; or choose another run_dir, with reuse" in message
+    assert "oracle.ledger" in message and "delete" not in message  # a run's folder holds what was paid for
 
 
 def test_where_a_run_lives_is_no_difference(tmp_path):
@@ -137,7 +152,7 @@ def test_reuse_takes_nothing_from_a_stage_that_is_not_finished(tmp_path):
     storage.write_bytes(first.folder(GENERATE, "table", "part-00000.parquet"), b"rows")
     run = open_run(config_of(tmp_path / "run", reuse=str(tmp_path / "earlier")))
     assert run.finished(GENERATE, "k1") is None
-    assert not storage.exists(run.folder(GENERATE))
+    assert run.manifest(GENERATE) is None and not storage.exists(run.folder(GENERATE, "table"))
 
 
 def test_reuse_replaces_what_another_attempt_left(tmp_path):

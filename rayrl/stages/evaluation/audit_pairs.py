@@ -62,7 +62,7 @@ def audit_pairs(run: Run, oracle: ActorHandle) -> Manifest[AuditPairsMetrics] | 
     for pair in pairs:
         texts.append((pair.prompt_id, pair.prompt, pair.chosen))
         texts.append((pair.prompt_id, pair.prompt, pair.rejected))
-    scores = oracle_scores(oracle, texts, describe="asking about synthetic pairs")
+    scores = oracle_scores(oracle, texts, AUDIT_PAIRS, describe="asking about synthetic pairs")
     # (pairs, 2); an abstention becomes NaN, which the statistics leave out.
     agreement = measure_agreement(np.array(scores, float).reshape(-1, 2), [pair.confidence for pair in pairs])
     overall = agreement.overall

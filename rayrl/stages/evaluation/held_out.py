@@ -103,6 +103,6 @@ def _answer(row: Sampled, response: Response | None) -> HeldOut:
 def judge_answers(oracle: ActorHandle, answers: list[HeldOut]) -> None:
     """Write the oracle's scores into the answers; None where it abstains."""
     texts = [(answer.prompt_id, answer.prompt, answer.text) for answer in answers]
-    scores = oracle_scores(oracle, texts, describe="evaluating")
+    scores = oracle_scores(oracle, texts, EVALUATE, describe="evaluating")
     for answer, score in zip(answers, scores, strict=True):
         answer.score = score

@@ -86,9 +86,7 @@ def compare_answers(
     """
     different = [answer for answer in answers if answer.text != references[answer.prompt_id]]
     questions = [as_question(answer, references[answer.prompt_id], run.seed) for answer in different]
-    comparisons, verdicts = ask_about(
-        oracle, questions, order, "evaluate", describe=f"comparing {name} with references"
-    )
+    comparisons, verdicts = ask_about(oracle, questions, order, EVALUATE, describe=f"comparing {name} with references")
     table = BlockTable(run.folder(EVALUATE, f"comparisons-{name}"), 1)
     table.write(0, to_table(comparisons, Comparison))
     num_same = len(answers) - len(different)
@@ -128,7 +126,7 @@ def compare_scores(
     # All policies answer the same prompts.
     some_policy = next(iter(answers.values()))
     texts = [(answer.prompt_id, answer.prompt, references[answer.prompt_id]) for answer in some_policy]
-    reference_scores = oracle_scores(oracle, texts, describe="scoring references")
+    reference_scores = oracle_scores(oracle, texts, EVALUATE, describe="scoring references")
     policies: dict[str, ReferenceEvaluation] = {}
     for name, policy_answers in answers.items():
         wins: Wins = []

@@ -77,7 +77,7 @@ def track_rewards(
     # Every array of values below is (points, prompts, 2); an abstention is NaN.
     shape = [len(points), -1, NUM_ANSWERS]
     texts = [(answer.prompt_id, answer.prompt, answer.response) for answer in answers]
-    scores = oracle_scores(oracle, texts, describe="asking about answers along PPO")
+    scores = oracle_scores(oracle, texts, TRACK_REWARDS, describe="asking about answers along PPO")
     by_oracle = np.array(scores, float).reshape(shape)
     items = [answer.as_item() for answer in answers]
     # All are started before the first is asked, so that their engines come up side by side.

@@ -10,14 +10,14 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle, ActorMethod
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
-from rayrl.errors import StageTimeout
+from rayrl.errors import JudgeFailed, StageTimeout
 from rayrl.metrics.progress import track
 from rayrl.oracles.questions import Question
 from rayrl.records import Comparison, Judgement, content_id
 from rayrl.runs.stage_metrics import LedgerCounts
-from rayrl.runs.stage_table import Purpose
+from rayrl.runs.stage_table import AnyStage
 
 CHUNK = 64
 MAX_REASONS = 5
@@ -27,39 +27,42 @@ CHUNK_TIMEOUT_S = 6 * 3600.0
 """A chunk may wait for rate limits and retries; the pool bounds each call itself."""
 
 
-def ask(oracle: ActorHandle, judgements: Sequence[Judgement], purpose: Purpose, *, describe: str) -> list[Judgement]:
+def ask(oracle: ActorHandle, judgements: Sequence[Judgement], stage: AnyStage, *, describe: str) -> list[Judgement]:
     """Have the oracle pool judge responses, with a progress bar.
 
     Args:
         oracle: the pool.
         judgements: of the status "asked".
-        purpose: the budget that pays.
+        stage: asks; the table says which budget pays.
         describe: title of the bar.
 
     Returns:
         The same judgements in the same order, scored or abstained.
 
     Raises:
+        JudgeFailed: the oracle itself fails. What it has answered is in the ledger.
         StageTimeout: a chunk took hours.
     """
-    return _in_chunks(oracle.judge, judgements, purpose, describe)
+    return _in_chunks(oracle.judge, judgements, stage, describe)
 
 
-def oracle_scores(oracle: ActorHandle, texts: Sequence[tuple[str, str, str]], *, describe: str) -> list[float | None]:
-    """Score (prompt id, prompt, response) texts out of the evaluation's budget; None where the oracle abstains."""
+def oracle_scores(
+    oracle: ActorHandle, texts: Sequence[tuple[str, str, str]], stage: AnyStage, *, describe: str
+) -> list[float | None]:
+    """Score (prompt id, prompt, response) texts; None where the oracle abstains."""
     judgements: list[Judgement] = []
     for prompt_id, prompt, response in texts:
         # Held-out answers and references have no id of their own.
         response_id = content_id(prompt_id, response)
         judgements.append(Judgement(prompt_id=prompt_id, response_id=response_id, prompt=prompt, response=response))
-    return [judgement.score for judgement in ask(oracle, judgements, "evaluate", describe=describe)]
+    return [judgement.score for judgement in ask(oracle, judgements, stage, describe=describe)]
 
 
 def ask_comparisons(
-    oracle: ActorHandle, comparisons: Sequence[Comparison], purpose: Purpose, *, describe: str
+    oracle: ActorHandle, comparisons: Sequence[Comparison], stage: AnyStage, *, describe: str
 ) -> list[Comparison]:
     """Have the oracle pool compare responses, as `ask` has it judge them."""
-    return _in_chunks(oracle.compare, comparisons, purpose, describe)
+    return _in_chunks(oracle.compare, comparisons, stage, describe)
 
 
 def ledger_counts(oracle: ActorHandle) -> dict[str, LedgerCounts]:
@@ -81,14 +84,18 @@ def abstention_reasons(rationales: Sequence[str]) -> dict[str, int]:
     return dict(reasons.most_common(MAX_REASONS))
 
 
-def _in_chunks(method: ActorMethod, questions: Sequence[Question], purpose: Purpose, describe: str) -> list[Question]:
+def _in_chunks(method: ActorMethod, questions: Sequence[Question], stage: AnyStage, describe: str) -> list[Question]:
     """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
     chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
-    pending: list[Any] = [method.remote(chunk, purpose) for chunk in chunks]
+    pending: list[Any] = [method.remote(chunk, stage.pays, stage.name) for chunk in chunks]
     answers: list[Question] = []
     for chunk in track(pending, describe):
         try:
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, JudgeFailed):  # its message is for the user; Ray's is the actor's traceback
+                raise error.cause from None
+            raise
         except GetTimeoutError:
             raise StageTimeout(
                 f"{describe}: the oracle pool must answer {CHUNK} questions within {CHUNK_TIMEOUT_S / 3600:.0f} h, and "

@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from rayrl.algorithms.comparisons import TURNED, Order, agreed, queries_per_pair
 from rayrl.records import Comparison, Preference, content_id
 from rayrl.runs.stage_metrics import ComparisonCounts
-from rayrl.runs.stage_table import Purpose
+from rayrl.runs.stage_table import AnyStage
 from rayrl.stages.labelling.ask import abstention_reasons, ask_comparisons
 
 
@@ -22,7 +22,7 @@ def drawn(seed: int, response_id: str) -> str:
 
 
 def ask_about(
-    oracle: ActorHandle, pairs: Sequence[Comparison], order: Order, purpose: Purpose, *, describe: str
+    oracle: ActorHandle, pairs: Sequence[Comparison], order: Order, stage: AnyStage, *, describe: str
 ) -> tuple[list[Comparison], list[Preference | None]]:
     """Have the oracle compare pairs of responses.
 
@@ -30,7 +30,7 @@ def ask_about(
         oracle: the pool.
         pairs: in their drawn order, of the status "asked".
         order: "both" asks about the other order too.
-        purpose: the budget that pays.
+        stage: asks; the table says which budget pays.
         describe: title of the progress bar.
 
     Returns:
@@ -39,7 +39,7 @@ def ask_about(
     asked: list[Comparison] = []
     for pair in pairs:
         asked += questions(pair, order)
-    answers = ask_comparisons(oracle, asked, purpose, describe=describe)
+    answers = ask_comparisons(oracle, asked, stage, describe=describe)
     size = queries_per_pair(order)
     verdicts: list[Preference | None] = [
         verdict(answers[start : start + size]) for start in range(0, len(answers), size)

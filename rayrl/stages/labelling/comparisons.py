@@ -86,7 +86,7 @@ def _compare(
     new_pairs = [pair for pair in drawn_pairs if pair_texts(pair) not in known]
 
     questions = [as_question(pair) for pair in new_pairs]
-    answers, verdicts = ask_about(oracle, questions, config.order, "label", describe="asking the oracle")
+    answers, verdicts = ask_about(oracle, questions, config.order, PREFERENCES, describe="asking the oracle")
     BlockTable(run.folder(PREFERENCES, "comparisons"), 1).write(0, to_table(answers, Comparison))
     counts = count_answers(answers, verdicts, config.order)
 
@@ -124,7 +124,7 @@ def _compare(
         num_rows=num_pairs,
         metrics=PreferencesMetrics(num_pairs=num_pairs, num_blocks=table.num_blocks, asked=asked),
         summary=f"{len(decided)} pairs from {len(answers)} comparisons of {len(new_pairs)} pairs of responses; "
-        f"{counts.num_ties} ties, {counts.num_abstained} abstentions, {asked.ledger['label'].cost_usd:.2f} USD"
+        f"{counts.num_ties} ties, {counts.num_abstained} abstentions, {asked.ledger['label'].price()}"
         + (f"; {num_pairs} with those of earlier rounds" if earlier else ""),
     )
 

@@ -36,7 +36,7 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
         )
         for row in query_set.table.read(0).to_pylist()
     ]
-    answers = ask(oracle, questions, "label", describe="asking the oracle")
+    answers = ask(oracle, questions, QUERY, describe="asking the oracle")
     judgements.table.write(0, to_table(answers, Judgement))
     # Abstentions are kept in the table, and they are never trained on.
     scores = [answer.score for answer in answers if answer.score is not None]
@@ -58,6 +58,6 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
         num_rows=len(answers),
         metrics=metrics,
         summary=f"{label.spent} of {label.budget} queries spent, {metrics.num_scored} scored, "
-        f"{metrics.num_abstained} abstained, {label.cost_usd:.2f} USD",
+        f"{metrics.num_abstained} abstained, {label.price()}",
     )
     return judgements

@@ -20,8 +20,8 @@ from rayrl.stages.fitting import drawn_holdout, fit_stage, stream_of
 from rayrl.stages.rewards.evaluator import Evaluator, evaluator_of
 
 MIN_JUDGEMENTS = 4
-NUM_CALIBRATION_BINS = 5
 """Judgements below which a rank correlation says nothing."""
+NUM_CALIBRATION_BINS = 5
 
 
 def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequence[Judgements]) -> Evaluator | None:

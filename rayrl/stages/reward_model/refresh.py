@@ -10,7 +10,7 @@ from rayrl.data.blocks import BlockTable
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
-from rayrl.runs.stage_table import REFIT_REWARD_MODEL, SAMPLES
+from rayrl.runs.stage_table import REFIT_REWARD_MODEL, SAMPLES, num_refresh_blocks
 from rayrl.stages.artifacts import Pool, Preferences, Responses
 from rayrl.stages.reward_model.fit_reward_model import fit_reward_model
 from rayrl.stages.reward_model.importance import importance_weights
@@ -132,8 +132,7 @@ def refresh(
 def sample_policy(run: Run, services: Services, policy: Checkpoint, pool: Pool) -> Responses:
     """Sample Y: n responses of pi to every unlabelled prompt, or to `refresh.num_prompts` of them in whole blocks."""
     config = run.config
-    num_wanted = config.refresh.num_prompts or pool.num_prompts
-    num_blocks = min(pool.train.num_blocks, -(-num_wanted // config.generate.block_size))
+    num_blocks = num_refresh_blocks(config.refresh.num_prompts, config.generate.block_size, pool.train.num_blocks)
     part = replace(pool, key=f"{pool.key}-{num_blocks}", train=BlockTable(pool.train.url, num_blocks))
     # The whole distribution of pi, whatever the labelled responses were sampled with: r^ has to score rollouts of pi.
     sampling = replace(sampling_of(config.generate), temperature=config.refresh.temperature, top_p=1.0)
