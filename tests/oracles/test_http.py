@@ -251,9 +251,12 @@ def test_key_from_a_file(server, tmp_path):
 
 
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(server):
-    with pytest.raises(ConfigError, match="api_key_env") as caught:
+    with pytest.raises(ValidationError, match="api_key_env") as caught:
         oracle_for(server, api_key_env=KEY)
     assert KEY not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"oracle\.api_key_env") as caught:
+        oracle_for(server, api_key_env="another-kind-of-key")
+    assert "another" not in str(caught.value)
 
 
 def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
