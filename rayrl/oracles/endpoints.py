@@ -101,7 +101,7 @@ class Endpoint:
         except httpx.RequestError as error:
             failure = self._unreachable(error)
             return f"{self.where} cannot be reached ({failure.reason}): {failure.remedy}"
-        refusal = refusal_of_list(_reply(answer), self._sent(None, self._limit_field))
+        refusal = refusal_of_list(self._reply(answer), self._sent(None, self._limit_field))
         return None if refusal is None else self.without_secrets(f"{self.where} {refusal}")
 
     def without_secrets(self, text: str) -> str:
@@ -131,7 +131,7 @@ class Endpoint:
             return Failure(kind="unknown", reason=f"no answer within oracle.timeout_s = {timeout_s:g} s")
         except httpx.RequestError as error:
             return Failure(kind="unknown", reason=self.without_secrets(f"connection lost: {self._cause(error)}"))
-        reply = _reply(answer)
+        reply = self._reply(answer)
         failure = failure_of(reply, self._sent(form, limit_field))
         if failure is not None:
             return replace(failure, reason=self.without_secrets(failure.reason))
@@ -142,6 +142,11 @@ class Endpoint:
         if completion.usage is not None:
             self._tokens.correct(_total(completion.usage) - expected_tokens)
         return completion
+
+    def _reply(self, answer: httpx.Response) -> Reply:
+        # Secrets are hidden before anything is cut: a part of one is no longer found.
+        body = self.without_secrets(answer.text)
+        return Reply(status=answer.status_code, headers=dict(answer.headers), body=body)
 
     def _payload(self, question: str, form: dict[str, Any] | None, limit_field: LimitField) -> dict[str, Any]:
         config = self._config
@@ -212,10 +217,6 @@ def _headers(endpoint: HttpEndpoint, prefix: str) -> tuple[dict[str, str], list[
         headers["Authorization"] = f"Bearer {key}"
         secrets.append(key)
     return headers, secrets
-
-
-def _reply(answer: httpx.Response) -> Reply:
-    return Reply(status=answer.status_code, headers=dict(answer.headers), body=answer.text)
 
 
 def _total(usage: Usage) -> int:

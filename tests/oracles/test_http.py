@@ -266,6 +266,8 @@ def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
         Reply(text=f"no score, but {KEY}"),
         Reply(body=f"garbage {KEY}"),
         Reply(status=400, text=f"key {KEY} may not do this"),
+        Reply(text=f"{'x' * 270} {KEY}"),  # where a reason is cut
+        Reply(status=401, text=f"{'x' * 190} {KEY}"),
     ]
     server.plan = plan(*replies)
     oracle = oracle_for(server, max_retries=0)
@@ -273,7 +275,7 @@ def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
     assert verdicts[0].score == 3.0 and server.num_asked == len(replies)
     assert caplog.records
     for text in (repr(oracle), caplog.text, *map(repr, verdicts)):
-        assert KEY not in text
+        assert KEY not in text and KEY[:12] not in text
 
 
 # The list of models.
