@@ -62,6 +62,16 @@ class HttpEndpoint(Table):
         _require_plain_url(url)
         return url
 
+    @field_validator("api_key_env")
+    @classmethod
+    def _place_of_a_key(cls, source: str | None) -> str | None:
+        if source is not None and not source.startswith("file:") and _SECRET_VALUE.search(source):
+            raise ValueError(
+                'api_key_env must be the place of the key, the name of an environment variable or "file:PATH", and '
+                "the value given looks like a key itself (not shown; configs are saved)"
+            )
+        return source
+
     @field_validator("extra_headers")
     @classmethod
     def _plain_headers(cls, headers: dict[str, str]) -> dict[str, str]:

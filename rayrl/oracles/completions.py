@@ -58,9 +58,9 @@ def read_completion(body: str) -> Completion | None:
     message = _fields(choice.get("message"))
     text, has_thinking_part = _text(message.get("content"))
     return Completion(
-        text=well_formed(text),
+        text=text,
         finish=_string(choice.get("finish_reason")).lower(),
-        refusal=well_formed(_string(message.get("refusal"))).strip(),
+        refusal=_string(message.get("refusal")).strip(),
         has_choice=bool(choices),
         has_reasoning=has_thinking_part or any(message.get(field) for field in _REASONING_FIELDS),
         has_tool_call=bool(message.get("tool_calls") or message.get("function_call")),

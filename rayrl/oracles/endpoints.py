@@ -101,7 +101,7 @@ class Endpoint:
         except httpx.RequestError as error:
             failure = self._unreachable(error)
             return f"{self.where} cannot be reached ({failure.reason}): {failure.remedy}"
-        refusal = refusal_of_list(_reply(answer), self._sent(None, self._limit_field))
+        refusal = refusal_of_list(self._reply(answer), self._sent(None, self._limit_field))
         return None if refusal is None else self.without_secrets(f"{self.where} {refusal}")
 
     def without_secrets(self, text: str) -> str:
@@ -130,8 +130,8 @@ class Endpoint:
         except (TimeoutError, httpx.TimeoutException):
             return Failure(kind="unknown", reason=f"no answer within oracle.timeout_s = {timeout_s:g} s")
         except httpx.RequestError as error:
-            return Failure(kind="unknown", reason=f"connection lost: {_cause(error)}")
-        reply = _reply(answer)
+            return Failure(kind="unknown", reason=self.without_secrets(f"connection lost: {self._cause(error)}"))
+        reply = self._reply(answer)
         failure = failure_of(reply, self._sent(form, limit_field))
         if failure is not None:
             return replace(failure, reason=self.without_secrets(failure.reason))
@@ -142,6 +142,11 @@ class Endpoint:
         if completion.usage is not None:
             self._tokens.correct(_total(completion.usage) - expected_tokens)
         return completion
+
+    def _reply(self, answer: httpx.Response) -> Reply:
+        # Secrets are hidden before anything is cut: a part of one is no longer found.
+        body = self.without_secrets(answer.text)
+        return Reply(status=answer.status_code, headers=dict(answer.headers), body=body)
 
     def _payload(self, question: str, form: dict[str, Any] | None, limit_field: LimitField) -> dict[str, Any]:
         config = self._config
@@ -172,11 +177,17 @@ class Endpoint:
         return replace(failure, kind="judge", reason=f"connection failed ({failure.reason})")
 
     def _unreachable(self, error: httpx.RequestError) -> Failure:
-        reason, remedy = _cause(error), f"start the judge, or correct {self._prefix}base_url"
+        remedy = f"start the judge, or correct {self._prefix}base_url"
         if self._proxy is not None:
-            reason += f", through the proxy {without_password(self._proxy)} of the environment"
             remedy += ", or the variables HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"
-        return Failure(kind="unreachable", reason=self.without_secrets(reason), remedy=remedy)
+        return Failure(kind="unreachable", reason=self.without_secrets(self._cause(error)), remedy=remedy)
+
+    def _cause(self, error: httpx.RequestError) -> str:
+        """Name a failed connection's error, and the proxy that it went through."""
+        cause = ": ".join(filter(None, (type(error).__name__, str(error))))
+        if self._proxy is None:
+            return cause
+        return f"{cause}, through the proxy {without_password(self._proxy)} of the environment"
 
     def _unusable_proxy(self, error: Exception) -> str:
         assert self._proxy is not None, "nothing else can be wrong about a transport"
@@ -206,14 +217,6 @@ def _headers(endpoint: HttpEndpoint, prefix: str) -> tuple[dict[str, str], list[
         headers["Authorization"] = f"Bearer {key}"
         secrets.append(key)
     return headers, secrets
-
-
-def _reply(answer: httpx.Response) -> Reply:
-    return Reply(status=answer.status_code, headers=dict(answer.headers), body=answer.text)
-
-
-def _cause(error: httpx.RequestError) -> str:
-    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def _total(usage: Usage) -> int:

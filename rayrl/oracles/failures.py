@@ -128,9 +128,10 @@ def failure_of(reply: Reply, sent: Sent) -> Failure | None:
 
 
 def words(reply: Reply, error: ErrorBody | None) -> str:
-    """Cut the server's own words out of an answer: short, on one line, without markup."""
+    """Cut the server's own words out of an answer: short, on one line, without markup and control characters."""
     text = reply.body if error is None else error.message
-    return " ".join(_TAG.sub(" ", text).split())[:_MAX_WORDS]
+    line = " ".join(_TAG.sub(" ", text).split())[:_MAX_WORDS]
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def is_html(reply: Reply) -> bool:

@@ -157,7 +157,8 @@ class HttpOracle:
     def _verdict(self, question: _Question, completion: Completion, endpoint: Endpoint) -> Verdict:
         """Read an answer, and account for it."""
         verdict = self._read(question, completion)
-        verdict = replace(verdict, rationale=endpoint.without_secrets(verdict.rationale))
+        # Made well formed here: JSON inside of an answer may hold half a character too.
+        verdict = replace(verdict, rationale=endpoint.without_secrets(well_formed(verdict.rationale)))
         usage = completion.usage
         bound_usd = self._bound_usd(question.text)
         if usage is None:

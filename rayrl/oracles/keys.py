@@ -8,6 +8,8 @@ from pathlib import Path
 from rayrl.errors import ConfigError
 
 _BYTE_ORDER_MARK = "\ufeff"
+_SHORTEST_SECRET = 6
+"""A shorter text in a header is no secret, and may well be a score."""
 
 
 def read_key(source: str | None, setting: str = "oracle.api_key_env") -> str | None:
@@ -44,7 +46,8 @@ def without_secrets(text: str, secrets: list[str]) -> str:
     """Hide secrets in a text of a server's: some quote the request in their errors."""
     # The longest first: one secret may be the beginning of another.
     for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "[api key]")
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "[api key]")
     return text
 
 

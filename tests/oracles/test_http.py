@@ -251,9 +251,12 @@ def test_key_from_a_file(server, tmp_path):
 
 
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(server):
-    with pytest.raises(ConfigError, match="api_key_env") as caught:
+    with pytest.raises(ValidationError, match="api_key_env") as caught:
         oracle_for(server, api_key_env=KEY)
     assert KEY not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"oracle\.api_key_env") as caught:
+        oracle_for(server, api_key_env="another-kind-of-key")
+    assert "another" not in str(caught.value)
 
 
 def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
@@ -263,6 +266,8 @@ def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
         Reply(text=f"no score, but {KEY}"),
         Reply(body=f"garbage {KEY}"),
         Reply(status=400, text=f"key {KEY} may not do this"),
+        Reply(text=f"{'x' * 270} {KEY}"),  # where a reason is cut
+        Reply(status=401, text=f"{'x' * 190} {KEY}"),
     ]
     server.plan = plan(*replies)
     oracle = oracle_for(server, max_retries=0)
@@ -270,7 +275,7 @@ def test_the_key_is_in_no_log_repr_or_verdict(server, caplog):
     assert verdicts[0].score == 3.0 and server.num_asked == len(replies)
     assert caplog.records
     for text in (repr(oracle), caplog.text, *map(repr, verdicts)):
-        assert KEY not in text
+        assert KEY not in text and KEY[:12] not in text
 
 
 # The list of models.

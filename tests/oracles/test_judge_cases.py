@@ -528,6 +528,7 @@ def test_half_a_character_is_asked_as_a_replacement(server):
 
 def test_half_a_character_in_an_answer_is_replaced(server):
     assert answered(server, Reply(text="So \ud83d so.\nScore: 2")).rationale == "So \ufffd so."
+    assert "so \ufffd so" in answered(server, error("so \ud83d so")).rationale
 
 
 def template(tmp_path, text, **settings):
