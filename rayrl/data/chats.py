@@ -9,12 +9,13 @@ people read the text that `conversation_text` writes.
 
 import json
 import re
-from typing import cast
+from typing import Any, cast
 
 from rayrl.data.rows import SHOWN_CHARACTERS
 from rayrl.errors import DataError
 
-Message = dict[str, object]
+Message = dict[str, Any]
+"""A message as chat templates read it; transformers types its values as text, tool calls notwithstanding."""
 Messages = list[Message]
 
 ROLES = {
@@ -35,7 +36,9 @@ LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": 
 _INDENT = "  "
 # All that a reader may take for the end of a line, as in `str.splitlines`.
 _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-_BEGINS_LIKE_A_TURN = re.compile(rf"(?:{'|'.join(LABELS.values())})\b[^\n:]*:")
+_BEGINS_LIKE_A_TURN = re.compile(
+    rf"(?:{'|'.join(LABELS.values())})(?: \(.*\))?(?: \[.*\])?:|{LABELS['assistant']} calls "
+)
 _PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'")
 
 
@@ -192,7 +195,10 @@ def _read_tool_call(call: object, where: str) -> Message:
         except json.JSONDecodeError:
             parsed = None
         arguments = cast("object", parsed) if isinstance(parsed, dict) else arguments
-    read: Message = {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
+    read: Message = {
+        "type": "function",
+        "function": {"name": name, "arguments": {} if arguments is None else arguments},
+    }
     if isinstance(fields.get("id"), str):
         read["id"] = fields["id"]
     return read
@@ -215,7 +221,7 @@ def split_reply(messages: Messages) -> tuple[Messages, str]:
     turn = messages[end:]
     if any("tool_calls" in message for message in turn):
         return messages[:end], ""
-    return messages[:end], "\n\n".join(map(content_of, turn))
+    return messages[:end], "\n\n".join(filter(None, map(content_of, turn)))
 
 
 def conversation_text(messages: Messages) -> str:
@@ -230,11 +236,12 @@ def conversation_text(messages: Messages) -> str:
 
         Assistant calls look_up [1]: {"word": "fjord"}
 
-        Tool look_up [1]: a sea inlet
+        Tool (look_up) [1]: a sea inlet
 
-    Only a turn begins at the beginning of a line. The lines of a message after its first are indented, so that no text
-    inside a message reads as another turn, and different chats never have the same text.
+    Only turns begin at the beginning of a line: the lines of a message after its first are indented, so that no text
+    inside a message reads as another turn. An empty system message is left out.
     """
+    messages = [each for each in messages if each["role"] != "system" or content_of(each).strip()]
     if len(messages) == 1 and messages[0]["role"] == "user":
         return lone_text(content_of(messages[0]))
     tool_names: dict[object, object] = {}
@@ -243,27 +250,25 @@ def conversation_text(messages: Messages) -> str:
         role, text = cast("str", message["role"]), content_of(message)
         calls = cast("list[Message]", message.get("tool_calls", []))
         call_id = message.get("tool_call_id")
-        name = message.get("name") or tool_names.get(call_id)
+        name = message.get("name") or (tool_names.get(call_id) if call_id else None)
         if text or not calls:
-            turns.append(_turn(_label(LABELS[role], name, call_id), text))
+            speaker = f"{LABELS[role]} ({name})" if name else LABELS[role]
+            turns.append(_turn(speaker, call_id, text))
         for call in calls:
             function = cast("Message", call["function"])
             tool_names[call.get("id")] = function["name"]
             arguments = function["arguments"]
             shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            turns.append(_turn(_label(f"{LABELS[role]} calls", function["name"], call.get("id")), shown))
+            turns.append(_turn(f"{LABELS[role]} calls {function['name']}", call.get("id"), shown))
     return "\n\n".join(turns)
 
 
 def lone_text(text: str) -> str:
     """Return the text of a user's only message as it is; one that begins like a transcript gets its own label."""
-    return _turn(LABELS["user"], text) if _BEGINS_LIKE_A_TURN.match(text) else text
+    return _turn(LABELS["user"], None, text) if _BEGINS_LIKE_A_TURN.match(text) else text
 
 
-def _label(speaker: str, name: object, call_id: object) -> str:
-    """Write a turn's label: the speaker, its name, and the number or id of a tool call."""
-    return speaker + (f" {name}" if name else "") + (f" [{call_id}]" if call_id else "")
-
-
-def _turn(label: str, text: str) -> str:
+def _turn(speaker: str, call_id: object, text: str) -> str:
+    """Write one turn; `call_id` is the number or id of a tool call, if it has one."""
+    label = f"{speaker} [{call_id}]" if call_id else speaker
     return _LINE_BREAK.sub(lambda line_break: line_break[0] + _INDENT, f"{label}: {text}")

@@ -1,9 +1,9 @@
 """Control tokens inside texts: marked when a prompt is rendered, and encoded as ordinary text.
 
-A tokenizer takes the text of a control token ("</s>", "<|im_end|>") for the token itself, wherever it stands: a user who
-writes it would end a turn, and a response that quotes it would teach the policy to stop in the middle. So each control
-token inside a text is put between two marks before the chat template adds its own, and what stands between marks is
-encoded apart, as ordinary text. A text without control tokens is encoded as if there were no marks.
+A tokenizer takes the text of a control token ("</s>", "<|im_end|>") for the token itself, wherever it stands: a user
+who writes it would end a turn, and a response that quotes it would teach the policy to stop in the middle. So each
+control token inside a text is put between two marks before the chat template adds its own, and what stands between
+marks is encoded apart, as ordinary text. A text without control tokens is encoded as if there were no marks.
 
 This module knows no tokenizer library: callers pass functions that encode.
 """
@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
-
-from tokenizers import AddedToken
 
 from rayrl.errors import DataError
 
@@ -61,6 +59,16 @@ class ControlTokens:
         return value
 
 
+class AddedToken(Protocol):
+    """The part of an added token that is read."""
+
+    @property
+    def content(self) -> str: ...
+
+    @property
+    def special(self) -> bool: ...
+
+
 class NamesTokens(Protocol):
     """The part of a tokenizer that names its control tokens."""
 
@@ -74,7 +82,7 @@ class NamesTokens(Protocol):
     def all_special_ids(self) -> list[int]: ...
 
     @property
-    def unk_token(self) -> str | None: ...
+    def special_tokens_map(self) -> Mapping[str, str]: ...
 
 
 _known: "WeakKeyDictionary[object, ControlTokens]" = WeakKeyDictionary()
@@ -89,7 +97,7 @@ def control_tokens(tokenizer: NamesTokens) -> ControlTokens:
     if found is None:
         added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        found = _known[tokenizer] = ControlTokens(added | named, unknown=tokenizer.unk_token)
+        found = _known[tokenizer] = ControlTokens(added | named, unknown=tokenizer.special_tokens_map.get("unk_token"))
     return found
 
 

@@ -89,9 +89,9 @@ class LightTokenizer:
         return [cast("int", self._tokenizer.token_to_id(token)) for token in self.all_special_tokens]
 
     @property
-    def unk_token(self) -> str | None:
-        """Text of the token for what the vocabulary lacks."""
-        return self._special_tokens.get("unk_token")
+    def special_tokens_map(self) -> Mapping[str, str]:
+        """Texts by their names in `SPECIAL_TOKENS`."""
+        return self._special_tokens
 
     @cached_property
     def _compiled(self) -> Template:

@@ -9,7 +9,7 @@ chat template and the end of a response write control tokens (see `rayrl.data.co
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
@@ -45,7 +45,12 @@ class ChatTemplate(NamesTokens, Protocol):
     def chat_template(self) -> object: ...
 
     def apply_chat_template(
-        self, conversation: Messages, *, tokenize: bool, add_generation_prompt: bool, **options: object
+        self,
+        conversation: Messages,
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        strftime_now: Callable[[str], str],
     ) -> object: ...
 
 
@@ -223,7 +228,9 @@ def as_ordinary_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
 
 def _encode_all(tokenizer: "PreTrainedTokenizerBase", marked: list[str]) -> list[list[int]]:
     """Encode texts in which some control tokens are marked, the many without any in one call."""
-    encoded = cast("list[list[int]]", tokenizer([unmark(text) for text in marked], add_special_tokens=False)["input_ids"])
+    encoded = cast(
+        "list[list[int]]", tokenizer([unmark(text) for text in marked], add_special_tokens=False)["input_ids"]
+    )
 
     def encode(piece: str, is_text: bool) -> list[int]:
         return _encode(tokenizer, piece, is_text=is_text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rayrl.config import RunConfig
 from rayrl.data import tokenizing
-from rayrl.data.chats import Messages
+from rayrl.data.chats import Messages, conversation_text
 from rayrl.data.reading import (
     PromptCounts,
     Render,
@@ -109,7 +109,7 @@ def renderer(config: RunConfig, model: ModelFacts) -> Render:
     def render(source: str | Messages) -> str:
         if model.tokenizer is not None:
             return tokenizing.render(model.tokenizer, config.policy.prompt_format, source)
-        return source if isinstance(source, str) else "\n".join(m["content"] for m in source)
+        return source if isinstance(source, str) else conversation_text(source)
 
     return render
 

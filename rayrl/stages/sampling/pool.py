@@ -69,6 +69,8 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
     num_train_blocks, num_prompts = write("train", training)
     held_out = (p for p in read_prompts(config.pool, renderer) if p.id in held_out_ids)
     num_held_out_blocks, num_eval = write("held_out", held_out)
+    num_marked = counts.num_with_control_tokens
+    with_control_tokens = f"; {num_marked} prompts hold control tokens, read as ordinary text" if num_marked else ""
     return run.finish(
         POOL,
         key,
@@ -82,9 +84,10 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
             num_eval=num_eval,
             num_train_blocks=num_train_blocks,
             num_held_out_blocks=num_held_out_blocks,
+            num_with_control_tokens=counts.num_with_control_tokens,
         ),
         summary=f"{num_prompts} prompts and {num_eval} held out; "
-        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped",
+        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped{with_control_tokens}",
     )
 
 
