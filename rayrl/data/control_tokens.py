@@ -32,8 +32,9 @@ class ControlTokens:
     """The control tokens of one tokenizer."""
 
     def __init__(self, tokens: Mapping[str, int], unknown: str | None = None):
+        self.ids = frozenset(tokens.values())
         # Any character that the vocabulary lacks becomes the unknown token, which steers nothing.
-        self.ids = frozenset(token_id for token, token_id in tokens.items() if token != unknown)
+        self.steering_ids = frozenset(token_id for token, token_id in tokens.items() if token != unknown)
         # The longest first: of two tokens that begin at the same place, a tokenizer takes the longer.
         longest_first = sorted(filter(None, tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -111,12 +112,12 @@ def unmark(text: str) -> str:
     return _MARKS.sub("", text) if OPENING in text or CLOSING in text else text
 
 
-def encode_marked(encode: Encode, control_ids: frozenset[int], marked: str, *, continues: bool = False) -> list[int]:
+def encode_marked(encode: Encode, control: ControlTokens, marked: str, *, continues: bool = False) -> list[int]:
     """Encode a text in which some control tokens are marked; the others are tokens.
 
     Args:
         encode: encodes one text.
-        control_ids: ids that a marked token must not become.
+        control: the tokenizer's control tokens, which no marked text becomes.
         marked: the text.
         continues: the text continues another one, as a response does its prompt.
 
@@ -131,7 +132,7 @@ def encode_marked(encode: Encode, control_ids: frozenset[int], marked: str, *, c
         if not piece:
             continue
         if is_text:
-            token_ids += _spell(encode, control_ids, piece, is_first=not (token_ids or continues))
+            token_ids += _spell(encode, control, piece, is_first=not (token_ids or continues))
         elif token_ids or continues:
             token_ids += encode_behind(encode, piece)
         else:
@@ -154,19 +155,19 @@ def encode_behind(encode: Encode, text: str, *, is_text: bool = False) -> list[i
     return encode(text, is_text)  # the text merges with every anchor
 
 
-def _spell(encode: Encode, control_ids: frozenset[int], token: str, *, is_first: bool) -> list[int]:
+def _spell(encode: Encode, control: ControlTokens, token: str, *, is_first: bool) -> list[int]:
     """Encode the text of a control token in other tokens."""
     token_ids = encode(token, True) if is_first else encode_behind(encode, token, is_text=True)
-    if control_ids.isdisjoint(token_ids):
+    if control.ids.isdisjoint(token_ids):
         return token_ids
     # A vocabulary may list the control token among its words as well; its characters are other words.
     spelled: list[int] = []
     for number, character in enumerate(token):
         is_start = is_first and number == 0
         spelled += encode(character, True) if is_start else encode_behind(encode, character, is_text=True)
-    if control_ids.isdisjoint(spelled):
+    if control.steering_ids.isdisjoint(spelled):
         return spelled
     raise DataError(
         f"the policy's tokenizer cannot read {token!r} inside a text as anything but its control token; remove it from "
-        "the texts, or name a policy with a fast tokenizer"
+        "the texts, or name a policy with another tokenizer"
     )

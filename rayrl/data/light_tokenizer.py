@@ -121,7 +121,7 @@ class LightTokenizer:
         counts = [len(encoding.ids) for encoding in encodings]
         for number, text in enumerate(marked):
             if has_control_tokens(text):
-                counts[number] = len(encode_marked(self._encode, control.ids, text))
+                counts[number] = len(encode_marked(self._encode, control, text))
         num_added = int(add_special_tokens and self._adds_bos())
         return [count + num_added for count in counts]
 

@@ -199,7 +199,7 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int
         return _encode(tokenizer, piece, is_text=is_text)
 
     if has_control_tokens(marked):
-        token_ids = encode_marked(encode, control.ids, marked, continues=True)
+        token_ids = encode_marked(encode, control, marked, continues=True)
     else:
         token_ids = encode_behind(encode, text)
     assert isinstance(tokenizer.eos_token_id, int)  # load_tokenizer refused it otherwise
@@ -237,7 +237,7 @@ def _encode_all(tokenizer: "PreTrainedTokenizerBase", marked: list[str]) -> list
 
     for number, text in enumerate(marked):
         if has_control_tokens(text):
-            encoded[number] = encode_marked(encode, control_tokens(tokenizer).ids, text)
+            encoded[number] = encode_marked(encode, control_tokens(tokenizer), text)
     return encoded
 
 
