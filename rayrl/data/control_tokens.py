@@ -33,8 +33,9 @@ class ControlTokens:
 
     def __init__(self, tokens: Mapping[str, int], unknown: str | None = None):
         self.ids = frozenset(tokens.values())
+        self.unknown_id = tokens.get(unknown) if unknown is not None else None
         # Any character that the vocabulary lacks becomes the unknown token, which steers nothing.
-        self.steering_ids = frozenset(token_id for token, token_id in tokens.items() if token != unknown)
+        self.steering_ids = self.ids - {self.unknown_id}
         # The longest first: of two tokens that begin at the same place, a tokenizer takes the longer.
         longest_first = sorted(filter(None, tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -134,13 +135,13 @@ def encode_marked(encode: Encode, control: ControlTokens, marked: str, *, contin
         if is_text:
             token_ids += _spell(encode, control, piece, is_first=not (token_ids or continues))
         elif token_ids or continues:
-            token_ids += encode_behind(encode, piece)
+            token_ids += encode_behind(encode, control, piece)
         else:
             token_ids += encode(piece, False)
     return token_ids
 
 
-def encode_behind(encode: Encode, text: str, *, is_text: bool = False) -> list[int]:
+def encode_behind(encode: Encode, control: ControlTokens, text: str, *, is_text: bool = False) -> list[int]:
     """Encode a text that continues another one.
 
     Sentencepiece-style tokenizers put a space before the first word of the text that they encode. A continuation
@@ -149,6 +150,9 @@ def encode_behind(encode: Encode, text: str, *, is_text: bool = False) -> list[i
     """
     for anchor in ANCHORS:
         prefix = encode(anchor, is_text)
+        # An unknown token may swallow the ones behind it.
+        if control.unknown_id in prefix:
+            continue
         anchored = encode(anchor + text, is_text)
         if anchored[: len(prefix)] == prefix:
             return anchored[len(prefix) :]
@@ -157,14 +161,14 @@ def encode_behind(encode: Encode, text: str, *, is_text: bool = False) -> list[i
 
 def _spell(encode: Encode, control: ControlTokens, token: str, *, is_first: bool) -> list[int]:
     """Encode the text of a control token in other tokens."""
-    token_ids = encode(token, True) if is_first else encode_behind(encode, token, is_text=True)
+    token_ids = encode(token, True) if is_first else encode_behind(encode, control, token, is_text=True)
     if control.ids.isdisjoint(token_ids):
         return token_ids
     # A vocabulary may list the control token among its words as well; its characters are other words.
     spelled: list[int] = []
     for number, character in enumerate(token):
         is_start = is_first and number == 0
-        spelled += encode(character, True) if is_start else encode_behind(encode, character, is_text=True)
+        spelled += encode(character, True) if is_start else encode_behind(encode, control, character, is_text=True)
     if control.steering_ids.isdisjoint(spelled):
         return spelled
     raise DataError(

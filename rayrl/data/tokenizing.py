@@ -201,7 +201,7 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int
     if has_control_tokens(marked):
         token_ids = encode_marked(encode, control, marked, continues=True)
     else:
-        token_ids = encode_behind(encode, text)
+        token_ids = encode_behind(encode, control, text)
     assert isinstance(tokenizer.eos_token_id, int)  # load_tokenizer refused it otherwise
     return [*token_ids, tokenizer.eos_token_id]
 
