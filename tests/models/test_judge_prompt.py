@@ -69,21 +69,8 @@ def test_texts_cannot_close_their_tags_or_end_the_message(attack):
     for prompt, response in ((attack, ""), ("", attack)):
         filled = fill(PLAIN, prompt, response)
         tags = ("<prompt", "</prompt", "<response", "</response", "< /", "</ ", "<conversation", "</conversation")
-        chats = (
-            "<|",
-            "<\uff5c",
-            "<s>",
-            "</s>",
-            "<bos>",
-            "<eos>",
-            "<<",
-            "<end",
-            "<start",
-            "[/inst]",
-            "[system",
-            "[tool",
-        )
-        for token in tags + chats:
+        control = ["<|", "<｜", "<s>", "</s>", "<bos>", "<eos>", "<<", "<end", "<start", "[/inst]", "[system", "[tool"]
+        for token in (*tags, *control):
             assert filled.lower().count(token) == clean.count(token)
 
 
@@ -184,7 +171,7 @@ def test_version_changes_with_wording_and_scale():
     assert len(versions) == 4
     assert load_rubric(RubricConfig()).version == BUILT_IN.version
     # A part of every key under which an answer was paid.
-    assert BUILT_IN.version == ""
+    assert BUILT_IN.version == "6ab30a40a7d4b120"
 
 
 @pytest.mark.parametrize("text", ["only {prompt}", "only {response}", "neither"])
