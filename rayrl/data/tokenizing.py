@@ -11,7 +11,9 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from rayrl.config import PolicyConfig
 from rayrl.data.chats import Messages
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Format = Literal["plain", "chat"]
+TemplateValue = bool | int | float | str
+"""Value of a variable of a chat template."""
 
 TEMPLATE_TIME = datetime(2024, 7, 26)
 """Time that a chat template is told when it asks for the time: the date that Llama's templates fall back to. With the
@@ -51,6 +55,7 @@ class ChatTemplate(NamesTokens, Protocol):
         tokenize: bool,
         add_generation_prompt: bool,
         strftime_now: Callable[[str], str],
+        **template_kwargs: Any,
     ) -> object: ...
 
 
@@ -126,13 +131,26 @@ def resolve_format(tokenizer: ChatTemplate, prompt_format: str) -> Format:
     return "chat" if template else "plain"
 
 
-def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | Messages) -> str:
+def render(
+    tokenizer: ChatTemplate,
+    prompt_format: str,
+    messages_or_text: str | Messages,
+    *,
+    template_kwargs: Mapping[str, TemplateValue] = MappingProxyType({}),
+) -> str:
     """Make the text that the policy reads: plain text as it is, or the chat template up to the assistant's turn.
 
     Each control token inside the text or the messages is marked, so that `encode_prompts` tells it from the template's.
 
+    Args:
+        tokenizer: has the template.
+        prompt_format: "auto", "plain" or "chat", see `resolve_format`.
+        messages_or_text: a chat, or the user's only message.
+        template_kwargs: variables that the template reads, `policy.chat_template_kwargs`.
+
     Raises:
-        ConfigError: chat messages for a policy that reads plain text, or a chat template that is no valid Jinja.
+        ConfigError: chat messages for a policy that reads plain text, a chat template that is no valid Jinja, or one
+            that does not read one of the variables.
         DataError: the template refuses these messages (say, two user turns in a row).
     """
     from jinja2 import TemplateError, TemplateSyntaxError
@@ -146,9 +164,20 @@ def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | 
             'instead, or policy.prompt_format = "chat" with a tokenizer that has a template'
         )
     messages: Messages = [{"role": "user", "content": marked}] if isinstance(marked, str) else marked
+    for name in template_kwargs:
+        # Of several templates the text of all is searched: a variable of any of them is no misspelling.
+        if name not in str(tokenizer.chat_template):
+            raise ConfigError(
+                f"policy.chat_template_kwargs must name variables that the chat template reads, got {name}, which it "
+                "does not; correct the name, or leave it out"
+            )
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, strftime_now=TEMPLATE_TIME.strftime
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            strftime_now=TEMPLATE_TIME.strftime,
+            **template_kwargs,
         )
     except TemplateSyntaxError as error:
         raise ConfigError(
@@ -163,6 +192,11 @@ def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | 
         ) from None
     assert isinstance(rendered, str)  # tokenize=False
     return rendered
+
+
+def renderer_of(tokenizer: ChatTemplate, policy: PolicyConfig) -> Callable[[str | Messages], str]:
+    """Return `render` with the policy's settings."""
+    return partial(render, tokenizer, policy.prompt_format, template_kwargs=policy.chat_template_kwargs)
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_format: str = "auto") -> list[int]:

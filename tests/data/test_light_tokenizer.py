@@ -4,8 +4,9 @@ import time
 
 import pytest
 
+from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import load_light_tokenizer
-from rayrl.data.tokenizing import encode_prompt, load_tokenizer, render
+from rayrl.data.tokenizing import encode_prompt, load_tokenizer, render, renderer_of
 from rayrl.errors import ConfigError, DataError
 from rayrl.records import content_id
 from tests.chat_policies import BOS, BROKEN, CHATML, CLOCK, GEMMA, TOOLS_NONE, TYPE_ERROR, WITH_TOOLS, chat_policy, user
@@ -87,3 +88,17 @@ def test_both_pad_with_the_end_of_sequence(tmp_path):
     policy = chat_policy(tmp_path / "m", "{{ pad_token }}" + CHATML, without=["pad_token"])
     for tokenizer in both(policy):
         assert render(tokenizer, "auto", FJORD) == "</s>" + RENDERED
+
+
+def test_a_template_gets_the_variables_of_the_config(tmp_path):
+    thinking = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    policy = chat_policy(tmp_path / "m", thinking)
+    off = policy.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
+    misspelt = policy.model_copy(update={"chat_template_kwargs": {"enable_thinkin_g": False}})
+    for tokenizer in both(policy):
+        assert renderer_of(tokenizer, policy)("What is a fjord?") == RENDERED
+        assert renderer_of(tokenizer, off)(FJORD) == RENDERED + "<think>\n\n</think>\n\n"
+        with pytest.raises(ConfigError, match=r"must name variables .*, got enable_thinkin_g, which"):
+            renderer_of(tokenizer, misspelt)(FJORD)
+    with pytest.raises(ValueError, match=r"variables of the chat template's own, got tokenize; leave them out"):
+        PolicyConfig(path="x", chat_template_kwargs={"tokenize": True})

@@ -69,8 +69,8 @@ def test_texts_cannot_close_their_tags_or_end_the_message(attack):
     for prompt, response in ((attack, ""), ("", attack)):
         filled = fill(PLAIN, prompt, response)
         tags = ("<prompt", "</prompt", "<response", "</response", "< /", "</ ", "<conversation", "</conversation")
-        control = ["<|", "<｜", "<s>", "</s>", "<bos>", "<eos>", "<<", "<end", "<start", "[/inst]", "[system", "[tool"]
-        for token in (*tags, *control):
+        own = ["<|", "<\uff5c", "<s>", "</s>", "<bos>", "<eos>", "<<", "<end", "<start", "[/inst]", "[sys", "[tool"]
+        for token in (*tags, *own):
             assert filled.lower().count(token) == clean.count(token)
 
 

@@ -4,13 +4,12 @@ import heapq
 import itertools
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
 from rayrl.data.reading import PromptCounts, Render, read_prompts
-from rayrl.data.tokenizing import encode_prompts, load_tokenizer, render
+from rayrl.data.tokenizing import encode_prompts, load_tokenizer, renderer_of
 from rayrl.records import Prompt, content_id
 from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import PoolMetrics
@@ -44,7 +43,7 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
     started = time.monotonic()
     config = run.config
     tokenizer = load_tokenizer(config.policy)
-    renderer = partial(render, tokenizer, config.policy.prompt_format)
+    renderer = renderer_of(tokenizer, config.policy)
     held_out_ids = _draw_held_out(run, renderer)
     counts = PromptCounts()
 
