@@ -258,7 +258,7 @@ def conversation_text(messages: Messages) -> str:
             function = cast("Message", call["function"])
             tool_names[call.get("id")] = function["name"]
             arguments = function["arguments"]
-            shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
             turns.append(_turn(f"{LABELS[role]} calls {function['name']}", call.get("id"), shown))
     return "\n\n".join(turns)
 

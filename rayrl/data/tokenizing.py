@@ -185,7 +185,7 @@ def render(
             f'{error}; correct the model folder\'s template, or set policy.prompt_format = "plain"'
         ) from None
     except (TemplateError, *TEMPLATE_ERRORS) as error:
-        shown = unmark(json.dumps(messages, ensure_ascii=False))[:200]
+        shown = unmark(json.dumps(messages, ensure_ascii=False, default=str))[:200]
         raise DataError(
             f"the policy's chat template refuses these messages: {error}; got {shown}. Change or remove the row: many "
             "templates take no system message, or no two turns of the same role one after the other"

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from rayrl.oracles.questions import address
 from rayrl.records import Judgement
 from tests.chat_policies import CHATML, GEMMA, WITH_TOOLS, assistant, chat_policy, system, user, write_rows
 
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 FJORD = user("What is a fjord?")
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"c": "Oslo"}'}}
 WEATHER = [
@@ -211,3 +213,21 @@ def test_a_reply_is_the_assistants_turn_at_the_end():
     assert split_reply([FJORD]) == ([FJORD], "")
     assert split_reply([FJORD, assistant("A"), user("B"), assistant("C")]) == ([FJORD, assistant("A"), user("B")], "C")
     assert split_reply([]) == ([], "")
+
+
+def test_every_turn_of_real_dialogues_reaches_the_judge():
+    path = SHARED / "hh_harmless_test_a.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("no hh_harmless_test_a.jsonl.gz beside this checkout")
+    num_pairs, num_with_history = 0, 0
+    config = PreferenceDataConfig(path=str(path), messages_column="chosen")
+    for prompt, _, _ in read_pairs(config, json.dumps, PairCounts()):
+        turns = json.loads(prompt.rendered)
+        num_pairs += 1
+        num_with_history += len(turns) > 1
+        joined = " ".join(prompt.text.split())
+        assert all(" ".join(turn["content"].split()) in joined for turn in turns)
+        labels = [line.partition(":")[0] for line in prompt.text.split("\n") if not line.startswith("  ") and line]
+        if len(turns) > 1:
+            assert labels == [turn["role"].title() for turn in turns]
+    assert num_pairs > 1000 and num_with_history > 0.7 * num_pairs
