@@ -75,9 +75,11 @@ class Prompt:
     id: str
     """`content_id` of the rendered text: equal prompts are one prompt."""
     text: str
-    """What the user wrote: the plain prompt, or the last user message of a chat. Judges and reports show this."""
+    """The whole conversation as plain text: the user's only message, or a transcript with its system prompt, earlier
+    turns and tool calls (`rayrl.data.chats.conversation_text`). Judges, evaluators and reports read this."""
     rendered: str
-    """What the policy reads: `text` itself, or the chat template applied to the messages."""
+    """What the policy reads: the plain text itself, or the chat template applied to the messages. Control tokens inside
+    the texts are marked (`rayrl.data.control_tokens`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ class Sampled:
 
     prompt_id: str
     prompt: str
-    """`Prompt.text`."""
+    """`Prompt.text`: the whole conversation. So it is in all records below."""
     prompt_token_ids: list[int]
     """Tokens of `Prompt.rendered`: what the policy was conditioned on."""
     responses: list[Response]

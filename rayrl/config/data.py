@@ -16,7 +16,8 @@ class DataConfig(Table):
     """Split of a data set; ignored for files."""
     prompt_column: str = "prompt"
     messages_column: str | None = None
-    """A column of chats in any shape that `rayrl.data.chats` reads; replaces `prompt_column`."""
+    """A column of chats in any shape that `rayrl.data.chats` reads; replaces `prompt_column`. Policy, oracle and
+    evaluator read the whole chat, without the assistant's turn at its end."""
     limit: int | None = Field(default=None, gt=0)
     """Use only the first `limit` rows."""
 
@@ -25,7 +26,7 @@ class SeedDataConfig(DataConfig):
     """Supervised seed data: prompts with responses."""
 
     response_column: str = "response"
-    """Ignored with `messages_column`: there the last assistant message is the response."""
+    """Ignored with `messages_column`: there the assistant's turn at the end is the response."""
     score_column: str | None = None
     """A column of numbers to filter rows by."""
     min_score: float | None = None

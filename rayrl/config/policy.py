@@ -2,11 +2,19 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayrl.config.table import Table
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+RENDERING_NAMES = frozenset(
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation"),
+        *("max_length", "add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+        *("return_tensors", "return_dict", "tokenizer_kwargs", "strftime_now"),
+    )
+)
+"""Arguments of the rendering of a chat that are not the user's to set."""
 
 
 class PolicyConfig(Table):
@@ -20,7 +28,17 @@ class PolicyConfig(Table):
     """"auto" is bfloat16 where the accelerator has it, else float32."""
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
     """"auto" is chat when the tokenizer has a chat template."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Variables that the chat template reads, such as `enable_thinking = false`."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Context in tokens; None is the model's own."""
     trust_remote_code: bool = False
     """Run model and tokenizer code that comes with the weights."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _names_are_free(cls, kwargs: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        taken = sorted(RENDERING_NAMES & kwargs.keys())
+        if taken:
+            raise ValueError(f"must name variables of the chat template's own, got {', '.join(taken)}; leave them out")
+        return kwargs

@@ -19,7 +19,8 @@ class PpoConfig(TrainingConfig):
     reward: Literal["reward_model", "evaluator", "function"] = "reward_model"
     """Source of a response's reward."""
     function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
-    """reward = "function": "module:function" of (prompt, response) -> float, importable from the working directory."""
+    """reward = "function": "module:function" of (prompt, response) -> float, importable from the working directory. The
+    prompt is the whole conversation as text."""
     rollout_size: int = Field(default=512, gt=0)
     """Prompts answered between two updates of the replicas' weights."""
     max_rollouts: int | None = Field(default=None, gt=0)

@@ -11,10 +11,12 @@ class RubricConfig(Table):
     """Questions to the oracle and the evaluator: a score on an additive scale, or a comparison of two responses."""
 
     template: str | None = None
-    """File with the judge prompt; `{prompt}` and `{response}` are filled in. None is the built-in additive rubric."""
+    """File with the judge prompt; `{prompt}` and `{response}` are filled in. `{prompt}`, which may be written as
+    `{conversation}`, is all that the policy read: system prompt, earlier turns, tool calls and results, last message.
+    None is the built-in additive rubric."""
     pairwise_template: str | None = None
-    """File with the prompt of a comparison; `{prompt}`, `{first}` and `{second}` are filled in. None is the built-in
-    comparison."""
+    """File with the prompt of a comparison; `{prompt}` (or `{conversation}`), `{first}` and `{second}` are filled in.
+    None is the built-in comparison."""
     pattern: str | None = None
     """Regular expression with one group, the score, for a template that asks for an answer in a form of its own. Unset,
     a last line `Score: n` is asked for."""

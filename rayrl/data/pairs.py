@@ -2,7 +2,7 @@
 
 The common published shapes are read as they are (see `chats`): replies as text, as one chat message, or as a chat
 whose last assistant message counts. If `messages_column` names one of the two replies' columns, both hold whole chats:
-the last message of each is the reply, and the messages before it the prompt.
+the assistant's turn at the end of each is the reply, and the messages before it the prompt.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rayrl.config import PreferenceDataConfig
-from rayrl.data.chats import read_chat, read_list, read_message, split_reply
+from rayrl.data.chats import content_of, read_chat, read_list, read_message, split_reply
 from rayrl.data.reading import Render, prompt_of, text_cell
 from rayrl.data.rows import SHOWN_CHARACTERS, SourceRow, rows_with
 from rayrl.errors import DataError
@@ -104,9 +104,9 @@ def read_pairs(
 
 def _prompt(row: SourceRow, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
     if config.messages_column is None:
-        return prompt_of(text_cell(row.get(config.prompt_column), config.prompt_column, where), render)
+        return prompt_of(text_cell(row.get(config.prompt_column), config.prompt_column, where), render, where)
     messages, _ = split_reply(read_chat(row.get(config.messages_column), where))
-    return prompt_of(messages, render)
+    return prompt_of(messages, render, where)
 
 
 def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: str) -> list[RankedReply]:
@@ -114,8 +114,8 @@ def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: s
     texts: list[tuple[str, float]] = []
     if config.replies_column is not None:
         for cell in read_list(row.get(config.replies_column), where):
-            message = read_message(cell, where)
-            texts.append((message["content"], _rank(cell, where)))
+            message = read_message(cell, where, default_role="assistant")
+            texts.append((content_of(message), _rank(cell, where)))
     else:
         for rank, column in enumerate((config.chosen_column, config.rejected_column)):
             texts.append((_reply(row.get(column), column, config, where), float(rank)))
@@ -128,20 +128,21 @@ def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: s
 
 
 def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) -> str:
-    """Read the text of a reply; of a chat, its last assistant message."""
-    is_whole_chat = _holds_whole_chats(config)
-    if isinstance(cell, str | None) and not is_whole_chat:
+    """Read the text of a reply; of a chat, its last assistant message, which need not name its role.
+
+    A whole chat must end with the reply, since the messages before it are taken for the prompt: "" if it does not.
+    """
+    if _holds_whole_chats(config):
+        return split_reply(read_chat(cell, where))[1]
+    if isinstance(cell, str | None):
         return cell or ""
-    chat = read_chat(cell, where)
+    chat = read_chat(cell, where, default_role="assistant")
     if not chat:
         return ""
-    # A whole chat must end with the reply: the messages before the last are taken for the prompt.
-    candidates = chat[-1:] if is_whole_chat else chat
-    texts = [message["content"] for message in candidates if message["role"] == "assistant"]
+    texts = [content_of(message) for message in chat if message["role"] == "assistant"]
     if not texts:
-        must = "end with" if is_whole_chat else "hold"
         shown = str(cell)[:SHOWN_CHARACTERS]
-        raise DataError(f"{where}: column {column} must {must} an assistant message, got {shown}")
+        raise DataError(f"{where}: column {column} must hold an assistant message, got {shown}")
     return texts[-1]
 
 
@@ -155,7 +156,7 @@ def _differ_before_the_reply(row: SourceRow, config: PreferenceDataConfig, where
         return False
     chosen = read_chat(row.get(config.chosen_column), where)
     rejected = read_chat(row.get(config.rejected_column), where)
-    return chosen[:-1] != rejected[:-1]
+    return split_reply(chosen)[0] != split_reply(rejected)[0]
 
 
 def _rank(cell: object, where: str) -> float:

@@ -5,11 +5,13 @@ callers pass `render`, which turns a text or a list of chat messages into the te
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rayrl.config import DataConfig, ReferenceAnswersConfig, SeedDataConfig
-from rayrl.data.chats import Messages, read_chat, split_reply
+from rayrl.data.chats import Messages, content_of, conversation_text, lone_text, read_chat, split_reply
+from rayrl.data.control_tokens import has_control_tokens
 from rayrl.data.rows import SourceRow, read_rows, require_columns, rows_with
 from rayrl.errors import DataError
 from rayrl.records import Prompt, content_id
@@ -28,6 +30,9 @@ __all__ = [
 
 Render = Callable[[str | Messages], str]
 
+UNREAD_COLUMNS = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
+"""Columns that published chats have beside their messages, and that no prompt is made of."""
+
 
 @dataclass
 class PromptCounts:
@@ -39,18 +44,23 @@ class PromptCounts:
     """Rows without a prompt (or, in seed data, without a response)."""
     num_duplicate: int = 0
     num_below_score: int = 0
+    num_with_control_tokens: int = 0
+    """Prompts whose texts hold control tokens of the policy's tokenizer; it reads those as ordinary text."""
+    unread_columns: Counter[str] = field(default_factory=Counter[str])
+    """Rows of chats by a column of `UNREAD_COLUMNS` that holds something."""
 
 
 def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None = None) -> Iterator[Prompt]:
     """Yield the prompts of a pool, without empty ones and without exact duplicates (same rendered text).
 
     Args:
-        config: source of the prompts. Of chat messages, a trailing assistant message is cut off.
+        config: source of the prompts. Of chat messages, the assistant's turn at the end is cut off.
         render: text or messages -> the text that the policy reads.
         counts: filled while iterating.
 
     Raises:
-        DataError: see `require_columns`; also a cell of the wrong type, with its row number.
+        DataError: see `require_columns`; also, with its row number, a cell of the wrong type, or a chat that the
+            policy's chat template refuses.
     """
     counts = counts if counts is not None else PromptCounts()
     # Ids, which are hashes of the rendered texts: the texts themselves would take as much memory as the file.
@@ -61,6 +71,7 @@ def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None
             continue
         seen.add(prompt.id)
         counts.num_kept += 1
+        counts.num_with_control_tokens += has_control_tokens(prompt.rendered)
         yield prompt
 
 
@@ -113,27 +124,36 @@ def _prompts_and_responses(
             continue
         source: str | Messages
         if config.messages_column is not None:
+            counts.unread_columns.update(column for column in UNREAD_COLUMNS if row.get(column))
             source, response = split_reply(read_chat(row.get(config.messages_column), where))
         else:
             source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
             response = text_cell(row.get(response_column), response_column, where) if response_column else ""
-        prompt = prompt_of(source, render)
+        prompt = prompt_of(source, render, where)
         if prompt is None:
             counts.num_empty += 1
             continue
         yield prompt, response
 
 
-def prompt_of(source: str | Messages, render: Render) -> Prompt | None:
-    """Make a prompt of a text, or of a chat without its reply; None if it asks nothing."""
+def prompt_of(source: str | Messages, render: Render, where: str) -> Prompt | None:
+    """Make a prompt of a text, or of a chat without its reply; None if it asks nothing.
+
+    Raises:
+        DataError: the policy cannot read it; the message names the row, `where`.
+    """
     if isinstance(source, str):
-        text = source
+        asked = source
     else:
-        user_texts = [message["content"] for message in source if message["role"] == "user"]
-        text = user_texts[-1] if user_texts else ""
-    if not text.strip():
+        user_texts = [content_of(message) for message in source if message["role"] == "user"]
+        asked = user_texts[-1] if user_texts else ""
+    if not asked.strip():
         return None
-    rendered = render(source)
+    try:
+        rendered = render(source)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    text = lone_text(source) if isinstance(source, str) else conversation_text(source)
     return Prompt(id=content_id(rendered), text=text, rendered=rendered)
 
 

@@ -2,14 +2,29 @@
 
 Prompt and response are tokenised apart: training must see exactly the prefix that generation was conditioned
 on, and tokenising the two together could merge the last token of one with the first of the other.
+
+Texts are data: a control token inside a message, a response or a judge prompt is encoded as ordinary text, and only the
+chat template and the end of a response write control tokens (see `rayrl.data.control_tokens`).
 """
 
 import json
 import os
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from rayrl.config import PolicyConfig
 from rayrl.data.chats import Messages
+from rayrl.data.control_tokens import (
+    NamesTokens,
+    control_tokens,
+    encode_behind,
+    encode_marked,
+    has_control_tokens,
+    unmark,
+)
 from rayrl.errors import ConfigError, DataError
 from rayrl.runs import storage
 
@@ -17,18 +32,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Format = Literal["plain", "chat"]
+TemplateValue = bool | int | float | str
+"""Value of a variable of a chat template."""
 
-ANCHORS = ("\n", "a", ":")
-"""Texts to encode a response behind; see `encode_response`."""
+TEMPLATE_TIME = datetime(2024, 7, 26)
+"""Time that a chat template is told when it asks for the time: the date that Llama's templates fall back to. With the
+real one, the same prompt would have another id every day."""
+# A template is a program of the model's makers: it raises what programs raise.
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-class ChatTemplate(Protocol):
+class ChatTemplate(NamesTokens, Protocol):
     """The part of a tokenizer that renders chats."""
 
     @property
     def chat_template(self) -> object: ...
 
-    def apply_chat_template(self, conversation: Messages, *, tokenize: bool, add_generation_prompt: bool) -> object: ...
+    def apply_chat_template(
+        self,
+        conversation: Messages,
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        strftime_now: Callable[[str], str],
+        **template_kwargs: Any,
+    ) -> object: ...
 
 
 def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
@@ -83,41 +111,92 @@ def resolve_format(tokenizer: ChatTemplate, prompt_format: str) -> Format:
     """Choose the format that `policy.prompt_format` means for this tokenizer; "auto" is chat if it has a template.
 
     Raises:
-        ConfigError: the format is "chat", and the tokenizer has no chat template.
+        ConfigError: the format is not "plain", and the tokenizer has several chat templates without a default; or it
+            is "chat", and the tokenizer has none.
     """
-    if prompt_format == "chat" and not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if prompt_format == "plain":
+        return "plain"
+    if isinstance(template, Mapping) and "default" not in template:
+        names = ", ".join(cast("Mapping[str, str]", template)) or "no name"
+        raise ConfigError(
+            f'policy.path: of several chat templates one must be named "default", got {names}; '
+            'name one so in the tokenizer_config.json, or set policy.prompt_format = "plain"'
+        )
+    if prompt_format == "chat" and not template:
         raise ConfigError(
             'policy.prompt_format must be "plain" or "auto" for a tokenizer without a chat template, '
             'got "chat"; or add a chat_template.jinja to the model folder'
         )
-    return "plain" if prompt_format == "plain" or not tokenizer.chat_template else "chat"
+    return "chat" if template else "plain"
 
 
-def render(tokenizer: ChatTemplate, prompt_format: str, messages_or_text: str | Messages) -> str:
+def render(
+    tokenizer: ChatTemplate,
+    prompt_format: str,
+    messages_or_text: str | Messages,
+    *,
+    template_kwargs: Mapping[str, TemplateValue] = MappingProxyType({}),
+) -> str:
     """Make the text that the policy reads: plain text as it is, or the chat template up to the assistant's turn.
 
+    Each control token inside the text or the messages is marked, so that `encode_prompts` tells it from the template's.
+
+    Args:
+        tokenizer: has the template.
+        prompt_format: "auto", "plain" or "chat", see `resolve_format`.
+        messages_or_text: a chat, or the user's only message.
+        template_kwargs: variables that the template reads, `policy.chat_template_kwargs`.
+
     Raises:
-        ConfigError: chat messages for a policy that reads plain text.
+        ConfigError: chat messages for a policy that reads plain text, a chat template that is no valid Jinja, or one
+            that does not read one of the variables.
         DataError: the template refuses these messages (say, two user turns in a row).
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
+    marked = control_tokens(tokenizer).mark_all(messages_or_text)
     if resolve_format(tokenizer, prompt_format) == "plain":
-        if isinstance(messages_or_text, str):
-            return messages_or_text
+        if isinstance(marked, str):
+            return marked
         raise ConfigError(
             "messages_column needs a chat template, and the policy reads plain text; set prompt_column "
             'instead, or policy.prompt_format = "chat" with a tokenizer that has a template'
         )
-    if isinstance(messages_or_text, str):
-        messages_or_text = [{"role": "user", "content": messages_or_text}]
+    messages: Messages = [{"role": "user", "content": marked}] if isinstance(marked, str) else marked
+    for name in template_kwargs:
+        # Of several templates the text of all is searched: a variable of any of them is no misspelling.
+        if name not in str(tokenizer.chat_template):
+            raise ConfigError(
+                f"policy.chat_template_kwargs must name variables that the chat template reads, got {name}, which it "
+                "does not; correct the name, or leave it out"
+            )
     try:
-        rendered = tokenizer.apply_chat_template(messages_or_text, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        shown = json.dumps(messages_or_text)[:200]
-        raise DataError(f"the policy's chat template refuses these messages: {error}; got {shown}") from None
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            strftime_now=TEMPLATE_TIME.strftime,
+            **template_kwargs,
+        )
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"policy.path: the tokenizer's chat template must be valid Jinja, and its line {error.lineno} is not: "
+            f'{error}; correct the model folder\'s template, or set policy.prompt_format = "plain"'
+        ) from None
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
+        shown = unmark(json.dumps(messages, ensure_ascii=False, default=str))[:200]
+        raise DataError(
+            f"the policy's chat template refuses these messages: {error}; got {shown}. Change or remove the row: many "
+            "templates take no system message, or no two turns of the same role one after the other"
+        ) from None
     assert isinstance(rendered, str)  # tokenize=False
     return rendered
+
+
+def renderer_of(tokenizer: ChatTemplate, policy: PolicyConfig) -> Callable[[str | Messages], str]:
+    """Return `render` with the policy's settings."""
+    return partial(render, tokenizer, policy.prompt_format, template_kwargs=policy.chat_template_kwargs)
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_format: str = "auto") -> list[int]:
@@ -131,10 +210,14 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", rendered: str, prompt_fo
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase", rendered: list[str], prompt_format: str = "auto"
 ) -> list[list[int]]:
-    """Encode at least one rendered prompt like `encode_prompt`; together they are much faster."""
-    prompts = cast("list[list[int]]", tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    """Encode at least one rendered prompt like `encode_prompt`; together they are much faster.
+
+    Marked control tokens are encoded as ordinary text, and in plain text those without a mark too.
+    """
+    is_chat = resolve_format(tokenizer, prompt_format) == "chat"
+    prompts = _encode_all(tokenizer, rendered if is_chat else control_tokens(tokenizer).mark_all(rendered))
     bos_id = cast("int | None", tokenizer.bos_token_id)
-    if resolve_format(tokenizer, prompt_format) == "chat" or bos_id is None:
+    if is_chat or bos_id is None:
         return prompts
     # Having a BOS does not mean adding it: this depends on the tokenizer's settings, and shows at any text.
     adds_bos = tokenizer.encode("a")[:1] == [bos_id]
@@ -142,18 +225,57 @@ def encode_prompts(
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Encode a response that continues a prompt: no BOS, EOS at the end.
+    """Encode a response that continues a prompt: no BOS, EOS at the end and nowhere else."""
+    control = control_tokens(tokenizer)
+    marked = control.mark(text)
 
-    Sentencepiece-style tokenizers put a space before the first word of the text that they encode. A continuation
-    has none: the text is encoded behind an anchor, whose tokens are cut off again. Where an anchor merges
-    with the text, the next one is tried.
-    """
-    token_ids = tokenizer.encode(text, add_special_tokens=False)  # if the text merges with every anchor
-    for anchor in ANCHORS:
-        prefix = tokenizer.encode(anchor, add_special_tokens=False)
-        anchored = tokenizer.encode(anchor + text, add_special_tokens=False)
-        if anchored[: len(prefix)] == prefix:
-            token_ids = anchored[len(prefix) :]
-            break
+    def encode(piece: str, is_text: bool) -> list[int]:
+        return _encode(tokenizer, piece, is_text=is_text)
+
+    if has_control_tokens(marked):
+        token_ids = encode_marked(encode, control, marked, continues=True)
+    else:
+        token_ids = encode_behind(encode, control, text)
     assert isinstance(tokenizer.eos_token_id, int)  # load_tokenizer refused it otherwise
     return [*token_ids, tokenizer.eos_token_id]
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Encode a text for a sentence-embedding model: with the special tokens that the tokenizer adds, and no others."""
+    return tokenizer.encode(as_ordinary_text(tokenizer, text), split_special_tokens=True)
+
+
+def as_ordinary_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """Return a text that holds no control token once it is encoded with `split_special_tokens`.
+
+    That option is enough for most tokenizers, and the text stays as it is. A vocabulary that lists a control token
+    among its words as well reads it all the same: there it gets a space behind its first character.
+    """
+    control = control_tokens(tokenizer)
+
+    def spell(token: str) -> str:
+        is_word = not control.ids.isdisjoint(_encode(tokenizer, token, is_text=True))
+        return f"{token[0]} {token[1:]}" if is_word else token
+
+    return control.replace(text, spell)
+
+
+def _encode_all(tokenizer: "PreTrainedTokenizerBase", marked: list[str]) -> list[list[int]]:
+    """Encode texts in which some control tokens are marked, the many without any in one call."""
+    encoded = cast(
+        "list[list[int]]", tokenizer([unmark(text) for text in marked], add_special_tokens=False)["input_ids"]
+    )
+
+    def encode(piece: str, is_text: bool) -> list[int]:
+        return _encode(tokenizer, piece, is_text=is_text)
+
+    for number, text in enumerate(marked):
+        if has_control_tokens(text):
+            encoded[number] = encode_marked(encode, control_tokens(tokenizer), text)
+    return encoded
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, is_text: bool) -> list[int]:
+    """Encode one text without BOS and EOS; its control tokens are ordinary text if `is_text`."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=is_text)
+    return cast("list[int]", encoded["input_ids"])

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int8
 
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.clustering import ENTAILMENT
+from rayrl.data.tokenizing import as_ordinary_text
 from rayrl.engines.serving import ReplicaStatus
 from rayrl.metrics import meters, prometheus
 from rayrl.models.mnli import label_order, load_entailment
@@ -136,8 +137,15 @@ class EntailmentModel:
         return labels, truncated
 
     def _encode(self, pairs: list[Pair], *, cut: bool = True) -> "BatchEncoding":
-        premises = [premise for premise, _ in pairs]
-        hypotheses = [hypothesis for _, hypothesis in pairs]
+        # A separator inside a text would make two texts of it.
+        premises = [as_ordinary_text(self._tokenizer, premise) for premise, _ in pairs]
+        hypotheses = [as_ordinary_text(self._tokenizer, hypothesis) for _, hypothesis in pairs]
         if cut:
-            return self._tokenizer(premises, hypotheses, truncation="longest_first", max_length=self._max_tokens)
-        return self._tokenizer(premises, hypotheses, truncation=False, verbose=False)
+            return self._tokenizer(
+                premises,
+                hypotheses,
+                split_special_tokens=True,
+                truncation="longest_first",
+                max_length=self._max_tokens,
+            )
+        return self._tokenizer(premises, hypotheses, split_special_tokens=True, truncation=False, verbose=False)

@@ -43,7 +43,7 @@ for this very request, with nothing superfluous. Neither the order of the respon
 )
 """The built-in comparison."""
 
-_SLOT = re.compile(r"\{(prompt|first|second)\}")
+_SLOT = re.compile(r"\{(prompt|conversation|first|second)\}")
 _PREFERENCES: dict[str, Preference] = {"first": "first", "second": "second", "tie": "tie"}
 # "Better: first" as it is asked for, or decorated; nothing else may stand on the line.
 _VERDICT_LINE = re.compile(
@@ -58,8 +58,17 @@ def pairwise_version(rubric: Rubric) -> str:
 
 
 def pairwise_prompt(rubric: Rubric, prompt: str, first: str, second: str, *, form: str = PAIRWISE_FORMAT) -> str:
-    """Write the message to a paid judge. Nothing inside the three texts is filled in, or closes their tags."""
-    texts = {"prompt": defuse(prompt), "first": defuse(first), "second": defuse(second)}
+    """Write the message to a paid judge. Nothing inside the three texts is filled in, or closes their tags.
+
+    Args:
+        rubric: may have a pairwise template of its own.
+        prompt: the whole conversation, `Prompt.text`.
+        first: one response.
+        second: the other one.
+        form: asks for the answer.
+    """
+    conversation = defuse(prompt)
+    texts = {"prompt": conversation, "conversation": conversation, "first": defuse(first), "second": defuse(second)}
     criteria = _question(rubric).removesuffix(PAIRWISE_FORMAT)
     return _SLOT.sub(lambda slot: texts[slot[1]], criteria) + form
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rayrl.config import RunConfig
 from rayrl.data import tokenizing
-from rayrl.data.chats import Messages
+from rayrl.data.chats import conversation_text
 from rayrl.data.reading import (
     PromptCounts,
     Render,
@@ -121,13 +121,9 @@ def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], 
 
 def renderer(config: RunConfig, model: ModelFacts) -> Render:
     """Make the function that renders a prompt for the policy; it approximates where the tokenizer is unknown."""
-
-    def render(source: str | Messages) -> str:
-        if model.tokenizer is not None:
-            return tokenizing.render(model.tokenizer, config.policy.prompt_format, source)
-        return source if isinstance(source, str) else "\n".join(m["content"] for m in source)
-
-    return render
+    if model.tokenizer is not None:
+        return tokenizing.renderer_of(model.tokenizer, config.policy)
+    return lambda source: source if isinstance(source, str) else conversation_text(source)
 
 
 def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | None:

@@ -52,6 +52,16 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
     counts = pool.counts
     if counts.num_duplicate or counts.num_empty:
         found.append(f"pool: dropped {counts.num_duplicate} duplicate and {counts.num_empty} empty prompts")
+    if counts.num_with_control_tokens:
+        found.append(
+            f"pool: {counts.num_with_control_tokens} prompts hold control tokens of the policy's tokenizer, which are "
+            "read as ordinary text; if they are to open and close turns, give chats in pool.messages_column instead"
+        )
+    found += [
+        f"pool: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
+        "oracle sees it"
+        for column, num_rows in counts.unread_columns.items()
+    ]
     if pool.num_cut:
         found.append(
             f"pool: {pool.num_cut} prompts (the longest has {pool.longest_tokens} tokens) leave less than "

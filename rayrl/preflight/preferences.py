@@ -7,6 +7,7 @@ from typing import TypeVar
 from rayrl.algorithms.budget import round_share
 from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.config import PreferencesConfig, RunConfig
+from rayrl.data.control_tokens import control_tokens
 from rayrl.data.pairs import PairCounts, read_pairs
 from rayrl.errors import ConfigError, DataError
 from rayrl.preflight.inputs import count_tokens, renderer
@@ -105,7 +106,9 @@ def _num_cut(config: RunConfig, model: ModelFacts, pairs: list[tuple[int, str, s
     if model.tokenizer is None or model.max_model_len is None:
         return 0
     prompts = count_tokens(config, model, [prompt for _, prompt, _ in pairs])
-    answers = model.tokenizer.count_tokens([answer for *_, answer in pairs], add_special_tokens=False)
+    # The control tokens of an answer are ordinary text.
+    marked = control_tokens(model.tokenizer).mark_all([answer for *_, answer in pairs])
+    answers = model.tokenizer.count_tokens(marked, add_special_tokens=False)
     num_cut = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         num_tokens = prompt + answer + 1  # the end of sequence

@@ -33,6 +33,8 @@ class PoolMetrics(StageMetrics):
     """Held-out prompts."""
     num_train_blocks: int
     num_held_out_blocks: int
+    num_with_control_tokens: int = 0
+    """Prompts whose texts hold control tokens of the policy's tokenizer, read as ordinary text; held-out ones too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,10 +123,15 @@ def test_whole_chats_that_part_earlier_make_no_pair(tmp_path):
     assert (counts.num_rows, counts.num_other_prompt, counts.num_unusable) == (3, 1, 1)
 
 
-def test_a_whole_chat_must_end_with_the_answer(tmp_path):
-    rows = [{"chosen": "\n\nHuman: u1", "rejected": "\n\nHuman: u1\n\nAssistant: a"}]
-    with pytest.raises(DataError, match="row 1: column chosen must end with an assistant message"):
-        read(tmp_path, rows, messages_column="chosen")
+def test_whole_chats_that_end_without_an_answer_are_counted(tmp_path):
+    rows = [
+        {"chosen": "\n\nHuman: u1", "rejected": "\n\nHuman: u1\n\nAssistant: a"},
+        {"chosen": "\n\nHuman: u1\n\nAssistant: a\n\nHuman: u2", "rejected": "\n\nHuman: u1\n\nAssistant: b"},
+        {"chosen": f"{HH} good", "rejected": f"{HH} bad"},
+    ]
+    pairs, counts = read(tmp_path, rows, messages_column="chosen")
+    assert len(pairs) == 1
+    assert (counts.num_rows, counts.num_unusable, counts.num_other_prompt) == (3, 1, 1)
 
 
 def test_ranked_replies_make_all_ordered_pairs(tmp_path):

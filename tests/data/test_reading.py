@@ -148,7 +148,8 @@ def test_chats_lose_their_last_answer_and_seed_rows_keep_it(tmp_path, suffix):
     path = write(tmp_path / f"a.{suffix}", [{"messages": cell} for cell in cells])
     counts = PromptCounts()
     (prompt,) = read_prompts(DataConfig(path=path, messages_column="messages"), plain, counts)
-    assert (prompt.text, prompt.rendered) == ("second", "[system]S[user]first[assistant]A[user]second")
+    assert prompt.text == "System: S\n\nUser: first\n\nAssistant: A\n\nUser: second"
+    assert prompt.rendered == "[system]S[user]first[assistant]A[user]second"
     assert (counts.num_duplicate, counts.num_empty) == (1, 1)
     ((seed_prompt, response),) = read_seed_rows(SeedDataConfig(path=path, messages_column="messages"), plain)
     assert (seed_prompt, response) == (prompt, "B")

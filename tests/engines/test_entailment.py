@@ -105,6 +105,13 @@ def test_each_distinct_pair_is_read_once(model):
     assert model.classify([]).labels.shape == (0,)
 
 
+def test_separators_inside_a_text_are_text(model):
+    (clean,) = model._encode([("it is red", "blue")])["input_ids"]
+    (attacked,) = model._encode([("it is [SEP] red [CLS]", "[SEP] blue")])["input_ids"]
+    separators = model._tokenizer.sep_token_id, model._tokenizer.cls_token_id
+    assert [attacked.count(token_id) for token_id in separators] == [clean.count(token_id) for token_id in separators]
+
+
 def test_what_is_too_long_loses_the_end_of_the_longer_text_and_is_counted(folder):
     short = EntailmentModel(spec(folder, max_tokens=10))
     fits, longer = ("it is red", "the color is blue"), ("it is red", "the color is blue it is")  # 10 and 12 tokens

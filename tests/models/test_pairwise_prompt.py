@@ -107,6 +107,13 @@ def test_a_users_template_is_fenced_and_told_the_answer_format(tmp_path):
     assert pairwise_prompt(fenced, "p", "a", "b").count('<response order="first">') == 1
 
 
+def test_the_conversation_has_a_slot_of_its_own(tmp_path):
+    asked = pairwise_prompt(own(tmp_path, "Happier? {conversation} {first} {second}"), "User: p", "a", "b")
+    assert asked.startswith("Happier? <conversation>\nUser: p\n</conversation> <response")
+    with pytest.raises(ConfigError, match=r"rubric.pairwise_template must name its slots in single braces"):
+        own(tmp_path, "{{prompt}} {{first}} {{second}}")
+
+
 def test_the_version_is_the_wording(tmp_path):
     text = "{prompt} {first} {second}"
     versions = [own(tmp_path, text), own(tmp_path, text, "moved.txt"), own(tmp_path, text + " !"), BUILT_IN]

@@ -5,7 +5,6 @@ both scored. Which of the two it was is a part of the result.
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 from ray.actor import ActorHandle
@@ -15,7 +14,7 @@ from rayrl.algorithms.comparisons import TURNED, Order
 from rayrl.algorithms.estimate import Estimate
 from rayrl.data.blocks import BlockTable
 from rayrl.data.reading import read_reference_answers
-from rayrl.data.tokenizing import load_tokenizer, render
+from rayrl.data.tokenizing import load_tokenizer, renderer_of
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.models.pairwise_prompt import pairwise_version
 from rayrl.oracles.protocol import PREFERENCE_SHARES
@@ -73,7 +72,7 @@ def read_references(run: Run) -> dict[str, str]:
     table = run.config.evaluate.reference_answers
     assert table is not None, "without a table there is nothing to compete with"
     tokenizer = load_tokenizer(run.config.policy)
-    rows = read_reference_answers(table, partial(render, tokenizer, run.config.policy.prompt_format))
+    rows = read_reference_answers(table, renderer_of(tokenizer, run.config.policy))
     return {prompt.id: answer for prompt, answer in rows}
 
 

@@ -7,12 +7,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 
 from rayrl.config import PreferenceDataConfig
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.data.pairs import PairCounts, read_pairs
-from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render
+from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, renderer_of
 from rayrl.errors import DataError
 from rayrl.records import PreferencePair
 from rayrl.runs.run import Manifest, Run
@@ -76,7 +75,7 @@ def _tokenised_pairs(
     """Yield pairs with their answers cut to the context, without those that the policy then cannot tell apart."""
     policy = run.config.policy
     tokenizer, limit = load_tokenizer(policy), context_length(policy)
-    renderer = partial(render, tokenizer, policy.prompt_format)
+    renderer = renderer_of(tokenizer, policy)
     for prompt, chosen, rejected in read_pairs(data, renderer, rows):
         prompt_ids = encode_prompt(tokenizer, prompt.rendered, policy.prompt_format)
         room = limit - len(prompt_ids)

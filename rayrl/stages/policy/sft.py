@@ -3,13 +3,12 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
 from rayrl.data.reading import PromptCounts, read_seed_rows
-from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render
+from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, renderer_of
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint, content_id
@@ -143,7 +142,7 @@ def _examples(run: Run, counts: PromptCounts) -> Iterator[Example]:
     assert config.seed_data is not None
     tokenizer = load_tokenizer(config.policy)
     limit = context_length(config.policy)
-    renderer = partial(render, tokenizer, config.policy.prompt_format)
+    renderer = renderer_of(tokenizer, config.policy)
     for prompt, response in read_seed_rows(config.seed_data, renderer, counts):
         # At least one token of the response is learnt from, however long the prompt is.
         prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)[: limit - 1]

@@ -19,7 +19,14 @@ import numpy as np
 
 from rayrl.algorithms.scoring import expected_score, mean_of_samples
 from rayrl.config import EvaluatorConfig, PolicyConfig
-from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, render, resolve_format
+from rayrl.data.tokenizing import (
+    context_length,
+    encode_prompt,
+    encode_response,
+    load_tokenizer,
+    renderer_of,
+    resolve_format,
+)
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.errors import DataError
 from rayrl.fleets.fleet import Fleet
@@ -397,7 +404,7 @@ def judge_prompt_tokens(
         return encode_prompt(tokenizer, text, "plain")
     # The cue is the beginning of the answer, which the chat template must not close.
     question, _, cue = text.rpartition("\n")
-    rendered = render(tokenizer, "chat", question)
+    rendered = renderer_of(tokenizer, policy)(question)
     return encode_prompt(tokenizer, rendered + cue, "chat")
 
 

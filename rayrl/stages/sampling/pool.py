@@ -4,13 +4,12 @@ import heapq
 import itertools
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
 from rayrl.data.reading import PromptCounts, Render, read_prompts
-from rayrl.data.tokenizing import encode_prompts, load_tokenizer, render
+from rayrl.data.tokenizing import encode_prompts, load_tokenizer, renderer_of
 from rayrl.records import Prompt, content_id
 from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import PoolMetrics
@@ -44,7 +43,7 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
     started = time.monotonic()
     config = run.config
     tokenizer = load_tokenizer(config.policy)
-    renderer = partial(render, tokenizer, config.policy.prompt_format)
+    renderer = renderer_of(tokenizer, config.policy)
     held_out_ids = _draw_held_out(run, renderer)
     counts = PromptCounts()
 
@@ -69,6 +68,8 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
     num_train_blocks, num_prompts = write("train", training)
     held_out = (p for p in read_prompts(config.pool, renderer) if p.id in held_out_ids)
     num_held_out_blocks, num_eval = write("held_out", held_out)
+    num_marked = counts.num_with_control_tokens
+    with_control_tokens = f"; {num_marked} prompts hold control tokens, read as ordinary text" if num_marked else ""
     return run.finish(
         POOL,
         key,
@@ -82,9 +83,10 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
             num_eval=num_eval,
             num_train_blocks=num_train_blocks,
             num_held_out_blocks=num_held_out_blocks,
+            num_with_control_tokens=counts.num_with_control_tokens,
         ),
         summary=f"{num_prompts} prompts and {num_eval} held out; "
-        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped",
+        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped{with_control_tokens}",
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_seed_rows
-from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, render
+from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, renderer_of
 from rayrl.records import Response, ResponseKey, Sampled, arrow_schema, to_table
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import CandidatesMetrics, SeedResponsesMetrics
@@ -95,7 +95,7 @@ def seed_responses(run: Run) -> list[Sampled]:
     config = run.config
     assert config.seed_data is not None, "the config is refused without seed data"
     tokenizer = load_tokenizer(config.policy)
-    renderer = partial(render, tokenizer, config.policy.prompt_format)
+    renderer = renderer_of(tokenizer, config.policy)
     grouped: dict[str, Sampled] = {}
     for prompt, text in read_seed_rows(config.seed_data, renderer):
         if prompt.id not in grouped:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rayrl.config import PolicyConfig
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.tokenizing import context_length, encode_prompt, load_tokenizer
+from rayrl.data.tokenizing import context_length, encode_prompt, encode_text, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
@@ -143,9 +143,9 @@ def _input(embedding: Embedding, tokenizer: Any, sampled: Sampled, index: int | 
         judged = fill(embedding.rubric, sampled.prompt, response.text)
         if embedding.uses_policy:
             return encode_prompt(tokenizer, judged, "plain")
-        return tokenizer.encode(judged)
+        return encode_text(tokenizer, judged)
     with_response = embedding.text == "prompt_response"
     if embedding.uses_policy:
         # The very tokens that the policy read and wrote, not those of the text tokenised again.
         return sampled.prompt_token_ids + (response.token_ids if with_response else [])
-    return tokenizer.encode(sampled.prompt + (f"\n{response.text}" if with_response else ""))
+    return encode_text(tokenizer, sampled.prompt + (f"\n{response.text}" if with_response else ""))

@@ -20,7 +20,7 @@ from jaxtyping import Int64
 
 from rayrl.algorithms.clustering import CLUSTERINGS, distinct
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.tokenizing import encode_prompt
+from rayrl.data.tokenizing import encode_prompt, encode_text
 from rayrl.engines.entailment import Entailments, Pair
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
@@ -197,7 +197,7 @@ class EmbeddingClusterer:
                 if self.embedding.uses_policy:
                     tokens.append(encode_prompt(tokenizer, text, "plain"))
                 else:
-                    tokens.append(tokenizer.encode(text))
+                    tokens.append(encode_text(tokenizer, text))
         vectors = self.embedding.vectors(tokens)  # (texts of all prompts, width)
         ends = np.cumsum([len(own_texts) for own_texts in texts])
         find = CLUSTERINGS[self.clustering].find
