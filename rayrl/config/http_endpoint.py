@@ -152,9 +152,11 @@ def _leaves(value: JsonValue | Mapping[str, JsonValue], path: str = "") -> Itera
 
 def _require_plain_url(url: str) -> None:
     try:
+        if any(character.isspace() or not character.isprintable() for character in url):
+            raise ValueError("an address has no spaces and line breaks")
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
-    except ValueError:  # for instance an IPv6 address without its closing bracket, or a port that is no number
+    except ValueError:  # also an IPv6 address without its closing bracket, or a port that is no number
         parts, usable = SplitResult("", "", "", "", ""), False
     if parts.username is not None or parts.password is not None:
         raise ValueError("base_url must hold no user name or password (configs are saved); use api_key_env")

@@ -55,6 +55,10 @@ class Endpoint:
         # A pool without a bound: the caller bounds the calls at once.
         pool = httpx.Limits(max_connections=None, max_keepalive_connections=config.max_concurrency)
         try:
+            httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{self.where} is no usable address ({error}); correct it") from None
+        try:
             # A transport of one's own is what keeps the client from reading proxies out of the environment.
             transport = httpx.AsyncHTTPTransport(proxy=self._proxy, limits=pool)
         except (ImportError, ValueError, httpx.InvalidURL) as error:

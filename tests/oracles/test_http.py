@@ -220,7 +220,9 @@ def test_unreachable_judge_names_the_address():
             build_oracle(config, RUBRIC).check()
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://[::1", ""])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://[::1", "", " http://host/v1", "http://h:99999/v1"]
+)
 def test_unusable_address_is_refused(url):
     with pytest.raises(ValidationError, match="base_url must be an http or https address"):
         HttpOracleConfig(base_url=url, model="m")
@@ -473,3 +475,18 @@ def test_a_pattern_and_json_do_not_go_together(server):
 def test_the_name_holds_what_changes_answers_and_nothing_else(server, settings, name):
     oracle = oracle_for(server, **settings)
     assert oracle.name == oracle.comparer == name
+
+
+def test_places_limits_and_keys_may_change_and_what_changes_answers_may_not():
+    config = HttpOracleConfig(
+        base_url="http://h/v1",
+        model="judge-1",
+        extra_body={"top_p": 0.5},
+        extra_headers={"x-key": "env:A"},
+        failover=[{"base_url": "http://spare/v1", "api_key_env": "B", "tokens_per_minute": 5}],
+    )
+    science = {"type", "model", "temperature", "answer", "num_samples", "extra_body"}
+    assert set(config.science()) == science and science.isdisjoint(config.operation())
+    assert HttpOracleConfig.model_validate_json(config.model_dump_json()) == config
+    assert config.secret_sources() == {"oracle.extra_headers.x-key": "env:A", "oracle.failover[0].api_key_env": "B"}
+    assert list(config.endpoints()) == ["oracle.", "oracle.failover[0]."]
