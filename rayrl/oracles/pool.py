@@ -243,8 +243,8 @@ class OraclePool:
                     return Outcome(answer=reserved)
                 answer, verdict = await self._pay(reserved)
                 if verdict.failure is None or not verdict.is_refunded:
-                    if verdict.failure is not None:  # it answered, and broke what was agreed: kept, and the last
-                        self._breaker.stop(verdict.failure)
+                    if verdict.failure is not None:
+                        await self._stop(reserved, verdict)
                     unreadable = None if verdict.is_readable else reserved.attempt
                     return Outcome(answer=answer, unreadable_attempt=unreadable)
                 is_probe = await self._breaker.failed(verdict.failure, is_probe=is_probe)
@@ -253,6 +253,14 @@ class OraclePool:
         finally:
             if is_probe:
                 self._breaker.probed()
+
+    async def _stop(self, reserved: Reserved[Question], verdict: Verdict) -> None:
+        """Ask nothing more after a call that was paid for, and was the judge's last."""
+        assert verdict.failure is not None
+        self._breaker.stop(verdict.failure)
+        if verdict.score is None:  # it has no answer: asked again once the judge is mended
+            self._ledger.lose(reserved.attempt)
+            await self._ledger.sync()
 
     async def _pay(self, reserved: Reserved[Question]) -> tuple[Question, Verdict]:
         """Call the oracle and commit what it says."""
