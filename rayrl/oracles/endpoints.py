@@ -6,6 +6,8 @@ sent) is not: it counts as paid.
 """
 
 import asyncio
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +27,9 @@ from rayrl.oracles.retries import MAX_WAIT_S, backoff_s
 
 _CHECK_TIMEOUT_S = 20.0
 _CONNECT_TIMEOUT_S = 10.0
+_CALLS_PER_CLIENT = 8
+"""Calls at once of one HTTP client. The time in which httpx finds a free connection grows with their number: with 64 it
+is longer than all else that a call takes here. So the calls take turns at several clients."""
 _NEVER_SENT = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
@@ -52,18 +57,24 @@ class Endpoint:
         # OpenAI's own newer models know only the new name, most compatible servers only the old one.
         self._limit_field: LimitField = "max_completion_tokens" if endpoint.is_openai else "max_tokens"
         timeout = httpx.Timeout(config.timeout_s, connect=min(_CONNECT_TIMEOUT_S, config.timeout_s / 2))
-        # A pool without a bound: the caller bounds the calls at once.
+        # Pools without a bound: the caller bounds the calls at once.
         pool = httpx.Limits(max_connections=None, max_keepalive_connections=config.max_concurrency)
         try:
             httpx.URL(self.url)
         except httpx.InvalidURL as error:
             raise ConfigError(f"{self.where} is no usable address ({error}); correct it") from None
         try:
-            # A transport of one's own is what keeps the client from reading proxies out of the environment.
-            transport = httpx.AsyncHTTPTransport(proxy=self._proxy, limits=pool)
+            encryption = httpx.create_ssl_context()
+            # Transports of one's own are what keeps the clients from reading proxies out of the environment.
+            transports = [
+                httpx.AsyncHTTPTransport(proxy=self._proxy, limits=pool, verify=encryption)
+                for _ in range(math.ceil(config.max_concurrency / _CALLS_PER_CLIENT))
+            ]
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ConfigError(self._unusable_proxy(error)) from None
-        self._client = httpx.AsyncClient(transport=transport, timeout=timeout, headers=self._headers)
+        self._clients = itertools.cycle(
+            [httpx.AsyncClient(transport=each, timeout=timeout, headers=self._headers) for each in transports]
+        )
 
     @property
     def where(self) -> str:
@@ -124,7 +135,7 @@ class Endpoint:
         try:
             # The client's own timeout is per read: an answer that comes in drips would pass it.
             async with asyncio.timeout(timeout_s):
-                answer = await self._client.post(
+                answer = await next(self._clients).post(
                     f"{self.url.rstrip('/')}/chat/completions",
                     params=self._query,
                     json=self._payload(question, form, limit_field),
