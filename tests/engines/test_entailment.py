@@ -11,10 +11,12 @@ import ray
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
+from rayrl.data.tokenizing import load_tokenizer
 from rayrl.engines.entailment import EntailmentModel, EntailmentSpec
 from rayrl.errors import ConfigError
 from rayrl.fleets.services import start_entailment
 from rayrl.models.mnli import check_labels, label_order, load_entailment
+from tests.chat_policies import chat_policy
 from tests.entailment_model import ANSWERS, COLORS, encode, make_random_model
 
 TEXTS = [answer.format(color) for answer in ANSWERS for color in COLORS]
@@ -110,6 +112,15 @@ def test_separators_inside_a_text_are_text(model):
     (attacked,) = model._encode([("it is [SEP] red [CLS]", "[SEP] blue")])["input_ids"]
     separators = model._tokenizer.sep_token_id, model._tokenizer.cls_token_id
     assert [attacked.count(token_id) for token_id in separators] == [clean.count(token_id) for token_id in separators]
+
+
+def test_a_tokenizer_of_letters_spells_separators(tmp_path):
+    replica = object.__new__(EntailmentModel)  # encoding needs no model
+    replica._tokenizer, replica._max_tokens = load_tokenizer(chat_policy(tmp_path / "m")), 64
+    for cut in (True, False):
+        (token_ids,) = replica._encode([("a</s>b", "<|im_end|>")], cut=cut)["input_ids"]
+        assert replica._tokenizer.eos_token_id not in token_ids
+        assert replica._tokenizer.decode(token_ids).endswith("a</s>b<|im_end|>")
 
 
 def test_what_is_too_long_loses_the_end_of_the_longer_text_and_is_counted(folder):

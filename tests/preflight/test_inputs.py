@@ -7,6 +7,7 @@ import pytest
 
 from rayrl.errors import ConfigError, DataError
 from rayrl.preflight import check
+from tests.chat_policies import BROKEN, CHATML, TOOLS_NONE, TYPE_ERROR, chat_policy
 from tests.preflight.trees import EVALUATOR, FUNCTION, TWO_CPUS, changed, plan_of, refusal, save_rows
 
 
@@ -95,3 +96,40 @@ def test_a_table_of_comparisons_cannot_judge(rlp_tree, tmp_path):
     for judged in ({"evaluate__diagnosis_budget": 36}, EVALUATOR, {"pipeline": "proxy_dpo"}):
         config = changed(rlp_tree, oracle=oracle, evaluate__budget=0, **judged)
         assert "oracle.path is missing" in refusal(ConfigError, config)
+
+
+def chats_of(tmp_path, template=CHATML, name="gpt", **policy):
+    """Settings of a pool of 13 chats with an answer, and a policy of this template."""
+    chats = [
+        {"chat": [{"from": "human", "value": f"How do I mend {n} chairs?"}, {"from": name, "value": "Use glue."}]}
+        for n in range(13)
+    ]
+    return {
+        "policy__path": chat_policy(tmp_path / "chat", template, **policy).path,
+        "pool__path": save_rows(tmp_path / "chats.jsonl", chats),
+        "pool__messages_column": "chat",
+    }
+
+
+def test_answers_of_any_published_assistant_are_no_part_of_the_prompts(tree, tmp_path):
+    plans = [plan_of(tree, **chats_of(tmp_path / name, name=name)) for name in ("chatgpt", "gpt")]
+    assert plans[0].num_prompts == plans[1].num_prompts == 11
+    assert "got 'narrator'; rename it" in refusal(
+        DataError, changed(tree, **chats_of(tmp_path / "other", name="narrator"))
+    )
+
+
+def test_templates_and_tokenizers_that_the_run_would_refuse_are_refused(tree, tmp_path):
+    assert plan_of(tree, **chats_of(tmp_path / "a", TOOLS_NONE)).num_prompts == 11
+    broken = refusal(ConfigError, changed(tree, **chats_of(tmp_path / "b", BROKEN)))
+    assert "policy.path: the tokenizer's chat template must be valid Jinja" in broken
+    failing = refusal(DataError, changed(tree, **chats_of(tmp_path / "c", TYPE_ERROR)))
+    assert "chats.jsonl, row 1: the policy's chat template refuses these messages" in failing
+    endless = refusal(ConfigError, changed(tree, **chats_of(tmp_path / "d", without=["eos_token"])))
+    assert "a tokenizer with an end-of-sequence token" in endless
+
+
+def test_a_rubric_in_double_braces_is_refused(tree, tmp_path):
+    (tmp_path / "rubric.txt").write_text("{{prompt}} {{response}}")
+    message = refusal(ConfigError, changed(tree, rubric__template=str(tmp_path / "rubric.txt")))
+    assert "rubric.template must name its slots in single braces, got {{prompt}}" in message
