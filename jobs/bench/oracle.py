@@ -63,7 +63,8 @@ def call(url: str, path: str, body: object | None = None) -> Any:
 
 
 def config_of(url: str, **settings: Any) -> HttpOracleConfig:
-    return HttpOracleConfig(**({"base_url": f"{url}/v1", "model": "judge", "api_key_env": "none"} | settings))
+    judge = {"base_url": f"{url}/v1", "model": "judge", "api_key_env": "none"}
+    return HttpOracleConfig.model_validate(judge | settings)
 
 
 def questions(num: int, what: str) -> list[Judgement]:
@@ -204,7 +205,7 @@ def kills() -> None:
             states = dict(db.execute("SELECT state, count(*) FROM attempts GROUP BY state"))
             num_keys = db.execute("SELECT count(DISTINCT key) FROM attempts WHERE state = 'scored'").fetchone()[0]
     print(
-        "\n| kills | questions | answered | kept twice | lost, counted | of these in flight at most | asked of the judge |\n"
+        "\n| kills | questions | answered | kept twice | lost, counted | in flight at most | asked of the judge |\n"
         "|---|---|---|---|---|---|---|"
     )
     num_scored, num_lost = states.get("scored", 0), states.get("lost", 0)

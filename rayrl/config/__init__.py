@@ -16,6 +16,7 @@ from rayrl.config.oracle import (
     HttpOracleConfig,
     OracleBase,
     OracleConfig,
+    PanelOracleConfig,
     ReplayOracleConfig,
     ScriptedOracleConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "OcrmConfig",
     "OracleBase",
     "OracleConfig",
+    "PanelOracleConfig",
     "PolicyConfig",
     "PpoConfig",
     "PreferenceDataConfig",

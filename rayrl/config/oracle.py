@@ -6,7 +6,7 @@ implementation in `rayrl.oracles`. A new type derives from `OracleBase`, names i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -348,4 +348,98 @@ class ReplayOracleConfig(OracleBase):
         return tables
 
 
-OracleConfig = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]
+Judge = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]
+"""An oracle that answers by itself."""
+
+
+class PanelOracleConfig(OracleBase):
+    """Several judges who are all asked about each item; what they say is combined, and how far they differ is kept.
+
+    A question to the panel is one query, which pays every judge. The limits of each judge hold for itself;
+    max_concurrency, max_unreadable and the ledger are the panel's.
+    """
+
+    implementation: ClassVar[str] = "rayrl.oracles.panel:PanelOracle"
+
+    type: Literal["panel"] = "panel"
+    judges: list[Judge] = Field(min_length=2)
+    combine: Literal["mean", "majority"] = "mean"
+    """Score of an item: the mean, or the score that more than half of the judges give (without one, the median).
+    Comparisons are decided by the majority in either case, and are a tie without one."""
+    budget_usd: Operation[float | None] = Field(default=None, gt=0)
+    """Hard limit over labels and evaluation; needs the prices of all judges."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "PanelOracleConfig":
+        for place, judge in enumerate(self.judges):
+            prices = judge.prices()
+            if prices is not None and prices.budget_usd is not None:
+                raise ValueError(
+                    f"judges[{place}].budget_usd must be left out, got {prices.budget_usd:g}: a question pays all "
+                    "judges; set oracle.budget_usd, for all of them together"
+                )
+            if self.budget_usd is not None and prices is None:
+                raise ValueError(
+                    f"budget_usd needs the prices of every judge, and judges[{place}] ({judge.label()}) has none; set "
+                    "its usd_per_1m_input and usd_per_1m_output, or leave out budget_usd"
+                )
+        return self
+
+    def label(self) -> str:
+        return f"{self.combine} of {', '.join(judge.label() for judge in self.judges)}"
+
+    def shown(self) -> dict[str, str | None]:
+        judges = {f"judge {place + 1}": judge.label() for place, judge in enumerate(self.judges)}
+        return {**judges, "judges combined by": self.combine}
+
+    def missing_to_judge(self) -> str:
+        return self._first_missing([judge.missing_to_judge() for judge in self.judges])
+
+    def missing_to_compare(self, rubric: RubricConfig) -> str:
+        return self._first_missing([judge.missing_to_compare(rubric) for judge in self.judges])
+
+    def _first_missing(self, missing: list[str]) -> str:
+        """Name the judge who lacks something. All of them are asked, so all must be able to answer."""
+        named = [f"oracle.judges[{place}]: {what}" for place, what in enumerate(missing) if what]
+        return named[0] if named else ""
+
+    def functions(self) -> dict[str, str]:
+        return self._of_judges([judge.functions() for judge in self.judges])
+
+    def secret_sources(self) -> dict[str, str]:
+        return self._of_judges([judge.secret_sources() for judge in self.judges])
+
+    def _of_judges(self, settings: list[dict[str, str]]) -> dict[str, str]:
+        """Name the settings of judges by their place: oracle.function is oracle.judges[0].function."""
+        return {
+            f"oracle.judges[{place}].{name.removeprefix('oracle.')}": value
+            for place, named in enumerate(settings)
+            for name, value in named.items()
+        }
+
+    def tables(self) -> list[OracleTable]:
+        return [
+            replace(table, setting=f"oracle.judges[{place}].{table.setting.removeprefix('oracle.')}")
+            for place, judge in enumerate(self.judges)
+            for table in judge.tables()
+        ]
+
+    def prices(self) -> Prices | None:
+        """Prices of one judge that would cost as much as all of them; None if one has none."""
+        each = [judge.prices() for judge in self.judges]
+        known = [prices for prices in each if prices is not None]
+        if len(known) < len(each):
+            return None
+        longest = max(prices.max_tokens for prices in known)
+        answers = sum(p.num_samples * p.usd_per_1m_output * p.max_tokens for p in known)
+        return Prices(
+            usd_per_1m_input=sum(prices.num_samples * prices.usd_per_1m_input for prices in known),
+            usd_per_1m_output=answers / longest,
+            max_tokens=longest,
+            budget_usd=self.budget_usd,
+        )
+
+
+OracleConfig = Annotated[
+    HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig | PanelOracleConfig, Field(discriminator="type")
+]

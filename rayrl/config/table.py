@@ -7,7 +7,7 @@ places, workers) is how it is carried out, and may change between two starts. A 
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -36,6 +36,8 @@ class Table(BaseModel):
                 del tree[name]
             elif isinstance(value, Table):
                 tree[name] = value.science()
+            elif tables := _tables_in(value):
+                tree[name] = [table.science() for table in tables]
         return tree
 
     def science_json(self, exclude: frozenset[str] = frozenset()) -> str:
@@ -52,6 +54,8 @@ class Table(BaseModel):
                 settings[prefix + name] = tree[name]
             elif isinstance(value, Table):
                 settings |= value.operation(f"{prefix}{name}.")
+            for place, table in enumerate(_tables_in(value)):
+                settings |= {} if is_operation(field) else table.operation(f"{prefix}{name}[{place}].")
         return settings
 
     def growing(self, prefix: str = "") -> dict[str, float]:
@@ -64,6 +68,11 @@ class Table(BaseModel):
             elif isinstance(value, Table):
                 numbers |= value.growing(f"{prefix}{name}.")
         return numbers
+
+
+def _tables_in(value: object) -> list[Table]:
+    """Return a list's tables; none of any other value."""
+    return [each for each in cast(list[object], value) if isinstance(each, Table)] if isinstance(value, list) else []
 
 
 def is_operation(field: FieldInfo) -> bool:

@@ -1,4 +1,4 @@
-"""Several samples of one judge's answer, made one: the mean of scores, the majority of preferences."""
+"""Several answers to one question, of one judge or of several, made one: mean of scores, majority of preferences."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,10 +25,16 @@ def has_too_few(verdicts: Sequence[Verdict], num_samples: int) -> bool:
     return 2 * sum(verdict.score is None for verdict in verdicts) > num_samples
 
 
-def combined(verdicts: Sequence[Verdict], num_samples: int, combine: Combine) -> Verdict:
-    """Make one verdict of the samples that were asked, the last of which may be a judge's failure.
+def combined(verdicts: Sequence[Verdict], num_samples: int, combine: Combine, *, of: str = "samples") -> Verdict:
+    """Make one verdict of those that were asked for, one of which may be a judge's failure.
 
-    It costs what the samples cost together. It abstains if fewer than half of all samples have a score.
+    It costs what they cost together. It abstains if fewer than half of all have a score.
+
+    Args:
+        verdicts: of the samples of one judge, or of several judges.
+        num_samples: how many there would be if none had failed.
+        combine: the scores.
+        of: what each is, for the reason of an abstention.
     """
     if num_samples == 1:
         return verdicts[0]
@@ -46,7 +52,7 @@ def combined(verdicts: Sequence[Verdict], num_samples: int, combine: Combine) ->
     scored = [(verdict.score, verdict.rationale) for verdict in verdicts if verdict.score is not None]
     if 2 * len(scored) < num_samples:
         reasons = [verdict.rationale for verdict in verdicts if verdict.score is None]
-        rationale = f"{len(scored)} of {len(verdicts)} samples have a score, of {num_samples}; {reasons[-1]}"
+        rationale = f"{len(scored)} of {len(verdicts)} {of} have a score, of {num_samples}; {reasons[-1]}"
         return replace(total, rationale=rationale)
     scores = [score for score, _ in scored]
     score = combine(scores)
