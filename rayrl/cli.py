@@ -6,7 +6,7 @@ A user's mistake ends in one message on stderr and exit code 2. Heavy imports wa
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,6 +64,7 @@ def status(
     live: Annotated[bool, typer.Option("--live", help="Ask the cluster for the run's replicas, too.")] = False,
 ) -> None:
     """Show how far a run is and how fast it goes, what it has paid and what it has gained."""
+    from rayrl.report.paid import answers
     from rayrl.report.summary import summarize_run
 
     facts = summarize_run(run_dir)
@@ -79,7 +80,7 @@ def status(
         if stage.progress is not None:
             console.print(Text(f"{stage.stage}: {going(stage.progress, time.time())}"), soft_wrap=True)
     console.print(Text(_headline(facts)), soft_wrap=True)
-    for line in _answers(facts):
+    for line in answers(facts.paid):
         console.print(Text(line), soft_wrap=True)
     if spent := _usd(facts):
         console.print(Text(spent), soft_wrap=True)
@@ -134,7 +135,8 @@ def runs(
 def ledger(
     run_dir: RunDir,
     export: Annotated[
-        str | None, typer.Option("--export", help="Write every question and answer to a .parquet, .csv or .jsonl file.")
+        str | None,
+        typer.Option("--export", help="Write all questions and answers to a .parquet, .csv, .jsonl or .sqlite file."),
     ] = None,
 ) -> None:
     """Show what a run has asked and paid, by stage and judge; also while it goes on."""
@@ -143,6 +145,9 @@ def ledger(
     from rayrl.runs.run import ledger_url, read_config
 
     url, config, console = storage.absolute(run_dir), read_config(run_dir), Console()
+    if export is not None:
+        num_rows = ledger_counts.export(url, config, storage.absolute(export))
+        console.print(Text(f"{num_rows} attempts written to {export}"), soft_wrap=True)
     table = Table(
         *("stage", "judge", "spent", "answered", "abstained", "lost", "refunded", "in flight", "taken over", "paid"),
         box=None,
@@ -153,13 +158,10 @@ def ledger(
     for (stage, judge), found in spending.items():
         counts = (found.spent, found.scored, found.abstained, found.lost, found.refunded, found.in_flight)
         table.add_row(Text(stage or "-"), Text(judge), *map(str, (*counts, found.taken_over)), found.price())
-    console.print(table if spending else Text(f"nothing was asked: {ledger_url(url, config)}"))
+    console.print(table if spending else Text(f"nothing was asked: {ledger_url(url, config)}"), soft_wrap=not spending)
     for (stage, _), found in spending.items():
         for reason, num in found.abstentions.items():
             console.print(Text(f"{stage or '-'}: {num} abstained: {reason}"), soft_wrap=True)
-    if export is not None:
-        num_rows = ledger_counts.export(url, config, storage.absolute(export))
-        console.print(Text(f"{num_rows} attempts written to {export}"), soft_wrap=True)
 
 
 @app.command()
@@ -288,20 +290,6 @@ def _headline(facts: "RunFacts") -> str:
     if facts.gain_over_ppo is not None:
         headline += f", over plain PPO {plus_minus(facts.gain_over_ppo, signed=True)}"
     return headline
-
-
-def _answers(facts: "RunFacts") -> Iterator[str]:
-    """Say how the oracle answered what it was asked, and why it abstained; nothing where nothing was asked."""
-    for what, paid in (("label", facts.paid.label), ("evaluation", facts.paid.evaluate)):
-        if not paid.spent:
-            continue
-        reasons = "; ".join(f"{num} {reason}" for reason, num in paid.abstentions.items())
-        yield (
-            f"{what} queries: {paid.spent} asked, {paid.scored} answered, {paid.abstained} abstained"
-            + (f" ({reasons})" if reasons else "")
-            + (f", {paid.lost} lost" if paid.lost else "")
-            + (f", {paid.taken_over} more answered from the ledger" if paid.taken_over else "")
-        )
 
 
 def _usd(facts: "RunFacts") -> str:

@@ -1,21 +1,28 @@
 """The command line: what it prints, and how it refuses."""
 
+import contextlib
+import csv
 import json
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from rayrl.cli import fleet_table, main
 from rayrl.errors import ResourceError
 from rayrl.fleets.sizes import parse_sizes
+from rayrl.oracles.ledger import Ledger
+from rayrl.oracles.protocol import Verdict
 from rayrl.runs.stage_table import DPO, EVALUATE, QUERY, SFT
 from tests.report.made_up_runs import (
     PROXY_DPO,
     edit_config,
     estimate,
+    judgement,
     merged,
     proxy_dpo_metrics,
     query_metrics,
@@ -206,3 +213,60 @@ def test_status_without_a_cluster_says_so_and_goes_on(run_dir, capsys, monkeypat
     printed = output(capsys, "status", str(run_dir), "--live")
     assert "replicas: RAY_ADDRESS must name a running cluster" in printed
     assert "! The gain" in printed
+
+
+@pytest.fixture
+def paid_run_dir(run_dir):
+    """The run with a ledger: an answer, two abstentions, a refusal that cost nothing, and a call under way."""
+    verdicts = [
+        Verdict(score=3.0, rationale="good", cost_usd=0.01, input_tokens=7, output_tokens=2),
+        Verdict(score=None, rationale="unclear", cost_usd=0.02),
+        Verdict(score=None, rationale="unclear", cost_usd=0.02),
+        Verdict(score=None, rationale="refused", billed=False),
+    ]
+    ledger = Ledger(str(run_dir / "ledger.sqlite"), {"label": 8})
+    for index, verdict in enumerate(verdicts):
+        ledger.commit(ledger.reserve(judgement(f"y{index}"), 0.02, stage="query"), verdict)
+    ledger.reserve(judgement("open"), 0.02, stage="query")
+    ledger.flush()
+    yield run_dir
+    ledger.close()
+
+
+def test_the_ledger_says_what_was_asked_by_whom_and_why_not(paid_run_dir, capsys):
+    shown = output(capsys, "ledger", str(paid_run_dir))  # while its owner has it open
+    row = next(line for line in shown.splitlines() if line.startswith("query "))
+    assert row.split()[2:] == ["3", "1", "2", "0", "1", "1", "0", "0.07", "USD"]
+    assert "query: 2 abstained: unclear" in shown
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "sqlite"])
+def test_the_ledger_is_exported(paid_run_dir, tmp_path, capsys, suffix):
+    target = tmp_path / f"answers.{suffix}"
+    assert "5 attempts written" in output(capsys, "ledger", str(paid_run_dir), "--export", str(target))
+    match suffix:
+        case "parquet":
+            rows = pq.read_table(target).to_pylist()
+        case "csv":
+            rows = list(csv.DictReader(target.read_text().splitlines()))
+        case "jsonl":
+            rows = [json.loads(line) for line in target.read_text().splitlines()]
+        case _:
+            with contextlib.closing(sqlite3.connect(target)) as db:
+                db.row_factory = sqlite3.Row
+                rows = [dict(row) for row in db.execute("SELECT * FROM attempts")]
+    assert [row["state"] for row in rows] == ["scored", "abstained", "abstained", "refunded", "reserved"]
+    assert (float(rows[0]["score"]), rows[0]["stage"], rows[0]["rationale"]) == (3.0, "query", "good")
+
+
+def test_what_cannot_be_exported_is_said(run_dir, tmp_path, capsys):
+    assert "must end in .parquet, .csv, .jsonl or .sqlite, got" in refusal(
+        capsys, "ledger", str(run_dir), "--export", str(tmp_path / "a.txt")
+    )
+    assert "must be the ledger of a run" in refusal(capsys, "ledger", str(run_dir), "--export", str(tmp_path / "a.csv"))
+    assert "nothing was asked" in output(capsys, "ledger", str(run_dir))
+
+
+def test_status_says_how_the_oracle_answered(paid_run_dir, capsys):
+    shown = output(capsys, "status", str(paid_run_dir))
+    assert "label queries: 3 asked, 1 answered, 2 abstained (2 unclear)" in shown

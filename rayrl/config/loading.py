@@ -56,7 +56,7 @@ def _explain(error: ValidationError) -> list[str]:
     lines: list[str] = []
     for mistake in error.errors():
         location = [str(part) for part in mistake["loc"]]
-        field = ".".join(location) or "config"
+        field = _dotted(location)
         match mistake["type"]:
             case "extra_forbidden":
                 near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
@@ -71,6 +71,20 @@ def _explain(error: ValidationError) -> list[str]:
                 rule = mistake["msg"][0].lower() + mistake["msg"][1:]
                 lines.append(f"  {field}: {rule}, got {mistake['input']!r}")
     return lines
+
+
+def _dotted(location: list[str]) -> str:
+    """Write a place as the user wrote it: without the types that pydantic puts behind a table, oracle.http.model."""
+    models: list[type[BaseModel]] = [RunConfig]
+    field = ""
+    for part in location:
+        if part.isdigit():
+            field += f"[{part}]"
+        elif not any("type" in model.model_fields and model.model_fields["type"].default == part for model in models):
+            field += f".{part}" if field else part
+        nested = [n for m in models if part in m.model_fields for n in _models_in(m.model_fields[part].annotation)]
+        models = nested or models
+    return field or "config"
 
 
 def _known_keys(location: list[str]) -> list[str]:

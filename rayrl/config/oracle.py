@@ -88,6 +88,10 @@ class OracleBase(Table):
         """Say which setting is missing to compare two responses, and the remedy; "" if none is."""
         return ""
 
+    def conflict_with(self, rubric: RubricConfig) -> str:
+        """Say which setting of its own contradicts one of the rubric's, and the remedy; "" if none does."""
+        return ""
+
     def can_compare(self, rubric: RubricConfig) -> bool:
         """Return whether it compares two responses; if not, comparisons abstain."""
         return not self.missing_to_compare(rubric)
@@ -202,6 +206,14 @@ class HttpOracleConfig(HttpEndpoint, OracleBase):
             'rubric.pairwise_template is missing: preferences.source = "oracle" compares two responses, and the '
             f"built-in comparison asks for something else than rubric.template {rubric.template}, by which the "
             "policies are evaluated; write the same criteria to a file with {prompt}, {first} and {second}"
+        )
+
+    def conflict_with(self, rubric: RubricConfig) -> str:
+        if self.answer == "text" or rubric.pattern is None:
+            return ""
+        return (
+            'rubric.pattern reads answers in a form of the template\'s own, and oracle.answer = "json" asks for '
+            "another; leave one of them out"
         )
 
     def endpoints(self) -> "dict[str, HttpOracleConfig | FailoverEndpoint]":
@@ -397,6 +409,9 @@ class PanelOracleConfig(OracleBase):
 
     def missing_to_compare(self, rubric: RubricConfig) -> str:
         return self._first_missing([judge.missing_to_compare(rubric) for judge in self.judges])
+
+    def conflict_with(self, rubric: RubricConfig) -> str:
+        return self._first_missing([judge.conflict_with(rubric) for judge in self.judges])
 
     def _first_missing(self, missing: list[str]) -> str:
         """Name the judge who lacks something. All of them are asked, so all must be able to answer."""

@@ -76,6 +76,7 @@ class RunConfig(Table):
     @model_validator(mode="after")
     def _rules_between_tables(self) -> "RunConfig":
         _check_budget(self)
+        _check_answers(self)
         _check_seed_data(self)
         _check_pairs(self)
         if self.rounds > 1:
@@ -171,6 +172,12 @@ def _check_budget(config: RunConfig) -> None:
             f'select.budget must be at least generate.k ({config.generate.k}) when select.unit is "prompt", got '
             f"{budget}: all responses of a prompt are asked about together; raise it, or lower generate.k"
         )
+
+
+def _check_answers(config: RunConfig) -> None:
+    """Refuse an oracle that answers otherwise than the rubric is read."""
+    if conflict := config.oracle.conflict_with(config.rubric):
+        raise ValueError(conflict)
 
 
 def _check_seed_data(config: RunConfig) -> None:

@@ -58,11 +58,6 @@ class HttpOracle:
     """Asks a chat model to judge and to compare. A run has one object, which remembers endpoints that failed."""
 
     def __init__(self, config: HttpOracleConfig, rubric: Rubric) -> None:
-        if config.answer == "json" and rubric.pattern is not None:
-            raise ConfigError(
-                'rubric.pattern reads answers in a form of the template\'s own, and oracle.answer = "json" asks for '
-                "another: leave one of them out"
-            )
         self._config = config
         self._rubric = rubric
         self._prices = config.prices()

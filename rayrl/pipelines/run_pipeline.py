@@ -19,6 +19,7 @@ from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.pool import end_oracle_pool, start_oracle_pool
 from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
+from rayrl.report.paid import answers
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run, ledger_url, open_run
 from rayrl.runs.stage_metrics import EvaluateMetrics
@@ -71,7 +72,9 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         ends.enter_context(tracked(run))
         pipeline(run, services, oracle)
         services.release()
-    write_report(run.url)
+    facts = write_report(run.url)
+    for line in answers(facts.paid):
+        logger.info(line)
     return storage.join(run.url, "report.html")
 
 

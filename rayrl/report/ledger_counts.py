@@ -50,7 +50,7 @@ def export(url: str, config: RunConfig, target: str) -> int:
     Args:
         url: the run's folder.
         config: of the run.
-        target: a path or URL that ends in .parquet, .csv or .jsonl.
+        target: a path or URL that ends in .parquet, .csv or .jsonl; or in .sqlite, for a ledger of its own.
 
     Returns:
         How many attempts there are.
@@ -60,14 +60,15 @@ def export(url: str, config: RunConfig, target: str) -> int:
         DataError: there is no ledger that can be read.
     """
     suffix = target.rpartition(".")[2]
-    if suffix not in ("parquet", "csv", "jsonl"):
-        raise ConfigError(f"--export must end in .parquet, .csv or .jsonl, got {target}")
+    if suffix not in ("parquet", "csv", "jsonl", "sqlite"):
+        raise ConfigError(f"--export must end in .parquet, .csv, .jsonl or .sqlite, got {target}")
     with reading(url, config) as ledger:
         if ledger is None:
             place = ledger_url(url, config)
             raise DataError(f"{place} must be the ledger of a run, and none can be read there; name another run")
         rows = [dict(row) for row in ledger.execute(ledger_schema.ALL)]
-    storage.write_bytes(target, _encoded(rows, suffix))
+        content = ledger.serialize() if suffix == "sqlite" else _encoded(rows, suffix)
+    storage.write_bytes(target, content)
     return len(rows)
 
 

@@ -261,3 +261,30 @@ def test_an_evaluator_names_the_engines_that_serve_it(small, kind, fleet):
     config = load_config(small, ['pipeline="rlp"', "ppo.reward=evaluator", f"evaluator.type={kind}"])
     assert config.evaluator.served_by == fleet
     assert config.rewards_by_embedders == (fleet == "embedders")
+
+
+def test_a_mistake_in_an_oracle_is_named_as_it_was_written(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text(
+        'name = "t"\nrun_dir = "r"\npolicy = {path = "m"}\npool = {path = "p"}\nsft = {enabled = false}\n'
+        'select = {budget = 4}\n[oracle]\ntype = "panel"\n'
+        '[[oracle.judges]]\ntype = "http"\nbase_url = "http://a/v1"\nmodell = "a"\n'
+        '[[oracle.judges]]\ntype = "scripted"\nfunction = "a:b"\ntimeout_s = -1\n'
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    message = str(refused.value)
+    assert "oracle.judges[0].modell: unknown key; did you mean model?" in message
+    assert "oracle.judges[0].model: required" in message
+    assert "oracle.judges[1].timeout_s: input should be greater than 0, got -1" in message
+
+
+def test_two_forms_of_answers_are_refused_before_the_run(tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text(
+        'name = "t"\nrun_dir = "r"\npolicy = {path = "m"}\npool = {path = "p"}\nsft = {enabled = false}\n'
+        'select = {budget = 4}\nrubric = {template = "t.txt", pattern = "([0-9])"}\n'
+        '[oracle]\ntype = "http"\nbase_url = "http://a/v1"\nmodel = "a"\nanswer = "json"\n'
+    )
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        load_config(path)

@@ -75,6 +75,35 @@ def test_a_judge_that_dies_and_comes_back_ends_in_the_answers_of_one_that_never_
     assert server.num_asked == num_asked + 60 - num_well  # what was answered is not asked again
 
 
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply(status=400, text="Stream must be set to true"), "stream"),
+        (Reply(body='{"choices": [{"message": {"content": null, "reasoning_content": "..."}}]}'), "thoughts"),
+        (Reply(text="Good.\nRating: [[4]]"), "Rating: [[4]]"),
+        (Reply(status=404, text="Not Found"), "/v1"),
+        (Reply(status=500, text="overloaded"), "overloaded"),
+        (Reply(drop=True), "connection lost"),
+    ],
+)
+def test_a_judge_that_never_answers_costs_a_few_calls_and_says_why(server, location, reply, reason):
+    server.plan = lambda index, question: reply
+    with opened(http(server, max_concurrency=4, max_retries=0), location) as pool:
+        message = stops(pool, items(*range(60)))
+        assert pool.summary()["label"].scored == 0
+    assert server.num_asked <= 4 + 8
+    assert reason in message
+
+
+def test_a_server_that_ignores_max_tokens_stops_the_asking_and_says_by_how_much(server, location):
+    server.plan = lambda index, question: Reply(usage=(300, 9000))
+    prices = {"usd_per_1m_input": 2.0, "usd_per_1m_output": 8.0, "budget_usd": 0.1}
+    with opened(http(server, max_concurrency=2, **prices), location) as pool:
+        message = stops(pool, items(*range(60)))
+        assert counts(pool.summary())["scored"] == server.num_asked <= 2
+    assert "9000" in message.replace(",", "") and "512" in message and "oracle.max_tokens" in message
+
+
 def test_one_bad_answer_in_between_stops_nothing(server, location):
     server.plan = lambda index, question: Reply(text="no number") if index % 4 == 0 else Reply()
     with opened(http(server, max_concurrency=1, max_unreadable=2), location) as pool:

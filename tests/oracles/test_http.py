@@ -5,7 +5,6 @@ import json
 import logging
 import socket
 import time
-from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -450,13 +449,6 @@ def test_an_answer_in_json(server):
 def test_a_server_without_json_schemas_names_the_remedy(server):
     server.plan = plan(Reply(status=400, text="response_format json_schema is not supported"))
     assert 'oracle.answer = "text"' in ask(oracle_for(server, answer="json")).failure
-
-
-def test_a_pattern_and_json_do_not_go_together(server):
-    rubric = replace(RUBRIC, pattern="([0-9])")
-    config = HttpOracleConfig(base_url=server.url, model="m", answer="json")
-    with pytest.raises(ConfigError, match=r"rubric\.pattern"):
-        HttpOracle(config, rubric)
 
 
 @pytest.mark.parametrize(

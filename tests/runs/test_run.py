@@ -89,6 +89,40 @@ def test_another_config_is_refused_by_name(run_dir):
     assert "oracle.ledger" in message and "delete" not in message  # a run's folder holds what was paid for
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"oracle": {"type": "scripted", "function": "a:b", "timeout_s": 300.0, "requests_per_minute": 60}},
+        {"generators": {"num_replicas": 4}, "name": "other"},
+        {"dpo": {"num_workers": 2, "zero_stage": 3}},
+        {"select": {"budget": 16}, "evaluate": {"budget": 256}},
+    ],
+)
+def test_the_operation_of_a_run_may_change_and_its_budgets_may_grow(run_dir, change):
+    first = open_run(config_of(run_dir))
+    again = open_run(config_of(run_dir, **change))
+    assert again.id == first.id
+    assert storage.read_json(storage.join(again.url, "config.json")) == again.config.model_dump(mode="json")
+
+
+def test_a_budget_does_not_shrink(run_dir):
+    open_run(config_of(run_dir))
+    with pytest.raises(RunDirectoryError, match=r"select.budget \(8 there, 4 now\)"):
+        open_run(config_of(run_dir, select={"budget": 4}))
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    open_run(config_of(tmp_path / "run"))
+    (tmp_path / "run" / "timings.json").write_text("[{")
+    assert open_run(config_of(tmp_path / "run")).timings == []
+    (tmp_path / "run" / "identity.json").write_text("{")
+    with pytest.raises(DataError, match=r"identity.json must hold the id .* column run"):
+        open_run(config_of(tmp_path / "run"))
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config.json must be the resolved config"):
+        open_run(config_of(tmp_path / "run"))
+
+
 def test_where_a_run_lives_is_no_difference(tmp_path):
     open_run(config_of(tmp_path / "a"))
     os.rename(tmp_path / "a", tmp_path / "b")

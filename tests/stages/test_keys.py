@@ -125,3 +125,42 @@ def test_synthetic_pairs_depend_on_what_makes_them(tmp_path):
     assert changed("self_judged", evaluator__num_samples=7)
     assert changed("self_judged", evaluator__max_rationale_tokens=7)
     assert not changed("reward_pairs", evaluator__num_samples=7)
+
+
+OPERATION = {
+    "oracle__timeout_s": 7.0,
+    "oracle__max_retries": 9,
+    "oracle__requests_per_minute": 60,
+    "oracle__max_concurrency": 3,
+    "oracle__max_unreadable": 2,
+    "oracle__ledger": "elsewhere.sqlite",
+    "generators__num_replicas": 3,
+    "select__num_shards": 4,
+    "ppo__num_workers": 2,
+    "reward_model__micro_batch_tokens": 64,
+    "refresh__spg__num_replicas": 2,
+    "name": "other",
+}
+"""Settings of how a run is carried out, with other values than in `key_of`."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_operation_of_a_run_is_in_no_key(tmp_path, stage):
+    key = key_of(tmp_path, stage)
+    assert {setting: key_of(tmp_path, stage, **{setting: value}) for setting, value in OPERATION.items()} == (
+        dict.fromkeys(OPERATION, key)
+    )
+
+
+@pytest.mark.parametrize("stage", ["query", "evaluate", "preferences"])
+def test_the_judge_is_in_the_key(tmp_path, stage):
+    http = {"type": "http", "base_url": "http://a/v1", "model": "a"}
+    key = key_of(tmp_path, stage, oracle=http)
+    others = [{"model": "b"}, {"temperature": 0.5}, {"extra_body": {"top_k": 1}}, {"answer": "json"}]
+    keys = [key_of(tmp_path, stage, oracle=http | other) for other in others]
+    assert len({key, *keys}) == 1 + len(others)
+    same = [{"base_url": "http://b/v1"}, {"api_key_env": "none"}, {"max_tokens": 9}, {"usd_per_1m_input": 1.0}]
+    prices = {"usd_per_1m_output": 1.0}
+    assert {
+        key_of(tmp_path, stage, oracle=http | other | (prices if "usd" in str(other) else {})) for other in same
+    } == {key}
