@@ -1,6 +1,7 @@
 """A judge on the loopback for benchmarks: an OpenAI-compatible server that answers after a fixed time, or fails.
 
     python jobs/bench/judge.py --latency-s 0.05
+    python jobs/bench/judge.py --in-front-of http://127.0.0.1:8000    # a proxy that misbehaves, before a real judge
 
 It prints its address, and serves until its standard input is closed. Answers are a function of the question. It keeps
 when each question came and how often; `GET /seen` returns that. `POST /plan` with {"die_after": n, "way": WAY} makes it
@@ -11,11 +12,12 @@ import argparse
 import asyncio
 import hashlib
 import json
+import random
 import sys
 import time
 from collections import Counter
 
-from aiohttp import web
+from aiohttp import ClientSession, web
 
 WAYS: dict[str, tuple[int, str, str]] = {
     "401": (401, "application/json", '{"error": {"message": "Incorrect API key provided"}}'),
@@ -28,6 +30,43 @@ WAYS: dict[str, tuple[int, str, str]] = {
     "unreadable": (200, "application/json", json.dumps({"choices": [{"message": {"content": "I cannot say."}}]})),
 }
 """Status, content type and body of a judge that fails."""
+
+
+class Proxy:
+    """Passes questions on to a judge, and misbehaves as gateways do: drawn by the number of the question."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.num_seen = 0
+        self.happened: Counter[str] = Counter()
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        self.num_seen += 1
+        what = random.Random(self.num_seen).choices(("passed on", "502", "429", "slow", "bare"), (60, 10, 10, 10, 10))[
+            0
+        ]
+        self.happened[what] += 1
+        if what == "502":
+            return web.Response(status=502, content_type="text/html", text="<html>Bad gateway</html>")
+        if what == "429":
+            return web.Response(
+                status=429, headers={"retry-after-ms": "50"}, text='{"error": {"message": "slow down"}}'
+            )
+        if what == "slow":
+            await asyncio.sleep(2.0)
+        async with (
+            ClientSession() as session,
+            session.post(f"{self.url}/v1/chat/completions", json=await request.json()) as answer,
+        ):
+            body, status = await answer.json(), answer.status
+        if what == "bare" and status == 200:  # no usage, and the text in parts
+            body.pop("usage", None)
+            for choice in body["choices"]:
+                choice["message"]["content"] = [{"type": "text", "text": choice["message"]["content"]}]
+        return web.json_response(body, status=status)
+
+    async def seen(self, request: web.Request) -> web.Response:
+        return web.json_response({"num_asked": self.num_seen, "happened": self.happened})
 
 
 class Judge:
@@ -73,14 +112,28 @@ class Judge:
         return web.json_response({"data": [{"id": "judge"}]})
 
 
-async def serve(latency_s: float) -> None:
-    """Serve until standard input is closed."""
+def judge_app(latency_s: float) -> web.Application:
+    """Make the judge's routes."""
     judge = Judge(latency_s)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", judge.complete)
     app.router.add_get("/v1/models", judge.models)
     app.router.add_post("/plan", judge.plan)
     app.router.add_get("/seen", judge.seen)
+    return app
+
+
+def proxy_app(url: str) -> web.Application:
+    """Make the proxy's routes. It has no list of models, as many gateways have none."""
+    proxy = Proxy(url)
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", proxy.complete)
+    app.router.add_get("/seen", proxy.seen)
+    return app
+
+
+async def serve(app: web.Application) -> None:
+    """Serve until standard input is closed."""
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
@@ -94,4 +147,6 @@ async def serve(latency_s: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency-s", type=float, default=0.05)
-    asyncio.run(serve(parser.parse_args().latency_s))
+    parser.add_argument("--in-front-of", metavar="URL")
+    options = parser.parse_args()
+    asyncio.run(serve(proxy_app(options.in_front_of) if options.in_front_of else judge_app(options.latency_s)))

@@ -7,6 +7,7 @@ throughput: questions per second of a judge that takes 50 ms, as a share of call
 rate: requests per minute under oracle.requests_per_minute, as a share of it, and the most in any minute.
 ledger: seconds of a judgement's two writes and of the opening, in a ledger of 10,000 judgements.
 deaths: a judge that dies after some answers in each of eight ways, and is well again behind another key and limit.
+real: vLLM's own OpenAI server with the quickstart's model, directly and behind a proxy that misbehaves.
 kills: the pool's process is killed at random moments while it asks 1,000 questions, until they are answered.
 """
 
@@ -18,6 +19,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -45,9 +47,10 @@ NUM_DEATHS = 60
 
 
 @contextlib.contextmanager
-def judge(latency_s: float = LATENCY_S) -> Iterator[str]:
-    """Start a judge in a process of its own; its address."""
+def judge(latency_s: float = LATENCY_S, in_front_of: str | None = None) -> Iterator[str]:
+    """Start a judge, or a proxy before another one, in a process of its own; its address."""
     command = [sys.executable, str(Path(__file__).with_name("judge.py")), "--latency-s", str(latency_s)]
+    command += ["--in-front-of", in_front_of] if in_front_of else []
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     yield process.stdout.readline().strip()
@@ -216,7 +219,74 @@ def kills() -> None:
     )
 
 
-TABLES = {"throughput": throughput, "rate": rate, "ledger": ledger, "deaths": deaths, "kills": kills}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@contextlib.contextmanager
+def vllm_server() -> Iterator[str]:
+    """Start vLLM's OpenAI server with the quickstart's model on a free port; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "jobs/quickstart/model"]
+    command += ["--served-model-name", "judge", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--chat-template", CHAT_TEMPLATE]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+            while not _answers(f"{url}/health"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"vLLM's server did not start within 300 s:\n{log.read()[-3000:].decode()}")
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def real() -> None:
+    num = 100
+    asked = questions(num, "hares")
+    print(
+        "\n| judge | answer | asked | answered | abstained | refunded | the commonest reason |\n|---|---|---|---|---|---|---|"
+    )
+    with vllm_server() as direct, judge(in_front_of=direct) as proxy:
+        for name, url in (("vLLM's server", direct), ("behind the proxy", proxy)):
+            for form in ("json", "text"):
+                config = config_of(
+                    url,
+                    answer=form,
+                    max_tokens=64,
+                    max_concurrency=8,
+                    max_retries=8,
+                    timeout_s=60,
+                    max_unreadable=num + 1,
+                )
+                with tempfile.TemporaryDirectory() as folder:
+                    asyncio.run(ask(config, folder, asked, num))
+                    with contextlib.closing(Ledger(f"{folder}/ledger.sqlite", {"label": num})) as book:
+                        found = book.summary()["label"]
+                reason = next(iter(found.abstentions), "-")
+                print(
+                    f"| {name} | {form} | {found.spent} | {found.scored} | {found.abstained} | {found.refunded} | "
+                    f"{reason} |",
+                    flush=True,
+                )
+        print(f"\nThe proxy: {call(proxy, '/seen')['happened']}")
+
+
+TABLES = {"throughput": throughput, "rate": rate, "ledger": ledger, "deaths": deaths, "kills": kills, "real": real}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
