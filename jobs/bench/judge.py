@@ -42,16 +42,14 @@ class Proxy:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         self.num_seen += 1
-        what = random.Random(self.num_seen).choices(("passed on", "502", "429", "slow", "bare"), (60, 10, 10, 10, 10))[
-            0
-        ]
+        outcomes = ("passed on", "502", "429", "slow", "bare")
+        what = random.Random(self.num_seen).choices(outcomes, weights=(60, 10, 10, 10, 10))[0]
         self.happened[what] += 1
         if what == "502":
             return web.Response(status=502, content_type="text/html", text="<html>Bad gateway</html>")
         if what == "429":
-            return web.Response(
-                status=429, headers={"retry-after-ms": "50"}, text='{"error": {"message": "slow down"}}'
-            )
+            slow_down = '{"error": {"message": "slow down"}}'
+            return web.Response(status=429, headers={"retry-after-ms": "50"}, text=slow_down)
         if what == "slow":
             await asyncio.sleep(2.0)
         async with (

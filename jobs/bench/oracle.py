@@ -258,9 +258,7 @@ def _answers(url: str) -> bool:
 def real() -> None:
     num = 100
     asked = questions(num, "hares")
-    print(
-        "\n| judge | answer | asked | answered | abstained | refunded | the commonest reason |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| judge | answer | asked | answered | abstained | refunded | why |\n|---|---|---|---|---|---|---|")
     with vllm_server() as direct, judge(in_front_of=direct) as proxy:
         for name, url in (("vLLM's server", direct), ("behind the proxy", proxy)):
             for form in ("json", "text"):
