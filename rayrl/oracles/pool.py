@@ -51,7 +51,9 @@ class Outcome(Generic[Question]):
     answer: Question | None
     """None: the budget does not allow it."""
     unreadable_attempt: int | None = None
-    """The attempt that paid for an answer that nobody can read; None for every other outcome."""
+    """The attempt that gave no answer, or one that nobody can read; None for every other outcome."""
+    is_refunded: bool = False
+    """Whether that attempt cost nothing."""
 
 
 class OraclePool:
@@ -79,6 +81,8 @@ class OraclePool:
         self._max_concurrency = config.max_concurrency
         # Questions that wait or are asked, by key. A task ends with the answer, or with None if the budget is gone.
         self._asking: dict[str, asyncio.Task[Judgement | Comparison | None]] = {}
+        # Questions that got no answer, and cost nothing: they are asked once more.
+        self._unanswered: set[str] = set()
         self._num_calls = 0
         self._settled = asyncio.Event()
         logger.info("oracle: %s, at most %d calls at once", config.label(), config.max_concurrency)
@@ -175,15 +179,13 @@ class OraclePool:
     async def _answers(self, asked: Sequence[Question], purpose: Purpose, stage: str) -> list[Question]:
         start = time.monotonic()
         questions = [address(each, self._oracle, self._rubric, purpose) for each in asked]
-        tasks = [asyncio.create_task(self._answer(question, stage)) for question in questions]
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        if failure := next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None):
-            # The run ends now. What is being paid for is kept first.
-            await self._idle(self._longest_call_s)
-            raise failure
-        # The last ones may have stopped the asking, with nothing left to ask.
-        await self._breaker.pass_through()
-        answers = [task.result() for task in tasks]
+        answers = await self._answer_all(questions, stage)
+        if unanswered := [place for place, question in enumerate(questions) if question.key in self._unanswered]:
+            # What ailed the judge may have passed meanwhile.
+            again = await self._answer_all([questions[place] for place in unanswered], stage)
+            for place, answer in zip(unanswered, again, strict=True):
+                answers[place] = answer
+                self._unanswered.discard(answer.key)
         num_scored = sum(answer.status == "scored" for answer in answers)
         logger.info(
             "asked %d questions for %s: %d answered, %d abstained, %.1f s",
@@ -194,6 +196,22 @@ class OraclePool:
             time.monotonic() - start,
         )
         return answers
+
+    async def _answer_all(self, questions: Sequence[Question], stage: str) -> list[Question]:
+        """Answer questions side by side.
+
+        Raises:
+            JudgeFailed: the oracle failed; no call is under way any more.
+        """
+        tasks = [asyncio.create_task(self._answer(question, stage)) for question in questions]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        if failure := next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None):
+            # The run ends now. What is being paid for is kept first.
+            await self._idle(self._longest_call_s)
+            raise failure
+        # The last ones may have stopped the asking, with nothing left to ask.
+        await self._breaker.pass_through()
+        return [task.result() for task in tasks]
 
     async def _idle(self, wait_s: float) -> None:
         """Wait until no call is under way, at most so long."""
@@ -223,7 +241,7 @@ class OraclePool:
         async with self._slots:
             await self._breaker.pass_through()
             outcome = await self._attempts(question, stage)
-        self._note(outcome)
+        self._note(question.key, outcome)
         return outcome.answer
 
     async def _attempts(self, question: Question, stage: str) -> Outcome[Question]:
@@ -246,7 +264,7 @@ class OraclePool:
                     if verdict.failure is not None:
                         await self._stop(reserved, verdict)
                     unreadable = None if verdict.is_readable else reserved.attempt
-                    return Outcome(answer=answer, unreadable_attempt=unreadable)
+                    return Outcome(answer=answer, unreadable_attempt=unreadable, is_refunded=verdict.is_refunded)
                 is_probe = await self._breaker.failed(verdict.failure, is_probe=is_probe)
                 if not is_probe:
                     await self._breaker.pass_through()
@@ -288,8 +306,10 @@ class OraclePool:
         await self._ledger.sync()
         return answer, verdict
 
-    def _note(self, outcome: Outcome[Question]) -> None:
+    def _note(self, key: str, outcome: Outcome[Question]) -> None:
         """Let the breaker count answers that nobody can read; too many in a row are a failed judge's."""
+        if outcome.unreadable_attempt is not None and outcome.is_refunded:
+            self._unanswered.add(key)
         if outcome.unreadable_attempt is None:
             self._breaker.read()
         elif in_a_row := self._breaker.unreadable(outcome.unreadable_attempt):

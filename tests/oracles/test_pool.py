@@ -139,7 +139,16 @@ def test_refunds_during_a_call_are_spent_on_what_waits(server, location):
         judgements = asyncio.run(pool.judge(items(*range(12)), "label"))
         summary = pool.summary()
     assert counts(summary) == {"spent": 5, "scored": 5, "refunded": 5}
-    assert Counter(j.rationale == BUDGET_EXHAUSTED for j in judgements) == {False: 10, True: 2}
+    assert Counter(j.rationale == BUDGET_EXHAUSTED for j in judgements) == {False: 5, True: 7}
+
+
+def test_questions_that_got_no_answer_and_cost_nothing_are_asked_once_more_at_the_end(server, location):
+    server.plan = lambda index, question: Reply(status=503) if index in (2, 5) else Reply()
+    with opened(http(server, max_concurrency=1), location, label=12) as pool:
+        judgements = asyncio.run(pool.judge(items(*range(12)), "label"))
+        assert counts(pool.summary()) == {"spent": 12, "scored": 12, "refunded": 2}
+    assert statuses(judgements) == ["scored"] * 12
+    assert server.responses()[-2:] == ["answer 2", "answer 5"]
 
 
 def test_usd_budget_holds_and_what_was_paid_is_kept(server, location):
@@ -157,7 +166,7 @@ def test_usd_budget_holds_and_what_was_paid_is_kept(server, location):
 
 def test_failures_never_become_values(server, location):
     bad = [Reply(text="perhaps 4?"), Reply(status=500), Reply(drop=True), Reply(body="{}"), Reply(text="Score: 9")]
-    server.plan = lambda index, question: bad[index % len(bad)]
+    server.plan = lambda index, question: bad[int(question.split("answer ")[1].split()[0]) % len(bad)]
     with opened(http(server, max_unreadable=100), location) as pool:
         judgements = asyncio.run(pool.judge(items(*range(25)), "label"))
     assert all(j.status == "abstained" and j.score is None and j.rationale for j in judgements)
@@ -172,7 +181,7 @@ def test_paid_abstentions_are_not_asked_again_and_unbilled_ones_are(server, loca
     server.plan = lambda index, question: Reply()
     with opened(http(server), location) as pool:
         assert statuses(asyncio.run(pool.judge(items(1, 2), "label"))) == ["abstained", "scored"]
-    assert sorted(server.responses()) == ["answer 1", "answer 2", "answer 2"]
+    assert sorted(server.responses()) == ["answer 1", "answer 2", "answer 2", "answer 2"]
 
 
 def test_a_caller_that_goes_away_does_not_waste_its_call(server, location):
