@@ -50,10 +50,12 @@ class Outcome(Generic[Question]):
 
     answer: Question | None
     """None: the budget does not allow it."""
-    unreadable_attempt: int | None = None
-    """The attempt that gave no answer, or one that nobody can read; None for every other outcome."""
+    attempt: int | None = None
+    """The call in the ledger; None if none was made, since the answer was known or the budget is gone."""
+    is_readable: bool = True
+    """False: the call gave no answer, or one that nobody can read."""
     is_refunded: bool = False
-    """Whether that attempt cost nothing."""
+    """Whether the call cost nothing."""
 
 
 class OraclePool:
@@ -76,7 +78,7 @@ class OraclePool:
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, run=run, budget_usd=budget_usd)
         self._breaker = Breaker(config.max_unreadable)
-        self._longest_call_s = config.timeout_s * (config.max_retries + 1)
+        self._call_timeout_s = config.timeout_s
         self._slots = Slots(config.max_concurrency)
         self._max_concurrency = config.max_concurrency
         # Questions that wait or are asked, by key. A task ends with the answer, or with None if the budget is gone.
@@ -123,10 +125,10 @@ class OraclePool:
             outcome = await self._attempts(address(question, self._oracle, self._rubric, "test"), "test")
             if outcome.answer is None:
                 return "not asked: the budget of this run's test questions is spent"
-            if outcome.unreadable_attempt is None:
+            if outcome.attempt is None or outcome.is_readable:
                 return _told(outcome.answer)
             # It may be asked again: the judge may be mended without a change to the config.
-            self._ledger.lose(outcome.unreadable_attempt)
+            self._ledger.lose(outcome.attempt)
             await self._ledger.sync()
             reasons.append(outcome.answer.rationale)
         raise JudgeFailed(
@@ -207,7 +209,7 @@ class OraclePool:
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         if failure := next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None):
             # The run ends now. What is being paid for is kept first.
-            await self._idle(self._longest_call_s)
+            await self._idle(self._call_timeout_s)
             raise failure
         # The last ones may have stopped the asking, with nothing left to ask.
         await self._breaker.pass_through()
@@ -263,8 +265,12 @@ class OraclePool:
                 if verdict.failure is None or not verdict.is_refunded:
                     if verdict.failure is not None:
                         await self._stop(reserved, verdict)
-                    unreadable = None if verdict.is_readable else reserved.attempt
-                    return Outcome(answer=answer, unreadable_attempt=unreadable, is_refunded=verdict.is_refunded)
+                    return Outcome(
+                        answer=answer,
+                        attempt=reserved.attempt,
+                        is_readable=verdict.is_readable,
+                        is_refunded=verdict.is_refunded,
+                    )
                 is_probe = await self._breaker.failed(verdict.failure, is_probe=is_probe)
                 if not is_probe:
                     await self._breaker.pass_through()
@@ -308,11 +314,14 @@ class OraclePool:
 
     def _note(self, key: str, outcome: Outcome[Question]) -> None:
         """Let the breaker count answers that nobody can read; too many in a row are a failed judge's."""
-        if outcome.unreadable_attempt is not None and outcome.is_refunded:
-            self._unanswered.add(key)
-        if outcome.unreadable_attempt is None:
+        if outcome.attempt is None:
+            return  # it tells nothing about the judge
+        if outcome.is_readable:
             self._breaker.read()
-        elif in_a_row := self._breaker.unreadable(outcome.unreadable_attempt):
+            return
+        if outcome.is_refunded:
+            self._unanswered.add(key)
+        if in_a_row := self._breaker.unreadable(outcome.attempt):
             # Those answers teach nothing about their items: they are asked again once the judge is mended.
             self._ledger.lose(*in_a_row)
             self._ledger.flush()

@@ -104,6 +104,16 @@ def test_a_server_that_ignores_max_tokens_stops_the_asking_and_says_by_how_much(
     assert "9000" in message.replace(",", "") and "512" in message and "oracle.max_tokens" in message
 
 
+def test_answers_from_the_ledger_do_not_hide_a_judge_that_nobody_can_read(server, location):
+    config = http(server, max_concurrency=1, max_unreadable=3)
+    with opened(config, location) as pool:
+        asyncio.run(pool.judge(items(*range(0, 40, 2)), "label"))
+    server.plan = lambda index, question: WAYS["unreadable"]
+    with opened(config, location) as pool:
+        stops(pool, items(*range(40)))  # every second one is known
+    assert server.num_asked == 20 + 3
+
+
 def test_one_bad_answer_in_between_stops_nothing(server, location):
     server.plan = lambda index, question: Reply(text="no number") if index % 4 == 0 else Reply()
     with opened(http(server, max_concurrency=1, max_unreadable=2), location) as pool:
