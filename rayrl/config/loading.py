@@ -62,6 +62,11 @@ def _explain(error: ValidationError) -> list[str]:
                 near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 lines.append(f"  {field}: unknown key{hint}")
+            case "union_tag_not_found":
+                lines.append(f"  {field}.type: required, and missing; it is one of {_types_of(location)}")
+            case "union_tag_invalid":
+                got = mistake["ctx"]["tag"]
+                lines.append(f"  {field}.type: must be one of {_types_of(location)}, got {got!r}")
             case "missing":
                 lines.append(f"  {field}: required, and missing")
             case "value_error":
@@ -73,31 +78,40 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
+def _types_of(location: list[str]) -> str:
+    """List the types of the table at a place of the tree, as the user may write them."""
+    models = _models_at(location)
+    return ", ".join(f'"{model.model_fields["type"].default}"' for model in models if "type" in model.model_fields)
+
+
 def _dotted(location: list[str]) -> str:
     """Write a place as the user wrote it: without the types that pydantic puts behind a table, oracle.http.model."""
-    models: list[type[BaseModel]] = [RunConfig]
     field = ""
-    for part in location:
+    for number, part in enumerate(location):
+        models = _models_at(location[:number])
         if part.isdigit():
             field += f"[{part}]"
         elif not any("type" in model.model_fields and model.model_fields["type"].default == part for model in models):
             field += f".{part}" if field else part
-        nested = [n for m in models if part in m.model_fields for n in _models_in(m.model_fields[part].annotation)]
-        models = nested or models
     return field or "config"
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    """Names allowed at a place of the tree; walks the models the way pydantic reported the place."""
+    """Names allowed at a place of the tree."""
+    return [name for model in _models_at(location) for name in model.model_fields]
+
+
+def _models_at(location: list[str]) -> list[type[BaseModel]]:
+    """Find the tables that may stand at a place of the tree; walks them the way pydantic reported the place."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in location:
         nested: list[type[BaseModel]] = []
         for model in models:
             if part in model.model_fields:
                 nested += _models_in(model.model_fields[part].annotation)
-        # The tag of a discriminated union is a part of the location, but no field: the models stay.
+        # The tag of a discriminated union, or a place in a list, is no field: the models stay.
         models = nested or models
-    return [name for model in models for name in model.model_fields]
+    return models
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:

@@ -80,7 +80,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
         ("refresh.spg.clustering=x", '"strict", "kuhn2023", "farquhar2024", "embedding", got "x"'),
         ("generate.top_p=1.5", "generate.top_p: input should be less than or equal to 1, got 1.5"),
         ("name=a/b", "name: string should match pattern"),
-        ("oracle.type=human", "oracle: "),
+        ("oracle.type=human", "oracle.type: must be one of"),
         ("oracle.function=judge", "string should match pattern"),
         ("labels=none", "labels: "),
     ],
@@ -288,3 +288,28 @@ def test_two_forms_of_answers_are_refused_before_the_run(tmp_path):
     )
     with pytest.raises(ConfigError, match="leave one of them out"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("oracle", "message"),
+    [
+        (
+            'base_url = "http://a/v1"',
+            'oracle.type: required, and missing; it is one of "http", "scripted", "replay", "panel"',
+        ),
+        ('type = "htpp"', 'oracle.type: must be one of "http", "scripted", "replay", "panel", got \'htpp\''),
+        (
+            'type = "panel"\njudges = [{model = "a"}]',
+            'oracle.judges[0].type: required, and missing; it is one of "http"',
+        ),
+    ],
+)
+def test_the_types_of_an_oracle_are_named(tmp_path, oracle, message):
+    path = tmp_path / "t.toml"
+    path.write_text(
+        'name = "t"\nrun_dir = "r"\npolicy = {path = "m"}\npool = {path = "p"}\nsft = {enabled = false}\n'
+        f"select = {{budget = 4}}\n[oracle]\n{oracle}\n"
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert message in str(refused.value)
