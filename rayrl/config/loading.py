@@ -65,7 +65,7 @@ def _explain(error: ValidationError) -> list[str]:
             case "union_tag_not_found":
                 lines.append(f"  {field}.type: required, and missing; it is one of {_types_of(location)}")
             case "union_tag_invalid":
-                got = mistake["ctx"]["tag"]
+                got = mistake.get("ctx", {}).get("tag")
                 lines.append(f"  {field}.type: must be one of {_types_of(location)}, got {got!r}")
             case "missing":
                 lines.append(f"  {field}: required, and missing")
