@@ -54,7 +54,7 @@ test-dashboard: install
 	$(BIN)/python -m pytest -m dashboard -q
 
 bench: install
-	for bench in k_center generation dpo startup swap memory ppo replicas scale; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
+	for bench in k_center generation dpo startup swap memory ppo replicas scale oracle; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \
