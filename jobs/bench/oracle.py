@@ -7,7 +7,8 @@ throughput: questions per second of a judge that takes 50 ms, as a share of call
 rate: requests per minute under oracle.requests_per_minute, as a share of it, and the most in any minute.
 ledger: seconds of a judgement's two writes and of the opening, in a ledger of 10,000 judgements.
 deaths: a judge that dies after some answers in each of eight ways, and is well again behind another key and limit.
-real: vLLM's own OpenAI server with the quickstart's model, directly and behind a proxy that misbehaves.
+real: vLLM's own OpenAI server with the quickstart's evaluator (after `make quickstart`), directly and behind a proxy
+    that misbehaves.
 kills: the pool's process is killed at random moments while it asks 1,000 questions, until they are answered.
 """
 
@@ -40,6 +41,9 @@ from rayrl.oracles.pool import OraclePool
 from rayrl.oracles.protocol import Verdict
 from rayrl.records import Judgement
 
+BUILT_IN = RubricConfig()
+EVALUATOR = "runs/quickstart/stages/fit_evaluator/checkpoint"
+"""The quickstart's evaluator, which writes a score and its reasons after "Score:"."""
 LATENCY_S = 0.05
 WAYS = ("401", "402", "403", "404", "no credit", "html", "streams", "unreadable")
 NUM_DEATHS = 60
@@ -78,10 +82,10 @@ def questions(num: int, what: str) -> list[Judgement]:
 
 
 async def ask(
-    config: HttpOracleConfig, folder: str, asked: list[Judgement], budget: int
+    config: HttpOracleConfig, folder: str, asked: list[Judgement], budget: int, rubric: RubricConfig = BUILT_IN
 ) -> tuple[list[Judgement], float]:
     """Ask in a pool of its own; the answers, and the seconds they took."""
-    pool = OraclePool(config, load_rubric(RubricConfig()), f"{folder}/ledger.sqlite", {"label": budget})
+    pool = OraclePool(config, load_rubric(rubric), f"{folder}/ledger.sqlite", {"label": budget})
     try:
         started = time.perf_counter()
         answers = await pool.judge(asked, "label", "query")
@@ -224,11 +228,11 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 @contextlib.contextmanager
 def vllm_server() -> Iterator[str]:
-    """Start vLLM's OpenAI server with the quickstart's model on a free port; its address."""
+    """Start vLLM's OpenAI server with the quickstart's evaluator on a free port; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "jobs/quickstart/model"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EVALUATOR]
     command += ["--served-model-name", "judge", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--chat-template", CHAT_TEMPLATE]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -256,31 +260,26 @@ def _answers(url: str) -> bool:
 
 
 def real() -> None:
+    if not Path(EVALUATOR).is_dir():
+        raise SystemExit(f"{EVALUATOR} is not there: run `make quickstart` first")
     num = 100
     asked = questions(num, "hares")
-    print("\n| judge | answer | asked | answered | abstained | refunded | why |\n|---|---|---|---|---|---|---|")
-    with vllm_server() as direct, judge(in_front_of=direct) as proxy:
+    print("\n| judge | asked | answered | abstained | calls | the commonest reason |\n|---|---|---|---|---|---|")
+    with vllm_server() as direct, judge(in_front_of=direct) as proxy, tempfile.TemporaryDirectory() as folder:
+        template = Path(folder, "judge.txt")
+        template.write_text(Path("jobs/quickstart/judge.txt").read_text() + "\nScore:")
+        rubric = RubricConfig(template=str(template), pattern=r"\A\s*([0-5])\b")
         for name, url in (("vLLM's server", direct), ("behind the proxy", proxy)):
-            for form in ("json", "text"):
-                config = config_of(
-                    url,
-                    answer=form,
-                    max_tokens=64,
-                    max_concurrency=8,
-                    max_retries=8,
-                    timeout_s=60,
-                    max_unreadable=num + 1,
-                )
-                with tempfile.TemporaryDirectory() as folder:
-                    asyncio.run(ask(config, folder, asked, num))
-                    with contextlib.closing(Ledger(f"{folder}/ledger.sqlite", {"label": num})) as book:
-                        found = book.summary()["label"]
-                reason = next(iter(found.abstentions), "-")
-                print(
-                    f"| {name} | {form} | {found.spent} | {found.scored} | {found.abstained} | {found.refunded} | "
-                    f"{reason} |",
-                    flush=True,
-                )
+            limits = {"max_tokens": 200, "max_concurrency": 8, "max_retries": 8, "max_unreadable": num}
+            ledger_folder = f"{folder}/{name}"
+            asyncio.run(ask(config_of(url, **limits), ledger_folder, asked, num, rubric))
+            with contextlib.closing(Ledger(f"{ledger_folder}/ledger.sqlite", {"label": num})) as book:
+                found = book.summary()["label"]
+            num_calls = call(proxy, "/seen")["num_asked"] if url == proxy else num
+            reason = next(iter(found.abstentions), "-")
+            print(
+                f"| {name} | {found.spent} | {found.scored} | {found.abstained} | {num_calls} | {reason} |", flush=True
+            )
         print(f"\nThe proxy: {call(proxy, '/seen')['happened']}")
 
 
