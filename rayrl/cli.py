@@ -183,7 +183,7 @@ def scale(
 
 @app.command()
 def stop(run: LiveRun) -> None:
-    """End a run. Nothing it has paid for is lost, and the same command continues it."""
+    """End a run. The same command continues it. Answers that do not come within seconds are lost, and counted."""
     control = _control(run)
     import ray
     from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError

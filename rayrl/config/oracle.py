@@ -69,8 +69,18 @@ class OracleBase(Table):
     """Answers in a row that nobody can read, or calls in a row that got none, after which the oracle counts as failed
     and nothing more is asked. Those are asked again."""
     ledger: Operation[str | None] = None
-    """File (or fsspec URL) with the account of paid questions, for several runs one after another: what one of them
-    paid is free to all. None is ledger.sqlite in the run's folder."""
+    """File with the account of paid questions, for several runs one after another: what one of them paid is free to
+    all. None is ledger.sqlite in the run's folder."""
+
+    @field_validator("ledger")
+    @classmethod
+    def _lockable(cls, ledger: str | None) -> str | None:
+        if ledger is not None and "://" in ledger and not ledger.startswith("file://"):
+            raise ValueError(
+                f"ledger must be a file on a filesystem with locks, got {ledger}: two runs could write an object at "
+                "once; name a path that all runs see, or leave it out"
+            )
+        return ledger
 
     def label(self) -> str:
         """Name the oracle for humans."""

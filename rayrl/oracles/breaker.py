@@ -39,7 +39,7 @@ class Breaker:
             JudgeFailed: it is not.
         """
         await self._nobody_probes.wait()
-        self._refuse()
+        self.refuse_if_stopped()
 
     async def failed(self, reason: str, *, is_probe: bool) -> bool:
         """Note that a call failed for the judge's reasons; return whether this caller tries again as the probe.
@@ -47,16 +47,20 @@ class Breaker:
         Raises:
             JudgeFailed: it was tried often enough.
         """
-        self._refuse()
+        self.refuse_if_stopped()
         if not self._nobody_probes.is_set() and not is_probe:
             return False  # another call is finding out
         if self._num_probes == len(PROBE_WAITS_S):
             self.stop(reason)
-            self._refuse()
+            self.refuse_if_stopped()
         self._nobody_probes.clear()
         wait_s = PROBE_WAITS_S[self._num_probes]
         self._num_probes += 1
-        await asyncio.sleep(wait_s)
+        try:
+            await asyncio.sleep(wait_s)
+        except asyncio.CancelledError:
+            self.probed()  # nobody would tell the others that wait
+            raise
         return True
 
     def probed(self) -> None:
@@ -80,6 +84,11 @@ class Breaker:
         self._failure = self._failure or reason
         self._nobody_probes.set()
 
-    def _refuse(self) -> None:
+    def refuse_if_stopped(self) -> None:
+        """Refuse a call once the asking has stopped.
+
+        Raises:
+            JudgeFailed: it has.
+        """
         if self._failure is not None:
             raise JudgeFailed(f"the oracle failed: {self._failure}. {_GOES_ON}")

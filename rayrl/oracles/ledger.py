@@ -53,6 +53,8 @@ class Ledger:
         location: a local path, or an fsspec URL.
         budgets: how many attempts of this run each purpose may pay for.
         run: id of the run (`rayrl.runs.run.Run.id`).
+        is_own: whether it is the run's own ledger, and not one that several runs share. What an older rayrl wrote into
+            it is then this run's.
         budget_usd: hard limit over all purposes of this run; needs an honest upper bound with every reservation.
         owner_wait_s: how long a restarted owner waits for its killed predecessor to be gone.
 
@@ -66,11 +68,14 @@ class Ledger:
         budgets: Mapping[str, int],
         *,
         run: str = "",
+        is_own: bool = True,
         budget_usd: float | None = None,
         owner_wait_s: float = 30.0,
     ) -> None:
+        self._location = location
         self._budgets = dict(budgets)
         self._run = run
+        self._failure: Exception | None = None
         self._budget_usd = budget_usd
         self._remote = location if is_remote(location) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="rayrl-ledger-") if self._remote else None
@@ -81,7 +86,9 @@ class Ledger:
         self._uploading = asyncio.Lock()
         self._num_writes = self._num_durable = self._num_uploaded = 0
         try:
-            self._db = sql.connect(path, run)
+            self._db = sql.connect(path)
+            if is_own:
+                self._db.execute(sql.ADOPT, (run,))
             num_lost = self._db.execute(sql.LOSE_ALL).rowcount
             spent = self._db.execute(sql.SPENT, (run,)).fetchall()
         except sqlite3.DatabaseError as error:
@@ -110,7 +117,7 @@ class Ledger:
         with self._transaction() as db:
             row = db.execute(sql.KNOWN, (question.key,)).fetchone()
             if row is not None and row["state"] != "reserved":
-                if (row["run"], row["stage"]) != (self._run, stage):
+                if row["run"] != self._run or row["stage"] not in ("", stage):
                     taken_over = {"run": self._run, "stage": stage, "purpose": question.purpose}
                     db.execute(sql.TAKE_OVER, taken_over | {"oracle": question.oracle, "key": question.key})
                 return _known(question, row)
@@ -189,7 +196,8 @@ class Ledger:
 
     def close(self) -> None:
         """Give the file up. Attempts that are still reserved are lost when it is opened again."""
-        with self._lock, contextlib.suppress(sqlite3.ProgrammingError):  # closed already
+        # Closed already, or not to be written: that was told to whoever wanted to write.
+        with self._lock, contextlib.suppress(sqlite3.ProgrammingError, RunDirectoryError):
             self._commit()
         with self._lock:
             sql.close(self._db)
@@ -200,13 +208,13 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
         """Write all or nothing, into the transaction that the next `flush` or `sync` commits."""
-        with self._lock:
+        with self._lock, self._refusing_after_a_failure():
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("SAVEPOINT step")
             try:
                 yield self._db
-            except BaseException:
+            except BudgetExhausted:
                 self._db.execute("ROLLBACK TO step")
                 raise
             finally:
@@ -214,9 +222,26 @@ class Ledger:
             self._num_writes += 1
 
     def _commit(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("COMMIT")
-        self._num_durable = self._num_writes
+        with self._refusing_after_a_failure():
+            if self._db.in_transaction:
+                self._db.execute("COMMIT")
+            self._num_durable = self._num_writes
+
+    @contextlib.contextmanager
+    def _refusing_after_a_failure(self) -> Generator[None]:
+        """Refuse everything once a write has failed: SQLite has undone what others wrote with it, and await it."""
+        if self._failure is None:
+            try:
+                yield
+                return
+            except sqlite3.ProgrammingError:  # it was closed
+                raise
+            except sqlite3.Error as error:
+                self._failure = error
+        raise RunDirectoryError(
+            f"the ledger {self._location} could not be written ({self._failure}), and nothing more is asked: make room "
+            "on its disk, and run the same command again; what was answered before is kept"
+        ) from None
 
     def _refuse_overspending(self, purpose: str, estimated_usd: float) -> None:
         budget, spent = self._budgets.get(purpose, 0), self._num_spent.get(purpose, 0)

@@ -64,7 +64,7 @@ ALTER TABLE attempts RENAME TO attempts_0;
 DROP INDEX one_answer;
 {schema}
 INSERT INTO attempts
-SELECT attempt, key, '{run}', '', purpose, state, oracle, prompt_id, prompt, response_id, response, score, first_id,
+SELECT attempt, key, '', '', purpose, state, oracle, prompt_id, prompt, response_id, response, score, first_id,
     second_id, first, second, preference, rationale, NULL, nullif(cost_usd, 0), input_tokens, output_tokens, reserved_at
 FROM attempts_0;
 DROP TABLE attempts_0;
@@ -73,6 +73,7 @@ _COLUMNS_OF_VERSION_0 = {"key", "purpose", "state", "oracle", "first_id", "secon
 
 KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
 LOSE = "UPDATE attempts SET state = 'lost' WHERE attempt = ? AND state IN ('reserved', 'abstained')"
+ADOPT = "UPDATE attempts SET run = ? WHERE run = ''"
 LOSE_ALL = "UPDATE attempts SET state = 'lost' WHERE state = 'reserved'"
 TAKE_OVER = "INSERT OR IGNORE INTO taken_over VALUES (:run, :stage, :purpose, :oracle, :key)"
 SPENT = """
@@ -101,8 +102,8 @@ WHERE attempt = :attempt AND state = 'reserved'
 """
 
 
-def connect(path: Path, run: str) -> sqlite3.Connection:
-    """Open the ledger in a file, made if need be; an older one is brought up to date for this run.
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the ledger in a file, made if need be; an older one is brought up to date, and its attempts are no run's.
 
     Raises:
         sqlite3.DatabaseError: the file is something else, or a ledger of another version.
@@ -112,7 +113,7 @@ def connect(path: Path, run: str) -> sqlite3.Connection:
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
         db.execute("PRAGMA synchronous = FULL")
-        _bring_up_to_date(db, run)
+        _bring_up_to_date(db)
     except sqlite3.DatabaseError:
         db.close()
         raise
@@ -130,13 +131,13 @@ def close(db: sqlite3.Connection) -> None:
     db.close()
 
 
-def _bring_up_to_date(db: sqlite3.Connection, run: str) -> None:
+def _bring_up_to_date(db: sqlite3.Connection) -> None:
     with contextlib.closing(sqlite3.connect(":memory:")) as blank:
         blank.executescript(_SCHEMA)
         columns_of_today = _columns(blank)
     columns, version = _columns(db), db.execute("PRAGMA user_version").fetchone()[0]
     if version == 0 and columns >= _COLUMNS_OF_VERSION_0:
-        script = _FROM_VERSION_0.format(schema=_SCHEMA, run=run.replace("'", "''"))
+        script = _FROM_VERSION_0.format(schema=_SCHEMA)
     elif not columns or (version == VERSION and columns == columns_of_today):
         script = _SCHEMA
     else:  # it would fail only after questions were paid for

@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.config import OracleBase
-from rayrl.errors import BudgetExhausted, JudgeFailed, RunDirectoryError, StageTimeout
+from rayrl.errors import BudgetExhausted, JudgeFailed, RayRLError, RunDirectoryError, StageTimeout
 from rayrl.metrics import meters
 from rayrl.metrics.fleet_state import FleetState
 from rayrl.models.judge_prompt import Rubric
@@ -76,7 +76,7 @@ class OraclePool:
         budget_usd = prices.budget_usd if prices else None
         self._rubric = rubric
         self._oracle = build_oracle(config, rubric)
-        self._ledger = Ledger(ledger, budgets, run=run, budget_usd=budget_usd)
+        self._ledger = Ledger(ledger, budgets, run=run, is_own=config.ledger is None, budget_usd=budget_usd)
         self._breaker = Breaker(config.max_unreadable)
         self._call_timeout_s = config.timeout_s
         self._slots = Slots(config.max_concurrency)
@@ -85,6 +85,7 @@ class OraclePool:
         self._asking: dict[str, asyncio.Task[Judgement | Comparison | None]] = {}
         # Questions that got no answer, and cost nothing: they are asked once more.
         self._unanswered: set[str] = set()
+        self._stage = ""
         self._num_calls = 0
         self._settled = asyncio.Event()
         logger.info("oracle: %s, at most %d calls at once", config.label(), config.max_concurrency)
@@ -180,6 +181,9 @@ class OraclePool:
 
     async def _answers(self, asked: Sequence[Question], purpose: Purpose, stage: str) -> list[Question]:
         start = time.monotonic()
+        if stage != self._stage:  # unreadable answers of a stage that has ended are what they are
+            self._stage = stage
+            self._breaker.read()
         questions = [address(each, self._oracle, self._rubric, purpose) for each in asked]
         answers = await self._answer_all(questions, stage)
         if unanswered := [place for place, question in enumerate(questions) if question.key in self._unanswered]:
@@ -210,6 +214,8 @@ class OraclePool:
         if failure := next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None):
             # The run ends now. What is being paid for is kept first.
             await self._idle(self._call_timeout_s)
+            if not isinstance(failure, RayRLError):  # the breaker tells it in words
+                self._breaker.refuse_if_stopped()
             raise failure
         # The last ones may have stopped the asking, with nothing left to ask.
         await self._breaker.pass_through()
@@ -296,11 +302,24 @@ class OraclePool:
         try:
             # The reservation must be durable before the call: otherwise a crash could pay for it twice.
             await self._ledger.sync()
+            self._breaker.refuse_if_stopped()
             verdict = await call(question, self._oracle)
             answer = self._ledger.commit(reserved, verdict)
             is_settled = True
             kind = "judgement" if isinstance(answer, Judgement) else "comparison"
             meters.JUDGEMENTS.add(purpose=question.purpose, kind=kind, outcome=answer.status)
+        except JudgeFailed:  # before the call
+            answer = self._ledger.commit(reserved, Verdict(score=None, rationale="not asked", billed=False))
+            is_settled = True
+            raise
+        except RayRLError as error:  # the ledger cannot be written
+            is_settled = True
+            self._breaker.stop(str(error))
+            raise
+        except Exception as error:
+            logger.exception("the oracle raised on %r", question.key)
+            self._breaker.stop(f"{self._oracle.name} raised {type(error).__name__}: {error}; its log has the traceback")
+            raise
         finally:
             if not is_settled:  # the call may have been made, and may have cost money
                 self._ledger.lose(reserved.attempt)
@@ -356,6 +375,7 @@ class OraclePool:
                     logger.info("not asked: %s", error)
                     return None
             await settled.wait()
+            self._breaker.refuse_if_stopped()
 
 
 def _told(answer: Judgement | Comparison) -> str:

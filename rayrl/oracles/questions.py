@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from rayrl.models.judge_prompt import Rubric
 from rayrl.models.pairwise_prompt import pairwise_version
+from rayrl.oracles.completions import well_formed
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Oracle, Verdict
 from rayrl.records import Comparison, Judgement, Preference, Status, content_id
 from rayrl.runs.stage_table import Purpose
@@ -51,7 +52,7 @@ async def call(question: Judgement | Comparison, oracle: Oracle) -> Verdict:
 def answered(question: Question, verdict: Verdict) -> Question:
     """Fill in the result of a call. An abstention that was not billed costs nothing, whatever it was priced at."""
     cost_usd = 0.0 if verdict.is_refunded else verdict.cost_usd
-    rationale = verdict.rationale
+    rationale = well_formed(verdict.rationale)
     if isinstance(question, Judgement):
         status: Status = "abstained" if verdict.score is None else "scored"
         return replace(question, status=status, score=verdict.score, rationale=rationale, cost_usd=cost_usd)

@@ -5,6 +5,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -34,8 +35,8 @@ class ReplayOracle:
         self._rubric = rubric
         self._scores: dict[str, tuple[float, str]] = {}
         self._shares: dict[str, tuple[float, str]] = {}
-        self.name = f"replay:{_file_name(config.path)}"
-        self.comparer = f"replay:{_file_name(config.comparisons_path)}"
+        self.name = f"replay:{_table_name(config.path)}"
+        self.comparer = f"replay:{_table_name(config.comparisons_path)}"
         if config.path is not None:
             self._read_judgements(config, config.path)
         if config.comparisons_path is not None:
@@ -88,8 +89,15 @@ class ReplayOracle:
             )
 
 
-def _file_name(path: str | None) -> str:
-    return (path or "none").rstrip("/").rpartition("/")[2]
+def _table_name(path: str | None) -> str:
+    """Name a table by its file and content: another table of that name is another oracle."""
+    if path is None:
+        return "none"
+    try:
+        content = hashlib.blake2b(storage.read_bytes(path), digest_size=4).hexdigest()
+    except OSError:
+        content = ""  # refused when it is read
+    return f"{path.rstrip('/').rpartition('/')[2]} {content}"
 
 
 def _rationale(row: Row, config: ReplayOracleConfig) -> str:

@@ -1,6 +1,7 @@
 """Python functions as the oracle: tests, simulations, and judges that the user's own code reaches."""
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import numbers
@@ -8,7 +9,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -84,14 +85,15 @@ class ScriptedOracle:
             return Verdict(score=None, rationale=rationale or "the function abstained")
         try:
             return Verdict(score=read(answer), rationale=rationale)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             return Verdict(score=None, rationale=str(error)[:_MAX_REASON])
 
     async def _call(self, function: Callable[..., object], texts: tuple[str, ...]) -> object:
         if inspect.iscoroutinefunction(function):
-            return await function(*texts)
+            with _told_as_errors():
+                return await function(*texts)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, *texts)
+        return await loop.run_in_executor(self._threads, _run, function, texts)
 
     def _read_score(self, answer: object) -> float:
         # Real and not float, since the function may return a number of numpy's; True would be a number, too.
@@ -101,6 +103,20 @@ class ScriptedOracle:
                 return score
         scale = f"{self._rubric.min_score} to {self._rubric.max_score}"
         raise ValueError(f"not a score from {scale}: {answer!r}")
+
+
+def _run(function: Callable[..., object], texts: tuple[str, ...]) -> object:
+    with _told_as_errors():
+        return function(*texts)
+
+
+@contextlib.contextmanager
+def _told_as_errors() -> Generator[None]:
+    """Turn what would end the process, or be lost on its way through a future, into an error like any other."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, StopIteration) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__) from None
 
 
 def own_traceback(error: Exception) -> str:

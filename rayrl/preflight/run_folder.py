@@ -8,8 +8,9 @@ from pathlib import Path
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
 from rayrl.preflight.model import ModelFacts
+from rayrl.report.ledger_counts import num_attempts
 from rayrl.runs import storage
-from rayrl.runs.run import CONFIG, belongs_to
+from rayrl.runs.run import CONFIG, belongs_to, identity, ledger_url, read_config
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, stages_of
 from rayrl.training.checkpoints import NUM_KEPT
 
@@ -52,7 +53,8 @@ def check_run_folder(config: RunConfig) -> None:
     url = storage.absolute(config.run_dir)
     if not storage.is_local(url):
         _check_reachable(url)
-    belongs_to(url, config)
+    if belongs_to(url, config):
+        _check_ledger(url, config)
     if storage.is_local(url):
         parent = existing_parent(url)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -60,6 +62,22 @@ def check_run_folder(config: RunConfig) -> None:
                 f"run_dir must be a folder that can be written, got {url}: {parent} cannot be; choose another run_dir, "
                 "or give this user the right to write there"
             )
+
+
+def _check_ledger(url: str, config: RunConfig) -> None:
+    """Refuse another ledger than the one that counts what this run has spent.
+
+    Raises:
+        RunDirectoryError: the new one does not hold this run's questions.
+    """
+    old, new, run = ledger_url(url, read_config(url)), ledger_url(url, config), identity(url)
+    if old == new or num_attempts(new, run) >= num_attempts(old, run):
+        return
+    raise RunDirectoryError(
+        f"oracle.ledger must hold what this run has asked already, which is in {old}, got {new}; its budgets would "
+        f"begin anew. Set it back, or copy the old one first: rayrl ledger {url} --export {new} (only where no ledger "
+        "is there yet)"
+    )
 
 
 def _check_reachable(url: str) -> None:

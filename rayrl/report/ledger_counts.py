@@ -44,6 +44,14 @@ def spending_by_stage(url: str, config: RunConfig) -> dict[tuple[str, ...], Ledg
         return {} if ledger is None else ledger_schema.counts_by(ledger, identity(url), "stage", "oracle")
 
 
+def num_attempts(location: str, run: str) -> int:
+    """Count the attempts of a run in a ledger; 0 where it cannot be read."""
+    with reading_file(location) as ledger:
+        if ledger is None:
+            return 0
+        return ledger.execute("SELECT count(*) FROM attempts WHERE run = ?", (run,)).fetchone()[0]
+
+
 def export(url: str, config: RunConfig, target: str) -> int:
     """Write all attempts in the ledger of the run in a folder, those of other runs too, to a file.
 
@@ -62,6 +70,8 @@ def export(url: str, config: RunConfig, target: str) -> int:
     suffix = target.rpartition(".")[2]
     if suffix not in ("parquet", "csv", "jsonl", "sqlite"):
         raise ConfigError(f"--export must end in .parquet, .csv, .jsonl or .sqlite, got {target}")
+    if storage.absolute(target) == ledger_url(url, config):
+        raise ConfigError(f"--export must be another file than the ledger itself, got {target}")
     with reading(url, config) as ledger:
         if ledger is None:
             place = ledger_url(url, config)
@@ -94,7 +104,13 @@ def asked_at(url: str, config: RunConfig, purpose: str) -> list[float]:
 @contextlib.contextmanager
 def reading(url: str, config: RunConfig) -> Iterator[sqlite3.Connection | None]:
     """Open the ledger of the run in a folder to read it; None where there is none, or it cannot be read."""
-    location = ledger_url(url, config)
+    with reading_file(ledger_url(url, config)) as ledger:
+        yield ledger
+
+
+@contextlib.contextmanager
+def reading_file(location: str) -> Iterator[sqlite3.Connection | None]:
+    """Open a ledger to read it; None where there is none, or it cannot be read."""
     if not storage.exists(location):
         yield None
         return

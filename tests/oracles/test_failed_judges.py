@@ -172,6 +172,21 @@ def at_first(prompt, response):
     if calls.count("answer 3") == 1 and response == "answer 3":
         json.loads("{")
     return None if response == "answer 1" else 2
+
+def leaves(prompt, response):
+    raise SystemExit("no licence")
+
+def stops(prompt, response):
+    return next(iter(()))
+
+async def interrupts(prompt, response):
+    raise KeyboardInterrupt
+
+def too_large(prompt, response):
+    return 10 ** 400
+
+def half_a_character(prompt, response):
+    return 3, "a \\ud800 b"
 """
 
 
@@ -200,6 +215,38 @@ def test_a_function_that_raises_once_is_asked_again_and_one_that_returns_none_ab
     with opened(config, location) as pool:
         answers = asyncio.run(pool.judge(items(*range(6)), "label"))
     assert [answer.score for answer in answers] == [2.0, None, 2.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("leaves", "SystemExit: no licence"), ("stops", "StopIteration"), ("interrupts", "Keyboard")],
+)
+def test_what_would_end_the_process_is_a_failed_judge_too(functions, location, function, reason):
+    with opened(ScriptedOracleConfig(function=f"{functions}:{function}", timeout_s=20.0), location) as pool:
+        message = stops(pool, items(*range(3)))
+        assert counts(pool.summary()) == {"refunded": pool.summary()["label"].refunded}
+    assert reason in message and "Mend the function" in message
+
+
+def test_what_no_table_can_hold_is_an_abstention_or_is_replaced(functions, location):
+    with opened(ScriptedOracleConfig(function=f"{functions}:too_large"), location) as pool:
+        (answer,) = asyncio.run(pool.judge(items(1), "label"))
+        assert answer.status == "abstained"
+    with opened(ScriptedOracleConfig(function=f"{functions}:half_a_character"), location) as pool:
+        (answer,) = asyncio.run(pool.judge(items(1), "label"))
+        assert (answer.score, answer.rationale) == (3.0, "a \ufffd b")
+
+
+def test_a_fault_of_an_oracle_type_stops_the_asking(server, location, monkeypatch):
+    with opened(http(server, max_concurrency=2), location) as pool:
+
+        async def broken(prompt, response):
+            raise ZeroDivisionError("a fault of ours")
+
+        monkeypatch.setattr(pool._oracle, "judge", broken)
+        message = stops(pool, items(*range(20)))
+        assert pool.summary()["label"].spent <= 2
+    assert "raised ZeroDivisionError: a fault of ours" in message
 
 
 # The test question.

@@ -572,3 +572,44 @@ def test_a_sync_covers_every_write_before_it(url):
 
     assert all(asyncio.run(many()))
     assert counts(opened(url, label=50))["scored"] == 20
+
+
+def test_what_an_older_version_paid_for_is_the_runs_whose_ledger_it_is(tmp_path):
+    path = str(tmp_path / "ledger.sqlite")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_0)
+        db.execute(
+            "INSERT INTO attempts (key, purpose, state, oracle, prompt_id, prompt, response_id, response, score,"
+            " cost_usd) VALUES (?, 'label', 'scored', 'test', 'p', 'prompt', 'r', 'answer', 3.0, 0.5)",
+            (query(0).key,),
+        )
+        db.commit()
+    other = opened(path, label=1, run="another run", is_own=False)  # oracle.ledger names this file
+    assert other.reserve(query(0)).score == 3.0
+    assert counts(other) == {"taken_over": 1}
+    assert isinstance(other.reserve(query(1)), Reserved)
+    other.close()
+    own = opened(path, label=1, run="the run")
+    assert counts(own)["spent"] == 1
+    with pytest.raises(BudgetExhausted):
+        own.reserve(query(2))
+
+
+def test_nothing_is_asked_once_the_ledger_could_not_be_written(location):
+    ledger = opened(location)
+    ledger.reserve(query(1))
+    ledger._db.execute("PRAGMA max_page_count = 1")  # as a full disk
+    ledger._db.execute("PRAGMA cache_size = 1")
+
+    async def ask(index):
+        ledger.reserve(replace(query(index), prompt="x" * 100_000))
+        await ledger.sync()
+
+    async def ask_all():
+        return await asyncio.gather(*(ask(index) for index in range(2, 8)), return_exceptions=True)
+
+    outcomes = asyncio.run(ask_all())
+    assert all(isinstance(outcome, RunDirectoryError) for outcome in outcomes)
+    assert "make room on its disk, and run the same command again" in str(outcomes[0])
+    with pytest.raises(RunDirectoryError, match="could not be written"):
+        ledger.flush()

@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle, ActorMethod
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rayrl.errors import JudgeFailed, StageTimeout
+from rayrl.errors import RayRLError, RunDirectoryError, StageTimeout
 from rayrl.metrics.progress import track
 from rayrl.oracles.questions import Question
 from rayrl.records import Comparison, Judgement, content_id
@@ -23,6 +23,7 @@ CHUNK = 64
 MAX_REASONS = 5
 """Commonest reasons of abstentions that a manifest keeps."""
 REASON_CHARS = 80
+COUNT_TIMEOUT_S = 300.0
 CHUNK_TIMEOUT_S = 6 * 3600.0
 """A chunk may wait for rate limits and retries; the pool bounds each call itself."""
 
@@ -67,14 +68,14 @@ def ask_comparisons(
 
 def ledger_counts(oracle: ActorHandle) -> dict[str, LedgerCounts]:
     """Queries in the ledger, by purpose."""
-    counts: Any = ray.get(oracle.summary.remote())
+    counts: Any = ray.get(oracle.summary.remote(), timeout=COUNT_TIMEOUT_S)
     return counts
 
 
 def num_spent(oracle: ActorHandle, answers: Sequence[Judgement | Comparison]) -> int:
     """Count the label queries that these answers took, with calls lost on the way. Known answers took none."""
     keys = [answer.key for answer in answers]
-    count: Any = ray.get(oracle.num_spent.remote(keys, "label"))
+    count: Any = ray.get(oracle.num_spent.remote(keys, "label"), timeout=COUNT_TIMEOUT_S)
     return count
 
 
@@ -93,9 +94,15 @@ def _in_chunks(method: ActorMethod, questions: Sequence[Question], stage: AnySta
         try:
             answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
         except RayTaskError as error:
-            if isinstance(error.cause, JudgeFailed):  # its message is for the user; Ray's is the actor's traceback
+            if isinstance(error.cause, RayRLError):  # its message is for the user; Ray's is the actor's traceback
                 raise error.cause from None
             raise
+        except RayActorError as error:
+            reason = str(error).strip().rpartition("\n")[2]
+            raise RunDirectoryError(
+                f"{describe}: the oracle pool ended and did not come back ({reason}); run the same command again: what "
+                "was paid stays in the ledger"
+            ) from None
         except GetTimeoutError:
             raise StageTimeout(
                 f"{describe}: the oracle pool must answer {CHUNK} questions within {CHUNK_TIMEOUT_S / 3600:.0f} h, and "
