@@ -126,7 +126,7 @@ def test_an_empty_table_has_every_column(record):
 
 
 def test_only_what_may_be_none_is_nullable():
-    assert [field.name for field in arrow_schema(Judgement) if field.nullable] == ["score"]
+    assert [field.name for field in arrow_schema(Judgement) if field.nullable] == ["score", "cost_usd"]
     assert [field.name for field in arrow_schema(Comparison) if field.nullable] == ["preference"]
     assert not any(field.nullable for field in arrow_schema(Sampled))
     responses = arrow_schema(Sampled).field("responses").type
