@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
 LiveRun = Annotated[str, typer.Argument(help="The name or the directory of a run that goes on.")]
+LEDGER_WIDTH = 200
+"""Characters of a line that `rayrl ledger` may take."""
 STOP_TIMEOUT_S = 120.0
 """Longest wait for a run to end."""
 
@@ -158,7 +160,9 @@ def ledger(
     for (stage, judge), found in spending.items():
         counts = (found.spent, found.scored, found.abstained, found.lost, found.refunded, found.in_flight)
         table.add_row(Text(stage or "-"), Text(judge), *map(str, (*counts, found.taken_over)), found.price())
-    console.print(table if spending else Text(f"nothing was asked: {ledger_url(url, config)}"), soft_wrap=not spending)
+    # Wider than a narrow terminal rather than cut: the names of judges are long.
+    wide = Console(width=max(console.width, LEDGER_WIDTH))
+    wide.print(table if spending else Text(f"nothing was asked: {ledger_url(url, config)}"))
     for (stage, _), found in spending.items():
         for reason, num in found.abstentions.items():
             console.print(Text(f"{stage or '-'}: {num} abstained: {reason}"), soft_wrap=True)

@@ -127,7 +127,7 @@ def test_an_empty_table_has_every_column(record):
 
 def test_only_what_may_be_none_is_nullable():
     assert [field.name for field in arrow_schema(Judgement) if field.nullable] == ["score", "cost_usd"]
-    assert [field.name for field in arrow_schema(Comparison) if field.nullable] == ["preference"]
+    assert [field.name for field in arrow_schema(Comparison) if field.nullable] == ["preference", "cost_usd"]
     assert not any(field.nullable for field in arrow_schema(Sampled))
     responses = arrow_schema(Sampled).field("responses").type
     assert not responses.value_field.nullable
