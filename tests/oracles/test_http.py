@@ -393,7 +393,7 @@ def test_an_endpoint_that_hangs_is_left_after_three_calls_in_a_row(server, spare
 
 
 def test_many_calls_that_hang_at_once_are_no_failed_judge_where_there_is_another_endpoint(server, spare, tmp_path):
-    server.plan = plan(Reply(status=504))
+    server.plan = plan(Reply(drop=True))
     config = HttpOracleConfig(
         base_url=server.url, model="judge-1", api_key_env="JUDGE_KEY", failover=[{"base_url": spare.url}]
     )
