@@ -12,6 +12,9 @@ from rayrl.config.table import Operation, Table
 NO_KEY = "none"
 """Value of `api_key_env` that sends no key, also to a host that would get one by default."""
 
+NOT_SHOWN = "(not shown: it may hold a key)"
+"""Stands in messages for a value that is refused."""
+
 _OPENAI_HOST = "api.openai.com"
 _SECRET_NAME = re.compile(r"key|token|secret|auth|password|credential|cookie", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
@@ -113,6 +116,11 @@ class HttpEndpoint(Table):
     @property
     def _has_own_authorization(self) -> bool:
         return any(name.lower() == "authorization" for name in self.extra_headers)
+
+
+def looks_like_secret(text: str) -> bool:
+    """Return whether a text holds what looks like a key, and should not be shown."""
+    return _SECRET_VALUE.search(text) is not None
 
 
 def require_plain_body(body: Mapping[str, JsonValue]) -> None:

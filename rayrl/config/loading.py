@@ -7,8 +7,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from rayrl.config.http_endpoint import NOT_SHOWN, looks_like_secret
 from rayrl.config.run import RunConfig
 from rayrl.errors import ConfigError
+
+_MAY_HOLD_A_KEY = ("api_key_env", "extra_headers", "extra_query", "extra_body", "base_url")
+"""Fields whose values a message does not show, nor what is written in them."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -36,7 +40,7 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key of the tree, and make the sections on the way to it."""
     dotted, equals, expression = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"override {override!r} must look like section.key=value")
+        raise ConfigError(f"override {_shown(override, [])} must look like section.key=value")
     try:
         value = tomllib.loads(f"value = {expression}")["value"]
     except tomllib.TOMLDecodeError:
@@ -46,7 +50,7 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         nested: object = table.setdefault(section, {})
         if not isinstance(nested, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+            raise ConfigError(f"override {_shown(override, sections)}: {section} is a value, not a section")
         table = table[section]
     table[key] = value
 
@@ -74,8 +78,15 @@ def _explain(error: ValidationError) -> list[str]:
                 lines.append(f"  {field}: {mistake['msg'].removeprefix('Value error, ')}")
             case _:
                 rule = mistake["msg"][0].lower() + mistake["msg"][1:]
-                lines.append(f"  {field}: {rule}, got {mistake['input']!r}")
+                lines.append(f"  {field}: {rule}, got {_shown(mistake['input'], location)}")
     return lines
+
+
+def _shown(value: object, location: list[str]) -> str:
+    """Write a refused value, unless it may hold a key: also a table in a wrong place may."""
+    text = repr(value)
+    is_secret = any(field in location or field in text for field in _MAY_HOLD_A_KEY) or looks_like_secret(text)
+    return NOT_SHOWN if is_secret else text
 
 
 def _types_of(location: list[str]) -> str:

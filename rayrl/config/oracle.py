@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rayrl.config.http_endpoint import HttpEndpoint, require_plain_body
+from rayrl.config.http_endpoint import NOT_SHOWN, HttpEndpoint, looks_like_secret, require_plain_body
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.table import Operation, Table
 
@@ -25,7 +25,7 @@ class Prices:
     max_tokens: int
     """Longest answer, in tokens."""
     budget_usd: float | None
-    """Hard limit over labels and evaluation; None is no limit."""
+    """Hard limit over labels, evaluation and test questions; None is no limit."""
     num_samples: int = 1
     """Calls that one query makes."""
 
@@ -58,6 +58,9 @@ class OracleBase(Table):
 
     is_tried_out: ClassVar[bool] = True
     """Whether a test question is asked before the first stage; not of a table, which holds no such question."""
+
+    sizes_threads: ClassVar[bool] = False
+    """Whether max_concurrency is the number of its own threads, which counts for a judge of a panel too."""
 
     max_concurrency: Operation[int] = Field(default=16, gt=0)
     requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
@@ -158,15 +161,16 @@ class HttpOracleConfig(HttpEndpoint, OracleBase):
     usd_per_1m_input: Operation[float | None] = Field(default=None, ge=0)
     usd_per_1m_output: Operation[float | None] = Field(default=None, ge=0)
     budget_usd: Operation[float | None] = Field(default=None, gt=0)
-    """Hard limit over labels and evaluation; needs both prices."""
+    """Hard limit over labels, evaluation and test questions; needs both prices."""
 
     @field_validator("temperature", mode="before")
     @classmethod
     def _number_or_default(cls, value: object) -> object:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
         if not is_number and value != "default":
+            shown = NOT_SHOWN if looks_like_secret(repr(value)) else repr(value)
             raise ValueError(
-                f'temperature must be a number of at least 0, or "default" to leave it to the server, got {value!r}'
+                f'temperature must be a number of at least 0, or "default" to leave it to the server, got {shown}'
             )
         return value
 
@@ -260,6 +264,7 @@ class ScriptedOracleConfig(OracleBase):
     """Python functions: one judges a response, the other (if there is one) compares two. None abstains."""
 
     implementation: ClassVar[str] = "rayrl.oracles.scripted:ScriptedOracle"
+    sizes_threads: ClassVar[bool] = True
 
     type: Literal["scripted"] = "scripted"
     function: str = Field(pattern=r"^[\w.]+:\w+$")
@@ -389,7 +394,7 @@ class PanelOracleConfig(OracleBase):
     """Score of an item: the mean, or the score that more than half of the judges give (without one, the median).
     Comparisons are decided by the majority in either case, and are a tie without one."""
     budget_usd: Operation[float | None] = Field(default=None, gt=0)
-    """Hard limit over labels and evaluation; needs the prices of all judges."""
+    """Hard limit over labels, evaluation and test questions; needs the prices of all judges."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> "PanelOracleConfig":
@@ -405,6 +410,23 @@ class PanelOracleConfig(OracleBase):
                     f"budget_usd needs the prices of every judge, and judges[{place}] ({judge.label()}) has none; set "
                     "its usd_per_1m_input and usd_per_1m_output, or leave out budget_usd"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> "PanelOracleConfig":
+        for name in ("requests_per_minute", "tokens_per_minute", "timeout_s", "max_retries"):
+            if (value := _changed(self, name)) is not None:
+                raise ValueError(
+                    f"{name} = {value!r} has no effect on a panel, whose judges have limits of their own: set "
+                    f"judges[0].{name} and so on, or leave it out"
+                )
+        for place, judge in enumerate(self.judges):
+            for name in ("ledger", "max_unreadable", *(() if judge.sizes_threads else ("max_concurrency",))):
+                if (value := _changed(judge, name)) is not None:
+                    raise ValueError(
+                        f"judges[{place}].{name} = {value!r} has no effect on a judge of a panel: set oracle.{name}, "
+                        "which is for all of them, and leave it out here"
+                    )
         return self
 
     def label(self) -> str:
@@ -463,6 +485,12 @@ class PanelOracleConfig(OracleBase):
             max_tokens=longest,
             budget_usd=self.budget_usd,
         )
+
+
+def _changed(config: OracleBase, name: str) -> object:
+    """Return a setting that differs from its default; None if it does not. No default is changed to None."""
+    value: object = getattr(config, name)
+    return None if value == type(config).model_fields[name].default else value
 
 
 OracleConfig = Annotated[

@@ -114,7 +114,7 @@ class Rubric:
 
     def accepts(self, score: float) -> bool:
         """Return whether a score is a number on the scale."""
-        return math.isfinite(score) and self.min_score <= score <= self.max_score
+        return self.min_score <= score <= self.max_score  # nan and inf are not
 
 
 def load_rubric(config: RubricConfig) -> Rubric:

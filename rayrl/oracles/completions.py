@@ -89,6 +89,13 @@ def read_error(body: str) -> ErrorBody | None:
     return _error(fields) if isinstance(fields.get("message"), str) and "choices" not in fields else None
 
 
+def read_usage(body: str) -> tuple[bool, Usage | None]:
+    """Read whether a body tells of tokens that were used, and how many; None if that is not told completely."""
+    fields = _fields(_fields(_json(body)).get("usage"))
+    is_told = any(isinstance(value, int | float) and value is not True and value > 0 for value in fields.values())
+    return is_told, _usage(fields, has_text=False)
+
+
 def well_formed(text: str) -> str:
     """Replace halves of a character, which neither a request nor a table can hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

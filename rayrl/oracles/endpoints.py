@@ -240,4 +240,8 @@ def _total(usage: Usage) -> int:
 
 def failed_everywhere(failures: Iterable[tuple[Endpoint, Failure]]) -> str:
     """Write the message about a judge that failed: what happened at each of its addresses, and the remedy."""
-    return "; ".join(f"{endpoint.where}: {failure.reason}. Remedy: {failure.remedy}" for endpoint, failure in failures)
+    told: list[str] = []
+    for endpoint, failure in failures:
+        remedy = f". Remedy: {failure.remedy}" if failure.remedy else ""
+        told.append(f"{endpoint.where}: {failure.reason}{remedy}")
+    return "; ".join(told)

@@ -7,10 +7,10 @@ and what may pass is tried again. Status codes tell most of it; gateways put the
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from rayrl.oracles.completions import ErrorBody, read_error
+from rayrl.oracles.completions import ErrorBody, Usage, read_error, read_usage
 from rayrl.oracles.retries import retry_after_s
 
 Kind = Literal["judge", "item", "passing", "unreachable", "unknown"]
@@ -18,7 +18,9 @@ LimitField = Literal["max_tokens", "max_completion_tokens"]
 
 _MAX_WORDS = 200
 """Characters kept of the server's own words."""
-_PASSING_STATUS = frozenset({408, 409, 425, 429})
+_PASSING_STATUS = frozenset({409, 425, 429})
+_GAVE_UP_STATUS = frozenset({408, 504, 522, 524})
+"""A gateway, or the server, gave up waiting: the model may have been writing all the same, for money."""
 _ITEM_STATUS = frozenset({400, 413, 422})
 _STATUS_OF_CODE = {
     "invalid_api_key": 401,
@@ -70,7 +72,16 @@ _UNSUPPORTED = re.compile(
     r"|extra_forbidden|only the default|invalid (?:parameter|argument|field)|deprecated",
     re.IGNORECASE,
 )
-_TOO_LONG = re.compile(r"context[_ ](?:length|window)|too (?:large|long)|maximum context", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"context[_ ](?:length|window|size)|too (?:large|long)|maximum context|longer than the maximum"
+    r"|exceeds? the (?:maximum|max)\b.{0,40}\btokens|tokens\b.{0,40}\bmust be <=",
+    re.IGNORECASE,
+)
+_LIMIT_TOO_LARGE = re.compile(
+    r"at most \d+ completion tokens|too large: (?P<asked>\d+)\b.*?maximum context length is (?P<room>\d+)",
+    re.IGNORECASE,
+)
+"""The longest answer is longer than the model can write, or than all that it can hold: that is so for every item."""
 _STRUCTURED = re.compile(r"response_format|json_schema|json schema|structured output|guided|grammar", re.IGNORECASE)
 _TAG = re.compile(r"<(?:script|style)\b.*?</(?:script|style)>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 _HTML = re.compile(r"\s*<(?:!doctype html|html|head|body)\b", re.IGNORECASE)
@@ -110,8 +121,10 @@ class Failure:
     may "unreachable", which is the judge's failure if it lasts. "unknown": the call may have been billed."""
     reason: str
     remedy: str = ""
-    is_filtered: bool = False
-    """The item was refused for what is in it."""
+    is_declined: bool = False
+    """The item was refused for what is in it, or for its length: the judge does its part."""
+    usage: Usage | None = None
+    """Tokens that a failed call used all the same, where the server told their number."""
     retry_after_s: float | None = None
     wanted_limit: LimitField | None = None
     """The name under which the server wants the longest answer, where it refused the other one."""
@@ -123,7 +136,10 @@ def failure_of(reply: Reply, sent: Sent) -> Failure | None:
     if reply.status < 300:
         if error is None:
             return _no_chat(reply, sent)
-        return _classify(_status_of(error), reply, error, sent)
+        failure = _classify(_status_of(error), reply, error, sent)
+        is_told, usage = read_usage(reply.body)
+        # What was used before the call failed is billed; tried again, it would be billed twice.
+        return replace(failure, kind="unknown", usage=usage, wanted_limit=None) if is_told else failure
     return _classify(reply.status, reply, error, sent)
 
 
@@ -173,21 +189,33 @@ def _classify(status: int, reply: Reply, error: ErrorBody | None, sent: Sent) ->
         return judge("no credit is left, or its limit is reached: pay in credit or raise the limit at the provider")
     is_filtered = error is not None and _FILTERED.search(f"{codes} {error.message} {error.details}") is not None
     if is_filtered and status in (400, 403, 422):
-        return Failure(kind="item", reason=f"the judge's filter refused the item ({reason})", is_filtered=True)
+        return Failure(kind="item", reason=f"the judge's filter refused the item ({reason})", is_declined=True)
     if status in (400, 404, 405) and _NO_MODEL.search(f"{codes} {said}"):
         return judge(f"it does not know the model {sent.model!r}: correct oracle.model")
     if status in (404, 405):
         return judge(f"there is no chat endpoint; {address_remedy(sent)}")
     if status == 407:
         return judge("the proxy wants a user name and password: write them into HTTPS_PROXY or HTTP_PROXY")
+    if status in _GAVE_UP_STATUS:
+        return Failure(kind="unknown", reason=f"{reason}, which may have come while the judge was writing")
     if status in _PASSING_STATUS or status >= 500:
         return Failure(kind="passing", reason=reason, retry_after_s=retry_after_s(reply.headers, said))
     if status in _ITEM_STATUS:
         field = _refused_field(error, said, sent)
-        return field or Failure(kind="item", reason=reason)
+        return field or _refused_item(status, f"{codes} {said}", reason)
     if status == 403:
         return judge(f"it refuses access: {key_remedy(sent)}, or use a key that may ask for {sent.model!r} from here")
     return judge(f"correct {sent.prefix}base_url or oracle.model")
+
+
+def _refused_item(status: int, about: str, reason: str) -> Failure:
+    """Tell an item that is too long from one that is refused for reasons unknown."""
+    limit = _LIMIT_TOO_LARGE.search(about)
+    if limit and (limit["asked"] is None or int(limit["asked"]) >= int(limit["room"])):
+        return Failure(kind="judge", reason=reason, remedy="lower oracle.max_tokens to what this model can write")
+    if status == 413 or _TOO_LONG.search(about):
+        return Failure(kind="item", reason=f"the item is too long for the judge ({reason})", is_declined=True)
+    return Failure(kind="item", reason=reason)
 
 
 def _has_no_credit(status: int, codes: str, said: str) -> bool:

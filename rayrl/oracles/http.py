@@ -23,7 +23,7 @@ from rayrl.models.json_answers import (
 )
 from rayrl.models.judge_prompt import ANSWER_FORMAT, Rubric, oracle_prompt, parse_by_pattern, parse_judgement
 from rayrl.models.pairwise_prompt import PAIRWISE_FORMAT, pairwise_prompt, parse_comparison
-from rayrl.oracles.completions import Completion, well_formed
+from rayrl.oracles.completions import Completion, Usage, well_formed
 from rayrl.oracles.endpoints import Endpoint, failed_everywhere
 from rayrl.oracles.failures import Failure
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_REASON = 300
 """Characters kept of an answer or error that became the reason of an abstention."""
+_MAX_UNKNOWN = 3
+"""Calls of unknown outcome in a row (an endpoint that hangs), after which another endpoint is asked."""
 _CHAT_OVERHEAD_TOKENS = 64
 """Allowance for the chat template around one message."""
 _CUT_OFF = frozenset({"length", "max_tokens", "model_length", "max_output_tokens"})
@@ -63,6 +65,8 @@ class HttpOracle:
         self._prices = config.prices()
         self._endpoints = [Endpoint(config, endpoint, prefix) for prefix, endpoint in config.endpoints().items()]
         self._current = 0  # place of the endpoint that is asked; those before it have failed
+        self._failures: dict[int, Failure] = {}  # the last one of each endpoint that has not answered since
+        self._num_unknown = [0] * len(self._endpoints)  # calls of unknown outcome in a row
         self.name = self.comparer = identity(config)
 
     def __repr__(self) -> str:
@@ -115,46 +119,71 @@ class HttpOracle:
 
     async def _sample(self, question: _Question) -> Verdict:
         """Ask once: the current endpoint, and where it fails, those after it."""
-        failures: list[tuple[Endpoint, Failure]] = []
-        last = len(self._endpoints) - 1
-        for place in range(self._current, last + 1):
-            endpoint = self._endpoints[place]
-            outcome = await endpoint.ask(question.text, question.form)
+        place, last = self._current, len(self._endpoints) - 1
+        while True:
+            outcome = await self._endpoints[place].ask(question.text, question.form)
             if isinstance(outcome, Completion):
                 # An endpoint that had no answer to this question is left for good once another one has it.
                 self._current = max(self._current, place)
-                return self._verdict(question, outcome, endpoint)
-            failures.append((endpoint, outcome))
-            if outcome.kind not in ("judge", "passing"):
-                break
-            if place < last:
-                logger.warning("%s; asking the next endpoint", failed_everywhere([(endpoint, outcome)]))
-                if outcome.kind == "judge":
-                    self._current = max(self._current, place + 1)
-        return self._without_answer(question, failures)
+                self._failures.pop(place, None)
+                self._num_unknown[place] = 0
+                return self._verdict(question, outcome, self._endpoints[place])
+            self._note_failure(place, outcome)
+            if place == last or outcome.kind not in ("judge", "passing"):
+                return self._without_answer(question, place, outcome)
+            place += 1
 
-    def _without_answer(self, question: _Question, failures: list[tuple[Endpoint, Failure]]) -> Verdict:
+    def _note_failure(self, place: int, failure: Failure) -> None:
+        """Remember a failed call, and leave an endpoint for good that fails for every question, or hangs."""
+        if failure.kind == "item":
+            self._num_unknown[place] = 0
+            return
+        self._failures[place] = failure
+        is_hanging = False
+        if failure.kind == "unknown":
+            self._num_unknown[place] += 1
+            is_hanging = self._num_unknown[place] >= _MAX_UNKNOWN
+        if place == len(self._endpoints) - 1:
+            return
+        if failure.kind != "unknown" or (is_hanging and place >= self._current):
+            told = failed_everywhere([(self._endpoints[place], failure)])
+            logger.warning("%s; asking the next endpoint", told)
+        if failure.kind == "judge" or is_hanging:
+            self._current = max(self._current, place + 1)
+
+    def _without_answer(self, question: _Question, place: int, failure: Failure) -> Verdict:
         """Abstain, or tell of a failed judge, after the last failure."""
-        last = failures[-1][1]
-        if last.kind == "judge":
-            failure = failed_everywhere(failures)
-            return Verdict(score=None, rationale=failure, billed=False, failure=failure, cost_usd=self._nothing_usd)
-        billed = last.kind == "unknown"
-        return Verdict(
+        if failure.kind == "judge":
+            told = self._failed_endpoints(sorted(self._failures))
+            return Verdict(score=None, rationale=told, billed=False, failure=told, cost_usd=self._nothing_usd)
+        rationale = failure.reason[:_MAX_REASON]
+        earlier = [other for other in sorted(self._failures) if other < place]
+        if failure.kind != "item" and earlier:
+            rationale += f"; endpoints that failed before: {self._failed_endpoints(earlier)}"
+        verdict = Verdict(
             score=None,
-            rationale=last.reason[:_MAX_REASON],
-            billed=billed,
-            is_readable=last.is_filtered,
-            # Of a call whose outcome is unknown, the price that is safe to assume.
-            cost_usd=self._bound_usd(question.text) if billed else self._nothing_usd,
+            rationale=rationale,
+            billed=failure.kind == "unknown",
+            # A call to an endpoint that was left tells nothing about the one that is asked now.
+            is_readable=failure.is_declined or (failure.kind == "unknown" and place < self._current),
+            cost_usd=self._nothing_usd,
         )
+        if not verdict.billed:
+            return verdict
+        return self._priced(verdict, question, failure.usage, self._endpoints[place])
+
+    def _failed_endpoints(self, places: list[int]) -> str:
+        return failed_everywhere((self._endpoints[place], self._failures[place]) for place in places)
 
     def _verdict(self, question: _Question, completion: Completion, endpoint: Endpoint) -> Verdict:
         """Read an answer, and account for it."""
         verdict = self._read(question, completion)
         # Made well formed here: JSON inside of an answer may hold half a character too.
         verdict = replace(verdict, rationale=endpoint.without_secrets(well_formed(verdict.rationale)))
-        usage = completion.usage
+        return self._priced(verdict, question, completion.usage, endpoint)
+
+    def _priced(self, verdict: Verdict, question: _Question, usage: Usage | None, endpoint: Endpoint) -> Verdict:
+        """Account for a call that was, or may have been, billed."""
         bound_usd = self._bound_usd(question.text)
         if usage is None:
             # Without a count of the tokens, the price that is safe to assume.
@@ -165,7 +194,7 @@ class HttpOracle:
             cost_usd=cost_usd,
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
-            failure=self._broken_bound(usage.output_tokens, cost_usd, bound_usd, endpoint),
+            failure=self._broken_bound(question, usage, endpoint),
         )
 
     def _read(self, question: _Question, completion: Completion) -> Verdict:
@@ -211,17 +240,22 @@ class HttpOracle:
         parsed = read_json_comparison(answer) if self._config.answer == "json" else parse_comparison(answer)
         return None if parsed is None else (PREFERENCE_SHARES[parsed[0]], parsed[1])
 
-    def _broken_bound(
-        self, num_output: int, cost_usd: float | None, bound_usd: float | None, endpoint: Endpoint
-    ) -> str | None:
-        """Tell of an answer that is longer than was agreed: its price was not reserved."""
-        most = self._config.max_tokens
-        if num_output <= most:
-            return None
+    def _broken_bound(self, question: _Question, usage: Usage, endpoint: Endpoint) -> str | None:
+        """Tell of an answer that is longer, or costs more, than was agreed: its price was not reserved."""
+        most, num_output = self._config.max_tokens, usage.output_tokens
+        cost_usd, bound_usd = self._cost_usd(usage.input_tokens, num_output), self._bound_usd(question.text)
         beyond = ""
         if cost_usd is not None and bound_usd is not None and cost_usd > bound_usd:
             beyond = (
                 f", and {cost_usd - bound_usd:.6f} USD more than the {bound_usd:.6f} USD that it could cost at most"
+            )
+        if num_output <= most and not beyond:
+            return None
+        if num_output <= most:
+            return (
+                f"{endpoint.where} counted {usage.input_tokens} prompt tokens, where the question has at most "
+                f"{_most_input(question.text)}{beyond}. Something is added to it there, such as a system prompt or a "
+                "web search. Remedy: switch that off, or ask an endpoint that sends the question as it is"
             )
         return (
             f"{endpoint.where} gave {num_output} completion tokens, {num_output - most} more than oracle.max_tokens = "
@@ -230,7 +264,7 @@ class HttpOracle:
 
     def _bound_usd(self, question: str) -> float | None:
         """Bound the price of a call: a token is at least one byte of text, an answer has at most `max_tokens`."""
-        return self._cost_usd(len(question.encode()) + _CHAT_OVERHEAD_TOKENS, self._config.max_tokens)
+        return self._cost_usd(_most_input(question), self._config.max_tokens)
 
     def _cost_usd(self, num_input: int, num_output: int) -> float | None:
         """Price a call; None without a price, which is not the price 0."""
@@ -253,6 +287,11 @@ def identity(config: HttpOracleConfig) -> str:
     if config.num_samples > 1:
         parts.append(f"num_samples={config.num_samples}")
     return " ".join(parts)
+
+
+def _most_input(question: str) -> int:
+    """Bound the tokens of a question."""
+    return len(question.encode()) + _CHAT_OVERHEAD_TOKENS
 
 
 def _abstained(reason: str, *, is_readable: bool = False) -> Verdict:

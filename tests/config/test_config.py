@@ -89,6 +89,36 @@ def test_wrong_values_are_refused_with_rule_and_value(small, override, message):
     assert message in refusal(small, override)
 
 
+HTTP_JUDGE = ['oracle={type="http", base_url="http://h/v1", model="m"}']
+KEY = "sk-abcdefghij"
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        (f'oracle.extra_headers="Authorization: Bearer {KEY}"', "oracle.extra_headers"),
+        (f'oracle.extra_headers.Authorization=["{KEY}"]', "oracle.extra_headers.Authorization"),
+        ('oracle.extra_headers.Authorization=["abcdefghij"]', "oracle.extra_headers.Authorization"),
+        (f'oracle.api_key_env=["{KEY}"]', "oracle.api_key_env"),
+        ('oracle.api_key_env=["abcdefghij"]', "oracle.api_key_env"),
+        ('oracle.extra_query="key=abcdefghij"', "oracle.extra_query"),
+        ('oracle.extra_body="key: abcdefghij"', "oracle.extra_body"),
+        ('oracle.base_url=["http://h/abcdefghij"]', "oracle.base_url"),
+        ('oracle.failover={base_url="http://h/v1", extra_headers={api-key="abcdefghij"}}', "oracle.failover"),
+        (f'oracle.failover=["{KEY}"]', "oracle.failover"),
+        (f'oracle.model=["{KEY}"]', "oracle.model"),
+        (f'oracle.temperature="{KEY}"', "temperature"),
+        (f'oracle.temperature=["{KEY}"]', "temperature"),
+        (f"oracle.model.api_key_env={KEY}", "model is a value"),
+        (f"oracle.api_key_env {KEY}", "section.key=value"),
+    ],
+)
+def test_what_may_be_a_key_is_not_shown(small, override, field):
+    message = refusal(small, *HTTP_JUDGE, override)
+    assert field in message and "not shown" in message
+    assert "abcdefghij" not in message
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

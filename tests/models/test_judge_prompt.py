@@ -207,3 +207,8 @@ def test_missing_template_is_refused(tmp_path):
 def test_built_in_rubric_has_one_scale():
     with pytest.raises(ConfigError, match="0 to 5"):
         load_rubric(RubricConfig(max_score=10))
+
+
+def test_only_numbers_on_the_scale_are_accepted():
+    assert all(BUILT_IN.accepts(score) for score in (0, 5, 2.5))
+    assert not any(BUILT_IN.accepts(score) for score in (-1, 5.1, 10**400, -(10**400), float("nan"), float("inf")))

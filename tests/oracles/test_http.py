@@ -15,6 +15,7 @@ from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.http import HttpOracle
 from tests.judge_server import JudgeServer, Reply
+from tests.oracles.test_pool import items, opened
 
 RUBRIC = load_rubric(RubricConfig())
 KEY = "sk-very-secret-0123456789"
@@ -72,11 +73,21 @@ def test_without_a_key_none_is_sent(server, monkeypatch):
     assert "authorization" not in server.headers[0]
 
 
-@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503])
+@pytest.mark.parametrize("status", [409, 425, 429, 500, 503])
 def test_passing_failures_are_tried_again(server, status):
     server.plan = plan(Reply(status=status), Reply(status=status), Reply())
     assert ask(oracle_for(server)).score == 3.0
     assert server.num_asked == 3
+
+
+@pytest.mark.parametrize("status", [408, 504, 522, 524])
+def test_where_a_gateway_gave_up_the_call_counts_and_is_not_asked_twice(server, status):
+    server.plan = plan(Reply(status=status, text="timed out"), Reply())
+    oracle = oracle_for(server, usd_per_1m_input=2.0, usd_per_1m_output=10.0)
+    verdict = ask(oracle)
+    assert (verdict.score, verdict.billed, verdict.is_readable, verdict.failure) == (None, True, False, None)
+    assert verdict.cost_usd == oracle.estimate_usd("How tall is Everest?", "8849 m") > 0
+    assert "timed out" in verdict.rationale and server.num_asked == 1
 
 
 def test_lasting_failure_abstains_unbilled(server):
@@ -355,7 +366,7 @@ def test_only_when_all_endpoints_failed_the_judge_has(server, spare):
     assert (verdict.score, verdict.billed) == (None, False)
     assert server.url in verdict.failure and spare.url in verdict.failure
     assert "oracle.failover[0].base_url" in verdict.failure and "JUDGE_KEY" in verdict.failure
-    ask(oracle)
+    assert server.url in ask(oracle).failure  # it was left before, and is named again
     assert (server.num_asked, spare.num_asked) == (1, 2)  # the last one is probed again
 
 
@@ -363,6 +374,41 @@ def test_an_endpoint_out_of_service_is_left_once_another_answers(server, spare):
     server.plan = plan(Reply(status=503, text="out of order"))
     oracle = oracle_for(server, max_retries=0, failover=[{"base_url": spare.url}])
     assert [ask(oracle).score, ask(oracle).score] == [3.0, 3.0]
+    assert (server.num_asked, spare.num_asked) == (1, 2)
+
+
+@pytest.mark.parametrize("reply", [Reply(drop=True), Reply(status=504, text="gave up")])
+def test_an_endpoint_that_hangs_is_left_after_three_calls_in_a_row(server, spare, reply):
+    server.plan = plan(reply, reply, Reply(), reply, reply, reply)
+    spare.plan = plan(Reply(), Reply(status=401, text="no"))
+    oracle = oracle_for(server, failover=[{"base_url": spare.url}])
+    verdicts = [ask(oracle) for _ in range(8)]
+    assert [verdict.score for verdict in verdicts] == [None, None, 3.0, None, None, None, 3.0, None]
+    # What the endpoint that was left did tells nothing about the one that is asked now.
+    assert [verdict.is_readable for verdict in verdicts[3:6]] == [False, False, True]
+    assert all(verdict.billed for verdict in verdicts[:7])
+    assert (server.num_asked, spare.num_asked) == (6, 2)
+    failure = verdicts[7].failure
+    assert server.url in failure and spare.url in failure and "Remedy: ;" not in failure
+
+
+def test_many_calls_that_hang_at_once_are_no_failed_judge_where_there_is_another_endpoint(server, spare, tmp_path):
+    server.plan = plan(Reply(drop=True))
+    config = HttpOracleConfig(
+        base_url=server.url, model="judge-1", api_key_env="JUDGE_KEY", failover=[{"base_url": spare.url}]
+    )
+    with opened(config, str(tmp_path / "ledger.sqlite")) as pool:
+        answers = asyncio.run(pool.judge(items(*range(40)), "label"))
+    assert [answer.status for answer in answers].count("scored") == spare.num_asked >= 40 - 16
+
+
+def test_endpoints_that_were_left_are_named_when_the_last_one_has_no_answer(server, spare):
+    server.plan, spare.plan = plan(Reply(status=401, text="no")), plan(Reply(status=500, text="out of order"))
+    oracle = oracle_for(server, max_retries=0, failover=[{"base_url": spare.url}])
+    for _ in range(2):
+        verdict = ask(oracle)
+        assert (verdict.score, verdict.billed, verdict.failure) == (None, False, None)
+        assert "out of order" in verdict.rationale and server.url in verdict.rationale
     assert (server.num_asked, spare.num_asked) == (1, 2)
 
 
@@ -444,6 +490,13 @@ def test_an_answer_in_json(server):
     assert schemas[0]["properties"]["score"]["enum"] == [0, 1, 2, 3, 4, 5]
     assert schemas[1]["properties"]["better"]["enum"] == ["first", "second", "tie"]
     assert "Score: n" not in server.questions[0] and "Better: first" not in server.questions[1]
+
+
+@pytest.mark.parametrize("score", [f"1{'0' * 400}", f"-1{'0' * 400}", "1e400", "NaN", "-Infinity"])
+def test_a_number_off_every_scale_abstains(server, score):
+    server.plan = plan(Reply(text=f'{{"rationale": "Right.", "score": {score}}}'))
+    verdict = ask(oracle_for(server, answer="json"))
+    assert (verdict.score, verdict.billed, verdict.is_readable, verdict.failure) == (None, True, False, None)
 
 
 def test_a_server_without_json_schemas_names_the_remedy(server):

@@ -123,6 +123,40 @@ def test_an_error_inside_of_a_choice_is_a_failed_call(server):
     assert (verdict.billed, verdict.is_readable) == (False, False) and "broke off" in verdict.rationale
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "broke off", "code": 502}},
+        {"choices": [{"message": {"content": "Sco"}, "finish_reason": "error"}]},
+        {"error": {"message": "Rate limit", "code": 429}},
+    ],
+)
+def test_an_error_after_tokens_were_used_costs_them_and_is_not_asked_twice(server, body):
+    verdict = answered(
+        server, Reply(body=json.dumps(body | {"usage": {"prompt_tokens": 300, "completion_tokens": 40}})), **PRICES
+    )
+    assert (verdict.score, verdict.billed, verdict.is_readable, verdict.failure) == (None, True, False, None)
+    assert (verdict.input_tokens, verdict.output_tokens, server.num_asked) == (300, 40, 1)
+    assert verdict.cost_usd == pytest.approx(300 * 2e-6 + 40 * 8e-6)
+
+
+@pytest.mark.parametrize(
+    ("usage", "is_billed"),
+    [
+        ({"prompt_tokens": 300}, True),
+        ({"total_tokens": 340}, True),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "is_byok": True}, False),
+        ({}, False),
+    ],
+)
+def test_an_error_that_counts_a_part_of_the_tokens_is_priced_at_the_bound(server, usage, is_billed):
+    body = {"error": {"message": "broke off", "code": 502}, "usage": usage}
+    verdict = answered(server, Reply(body=json.dumps(body)), **PRICES)
+    bound_usd = oracle_for(server, **PRICES).estimate_usd("What is 2+2?", "4")
+    assert (verdict.billed, verdict.cost_usd) == (is_billed, bound_usd if is_billed else 0.0)
+    assert server.num_asked == (1 if is_billed else 2)
+
+
 def test_a_null_error_beside_an_answer_is_none(server):
     body = {"error": None, "choices": [{"message": {"content": CLEAR}}]}
     assert answered(server, Reply(body=json.dumps(body))).score == 4.0
@@ -242,12 +276,36 @@ def test_a_filtered_item_is_no_failed_judge(server, reply):
         error("'max_tokens' or 'max_completion_tokens' is too large: 512. The maximum context length is unsupported"),
         Reply(status=413, body="<html>Request Entity Too Large</html>"),
         Reply(status=422, body='{"detail": [{"loc": ["body", "messages"], "msg": "too long"}]}'),
+        error("the request exceeds the available context size", kind="exceed_context_size_error"),
+        error("`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000", status=422),
+        error("The input token count (9000) exceeds the maximum number of tokens allowed (8192)."),
+        error("'max_tokens' is too large: 512. This model's maximum context length is 4096 tokens and your request "
+              "has 3900 input tokens"),
+        error("too many", status=200, code="context_length_exceeded"),
     ],
-)
-def test_an_item_that_is_refused_abstains_unbilled(server, reply):
-    verdict = answered(server, reply)
+)  # fmt: skip
+def test_an_item_that_is_too_long_abstains_unbilled_and_is_no_unreadable_answer(server, reply):
+    verdict = answered(server, reply, **PRICES)
+    assert (verdict.score, verdict.billed, verdict.is_readable, verdict.failure) == (None, False, True, None)
+    assert "too long" in verdict.rationale and server.num_asked == 1
+
+
+def test_an_item_that_is_refused_without_a_reason_abstains_unbilled_and_is_unreadable(server):
+    verdict = answered(server, error("bad request"))
     assert (verdict.score, verdict.billed, verdict.is_readable, verdict.failure) == (None, False, False, None)
     assert server.num_asked == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "max_tokens is too large: 512. This model supports at most 256 completion tokens",
+        "'max_tokens' is too large: 512. This model's maximum context length is 512 tokens and your request has 9",
+    ],
+)
+def test_answers_that_may_be_longer_than_the_model_can_write_are_the_settings_fault(server, message):
+    verdict = answered(server, error(message))
+    assert (verdict.score, verdict.billed) == (FAILED, False) and "lower oracle.max_tokens" in verdict.failure
 
 
 def test_milliseconds_to_wait_are_honoured(server):
@@ -320,6 +378,16 @@ def test_a_server_that_ignores_max_tokens_keeps_its_answer_and_has_failed(server
     assert "8488 more than oracle.max_tokens = 512" in verdict.failure and f"{beyond:.6f} USD" in verdict.failure
     unpriced = answered(server, Reply(text=CLEAR, usage=usage))
     assert unpriced.cost_usd is None and "USD" not in unpriced.failure
+
+
+def test_an_endpoint_that_adds_to_the_question_keeps_its_answer_and_has_failed(server):
+    usage = {"prompt_tokens": 50_000, "completion_tokens": 20}
+    verdict = answered(server, Reply(text=CLEAR, usage=usage), **PRICES)
+    assert (verdict.score, verdict.billed) == (4.0, True)
+    beyond = verdict.cost_usd - oracle_for(server, **PRICES).estimate_usd("What is 2+2?", "4")
+    assert "50000 prompt tokens" in verdict.failure and f"{beyond:.6f} USD more" in verdict.failure
+    assert "oracle.max_tokens" not in verdict.failure and "Remedy: " in verdict.failure
+    assert answered(server, Reply(text=CLEAR, usage=usage)).failure is None  # without prices nothing is agreed
 
 
 # Requests that a server refuses.

@@ -8,10 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from rayrl.config import PanelOracleConfig, RubricConfig, RunConfig
-from rayrl.errors import JudgeFailed
+from rayrl.errors import ConfigError, JudgeFailed
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles import breaker
-from rayrl.oracles.panel import most_frequent
+from rayrl.oracles.panel import PanelOracle, most_frequent
 from rayrl.oracles.pool import OraclePool
 from tests.judge_server import JudgeServer, Reply
 from tests.oracles.test_comparing_pool import item
@@ -98,6 +98,75 @@ def test_a_judge_that_fails_stops_the_panel_and_the_item_is_asked_again(location
     assert [answer.score for answer in answers] == [2.5] * 4
     assert (summary.scored, summary.lost) == (4, 1)  # the first judge was paid for the item that the second refused
     assert servers[0].num_asked == 5
+
+
+@pytest.mark.parametrize("reply", [Reply(text="I cannot say."), Reply(status=500, text="I cannot say.")])
+def test_a_judge_that_nobody_can_read_is_not_hidden_by_the_others(location, reply):
+    with judges(says("Score: 2"), lambda index: reply, says("Score: 4")) as servers:
+        config = panel(servers, max_unreadable=3)
+        with pytest.raises(JudgeFailed, match=r"oracle\.judges\[1\] \(judge-1 at .*3 answers in a row.*I cannot say"):
+            ask(config, location, items(*range(20)))
+        assert servers[0].num_asked == 3
+        servers[1].plan = lambda index, question: Reply()
+        answers, _ = ask(config, location, items(*range(2, 20)))  # the third is asked again
+    assert [answer.score for answer in answers] == [3.0] * 18
+
+
+def test_answers_in_between_that_nobody_can_read_stop_no_panel(location):
+    with judges(says("Score: 2"), says("Hm.", "Hm.", "Score: 4")) as servers:
+        answers, _ = ask(panel(servers, max_unreadable=3), location, items(*range(12)))
+    assert [answer.score for answer in answers] == [2.0, 2.0, 3.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("status", "setting"), [(401, "api_key_env"), (402, None), (404, "base_url"), (200, "max_tokens")]
+)
+def test_messages_name_the_settings_of_the_judge(location, status, setting):
+    usage = {"prompt_tokens": 100, "completion_tokens": 9000}
+    with judges(says("Score: 2"), lambda index: Reply(status=status, text="Score: 3", usage=usage)) as servers:
+        oracle = PanelOracle(panel(servers), RUBRIC)
+        failure = asyncio.run(oracle.judge("p", "r")).failure
+    assert "oracle.judges[1].base_url http://" in failure and "oracle.base_url" not in failure
+    assert setting is None or f"oracle.judges[1].{setting}" in failure
+
+
+def test_an_abstention_names_the_setting_of_the_judge_and_an_address_stays_as_it_is(location, monkeypatch):
+    with judges(says("Score: 2"), lambda index: Reply(text="", finish="length")) as servers:
+        oracle = PanelOracle(panel([servers[1], servers[1]]), RUBRIC)
+        assert "oracle.judges[1].max_tokens = 512" in asyncio.run(oracle.judge("p", "r")).rationale
+    http = {"type": "http", "model": "a", "base_url": "http://oracle.model:9/v1"}
+    config = PanelOracleConfig.model_validate({"judges": [http, http | {"api_key_env": "NOT_SET"}]})
+    with pytest.raises(ConfigError, match=r"^oracle\.judges\[1\]\.api_key_env"):
+        PanelOracle(config, RUBRIC)
+    monkeypatch.setenv("NOT_SET", "sk-0123456789")
+    with pytest.raises(ConfigError, match=r"oracle\.judges\[0\]\.base_url http://oracle\.model:9/v1"):
+        PanelOracle(config, RUBRIC).check()
+
+
+@pytest.mark.parametrize(
+    ("panels", "second", "message"),
+    [
+        ({"requests_per_minute": 5}, {}, r"requests_per_minute = 5 has no effect on a panel.*judges\[0\]\."),
+        ({"tokens_per_minute": 5}, {}, "tokens_per_minute = 5 has no effect"),
+        ({"timeout_s": 5.0}, {}, "timeout_s = 5.0 has no effect"),
+        ({"max_retries": 0}, {}, "max_retries = 0 has no effect"),
+        ({}, {"ledger": "x"}, r"judges\[1\]\.ledger = 'x' has no effect.*set oracle\.ledger"),
+        ({}, {"max_unreadable": 2}, r"judges\[1\]\.max_unreadable = 2 has no effect"),
+        ({}, {"max_concurrency": 2}, r"judges\[1\]\.max_concurrency = 2 has no effect"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(panels, second, message):
+    http = {"type": "http", "base_url": "http://a/v1", "model": "a"}
+    with pytest.raises(ValidationError, match=message):
+        PanelOracleConfig.model_validate({"judges": [http, http | second]} | panels)
+
+
+def test_a_scripted_judge_keeps_the_number_of_its_threads_and_defaults_may_be_written():
+    http = {"type": "http", "base_url": "http://a/v1", "model": "a"}
+    scripted = {"type": "scripted", "function": "a:b", "max_concurrency": 1}
+    config = PanelOracleConfig.model_validate({"judges": [http, scripted], "max_concurrency": 64})
+    assert config.judges[1].max_concurrency == 1
+    assert PanelOracleConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_the_limits_of_the_judges_are_operation_and_their_models_are_science():
