@@ -162,3 +162,10 @@ def test_the_judge_is_in_the_key(tmp_path, stage):
     prices = {"usd_per_1m_input": 1.0, "usd_per_1m_output": 1.0}
     same = [{"base_url": "http://b/v1"}, {"api_key_env": "none"}, {"max_tokens": 9}, prices]
     assert {key_of(tmp_path, stage, oracle=http | other) for other in same} == {key}
+
+
+def test_the_order_of_a_dictionary_is_in_no_key(tmp_path):
+    http = {"type": "http", "base_url": "http://a/v1", "model": "a"}
+    one = http | {"extra_body": {"top_k": 1, "nested": {"x": 1, "y": [{"b": 1, "a": 2}]}}}
+    other = http | {"extra_body": {"nested": {"y": [{"a": 2, "b": 1}], "x": 1}, "top_k": 1}}
+    assert key_of(tmp_path, "query", oracle=one) == key_of(tmp_path, "query", oracle=other)
