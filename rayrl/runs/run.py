@@ -135,10 +135,16 @@ class Run:
         return storage.join(self.url, "metrics", f"{stage.name}.jsonl")
 
     def key(self, stage: AnyStage | str, *inputs: KeyPart) -> str:
-        """Name a stage's work by everything that decides its outcome; the seed is always a part of it."""
+        """Name a stage's work by everything that decides its outcome.
+
+        The seed is always a part of it, and so are the `engine_args` of the fleets that the stage asks, if any are set.
+        """
         name = stage if isinstance(stage, str) else stage.name
         # JSON tells "3" from 3 and an absent part from an empty one, so that other inputs never give the same key.
         parts = [i.science_json() if isinstance(i, Table) else json.dumps(i) for i in inputs]
+        engines = {} if isinstance(stage, str) else engine_args(stage, self.config)
+        if engines:
+            parts.append(json.dumps(engines))
         return content_id(name, str(self.seed), *parts)
 
     def manifest(self, stage: Stage[M]) -> Manifest[M] | None:
@@ -233,6 +239,13 @@ class Run:
         ended_at = time.time() if ended_at is None else ended_at
         self.timings.append({"what": what, "seconds": round(seconds, 3), "ended_at": round(ended_at, 3)})
         storage.write_json(storage.join(self.home or self.url, "timings.json"), self.timings)
+
+
+def engine_args(stage: AnyStage, config: RunConfig) -> dict[str, Any]:
+    """Return the arguments that the config has for the engines of a stage's fleets, by role; quantisation is one."""
+    tables = {"generators": config.generators, "embedders": config.embedders}
+    roles = sorted({use.role for use in stage.fleets(config)} & tables.keys())
+    return {role: tables[role].science()["engine_args"] for role in roles if tables[role].engine_args}
 
 
 def round_folder(url: str, number: int) -> str:

@@ -7,13 +7,14 @@ import pytest
 from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Checkpoint
-from rayrl.runs.stage_table import PPO
+from rayrl.runs.stage_table import PPO, SAMPLES
 from rayrl.stages.artifacts import Pool, QuerySet, Responses
 from rayrl.stages.evaluation.audit_pairs import audit_pairs
 from rayrl.stages.evaluation.evaluate import evaluate
 from rayrl.stages.evaluation.track_rewards import track_rewards
 from rayrl.stages.labelling.comparisons import compare
 from rayrl.stages.labelling.query import query
+from rayrl.stages.sampling.generate import generate
 from rayrl.stages.selection.select import select
 from rayrl.stages.synthesis.synthesize import synthesize_preferences
 from tests.fakes import FinishedRun
@@ -25,6 +26,8 @@ RESPONSES = Responses(key="y", table=TABLE, num_prompts=8, num_responses=16)
 QUERY_SET = QuerySet(key="q", table=TABLE)
 
 STAGES = {
+    "generate": lambda run: generate(run, None, M1, POOL),
+    "samples": lambda run: generate(run, None, M1, POOL, stage=SAMPLES),
     "query": lambda run: query(run, None, QUERY_SET),
     "select": lambda run: select(run, None, M1, RESPONSES),
     "evaluate": lambda run: evaluate(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
@@ -150,6 +153,42 @@ def test_the_operation_of_a_run_is_in_no_key(tmp_path, stage):
     assert {setting: key_of(tmp_path, stage, **{setting: value}) for setting, value in OPERATION.items()} == (
         dict.fromkeys(OPERATION, key)
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "fleet", "settings"),
+    [
+        ("generate", "generators", {}),
+        ("samples", "generators", {"refresh__method": "uml"}),
+        ("evaluate", "generators", {}),
+        ("evaluate", "embedders", {}),  # they serve the rewards that are measured
+        ("track_rewards", "embedders", {}),
+        ("select", "embedders", {}),
+        ("synthesize", "embedders", {"refresh__method": "spg"}),
+    ],
+)
+def test_the_arguments_of_engines_are_in_the_key_of_what_they_make(tmp_path, stage, fleet, settings):
+    def key(engine_args):
+        return key_of(tmp_path, stage, **settings, **{f"{fleet}__engine_args": engine_args})
+
+    keys = [key_of(tmp_path, stage, **settings), key({"quantization": "fp8"}), key({"quantization": "awq"})]
+    assert len(set(keys)) == 3
+    assert key({}) == keys[0]
+    assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("stage", "fleet", "settings"),
+    [
+        ("generate", "embedders", {}),
+        ("select", "generators", {}),
+        ("select", "embedders", {"select__strategy": "random"}),
+        ("query", "generators", {}),
+    ],
+)
+def test_the_arguments_of_other_engines_are_not(tmp_path, stage, fleet, settings):
+    changed = {f"{fleet}__engine_args": {"quantization": "fp8"}}
+    assert key_of(tmp_path, stage, **settings) == key_of(tmp_path, stage, **settings, **changed)
 
 
 @pytest.mark.parametrize("stage", ["query", "evaluate", "preferences"])
