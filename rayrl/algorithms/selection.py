@@ -297,10 +297,13 @@ class Strategy:
     it is a `ShardGroup`, and `candidate_batch` and `initial_centers` are given too, as in `k_center`."""
     reads_vectors: bool
     """Whether the pool has to be embedded."""
+    grows: bool = False
+    """Whether a larger selection contains the smaller one of the same seed. Otherwise the budget of a run cannot be
+    raised: it would ask about others, beyond what it has paid for."""
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "k_center": Strategy(choose=k_center, reads_vectors=True),
+    "k_center": Strategy(choose=k_center, reads_vectors=True, grows=True),
     "random": Strategy(choose=random_selection, reads_vectors=False),
 }
 """Values of `select.strategy`. Config, plan, preflight, selection and report learn of a strategy from its entry."""

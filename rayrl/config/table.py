@@ -38,6 +38,9 @@ class Table(BaseModel):
                 tree[name] = value.science()
             elif tables := _tables_in(value):
                 tree[name] = [table.science() for table in tables]
+            elif isinstance(value, dict):
+                # The order of a dictionary's keys is no setting.
+                tree[name] = json.loads(json.dumps(tree[name], sort_keys=True))
         return tree
 
     def science_json(self, exclude: frozenset[str] = frozenset()) -> str:

@@ -82,6 +82,12 @@ class BlockTable:
         return rows
 
 
+def found_table(url: str) -> BlockTable:
+    """Return the table that lies in a folder, of as many blocks as it has parts there."""
+    parts = [name for name in storage.children(url) if name.startswith("part-") and name.endswith(".parquet")]
+    return BlockTable(url, len(parts))
+
+
 def write_blocks(url: str, records: Iterable[R], record: type[R], size: int) -> tuple[BlockTable, int]:
     """Write records as a table of blocks of `size` rows, one block in memory at a time.
 

@@ -22,12 +22,13 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from rayrl.algorithms.budget import round_share
+from rayrl.algorithms.selection import STRATEGIES
 from rayrl.config import RunConfig, Table
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.records import content_id, drawn_seed
 from rayrl.runs import storage
 from rayrl.runs.stage_metrics import StageMetrics
-from rayrl.runs.stage_table import PREFERENCES, QUERY, AnyStage, Stage
+from rayrl.runs.stage_table import PREFERENCES, QUERY, SELECT, AnyStage, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +135,16 @@ class Run:
         return storage.join(self.url, "metrics", f"{stage.name}.jsonl")
 
     def key(self, stage: AnyStage | str, *inputs: KeyPart) -> str:
-        """Name a stage's work by everything that decides its outcome; the seed is always a part of it."""
+        """Name a stage's work by everything that decides its outcome.
+
+        The seed is always a part of it, and so are the `engine_args` of the fleets that the stage asks, if any are set.
+        """
         name = stage if isinstance(stage, str) else stage.name
         # JSON tells "3" from 3 and an absent part from an empty one, so that other inputs never give the same key.
         parts = [i.science_json() if isinstance(i, Table) else json.dumps(i) for i in inputs]
+        engines = {} if isinstance(stage, str) else engine_args(stage, self.config)
+        if engines:
+            parts.append(json.dumps(engines))
         return content_id(name, str(self.seed), *parts)
 
     def manifest(self, stage: Stage[M]) -> Manifest[M] | None:
@@ -148,13 +155,20 @@ class Run:
         """The stage's manifest if this work is done, here or in the run named by `reuse`, from which it is copied.
 
         None: it is to be done. Its folder then holds nothing, or this work half-done; files of other work (the settings
-        or the inputs have changed since) are removed. Nothing paid is among them: that is in the ledger.
+        or the inputs have changed since) are removed, but for those that name their own work. Nothing paid is among
+        them: that is in the ledger.
         """
         found = read_manifest(self.url, stage)
         if found is not None and found.key == key:
             logger.info("%s: already finished (%s)", stage.name, found.summary)
             return found
-        self._make_room(stage, key)
+        taken = self._taken_over(stage, key)
+        if taken is None:
+            self._make_room(stage, key)
+        return taken
+
+    def _taken_over(self, stage: Stage[M], key: str) -> Manifest[M] | None:
+        """Copy the stage from the run named by `reuse`, if it has done this work; None if it has not."""
         if self.config.reuse is None:
             return None
         # A round reuses the round of the same number: a longer run goes on from a shorter one.
@@ -169,23 +183,37 @@ class Run:
             ) from None
         if found is None or found.key != key:
             return None
+        # Half a copy must not look like work of our own that goes on.
+        storage.remove(self.folder(stage, MANIFEST))
+        storage.remove(self.folder(stage, WORK))
+        storage.remove(self.curve(stage))
         # The curve lies outside the stage's folder, and the report reads it.
         curve = storage.join(other, "metrics", f"{stage.name}.jsonl")
         if storage.exists(curve):
             storage.write_bytes(self.curve(stage), storage.read_bytes(curve))
         # The manifest last: a process that dies while it copies leaves a stage that is not finished.
-        storage.copy_folder(storage.join(other, "stages", stage.name), self.folder(stage), last=MANIFEST)
+        storage.copy_folder(storage.join(other, "stages", stage.name), self.folder(stage), last=(WORK, MANIFEST))
         logger.info("%s: taken over from %s (%s)", stage.name, other, found.summary)
         return found
 
     def _make_room(self, stage: AnyStage, key: str) -> None:
-        """Empty a stage's folder of other work, and name the work that it holds from now on."""
+        """Empty a stage's folder of other work, and name the work that it holds from now on.
+
+        Sub-folders that name their own work stay (`Stage.kept`).
+        """
         path = self.folder(stage, WORK)
-        if storage.exists(path) and storage.read_json(path) == {"key": key}:
+        is_own = storage.exists(path)  # otherwise it may be half a copy of another run's
+        if is_own and storage.read_json(path) == {"key": key}:
             return
-        if storage.exists(self.folder(stage)):
+        found = storage.children(self.folder(stage))
+        if found:
             logger.info("%s: other work than before is to be done, and the old is removed", stage.name)
-        storage.remove_folder(self.folder(stage))
+        storage.remove(self.folder(stage, MANIFEST))
+        if is_own:
+            storage.write_json(path, {"key": None})  # what an interruption leaves is no work that could go on
+        for name in found:
+            if name != WORK and not (is_own and name.startswith(stage.kept)):
+                storage.remove_folder(self.folder(stage, name))
         storage.remove(self.curve(stage))
         storage.write_json(path, {"key": key})
 
@@ -211,6 +239,13 @@ class Run:
         ended_at = time.time() if ended_at is None else ended_at
         self.timings.append({"what": what, "seconds": round(seconds, 3), "ended_at": round(ended_at, 3)})
         storage.write_json(storage.join(self.home or self.url, "timings.json"), self.timings)
+
+
+def engine_args(stage: AnyStage, config: RunConfig) -> dict[str, Any]:
+    """Return the arguments that the config has for the engines of a stage's fleets, by role; quantisation is one."""
+    tables = {"generators": config.generators, "embedders": config.embedders}
+    roles = sorted({use.role for use in stage.fleets(config)} & tables.keys())
+    return {role: tables[role].science()["engine_args"] for role in roles if tables[role].engine_args}
 
 
 def round_folder(url: str, number: int) -> str:
@@ -311,7 +346,7 @@ def belongs_to(url: str, config: RunConfig) -> bool:
 
     Raises:
         RunDirectoryError: it is a run of another config; the message names the settings that differ, and those that
-            may.
+            may. Or its label budget was raised, and it would select others.
         DataError: its config is damaged, or of another version of rayrl.
     """
     if not storage.exists(storage.join(url, CONFIG)):
@@ -329,7 +364,29 @@ def belongs_to(url: str, config: RunConfig) -> bool:
             f"operation may change ({', '.join(_tables_of(config.operation()))}), and "
             f"{', '.join(config.growing())} may be raised"
         )
+    reason = _why_labels_cannot_be_added(config)
+    if config.select.budget > theirs.select.budget and reason:
+        raise RunDirectoryError(
+            f"select.budget of run_dir {url} cannot be raised ({theirs.select.budget} there, {config.select.budget} "
+            f"now): {reason}. Set it back; or choose another run_dir, with reuse = {url!r} for the stages that stay "
+            f"the same and oracle.ledger = {ledger_url(url, theirs)!r} for the answers that are paid"
+        )
     return True
+
+
+def _why_labels_cannot_be_added(config: RunConfig) -> str | None:
+    """Tell why a run that has begun cannot get a larger label budget; None if it can."""
+    if not SELECT.occurs(config, 1):
+        return None
+    if config.rounds > 1:
+        return (
+            f"with rounds = {config.rounds} each round has a share of it, so that the first one would select anew, and "
+            "the later ones would ask about other responses, beyond the budget"
+        )
+    strategy = config.select.strategy
+    if config.labels != "expert" and not STRATEGIES[strategy].grows:
+        return f'strategy "{strategy}" picks other responses for another budget, and not those that are paid and more'
+    return None
 
 
 def _tables_of(settings: Iterable[str]) -> list[str]:

@@ -20,6 +20,10 @@ M = TypeVar("M", bound=metrics.StageMetrics, covariant=True)
 
 Purpose = Literal["label", "evaluate", "test"]
 """Budgets of the ledger: questions that teach, questions that measure, and those that try the judge out beforehand."""
+EMBEDDINGS = "embeddings-"
+"""In the folder of the selection: vectors of the responses, named by the work that they are."""
+ANSWERS = "answers-"
+"""In the folder of the evaluation: a policy's answers to the held-out prompts, named by the policy's version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,9 @@ class Stage(Generic[M]):
     fleets: Callable[[RunConfig], tuple[FleetUse, ...]] = lambda config: ()
     prompts: Callable[[RunConfig], Literal["pool", "held_out", "refresh"] | None] = lambda config: None
     """Whose blocks its tables follow, one block each, for the progress of a stage that goes on."""
+    kept: tuple[str, ...] = ()
+    """Beginnings of the names of sub-folders whose names tell all that decides their content. They stay when the stage
+    has other work to do."""
 
     def member(self, number: int) -> "Stage[metrics.FitMetrics]":
         """The training of one member of an ensemble: a stage with a folder, a curve and a manifest of its own."""
@@ -221,6 +228,7 @@ SELECT = Stage(
     occurs=lambda config, number: config.learns_from_judgements or config.asks_for_comparisons,
     fleets=_selection_fleets,
     prompts=lambda config: "pool" if config.generate.source == "policy" else None,
+    kept=(EMBEDDINGS,),
 )
 QUERY = Stage(
     name="query",
@@ -331,6 +339,7 @@ EVALUATE = Stage(
     pays="evaluate",
     fleets=_evaluation_fleets,
     prompts=lambda config: "held_out",
+    kept=(ANSWERS,),
 )
 
 STAGES: tuple[AnyStage, ...] = (

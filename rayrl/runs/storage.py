@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -166,22 +166,32 @@ def read_json(url: str) -> Any:
     return json.loads(read_bytes(url))
 
 
-def copy_folder(source: str, target: str, *, last: str) -> None:
-    """Replace a folder by a copy of another, its file `last` copied last; on one local disk by hard links, for free."""
+def copy_folder(source: str, target: str, *, last: Sequence[str]) -> None:
+    """Replace a folder by a copy of another; on one local disk by hard links, for free.
+
+    Args:
+        source: the folder.
+        target: where the copy lies in the end; what is there is removed.
+        last: names of files that are copied last, in this order; those that the folder does not have are left out.
+    """
     fs, path = _files(target)
     if fs.exists(path):
         fs.rm(path, recursive=True)
     if is_local(source) and is_local(target):
         root = locate(source)[1]
-        shutil.copytree(root, path, copy_function=_link, ignore=lambda folder, _: [last] if folder == root else [])
-        _link(join(root, last), join(path, last))
+        shutil.copytree(root, path, copy_function=_link, ignore=lambda folder, _: last if folder == root else [])
+        for name in [name for name in last if exists(join(root, name))]:
+            _link(join(root, name), join(path, name))
         return
     with tempfile.TemporaryDirectory() as local:
         theirs, folder = _files(source)
         theirs.get(folder, f"{local}/copy", recursive=True)
-        os.rename(f"{local}/copy/{last}", f"{local}/{last}")
+        there = [name for name in last if os.path.exists(f"{local}/copy/{name}")]
+        for name in there:
+            os.rename(f"{local}/copy/{name}", f"{local}/{name}")
         fs.put(f"{local}/copy/", f"{path}/", recursive=True)
-        fs.put_file(f"{local}/{last}", f"{path}/{last}")
+        for name in there:
+            fs.put_file(f"{local}/{name}", f"{path}/{name}")
 
 
 def _link(source: str, target: str) -> None:
@@ -285,7 +295,7 @@ def remove(url: str) -> None:
 
 
 def remove_folder(url: str) -> None:
-    """Remove a folder, if it exists."""
+    """Remove a folder or a file, if it exists."""
     fs, path = _files(url)
     if fs.exists(path):
         fs.rm(path, recursive=True)

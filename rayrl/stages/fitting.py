@@ -105,6 +105,8 @@ def fit_stage(
     """
     if services.mode == "alternate":
         services.release()
+    folder = fit_folder(training)
+    remove_other_fits(run, stage, folder)
     started = time.monotonic()
     with progress_of(run, stage, num_steps(job.num_rows, training, batch_size or training.batch_size)):
         fit(
@@ -112,8 +114,7 @@ def fit_stage(
             job,
             training,
             stream,
-            # Named by the ranks: a checkpoint of other ranks cannot be gone on from.
-            storage=run.folder(stage, f"fit-{training.num_workers}x-zero{training.zero_stage}"),
+            storage=run.folder(stage, folder),
             on_gpu=services.on_gpu,
             name=f"{run.config.name}-{stage.name}",
         )
@@ -127,6 +128,19 @@ def fit_stage(
         final_loss=float(np.mean([row["loss"] for row in curve[-LAST_STEPS:]])),
         fit_s=seconds,
     )
+
+
+def fit_folder(training: TrainingConfig) -> str:
+    """Name the folder of a fit's checkpoints by its ranks and its optimizer: no other layout can go on from them."""
+    offload = "-offload" if training.cpu_offload else ""
+    return f"fit-{training.num_workers}x-zero{training.zero_stage}{offload}"
+
+
+def remove_other_fits(run: Run, stage: Stage, folder: str) -> None:
+    """Remove the checkpoints that a fit of another layout has left half-way: this one begins anew."""
+    for name in storage.children(run.folder(stage)):
+        if name.startswith("fit-") and name != folder:
+            storage.remove_folder(run.folder(stage, name))
 
 
 @contextmanager

@@ -78,7 +78,11 @@ class ServedPolicy:
         answers: list[HeldOutAnswer] = []
         for rollout in rollouts:
             answers += held_out_answers(rollout)
-        table = BlockTable(f"{job.held_out_url}/{step}", launch.world_size())
+        folder = f"{job.held_out_url}/{step}"
+        if launch.rank() == 0:
+            storage.remove_folder(folder)  # an earlier attempt may have had more ranks
+        zero.barrier(self._engine)
+        table = BlockTable(folder, launch.world_size())
         table.write(launch.rank(), to_table(answers, HeldOutAnswer))
         rewards = [answer.reward for answer in answers if answer.reward is not None]
         num_rewards = zero.sum_over_ranks(len(rewards), self._engine)

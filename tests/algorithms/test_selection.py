@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from rayrl.algorithms.selection import CoresetShard, LocalShards, k_center, random_selection
+from rayrl.algorithms.selection import STRATEGIES, CoresetShard, LocalShards, k_center, random_selection
 from rayrl.errors import ConfigError, DataError
 
 
@@ -187,3 +187,14 @@ def test_random_selection_is_seeded_and_ignores_order():
     assert selection.radii == []
     assert selection == random_selection(ids[::-1], 10, seed=1)
     assert selection != random_selection(ids, 10, seed=2)
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.grows])
+def test_a_larger_selection_goes_on_from_the_smaller_one(name):
+    vectors = isotropic(200, 4)
+
+    def chosen(num):
+        pool = sharded(vectors, 2) if STRATEGIES[name].reads_vectors else np.arange(len(vectors))
+        return STRATEGIES[name].choose(pool, num, seed=3).ids
+
+    assert chosen(60)[:25] == chosen(25)

@@ -57,6 +57,8 @@ def test_a_judge_that_dies_half_way_and_comes_back_ends_in_the_same_table(ray_cl
         assert well.num_asked == 1  # the test question
         undisturbed = label(tmp_path / "well", well, reuse=selected)
         assert well.num_asked == 2 + 24
+        label(tmp_path / "well", well, reuse=selected)
+        assert well.num_asked == 2 + 24  # the ledger knows the test question, too
 
     (tmp_path / "first").write_text("sk-first")
     (tmp_path / "second").write_text("sk-second")

@@ -11,7 +11,7 @@ from rayrl.metrics.curves import read_metrics
 from rayrl.runs import storage
 from rayrl.runs.run import differences, num_label_queries, open_run, read_manifest, round_name
 from rayrl.runs.stage_metrics import AskedPairs
-from rayrl.runs.stage_table import DPO, GENERATE, PPO, PREFERENCES, QUERY, SELECT
+from rayrl.runs.stage_table import DPO, EVALUATE, GENERATE, PPO, PREFERENCES, QUERY, SELECT
 from tests.fakes import made_up
 
 
@@ -67,6 +67,43 @@ def test_other_work_of_a_stage_begins_in_an_empty_folder(run_dir):
     assert run.manifest(GENERATE) is None
 
 
+@pytest.mark.parametrize(("stage", "kept"), [(EVALUATE, "answers-m1-v"), (SELECT, "embeddings-v")])
+def test_tables_that_name_their_own_work_outlive_other_work(run_dir, stage, kept):
+    run = open_run(config_of(run_dir))
+    assert run.finished(stage, "k1") is None
+    for table in (kept, "table", "comparisons-m1"):
+        storage.write_bytes(run.folder(stage, table, "part-00000.parquet"), b"rows")
+    finish(run, stage, "k1")
+    assert run.finished(stage, "k2") is None
+    assert storage.children(run.folder(stage)) == [kept, "work.json"]
+    assert storage.exists(run.folder(stage, kept, "part-00000.parquet"))
+
+
+def test_half_a_copy_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch):
+    first = open_run(config_of(tmp_path / "earlier"))
+    assert first.finished(EVALUATE, "k1") is None
+    for name in ("answers-m1-v/part-0", "table/part-0", "a", "z"):
+        storage.write_bytes(first.folder(EVALUATE, name), b"rows")
+    finish(first, EVALUATE, "k1")
+    run = open_run(config_of(tmp_path / "run", reuse=first.url))
+    assert run.finished(EVALUATE, "k0") is None
+    link = storage._link
+
+    def killed(source, target):
+        if source.endswith(("manifest.json", "work.json")):
+            raise KeyboardInterrupt
+        link(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "_link", killed)
+        run.finished(EVALUATE, "k1")
+    assert storage.exists(run.folder(EVALUATE, "z"))
+    again = open_run(config_of(tmp_path / "run"))
+    assert again.finished(EVALUATE, "k1") is None
+    assert storage.children(again.folder(EVALUATE)) == ["work.json"]
+    assert open_run(config_of(tmp_path / "run", reuse=first.url)).finished(EVALUATE, "k1") is not None
+
+
 def test_timings_survive_a_restart(run_dir):
     open_run(config_of(run_dir)).record_time("engine", 1.23456, ended_at=10.0)
     run = open_run(config_of(run_dir))
@@ -109,6 +146,32 @@ def test_a_budget_does_not_shrink(run_dir):
     open_run(config_of(run_dir))
     with pytest.raises(RunDirectoryError, match=r"select.budget \(8 there, 4 now\)"):
         open_run(config_of(run_dir, select={"budget": 4}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rounds": 2}, "with rounds = 2 each round has a share"),
+        ({"select": {"budget": 8, "strategy": "random"}}, 'strategy "random" picks other responses'),
+    ],
+)
+def test_a_label_budget_is_not_raised_where_others_would_be_selected(run_dir, settings, reason):
+    first = open_run(config_of(run_dir, **settings))
+    settings = settings | {"evaluate": {"budget": 256}}  # this one may be raised
+    open_run(config_of(run_dir, **settings))
+    larger = {"select": {**settings.get("select", {}), "budget": 16}}
+    with pytest.raises(RunDirectoryError) as refused:
+        open_run(config_of(run_dir, **(settings | larger)))
+    message = str(refused.value)
+    assert reason in message and "(8 there, 16 now)" in message
+    assert f"reuse = '{first.url}'" in message and f"oracle.ledger = '{first.url}/ledger.sqlite'" in message
+    open_run(config_of(run_dir, **settings))
+
+
+def test_the_control_expert_asks_about_all_whatever_the_strategy(run_dir):
+    settings = {"labels": "expert"}
+    open_run(config_of(run_dir, **settings, select={"budget": 8, "strategy": "random"}))
+    open_run(config_of(run_dir, **settings, select={"budget": 16, "strategy": "random"}))
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):

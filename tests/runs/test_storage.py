@@ -66,17 +66,26 @@ def test_copy_folder(base, tmp_path, scheme):
     source = storage.join(base, "source")
     target = f"{tmp_path}/target" if not scheme else f"memory://{uuid.uuid4().hex}/target"
     fill(source)
-    storage.copy_folder(source, target, last="config.json")
+    storage.copy_folder(source, target, last=["config.json"])
     assert content(target) == content(source)
     storage.write_bytes(storage.join(target, "stale.bin"), b"old")
-    storage.copy_folder(source, target, last="config.json")
+    storage.copy_folder(source, target, last=["config.json"])
+    assert content(target) == content(source)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_files_that_are_copied_last_need_not_be_there(base, tmp_path, scheme):
+    source = storage.join(base, "source")
+    target = f"{tmp_path}/target" if not scheme else f"memory://{uuid.uuid4().hex}/target"
+    fill(source)
+    storage.copy_folder(source, target, last=["nowhere.json", "config.json"])
     assert content(target) == content(source)
 
 
 def test_copies_on_one_disk_are_links_that_do_not_share_later_writes(tmp_path):
     source, target = f"{tmp_path}/source", f"{tmp_path}/target"
     fill(source)
-    storage.copy_folder(source, target, last="config.json")
+    storage.copy_folder(source, target, last=["config.json"])
     assert os.stat(f"{source}/config.json").st_ino == os.stat(f"{target}/config.json").st_ino
     storage.write_json(f"{target}/config.json", {"a": 2})
     assert storage.read_json(f"{source}/config.json") == {"a": 1}

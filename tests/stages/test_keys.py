@@ -7,13 +7,14 @@ import pytest
 from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Checkpoint
-from rayrl.runs.stage_table import PPO
+from rayrl.runs.stage_table import PPO, SAMPLES
 from rayrl.stages.artifacts import Pool, QuerySet, Responses
 from rayrl.stages.evaluation.audit_pairs import audit_pairs
 from rayrl.stages.evaluation.evaluate import evaluate
 from rayrl.stages.evaluation.track_rewards import track_rewards
 from rayrl.stages.labelling.comparisons import compare
 from rayrl.stages.labelling.query import query
+from rayrl.stages.sampling.generate import generate
 from rayrl.stages.selection.select import select
 from rayrl.stages.synthesis.synthesize import synthesize_preferences
 from tests.fakes import FinishedRun
@@ -25,6 +26,8 @@ RESPONSES = Responses(key="y", table=TABLE, num_prompts=8, num_responses=16)
 QUERY_SET = QuerySet(key="q", table=TABLE)
 
 STAGES = {
+    "generate": lambda run: generate(run, None, M1, POOL),
+    "samples": lambda run: generate(run, None, M1, POOL, stage=SAMPLES),
     "query": lambda run: query(run, None, QUERY_SET),
     "select": lambda run: select(run, None, M1, RESPONSES),
     "evaluate": lambda run: evaluate(run, None, None, POOL, {"m1": M1, "ppo": M2}, {}),
@@ -152,6 +155,42 @@ def test_the_operation_of_a_run_is_in_no_key(tmp_path, stage):
     )
 
 
+@pytest.mark.parametrize(
+    ("stage", "fleet", "settings"),
+    [
+        ("generate", "generators", {}),
+        ("samples", "generators", {"refresh__method": "uml"}),
+        ("evaluate", "generators", {}),
+        ("evaluate", "embedders", {}),  # they serve the rewards that are measured
+        ("track_rewards", "embedders", {}),
+        ("select", "embedders", {}),
+        ("synthesize", "embedders", {"refresh__method": "spg"}),
+    ],
+)
+def test_the_arguments_of_engines_are_in_the_key_of_what_they_make(tmp_path, stage, fleet, settings):
+    def key(engine_args):
+        return key_of(tmp_path, stage, **settings, **{f"{fleet}__engine_args": engine_args})
+
+    keys = [key_of(tmp_path, stage, **settings), key({"quantization": "fp8"}), key({"quantization": "awq"})]
+    assert len(set(keys)) == 3
+    assert key({}) == keys[0]
+    assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("stage", "fleet", "settings"),
+    [
+        ("generate", "embedders", {}),
+        ("select", "generators", {}),
+        ("select", "embedders", {"select__strategy": "random"}),
+        ("query", "generators", {}),
+    ],
+)
+def test_the_arguments_of_other_engines_are_not(tmp_path, stage, fleet, settings):
+    changed = {f"{fleet}__engine_args": {"quantization": "fp8"}}
+    assert key_of(tmp_path, stage, **settings) == key_of(tmp_path, stage, **settings, **changed)
+
+
 @pytest.mark.parametrize("stage", ["query", "evaluate", "preferences"])
 def test_the_judge_is_in_the_key(tmp_path, stage):
     http = {"type": "http", "base_url": "http://a/v1", "model": "a"}
@@ -162,3 +201,10 @@ def test_the_judge_is_in_the_key(tmp_path, stage):
     prices = {"usd_per_1m_input": 1.0, "usd_per_1m_output": 1.0}
     same = [{"base_url": "http://b/v1"}, {"api_key_env": "none"}, {"max_tokens": 9}, prices]
     assert {key_of(tmp_path, stage, oracle=http | other) for other in same} == {key}
+
+
+def test_the_order_of_a_dictionary_is_in_no_key(tmp_path):
+    http = {"type": "http", "base_url": "http://a/v1", "model": "a"}
+    one = http | {"extra_body": {"top_k": 1, "nested": {"x": 1, "y": [{"b": 1, "a": 2}]}}}
+    other = http | {"extra_body": {"nested": {"y": [{"a": 2, "b": 1}], "x": 1}, "top_k": 1}}
+    assert key_of(tmp_path, "query", oracle=one) == key_of(tmp_path, "query", oracle=other)

@@ -11,7 +11,7 @@ from rayrl.fleets.services import Services
 from rayrl.models.served_reward import ServedReward
 from rayrl.records import Checkpoint, Response, Sampled, Scored, from_row
 from rayrl.runs.run import Run
-from rayrl.runs.stage_table import EVALUATE
+from rayrl.runs.stage_table import ANSWERS, EVALUATE
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.labelling.ask import oracle_scores
 from rayrl.stages.sampling.generate import sample_block, sampling_of
@@ -69,8 +69,9 @@ def _sampled(
     run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str, k: int
 ) -> list[Sampled]:
     """Sample k answers to each held-out prompt, without repeats; the blocks are kept in the stage's folder."""
-    # Named by the policy's version: a run that continues with other weights must not read the old answers.
-    table = BlockTable(run.folder(EVALUATE, f"{name}-{policy.version}"), pool.held_out.num_blocks)
+    # Named by the policy's version: a run that continues with other weights must not read the old answers, and one with
+    # a larger budget reads them again.
+    table = BlockTable(run.folder(EVALUATE, f"{ANSWERS}{name}-{policy.version}"), pool.held_out.num_blocks)
     fleet = services.generators(m1)
     compute = partial(sample_block, pool.held_out, fleet, policy, k, evaluation_sampling(run), run.seed)
     map_blocks(

@@ -13,7 +13,7 @@ import numpy as np
 from ray.actor import ActorHandle
 
 from rayrl.algorithms.statistics import order_agreement, paired_difference, spearman
-from rayrl.data.blocks import BlockTable
+from rayrl.data.blocks import found_table
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
 from rayrl.records import Checkpoint, HeldOutAnswer, content_id, from_row
@@ -130,7 +130,8 @@ def measured_kls(run: Run, ppo: Stage[PpoMetrics]) -> dict[int, float]:
 
 def read_answers(run: Run, ppo: Stage[PpoMetrics], step: int) -> list[list[HeldOutAnswer]]:
     """Read both answers to each held-out prompt, prompts in an order that follows from their ids alone."""
-    table = BlockTable(run.folder(ppo, HELD_OUT, str(step)), run.config.ppo.num_workers)  # a block per rank
+    # A block per rank of the PPO, which may have had another number of them than the config says now.
+    table = found_table(run.folder(ppo, HELD_OUT, str(step)))
     by_prompt: dict[str, list[HeldOutAnswer]] = {}
     for block in table.blocks():
         for row in block.to_pylist():

@@ -10,8 +10,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from rayrl.errors import JudgeFailed, StageTimeout
 from rayrl.records import Comparison, Judgement, Prompt, content_id
-from rayrl.runs.run import Run, read_manifest, round_folder
-from rayrl.runs.stage_table import stages_of
+from rayrl.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +22,15 @@ TIMEOUT_S = 1800.0
 def try_out(run: Run, oracle: ActorHandle, prompts: Sequence[Prompt]) -> None:
     """Ask one question of each kind that the run will ask, about prompts of the pool. Costs one or two queries.
 
-    Nothing is asked of an oracle that answers from a table, nor where every paid stage has ended.
+    At every start: the ledger answers what was asked before, so that a finished run asks nothing anew. Nothing is asked
+    of an oracle that answers from a table.
 
     Raises:
         JudgeFailed: the oracle fails, or its answers cannot be read.
         StageTimeout: no answer came.
     """
     config = run.config
-    if not config.oracle.is_tried_out or _is_paid_for(run):
+    if not config.oracle.is_tried_out:
         return
     judgements = [
         Judgement(
@@ -57,12 +57,6 @@ def try_out(run: Run, oracle: ActorHandle, prompts: Sequence[Prompt]) -> None:
             for prompt in prompts
         ]
         _try(oracle, "test comparison", comparisons)
-
-
-def _is_paid_for(run: Run) -> bool:
-    """Return whether every stage that pays has ended, in the whole run."""
-    paying = [(stage, number) for stage, number in stages_of(run.config) if stage.pays]
-    return all(read_manifest(round_folder(run.url, number), stage) is not None for stage, number in paying)
 
 
 def _try(oracle: ActorHandle, what: str, questions: Sequence[Judgement] | Sequence[Comparison]) -> None:

@@ -67,7 +67,8 @@ def fit_reward_model(
     uml = run.config.refresh.uml if views else "no views"
     sources = [source.key for source in (*preferences, views, weights) if source is not None]
     inputs = [uml, run.config.policy.max_model_len, services.dtype, m1.version, *sources]
-    member_key = run.key(stage, "member", config.science_json(exclude=COMBINING), *inputs)
+    # By the stage's name: the engines measure an ensemble, and no training of a member depends on them.
+    member_key = run.key(stage.name, "member", config.science_json(exclude=COMBINING), *inputs)
     key = run.key(stage, config, *inputs)
 
     members = [stage.member(i) for i in range(config.num_members)]
@@ -78,8 +79,9 @@ def fit_reward_model(
     models = RewardModels(key=key, checkpoints=tuple(checkpoints), m1=m1, config=run.config)
     # An interrupted ensemble goes on with the members that are missing.
     fits = [run.finished(member, member_key) for member in members]
-    done = run.finished(stage, key) if all(fits) else None
-    if done is None:
+    # Looked for in any case: what other work has left goes away before the fits, and not after them.
+    done = run.finished(stage, key)
+    if done is None or not all(fits):
         started = time.monotonic()
         data = training_data(run, stage, preferences, weights)
         job = _job(run, services, m1, data, views)

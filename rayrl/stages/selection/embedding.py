@@ -20,7 +20,7 @@ from rayrl.fleets.services import Services
 from rayrl.models.judge_prompt import Rubric, fill, load_rubric
 from rayrl.records import Checkpoint, Sampled, content_id, from_row
 from rayrl.runs.run import Run
-from rayrl.runs.stage_table import SELECT
+from rayrl.runs.stage_table import EMBEDDINGS, SELECT
 from rayrl.runs.storage import local_folder
 from rayrl.stages.artifacts import Responses
 from rayrl.stages.selection.candidates import seed_responses
@@ -94,8 +94,10 @@ def embedding_of(run: Run, services: Services, m1: Checkpoint, *, embedder: str,
 
 def embed(run: Run, embedding: Embedding, responses: Responses) -> tuple[BlockTable, int]:
     """Embed every unit of a responses table, block by block; the table of vectors, and how many there are."""
-    folder = run.folder(SELECT, f"embeddings-{embedding.checkpoint.version}")
-    vectors = BlockTable(folder, responses.table.num_blocks)
+    # Named by all that decides the vectors, but not by the budget: a larger one reads them again.
+    settings = run.config.select.science_json(exclude=frozenset({"budget"}))
+    name = run.key(SELECT, settings, embedding.rubric.version, responses.key, embedding.checkpoint.version)
+    vectors = BlockTable(run.folder(SELECT, f"{EMBEDDINGS}{name}"), responses.table.num_blocks)
     counts = map_blocks(
         vectors,
         partial(embed_block, embedding, responses.table),

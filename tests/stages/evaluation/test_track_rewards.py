@@ -1,5 +1,7 @@
 """Reward models along PPO, and synthetic pairs, measured against the oracle."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,12 +9,14 @@ from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.metrics.curves import MetricLog
 from rayrl.records import HeldOutAnswer, Response, Sampled, to_table
+from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import SynthesizeMetrics
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, SAMPLES, SYNTHESIZE
 from rayrl.stages.evaluation.audit_pairs import drawn_pairs, measure_agreement, possible_pairs
-from rayrl.stages.evaluation.track_rewards import Point, find_points, measure_point
+from rayrl.stages.evaluation.track_rewards import Point, find_points, measure_point, read_answers
 from rayrl.stages.synthesis.outcomes import Outcome
+from rayrl.training import served_policy
 
 
 def open_run(folder):
@@ -30,9 +34,9 @@ def open_run(folder):
     return Run(config=RunConfig.model_validate(config), url=str(folder))
 
 
-def write_step(run, ppo, step, num_prompts):
-    table = BlockTable(run.folder(ppo, "held_out", str(step)), 2)
-    for rank in range(2):
+def write_step(run, ppo, step, num_prompts, num_ranks=2):
+    table = BlockTable(run.folder(ppo, "held_out", str(step)), num_ranks)
+    for rank in range(num_ranks):
         answers = [
             HeldOutAnswer(
                 prompt_id=f"p{i}",
@@ -43,7 +47,7 @@ def write_step(run, ppo, step, num_prompts):
                 reward=0.0,
             )
             for n in range(2)
-            for i in range(rank, num_prompts, 2)
+            for i in range(rank, num_prompts, num_ranks)
         ]
         table.write(rank, to_table(answers, HeldOutAnswer))
 
@@ -67,6 +71,40 @@ def test_points_are_m1_and_steps_of_each_ppo_up_to_the_last(tmp_path):
     assert {len(point.answers) for point in points} == {5}  # 100 queries, 9 points, 2 answers
     assert len({tuple(pair[0].prompt_id for pair in point.answers) for point in points}) == 1, "the same prompts"
     assert all(a.response != b.response and a.prompt_id == b.prompt_id for p in points for a, b in p.answers)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_answers_are_read_whole_whatever_the_number_of_workers_now(tmp_path, num_ranks):
+    run = open_run(tmp_path)
+    assert run.config.ppo.num_workers == 2
+    write_step(run, PPO, 4, 7, num_ranks)
+    answers = read_answers(run, PPO, 4)
+    assert sorted(pair[0].prompt_id for pair in answers) == [f"p{i}" for i in range(7)]
+    assert {len(pair) for pair in answers} == {2}
+
+
+def test_a_step_that_is_measured_again_keeps_no_part_of_other_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(served_policy, "new_publisher", lambda *arguments, **options: None)
+    monkeypatch.setattr(served_policy, "sample", lambda *arguments, **options: None)
+    monkeypatch.setattr(served_policy, "held_out_answers", lambda rollout: [])
+    monkeypatch.setattr(served_policy.launch, "rank", lambda: 0)
+    monkeypatch.setattr(served_policy.launch, "world_size", lambda: 1)
+    run = open_run(tmp_path)
+    write_step(run, PPO, 4, 7, num_ranks=3)
+    job = SimpleNamespace(
+        m1=None,
+        fleet=None,
+        transport=None,
+        sampling=None,
+        rewards=None,
+        seed=0,
+        ppo=run.config.ppo,
+        held_out=[],
+        held_out_url=run.folder(PPO, "held_out"),
+    )
+    engine = SimpleNamespace(module=SimpleNamespace(policy=None), device="cpu")
+    served_policy.ServedPolicy(job, engine, best_reward=0.0).measure(4, always=True)
+    assert storage.children(run.folder(PPO, "held_out", "4")) == ["part-00000.parquet"]
 
 
 def test_a_reward_is_right_where_it_orders_as_the_oracle():

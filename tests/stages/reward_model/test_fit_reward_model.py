@@ -16,7 +16,7 @@ from rayrl.errors import DataError
 from rayrl.fleets.services import Services
 from rayrl.models.policy import load_policy
 from rayrl.models.reward_model import RewardModel
-from rayrl.records import PreferencePair, Response, Sampled, Scored, to_table
+from rayrl.records import Checkpoint, PreferencePair, Response, Sampled, Scored, to_table
 from rayrl.runs.run import Run
 from rayrl.runs.stage_table import FIT_REWARD_MODEL, REFIT_REWARD_MODEL
 from rayrl.stages.artifacts import Preferences, Responses
@@ -24,6 +24,7 @@ from rayrl.stages.reward_model.fit_reward_model import fit_reward_model, member_
 from rayrl.stages.reward_model.training_data import TrainingRows, held_out_pairs, held_out_prompts, sampled_sequences
 from rayrl.stages.rewards.reward_models import pair_items, validate_pairs
 from rayrl.training.reward_model import sequence_batch
+from tests.fakes import FinishedRun, made_up
 
 GOOD, BAD = 40, 41
 
@@ -262,6 +263,31 @@ def test_a_ready_made_model_is_measured_alike(refreshed, tiny_policy, tmp_path):
         expected = getattr(fitted.accuracy, name)
         assert getattr(measured.validation.accuracy, name) == pytest.approx(expected, abs=1e-4)
     assert fit_reward_model(run, refreshed.services, tiny_policy.checkpoint, [refreshed.d]) == adopted
+
+
+class Began(Exception):
+    """The fit of a member would begin now."""
+
+
+@pytest.mark.parametrize("is_same_work", [False, True])
+def test_an_ensemble_with_missing_members_is_not_done(tmp_path, monkeypatch, is_same_work):
+    def begin(*arguments):
+        raise Began
+
+    monkeypatch.setattr("rayrl.stages.reward_model.fit_reward_model.training_data", begin)
+    run = open_run(tmp_path, Checkpoint(path="model", version="m1"), num_members=2)
+    d = Preferences(key="d", table=BlockTable(str(tmp_path), 1), num_pairs=1)
+    keys = FinishedRun(config=run.config, url=run.url)
+    services = SimpleNamespace(dtype="float32")
+    m1 = Checkpoint(path="model", version="m1")
+    fit_reward_model(keys, services, m1, [d])
+    key = keys.keys[FIT_REWARD_MODEL.name] if is_same_work else "other"
+    metrics = made_up(FIT_REWARD_MODEL.metrics)
+    run.finish(FIT_REWARD_MODEL, key, since=0.0, num_rows=1, metrics=metrics, summary="done")
+    with pytest.raises(Began):
+        fit_reward_model(run, services, m1, [d])
+    # What other work has left is gone before the fits.
+    assert (run.manifest(FIT_REWARD_MODEL) is not None) == is_same_work
 
 
 def test_too_few_views_are_refused_before_the_fit(ray_cluster, tiny_policy, tmp_path):
