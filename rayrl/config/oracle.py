@@ -59,9 +59,6 @@ class OracleBase(Table):
     is_tried_out: ClassVar[bool] = True
     """Whether a test question is asked before the first stage; not of a table, which holds no such question."""
 
-    sizes_threads: ClassVar[bool] = False
-    """Whether max_concurrency is the number of its own threads, which counts for a judge of a panel too."""
-
     max_concurrency: Operation[int] = Field(default=16, gt=0)
     requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
     tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
@@ -116,6 +113,10 @@ class OracleBase(Table):
     def tables(self) -> list[OracleTable]:
         """List the tables that must be there."""
         return []
+
+    def longest_call_s(self) -> float:
+        """Return how long one call may take."""
+        return self.timeout_s
 
     def key_source(self) -> str | None:
         """Return where the API key is, as `rayrl.oracles.keys.read_key` takes it; None for an oracle without a key."""
@@ -264,7 +265,6 @@ class ScriptedOracleConfig(OracleBase):
     """Python functions: one judges a response, the other (if there is one) compares two. None abstains."""
 
     implementation: ClassVar[str] = "rayrl.oracles.scripted:ScriptedOracle"
-    sizes_threads: ClassVar[bool] = True
 
     type: Literal["scripted"] = "scripted"
     function: str = Field(pattern=r"^[\w.]+:\w+$")
@@ -383,7 +383,8 @@ class PanelOracleConfig(OracleBase):
     """Several judges who are all asked about each item; what they say is combined, and how far they differ is kept.
 
     A question to the panel is one query, which pays every judge. The limits of each judge hold for itself;
-    max_concurrency, max_unreadable and the ledger are the panel's.
+    max_concurrency, max_unreadable and the ledger are the panel's; a judge's own max_concurrency sizes its threads or
+    connections.
     """
 
     implementation: ClassVar[str] = "rayrl.oracles.panel:PanelOracle"
@@ -421,7 +422,7 @@ class PanelOracleConfig(OracleBase):
                     f"judges[0].{name} and so on, or leave it out"
                 )
         for place, judge in enumerate(self.judges):
-            for name in ("ledger", "max_unreadable", *(() if judge.sizes_threads else ("max_concurrency",))):
+            for name in ("ledger", "max_unreadable"):
                 if (value := _changed(judge, name)) is not None:
                     raise ValueError(
                         f"judges[{place}].{name} = {value!r} has no effect on a judge of a panel: set oracle.{name}, "
@@ -449,6 +450,9 @@ class PanelOracleConfig(OracleBase):
         """Name the judge who lacks something. All of them are asked, so all must be able to answer."""
         named = [f"oracle.judges[{place}]: {what}" for place, what in enumerate(missing) if what]
         return named[0] if named else ""
+
+    def longest_call_s(self) -> float:
+        return max(judge.longest_call_s() for judge in self.judges)
 
     def functions(self) -> dict[str, str]:
         return self._of_judges([judge.functions() for judge in self.judges])

@@ -63,8 +63,6 @@ class _Judge:
         self._label = config.label()
         self._max_unreadable = panel.max_unreadable
         self._num_unreadable = 0
-        if not config.sizes_threads:
-            config = config.model_copy(update={"max_concurrency": panel.max_concurrency})
         try:
             self.oracle: Oracle = build_oracle(config, rubric)
         except (ConfigError, DataError) as error:

@@ -78,7 +78,7 @@ class OraclePool:
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, run=run, is_own=config.ledger is None, budget_usd=budget_usd)
         self._breaker = Breaker(config.max_unreadable)
-        self._call_timeout_s = config.timeout_s
+        self._call_timeout_s = config.longest_call_s()
         self._slots = Slots(config.max_concurrency)
         self._max_concurrency = config.max_concurrency
         # Questions that wait or are asked, by key. A task ends with the answer, or with None if the budget is gone.

@@ -152,7 +152,6 @@ def test_an_abstention_names_the_setting_of_the_judge_and_an_address_stays_as_it
         ({"max_retries": 0}, {}, "max_retries = 0 has no effect"),
         ({}, {"ledger": "x"}, r"judges\[1\]\.ledger = 'x' has no effect.*set oracle\.ledger"),
         ({}, {"max_unreadable": 2}, r"judges\[1\]\.max_unreadable = 2 has no effect"),
-        ({}, {"max_concurrency": 2}, r"judges\[1\]\.max_concurrency = 2 has no effect"),
     ],
 )
 def test_settings_without_an_effect_are_refused(panels, second, message):

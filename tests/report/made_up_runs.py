@@ -614,7 +614,7 @@ def _write_ledger(run_dir: Path) -> None:
     answers = [replace(_comparison(f"Twice, {i}."), preference="first", **paid) for i in range(296)]
     answers += [replace(_comparison(f"Thrice, {i}."), status="abstained", cost_usd=0.003) for i in range(4)]
     answers += [replace(judgement(f"Once, {i}.", "evaluate"), score=1.0, **paid) for i in range(660)]
-    with contextlib.closing(ledger_schema.connect(run_dir / "ledger.sqlite", "")) as db:
+    with contextlib.closing(ledger_schema.connect(run_dir / "ledger.sqlite")) as db:
         db.execute("BEGIN")
         for answer in answers:
             unanswered = {"preference": None} if isinstance(answer, Comparison) else {"score": None}
