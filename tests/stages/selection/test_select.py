@@ -101,6 +101,21 @@ def test_the_number_of_shards_changes_no_pick(embedders, tiny_policy, responses,
         assert (row["prompt"], row["response"]) == (source.prompt, response.text)
 
 
+class NoEngine:
+    """A fleet that must not be asked."""
+
+    concurrency = 1
+
+    def call(self, *arguments):
+        raise AssertionError("nothing is embedded twice")
+
+
+def test_a_larger_budget_embeds_nothing_again(embedders, tiny_policy, responses, tmp_path):
+    smaller = names(picks(tmp_path, tiny_policy, responses, embedders))
+    larger = names(picks(tmp_path, tiny_policy, responses, NoEngine(), budget=12))
+    assert len(larger) == 12 and larger[:8] == smaller
+
+
 @pytest.mark.parametrize("text", ["prompt", "judge_prompt"])
 def test_other_texts_can_be_embedded(embedders, tiny_policy, responses, tmp_path, text):
     default = picks(tmp_path / "default", tiny_policy, responses, embedders)
