@@ -3,7 +3,7 @@
     python jobs/bench/oracle.py                        # all tables; about 6 minutes on two cores
     python jobs/bench/oracle.py --tables deaths kills
 
-throughput: questions per second of a judge that takes 50 ms, as a share of calls at once / 50 ms.
+throughput: questions per second of a judge that takes 50 ms or 1 s, as a share of calls at once / the judge's time.
 rate: requests per minute under oracle.requests_per_minute, as a share of it, and the most in any minute.
 ledger: seconds of a judgement's two writes and of the opening, in a ledger of 10,000 judgements.
 deaths: a judge that dies after some answers in each of eight ways, and is well again behind another key and limit.
@@ -46,6 +46,8 @@ EVALUATOR = "runs/quickstart/stages/fit_evaluator/checkpoint"
 """The quickstart's evaluator, which writes a score and its reasons after "Score:"."""
 LATENCY_S = 0.05
 WAYS = ("401", "402", "403", "404", "no credit", "html", "streams", "unreadable")
+KILLED_LATENCY_S = 0.25
+"""Long enough that the questions last for all kills."""
 NUM_DEATHS = 60
 """Questions of a run whose judge dies."""
 
@@ -95,17 +97,18 @@ async def ask(
 
 
 def throughput() -> None:
-    print("\n| calls at once | questions/s | of calls at once / 50 ms | ms of work per question |\n|---|---|---|---|")
-    with judge() as url:
+    print("\n| judge's time | calls at once | questions/s | of calls at once / judge's time |\n|---|---|---|---|")
+    for latency_s in (LATENCY_S, 1.0):
         for num_calls in (16, 64, 256):
             rates: list[float] = []
             for repeat in range(3):
-                asked = questions(20 * num_calls, f"{num_calls}-{repeat}")
-                with tempfile.TemporaryDirectory() as folder:
+                asked = questions((20 if latency_s < 1 else 6) * num_calls, f"{num_calls}-{repeat}")
+                with judge(latency_s) as url, tempfile.TemporaryDirectory() as folder:
                     _, seconds = asyncio.run(ask(config_of(url, max_concurrency=num_calls), folder, asked, len(asked)))
                 rates.append(len(asked) / seconds)
             rate = sorted(rates)[1]
-            print(f"| {num_calls} | {rate:.0f} | {rate * LATENCY_S / num_calls:.2f} | {1000 / rate:.2f} |", flush=True)
+            share = rate * latency_s / num_calls
+            print(f"| {1000 * latency_s:.0f} ms | {num_calls} | {rate:.0f} | {share:.2f} |", flush=True)
 
 
 def rate() -> None:
@@ -196,7 +199,7 @@ asyncio.run(ask(config_of(sys.argv[2], max_concurrency=16), sys.argv[3], questio
 
 def kills() -> None:
     num_kills, draw = 20, random.Random(0)
-    with judge() as url, tempfile.TemporaryDirectory() as folder:
+    with judge(KILLED_LATENCY_S) as url, tempfile.TemporaryDirectory() as folder:
         num_killed = 0
         while True:
             process = subprocess.Popen([sys.executable, "-c", ASKED, str(Path(__file__).parent), url, folder])

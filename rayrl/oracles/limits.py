@@ -8,12 +8,15 @@ import asyncio
 import math
 from collections import deque
 
+_MARGIN = 1.0025
+"""Spaces units a little wider than a minute's share: timers are late by milliseconds, and not always by as many."""
+
 
 class RateLimit:
     """At most `per_minute` units a minute, evenly spaced; None is no limit."""
 
     def __init__(self, per_minute: int | None) -> None:
-        self._seconds_per_unit = 60.0 / per_minute if per_minute else 0.0
+        self._seconds_per_unit = _MARGIN * 60.0 / per_minute if per_minute else 0.0
         self._free_at = -math.inf
 
     async def acquire(self, amount: float = 1.0) -> None:
