@@ -5,8 +5,8 @@ nothing) or `lost` (the process died during the call, or the judge turned out to
 the same may be asked again). All but refunds count against the budget. A judgement or comparison is keyed by its texts,
 the oracle and the rubric, not by its run or purpose: paid once, it is free ever after.
 
-What is written becomes durable with the next `sync` (or `flush`, or `close`), which must be awaited between a
-reservation and its call. Many callers share one wait for the disk.
+What is written survives the process with the next `flush`, and the machine with the next `sync`, which must be awaited
+between a reservation and its call. Many callers share one wait for the disk.
 
 Several runs may use one ledger, one after another: each has budgets of its own, and takes over what the others paid
 for. One process owns a ledger at a time. With a remote location (any fsspec URL) the remote file is the truth: this
@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sqlite3
 import tempfile
 import threading
@@ -80,11 +81,12 @@ class Ledger:
         self._remote = location if is_remote(location) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="rayrl-ledger-") if self._remote else None
         path = working_copy(location, self._scratch.name) if self._scratch else Path(location)
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._owner = own(path, owner_wait_s)
         self._lock = threading.Lock()
-        self._uploading = asyncio.Lock()
-        self._num_writes = self._num_durable = self._num_uploaded = 0
+        self._syncing = asyncio.Lock()
+        self._num_writes = self._num_durable = 0
         try:
             self._db = sql.connect(path)
             if is_own:
@@ -168,31 +170,37 @@ class Ledger:
             return sql.counts(self._db, self._run, self._budgets)
 
     def flush(self) -> None:
-        """Make everything written so far durable in the local file. It waits for the disk."""
+        """Hand everything written so far to the operating system: it survives this process, however that ends."""
         with self._lock:
             self._commit()
 
-    async def sync(self) -> None:
-        """Make everything written so far durable, in the file and remotely.
+    async def keep(self) -> None:
+        """Keep everything written so far, as `flush` does, and remotely where that is the truth."""
+        self.flush()
+        if self._remote is not None:
+            await self.sync()
 
-        Callers that come together share one commit and one upload, since both take longer than what they write.
+    async def sync(self) -> None:
+        """Make everything written so far durable: on the disk, so that it survives the machine, and remotely.
+
+        Callers that come together share one wait for the disk, or one upload.
         """
         wanted = self._num_writes
-        # Lets those write that are ready to: the commit below is then theirs too.
+        # Lets those write that are ready to: the wait below is then theirs too.
         await asyncio.sleep(0)
-        if self._num_durable < wanted:
-            self.flush()
-        if self._remote is None:
-            return
-        async with self._uploading:
-            # Another caller's upload may have covered these writes while this one waited.
-            if self._num_uploaded >= wanted:
+        async with self._syncing:
+            # Another caller's wait may have covered these writes.
+            if self._num_durable >= wanted:
                 return
             with self._lock:
                 self._commit()
-                num_writes, snapshot = self._num_writes, self._db.serialize()
-            await asyncio.to_thread(storage.write_bytes, self._remote, snapshot)
-            self._num_uploaded = num_writes
+                num_writes = self._num_writes
+                snapshot = None if self._remote is None else self._db.serialize()
+            if self._remote is not None and snapshot is not None:
+                await asyncio.to_thread(storage.write_bytes, self._remote, snapshot)
+            else:
+                await asyncio.to_thread(self._sync_log)
+            self._num_durable = num_writes
 
     def close(self) -> None:
         """Give the file up. Attempts that are still reserved are lost when it is opened again."""
@@ -225,7 +233,15 @@ class Ledger:
         with self._refusing_after_a_failure():
             if self._db.in_transaction:
                 self._db.execute("COMMIT")
-            self._num_durable = self._num_writes
+
+    def _sync_log(self) -> None:
+        """Wait until the disk has the write-ahead log. Without one, each commit has waited by itself."""
+        with self._refusing_after_a_failure(), contextlib.suppress(FileNotFoundError):
+            log = os.open(f"{self._path}-wal", os.O_RDONLY)
+            try:
+                os.fsync(log)
+            finally:
+                os.close(log)
 
     @contextlib.contextmanager
     def _refusing_after_a_failure(self) -> Generator[None]:
@@ -236,7 +252,7 @@ class Ledger:
                 return
             except sqlite3.ProgrammingError:  # it was closed
                 raise
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OSError) as error:
                 self._failure = error
         raise RunDirectoryError(
             f"the ledger {self._location} could not be written ({self._failure}), and nothing more is asked: make room "

@@ -111,8 +111,10 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")  # stays a rollback journal where the filesystem needs it
-        db.execute("PRAGMA synchronous = FULL")
+        # It stays a rollback journal where the filesystem needs one; then every commit waits for the disk. The log of
+        # the other kind is brought to the disk by `Ledger.sync`, for many commits at once.
+        journal = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        db.execute(f"PRAGMA synchronous = {'NORMAL' if journal == 'wal' else 'FULL'}")
         _bring_up_to_date(db)
     except sqlite3.DatabaseError:
         db.close()

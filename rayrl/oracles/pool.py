@@ -130,7 +130,7 @@ class OraclePool:
                 return _told(outcome.answer)
             # It may be asked again: the judge may be mended without a change to the config.
             self._ledger.lose(outcome.attempt)
-            await self._ledger.sync()
+            await self._ledger.keep()
             reasons.append(outcome.answer.rationale)
         raise JudgeFailed(
             f"the oracle failed the test: none of {len(questions)} answers could be read "
@@ -192,6 +192,7 @@ class OraclePool:
             for place, answer in zip(unanswered, again, strict=True):
                 answers[place] = answer
                 self._unanswered.discard(answer.key)
+        await self._ledger.sync()
         num_scored = sum(answer.status == "scored" for answer in answers)
         logger.info(
             "asked %d questions for %s: %d answered, %d abstained, %.1f s",
@@ -290,7 +291,7 @@ class OraclePool:
         self._breaker.stop(verdict.failure)
         if verdict.score is None:  # it has no answer: asked again once the judge is mended
             self._ledger.lose(reserved.attempt)
-            await self._ledger.sync()
+            await self._ledger.keep()
 
     async def _pay(self, reserved: Reserved[Question]) -> tuple[Question, Verdict]:
         """Call the oracle and commit what it says."""
@@ -328,7 +329,7 @@ class OraclePool:
             self._settled.set()
             self._settled = asyncio.Event()
             meters.ORACLE_SECONDS.add(time.monotonic() - started, purpose=question.purpose)
-        await self._ledger.sync()
+        await self._ledger.keep()
         return answer, verdict
 
     def _note(self, key: str, outcome: Outcome[Question]) -> None:
