@@ -85,7 +85,8 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._owner = own(path, owner_wait_s)
         self._lock = threading.Lock()
-        self._syncing = asyncio.Lock()
+        # The wait for the disk, or the upload, that is under way.
+        self._under_way: asyncio.Future[None] | None = None
         self._num_writes = self._num_durable = 0
         try:
             self._db = sql.connect(path)
@@ -188,19 +189,24 @@ class Ledger:
         wanted = self._num_writes
         # Lets those write that are ready to: the wait below is then theirs too.
         await asyncio.sleep(0)
-        async with self._syncing:
-            # Another caller's wait may have covered these writes.
-            if self._num_durable >= wanted:
-                return
-            with self._lock:
-                self._commit()
-                num_writes = self._num_writes
-                snapshot = None if self._remote is None else self._db.serialize()
-            if self._remote is not None and snapshot is not None:
-                await asyncio.to_thread(storage.write_bytes, self._remote, snapshot)
-            else:
-                await asyncio.to_thread(self._sync_log)
-            self._num_durable = num_writes
+        while self._num_durable < wanted:
+            if self._under_way is not None:  # it may have begun before these writes
+                await asyncio.wait([self._under_way])
+                continue
+            self._under_way = asyncio.get_running_loop().create_future()
+            try:
+                with self._lock:
+                    self._commit()
+                    num_writes = self._num_writes
+                    snapshot = None if self._remote is None else self._db.serialize()
+                if self._remote is not None and snapshot is not None:
+                    await asyncio.to_thread(storage.write_bytes, self._remote, snapshot)
+                else:
+                    await asyncio.to_thread(self._sync_log)
+                self._num_durable = num_writes
+            finally:
+                self._under_way.set_result(None)
+                self._under_way = None
 
     def close(self) -> None:
         """Give the file up. Attempts that are still reserved are lost when it is opened again."""
