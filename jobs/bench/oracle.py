@@ -1,4 +1,4 @@
-"""What the oracle pool costs, and what it loses, against a judge on the loopback (`jobs/bench/judge.py`).
+"""Measure the cost and the losses of the oracle pool, against a judge on the loopback (`jobs/bench/judge.py`).
 
     python jobs/bench/oracle.py                        # all tables; about 6 minutes on two cores
     python jobs/bench/oracle.py --tables deaths kills

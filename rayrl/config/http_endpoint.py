@@ -101,7 +101,7 @@ class HttpEndpoint(Table):
 
     @property
     def is_openai(self) -> bool:
-        """Whether the host is OpenAI's own: the only one that gets OPENAI_API_KEY without being named for it."""
+        """Return whether the host is OpenAI's own, the only one that gets OPENAI_API_KEY without being named for it."""
         host = urlsplit(self.base_url).hostname or ""
         return host == _OPENAI_HOST or host.endswith(f".{_OPENAI_HOST}")
 

@@ -1,4 +1,4 @@
-"""How the oracle answered what it was asked, in words: for `rayrl status`, and for the last lines of a run."""
+"""Summary of the oracle's answers in words: for `rayrl status`, and for the last lines of a run."""
 
 from collections.abc import Iterator
 

@@ -360,7 +360,7 @@ def belongs_to(url: str, config: RunConfig) -> bool:
             f"run_dir {url} belongs to another config; these settings differ: "
             f"{', '.join(differing[:MAX_DIFFERENCES])}. Set them back; or choose another run_dir, with "
             f"reuse = {url!r} for the stages that stay the same and oracle.ledger = "
-            f"{storage.join(url, LEDGER)!r} for the answers that are paid. Between two starts of a run only its "
+            f"{ledger_url(url, theirs)!r} for the answers that are paid. Between two starts of a run only its "
             f"operation may change ({', '.join(_tables_of(config.operation()))}), and "
             f"{', '.join(config.growing())} may be raised"
         )

@@ -186,7 +186,7 @@ def test_a_template_that_asks_for_a_form_of_its_own_is_refused(tmp_path, request
 )
 def test_an_ordinary_rubric_is_not_refused(tmp_path, text):
     (tmp_path / "own.txt").write_text(f"{text}\n{{prompt}}\n{{response}}")
-    load_rubric(RubricConfig(template=str(tmp_path / "own.txt")))
+    assert text in load_rubric(RubricConfig(template=str(tmp_path / "own.txt"))).template
 
 
 # JSON.

@@ -170,8 +170,9 @@ def test_a_label_budget_is_not_raised_where_others_would_be_selected(run_dir, se
 
 def test_the_control_expert_asks_about_all_whatever_the_strategy(run_dir):
     settings = {"labels": "expert"}
-    open_run(config_of(run_dir, **settings, select={"budget": 8, "strategy": "random"}))
-    open_run(config_of(run_dir, **settings, select={"budget": 16, "strategy": "random"}))
+    first = open_run(config_of(run_dir, **settings, select={"budget": 8, "strategy": "random"}))
+    again = open_run(config_of(run_dir, **settings, select={"budget": 16, "strategy": "random"}))
+    assert (again.id, again.budget) == (first.id, 16)
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rayrl.errors import RayRLError, RunDirectoryError, StageTimeout
 from rayrl.metrics.progress import track
+from rayrl.oracles.ledger_schema import REASON_CHARS
 from rayrl.oracles.questions import Question
 from rayrl.records import Comparison, Judgement, content_id
 from rayrl.runs.stage_metrics import LedgerCounts
@@ -22,7 +23,6 @@ from rayrl.runs.stage_table import AnyStage
 CHUNK = 64
 MAX_REASONS = 5
 """Commonest reasons of abstentions that a manifest keeps."""
-REASON_CHARS = 80
 COUNT_TIMEOUT_S = 300.0
 CHUNK_TIMEOUT_S = 6 * 3600.0
 """A chunk may wait for rate limits and retries; the pool bounds each call itself."""
@@ -68,15 +68,13 @@ def ask_comparisons(
 
 def ledger_counts(oracle: ActorHandle) -> dict[str, LedgerCounts]:
     """Queries in the ledger, by purpose."""
-    counts: Any = ray.get(oracle.summary.remote(), timeout=COUNT_TIMEOUT_S)
-    return counts
+    return wait_for(oracle.summary.remote(), "counting queries", COUNT_TIMEOUT_S)
 
 
 def num_spent(oracle: ActorHandle, answers: Sequence[Judgement | Comparison]) -> int:
     """Count the label queries that these answers took, with calls lost on the way. Known answers took none."""
     keys = [answer.key for answer in answers]
-    count: Any = ray.get(oracle.num_spent.remote(keys, "label"), timeout=COUNT_TIMEOUT_S)
-    return count
+    return wait_for(oracle.num_spent.remote(keys, "label"), "counting queries", COUNT_TIMEOUT_S)
 
 
 def abstention_reasons(rationales: Sequence[str]) -> dict[str, int]:
@@ -85,27 +83,37 @@ def abstention_reasons(rationales: Sequence[str]) -> dict[str, int]:
     return dict(reasons.most_common(MAX_REASONS))
 
 
+def wait_for(asked: Any, describe: str, timeout_s: float) -> Any:
+    """Wait for the oracle pool, and tell its errors in their own words instead of the actor's traceback.
+
+    Raises:
+        StageTimeout: no answer within `timeout_s`.
+        RunDirectoryError: the pool's actor has ended.
+    """
+    try:
+        return ray.get(asked, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, RayRLError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise RunDirectoryError(
+            f"{describe}: the oracle pool ended and did not come back ({reason}); run the same command again: what was "
+            "paid stays in the ledger"
+        ) from None
+    except GetTimeoutError:
+        raise StageTimeout(
+            f"{describe}: the oracle pool must answer within {timeout_s / 60:.0f} min, and has not; see its log, "
+            "and run the same command again: what was paid stays in the ledger"
+        ) from None
+
+
 def _in_chunks(method: ActorMethod, questions: Sequence[Question], stage: AnyStage, describe: str) -> list[Question]:
     """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
     chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
     pending: list[Any] = [method.remote(chunk, stage.pays, stage.name) for chunk in chunks]
     answers: list[Question] = []
     for chunk in track(pending, describe):
-        try:
-            answers += ray.get(chunk, timeout=CHUNK_TIMEOUT_S)
-        except RayTaskError as error:
-            if isinstance(error.cause, RayRLError):  # its message is for the user; Ray's is the actor's traceback
-                raise error.cause from None
-            raise
-        except RayActorError as error:
-            reason = str(error).strip().rpartition("\n")[2]
-            raise RunDirectoryError(
-                f"{describe}: the oracle pool ended and did not come back ({reason}); run the same command again: what "
-                "was paid stays in the ledger"
-            ) from None
-        except GetTimeoutError:
-            raise StageTimeout(
-                f"{describe}: the oracle pool must answer {CHUNK} questions within {CHUNK_TIMEOUT_S / 3600:.0f} h, and "
-                "has not; see its log, and run the same command again: what was paid stays in the ledger"
-            ) from None
+        answers += wait_for(chunk, describe, CHUNK_TIMEOUT_S)
     return answers

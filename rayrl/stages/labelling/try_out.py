@@ -2,15 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayTaskError
 
-from rayrl.errors import JudgeFailed, StageTimeout
 from rayrl.records import Comparison, Judgement, Prompt, content_id
 from rayrl.runs.run import Run
+from rayrl.stages.labelling.ask import wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +57,4 @@ def try_out(run: Run, oracle: ActorHandle, prompts: Sequence[Prompt]) -> None:
 
 
 def _try(oracle: ActorHandle, what: str, questions: Sequence[Judgement] | Sequence[Comparison]) -> None:
-    asked: Any = oracle.try_out.remote(questions)
-    try:
-        logger.info("%s: %s", what, ray.get(asked, timeout=TIMEOUT_S))
-    except RayTaskError as error:
-        if isinstance(error.cause, JudgeFailed):  # its message is for the user; Ray's is the actor's traceback
-            raise error.cause from None
-        raise
-    except GetTimeoutError:
-        raise StageTimeout(
-            f"{what}: the oracle must answer within {TIMEOUT_S / 60:.0f} min, and has not; see its log, lower "
-            "oracle.timeout_s or oracle.max_retries, and run the same command again"
-        ) from None
+    logger.info("%s: %s", what, wait_for(oracle.try_out.remote(questions), what, TIMEOUT_S))
