@@ -118,14 +118,9 @@ class OracleBase(Table):
         """Return how long one call may take."""
         return self.timeout_s
 
-    def key_source(self) -> str | None:
-        """Return where the API key is, as `rayrl.oracles.keys.read_key` takes it; None for an oracle without a key."""
-        return None
-
     def secret_sources(self) -> dict[str, str]:
         """List where all secrets are, by setting, as `rayrl.oracles.keys.read_secret` takes them."""
-        source = self.key_source()
-        return {} if source is None else {"oracle.api_key_env": source}
+        return {}
 
     def prices(self) -> Prices | None:
         """Prices of a call; None for an oracle that is free, or whose prices are not given."""

@@ -9,7 +9,7 @@ import pytest
 from rayrl.config import HttpOracleConfig, ScriptedOracleConfig
 from rayrl.errors import JudgeFailed
 from rayrl.oracles import breaker
-from tests.judge_server import JudgeServer, Reply
+from tests.judge_server import Reply
 from tests.oracles.test_pool import counts, items, opened, statuses
 
 WAYS = {
@@ -31,17 +31,6 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
     monkeypatch.setattr(breaker, "PROBE_WAITS_S", (0.01, 0.02))
-
-
-@pytest.fixture
-def server():
-    with JudgeServer() as server:
-        yield server
-
-
-@pytest.fixture
-def location(tmp_path):
-    return str(tmp_path / "ledger.sqlite")
 
 
 def http(server, **settings):

@@ -21,12 +21,6 @@ RUBRIC = load_rubric(RubricConfig())
 KEY = "sk-very-secret-0123456789"
 
 
-@pytest.fixture
-def server():
-    with JudgeServer() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)

@@ -12,7 +12,7 @@ from rayrl.errors import ConfigError
 from rayrl.models.judge_prompt import Rubric, load_rubric
 from rayrl.oracles.http import HttpOracle
 from rayrl.oracles.proxies import proxy_of
-from tests.judge_server import JudgeServer, Reply
+from tests.judge_server import Reply
 
 RUBRIC = load_rubric(RubricConfig())
 TEN = Rubric(template="{prompt} {response}", min_score=0, max_score=10)
@@ -20,12 +20,6 @@ PRICES = {"usd_per_1m_input": 2.0, "usd_per_1m_output": 8.0}
 KEY = "sk-judge-0123456789"
 CLEAR = "Right.\nScore: 4"
 FAILED = None  # stands for the score of a failed call
-
-
-@pytest.fixture
-def server():
-    with JudgeServer() as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

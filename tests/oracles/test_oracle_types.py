@@ -143,7 +143,7 @@ def test_each_type_lists_its_inputs():
             columns=["prompt", "first", "second", "preference", "why"],
         ),
     ]
-    assert replay.key_source() is None and scripted.key_source() is None
+    assert replay.secret_sources() == scripted.secret_sources() == {}
 
 
 def test_only_given_prices_are_prices():

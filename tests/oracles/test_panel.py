@@ -44,11 +44,6 @@ def ask(config, location, questions, **budgets):
         return asyncio.run(method(questions, "label", "query")), pool.summary()["label"]
 
 
-@pytest.fixture
-def location(tmp_path):
-    return str(tmp_path / "ledger.sqlite")
-
-
 def test_the_mean_of_the_judges_is_one_query_and_their_disagreement_is_kept(location):
     with judges(says("Score: 2"), says("Score: 3"), says("Score: 4")) as servers:
         config = panel(servers, prices={"usd_per_1m_input": 1000.0, "usd_per_1m_output": 1000.0})

@@ -26,17 +26,6 @@ RUBRIC = load_rubric(RubricConfig())
 KEY = "sk-very-secret-0123456789"
 
 
-@pytest.fixture
-def server():
-    with JudgeServer() as server:
-        yield server
-
-
-@pytest.fixture
-def location(tmp_path):
-    return str(tmp_path / "ledger.sqlite")
-
-
 def http(server, **settings):
     defaults = {"base_url": server.url, "model": "judge-1", "api_key_env": None, "timeout_s": 60, "max_retries": 0}
     return HttpOracleConfig(**(defaults | settings))
