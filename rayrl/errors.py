@@ -5,6 +5,7 @@
     |-- DataError          (ValueError)    a user's file: missing, empty, or without a needed column
     |-- ResourceError      (RuntimeError)  the cluster lacks resources that a stage needs
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
+    |   `-- UsdExhausted                   since the budget in USD is used up
     |-- JudgeFailed        (RuntimeError)  the oracle itself fails, and not one question: the asking stopped
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
     |-- DiskFull           (OSError)       a disk has no room for a run's files: the path, and the free bytes
@@ -36,6 +37,10 @@ class ResourceError(RayRLError, RuntimeError):
 
 class BudgetExhausted(RayRLError, RuntimeError):
     """The ledger refused to reserve a query: the budget is spent."""
+
+
+class UsdExhausted(BudgetExhausted):
+    """One more query could exceed `oracle.budget_usd`. The same command goes on once that is raised."""
 
 
 class JudgeFailed(RayRLError, RuntimeError):

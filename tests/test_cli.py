@@ -217,16 +217,19 @@ def test_status_without_a_cluster_says_so_and_goes_on(run_dir, capsys, monkeypat
 
 @pytest.fixture
 def paid_run_dir(run_dir):
-    """The run with a ledger: an answer, two abstentions, a refusal that cost nothing, and a call under way."""
+    """The run with a ledger: an answer, two abstentions, a refusal that cost nothing, a test question, and a call
+    under way."""
     verdicts = [
         Verdict(score=3.0, rationale="good", cost_usd=0.01, input_tokens=7, output_tokens=2),
         Verdict(score=None, rationale="unclear", cost_usd=0.02),
         Verdict(score=None, rationale="unclear", cost_usd=0.02),
         Verdict(score=None, rationale="refused", billed=False),
     ]
-    ledger = Ledger(str(run_dir / "ledger.sqlite"), {"label": 8})
+    ledger = Ledger(str(run_dir / "ledger.sqlite"), {"label": 8, "test": 9})
     for index, verdict in enumerate(verdicts):
         ledger.commit(ledger.reserve(judgement(f"y{index}"), 0.02, stage="query"), verdict)
+    tried = replace(judgement("test"), purpose="test")
+    ledger.commit(ledger.reserve(tried, 0.5, stage="test"), Verdict(score=1.0, rationale="so", cost_usd=0.5))
     ledger.reserve(judgement("open"), 0.02, stage="query")
     ledger.flush()
     yield run_dir
@@ -243,7 +246,7 @@ def test_the_ledger_says_what_was_asked_by_whom_and_why_not(paid_run_dir, capsys
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "sqlite"])
 def test_the_ledger_is_exported(paid_run_dir, tmp_path, capsys, suffix):
     target = tmp_path / f"answers.{suffix}"
-    assert "5 attempts written" in output(capsys, "ledger", str(paid_run_dir), "--export", str(target))
+    assert "6 attempts written" in output(capsys, "ledger", str(paid_run_dir), "--export", str(target))
     match suffix:
         case "parquet":
             rows = pq.read_table(target).to_pylist()
@@ -255,7 +258,7 @@ def test_the_ledger_is_exported(paid_run_dir, tmp_path, capsys, suffix):
             with contextlib.closing(sqlite3.connect(target)) as db:
                 db.row_factory = sqlite3.Row
                 rows = [dict(row) for row in db.execute("SELECT * FROM attempts")]
-    assert [row["state"] for row in rows] == ["scored", "abstained", "abstained", "refunded", "reserved"]
+    assert [row["state"] for row in rows] == ["scored", "abstained", "abstained", "refunded", "scored", "reserved"]
     assert (float(rows[0]["score"]), rows[0]["stage"], rows[0]["rationale"]) == (3.0, "query", "good")
 
 
@@ -268,5 +271,7 @@ def test_what_cannot_be_exported_is_said(run_dir, tmp_path, capsys):
 
 
 def test_status_says_how_the_oracle_answered(paid_run_dir, capsys):
+    edit_config(paid_run_dir, oracle={"usd_per_1m_input": 1.0, "usd_per_1m_output": 1.0})
     shown = output(capsys, "status", str(paid_run_dir))
     assert "label queries: 3 asked, 1 answered, 2 abstained (2 unclear)" in shown
+    assert "test queries: 1 asked, 1 answered, 0 abstained" in shown and "spent 0.57 USD" in shown

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic
 
-from rayrl.errors import BudgetExhausted, RunDirectoryError
+from rayrl.errors import BudgetExhausted, RunDirectoryError, UsdExhausted
 from rayrl.oracles import ledger_schema as sql
 from rayrl.oracles.ledger_file import is_remote, own, working_copy
 from rayrl.oracles.protocol import Verdict
@@ -115,7 +115,7 @@ class Ledger:
             stage: the stage that asks.
 
         Raises:
-            BudgetExhausted: one more call could exceed the purpose's budget, or the budget in USD.
+            BudgetExhausted: one more call could exceed the purpose's budget; `UsdExhausted`: the budget in USD.
         """
         with self._transaction() as db:
             row = db.execute(sql.KNOWN, (question.key,)).fetchone()
@@ -271,9 +271,10 @@ class Ledger:
             raise BudgetExhausted(f"budget for {purpose} must cover every query: all {budget} are spent")
         # To the billionth of a dollar, so that 25 queries of 0.01 fit into 0.25 in floating point too.
         if self._budget_usd is not None and round(self._spent_usd + estimated_usd, 9) > self._budget_usd:
-            raise BudgetExhausted(
-                f"oracle.budget_usd must cover every query: {self._spent_usd:.4f} of {self._budget_usd:.4f} "
-                f"are spent or held, and one more query may cost {estimated_usd:.4f}"
+            raise UsdExhausted(
+                f"oracle.budget_usd must cover every query: {self._spent_usd:.4f} of {self._budget_usd:.4f} USD "
+                f"are spent or held with {spent} of {budget} queries for {purpose}, and one more may cost "
+                f"{estimated_usd:.4f}. Raise it, and run the same command again, which goes on where this one stopped"
             )
 
 

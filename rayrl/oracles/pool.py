@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrl.config import OracleBase
-from rayrl.errors import BudgetExhausted, JudgeFailed, RayRLError, RunDirectoryError, StageTimeout
+from rayrl.errors import BudgetExhausted, JudgeFailed, RayRLError, RunDirectoryError, StageTimeout, UsdExhausted
 from rayrl.metrics import meters
 from rayrl.metrics.fleet_state import FleetState
 from rayrl.models.judge_prompt import Rubric
@@ -102,6 +102,7 @@ class OraclePool:
 
         Raises:
             JudgeFailed: the oracle itself fails; what it had answered is in the ledger.
+            UsdExhausted: the budget in USD is used up before all labels are asked for.
         """
         return await self._answers(judgements, purpose, stage)
 
@@ -364,6 +365,10 @@ class OraclePool:
         """Reserve a call, or find the answer in the ledger; None if the budget is gone.
 
         Waits while calls under way may still give back some of the budget they hold.
+
+        Raises:
+            UsdExhausted: a label cannot be paid. Half of the labels is another science than was planned, whereas an
+                evaluation by fewer questions is the same one, with a larger error.
         """
         estimated_usd = estimate_usd(question, self._oracle)
         while True:
@@ -373,6 +378,8 @@ class OraclePool:
                 return self._ledger.reserve(question, estimated_usd, stage=stage)
             except BudgetExhausted as error:
                 if self._num_calls == 0:
+                    if isinstance(error, UsdExhausted) and question.purpose == "label":
+                        raise
                     logger.info("not asked: %s", error)
                     return None
             await settled.wait()

@@ -99,7 +99,9 @@ def _cost_warnings(config: RunConfig, cost: Cost | None) -> list[str]:
     if cost is None or prices is None or prices.budget_usd is None or cost.total_usd <= prices.budget_usd:
         return []
     # Labels are asked for first: a limit above their price costs answers of the evaluation only.
-    early = ", before all labels are asked for" if cost.label_usd > prices.budget_usd else ""
+    early = ""
+    if cost.label_usd > prices.budget_usd:
+        early = ", before all labels are asked for: the run then stops, and goes on once it is raised"
     return [
         f"the queries may cost {cost.total_usd:.2f} USD, and oracle.budget_usd stops them at "
         f"{prices.budget_usd:.2f}{early}"

@@ -64,6 +64,7 @@ class Paid:
 
     label: PaidQueries
     evaluate: PaidQueries
+    test: PaidQueries
     num_pairs: int | None
     """Preference pairs of all rounds."""
     num_scored: int | None

@@ -222,16 +222,17 @@ def _paid_queries(facts: RunFacts) -> Table:
         ("tokens read", lambda paid: paid.input_tokens),
         ("tokens written", lambda paid: paid.output_tokens),
     ]
+    purposes = {labels: facts.paid.label, "evaluation": facts.paid.evaluate}
+    if facts.paid.test.spent:
+        purposes["test"] = facts.paid.test
     rows: list[list[str]] = []
     for name, measure in measures:
-        label, evaluate = measure(facts.paid.label), measure(facts.paid.evaluate)
-        rows.append([name, number(label, missing="-"), number(evaluate, missing="-")])
-    label, evaluate = facts.paid.label.cost_usd, facts.paid.evaluate.cost_usd
-    rows.append(["cost, USD", number(label, ",.2f", missing="unpriced"), number(evaluate, ",.2f", missing="unpriced")])
-    for reason in dict.fromkeys([*facts.paid.label.abstentions, *facts.paid.evaluate.abstentions]):
-        nums = (paid.abstentions.get(reason, 0) for paid in (facts.paid.label, facts.paid.evaluate))
+        rows.append([name, *(number(measure(paid), missing="-") for paid in purposes.values())])
+    rows.append(["cost, USD", *(number(paid.cost_usd, ",.2f", missing="unpriced") for paid in purposes.values())])
+    for reason in dict.fromkeys(reason for paid in purposes.values() for reason in paid.abstentions):
+        nums = (paid.abstentions.get(reason, 0) for paid in purposes.values())
         rows.append([f"{INDENT}abstained: {reason}", *map(str, nums)])
-    return Table(head=["paid queries", labels, "evaluation"], rows=rows)
+    return Table(head=["paid queries", *purposes], rows=rows)
 
 
 def _bought(facts: RunFacts) -> Iterator[list[str]]:

@@ -228,12 +228,14 @@ def _reward_model(metrics: RewardModelMetrics | None) -> RewardModelFacts | None
 def _paid(run: RecordedRun) -> Paid:
     live = ledger_counts(run.url, run.config)
     label, evaluate = _paid_queries(run, "label", live), _paid_queries(run, "evaluate", live)
+    test = _paid_queries(run, "test", live)
     labelled = run.all_rounds(PSEUDO_LABEL)
     if not labelled:
         preferences = run.last(PREFERENCES)
         return Paid(
             label=label,
             evaluate=evaluate,
+            test=test,
             num_pairs=None if preferences is None else preferences.num_pairs,  # with those of earlier rounds
             num_scored=None,
             num_ties=None,
@@ -245,6 +247,7 @@ def _paid(run: RecordedRun) -> Paid:
     return Paid(
         label=label,
         evaluate=evaluate,
+        test=test,
         num_pairs=num_pairs,
         num_scored=sum(metrics.num_scored for metrics in labelled),
         num_ties=sum(metrics.num_ties for metrics in labelled),
@@ -256,7 +259,9 @@ def _paid(run: RecordedRun) -> Paid:
 def _paid_queries(run: RecordedRun, purpose: Purpose, live: dict[str, LedgerCounts]) -> PaidQueries:
     """Count the queries of one purpose over all rounds; `live` is what the ledger itself counts."""
     config = run.config
-    if purpose == "evaluate":
+    if purpose == "test":
+        budget = 0  # it is no setting: the ledger has a cap of its own
+    elif purpose == "evaluate":
         budget = config.evaluate.budget + config.evaluate.diagnosis_budget
     elif config.learns_from_judgements or config.asks_for_comparisons:
         budget = config.select.budget

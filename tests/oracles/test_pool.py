@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from rayrl.config import HttpOracleConfig, RubricConfig, ScriptedOracleConfig
-from rayrl.errors import ConfigError, RunDirectoryError
+from rayrl.errors import ConfigError, RunDirectoryError, UsdExhausted
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool, start_oracle_pool
 from rayrl.records import Judgement
@@ -145,12 +145,27 @@ def test_usd_budget_holds_and_what_was_paid_is_kept(server, location):
     server.plan = lambda index, question: Reply(usage=(len(question) // 4, 20))
     config = http(server, budget_usd=10.0, **prices)
     with opened(config, location) as pool:
+        with pytest.raises(UsdExhausted, match=r"oracle\.budget_usd .* Raise it, and run the same command again"):
+            asyncio.run(pool.judge(items(*range(90)), "label"))
+        label = pool.summary()["label"]
+    num_paid = len(kept(location))
+    assert num_paid == label.scored == server.num_asked and 0 < num_paid < 90
+    assert 7.5 < label.cost_usd <= 10.0  # below the limit by less than one upper bound
+    with opened(config.model_copy(update={"budget_usd": 100.0}), location) as pool:
         judgements = asyncio.run(pool.judge(items(*range(90)), "label"))
-        spent = pool.summary()["label"].cost_usd
+    assert statuses(judgements) == ["scored"] * 90 and server.num_asked == 90
+
+
+def test_an_evaluation_goes_on_with_what_the_usd_budget_paid_for(server, location):
+    prices = {"usd_per_1m_input": 1000.0, "usd_per_1m_output": 1000.0, "max_tokens": 20}
+    server.plan = lambda index, question: Reply(usage=(len(question) // 4, 20))
+    with opened(http(server, budget_usd=10.0, **prices), location) as pool:
+        judgements = asyncio.run(pool.judge(items(*range(90)), "evaluate"))
+        spent = pool.summary()["evaluate"].cost_usd
     num_scored = statuses(judgements).count("scored")
     assert num_scored == server.num_asked and 0 < num_scored < 90
     assert sum(judgement.cost_usd for judgement in judgements) == pytest.approx(spent)
-    assert 7.5 < spent <= 10.0  # below the limit by less than one upper bound
+    assert 7.5 < spent <= 10.0
 
 
 def test_failures_never_become_values(server, location):
