@@ -69,9 +69,12 @@ class Endpoint:
         # OpenAI's own newer models know only the new name, most compatible servers only the old one.
         self._limit_field: LimitField = "max_completion_tokens" if endpoint.is_openai else "max_tokens"
         address = self.url.rstrip("/")
+        self._encryption = _encryption()
         try:
             self._chat_url = URL(f"{address}/chat/completions").with_query(endpoint.extra_query)
             self._models_url = URL(f"{address}/models").with_query(endpoint.extra_query)
+            # As the lookup of a host's name does, whose error would be no connection's.
+            (self._chat_url.raw_host or "").encode("idna")
         except ValueError as error:
             raise ConfigError(f"{self.where} is no usable address ({error}); correct it") from None
         self._never_sent: tuple[type[Exception], ...] = _NEVER_SENT
@@ -181,11 +184,10 @@ class Endpoint:
     async def _open_session(self) -> AsyncGenerator[aiohttp.ClientSession]:
         """Open a session in the running event loop.
 
-        It is yielded, and not returned, because a loop that ends closes its open generators, and this the session. So
-        does a loop that goes on, once the endpoint is collected.
+        It is yielded, and not returned, because a loop that ends closes its open generators, and thereby the session.
         """
         # Without a bound: the caller bounds the calls at once.
-        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": _KEPT_S, "ssl": _encryption()}
+        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": _KEPT_S, "ssl": self._encryption}
         http_proxy = self._proxy
         if self._proxy is not None and is_socks(self._proxy):
             http_proxy, connector = None, socks_connector(self._proxy, **options)
