@@ -127,7 +127,7 @@ def throughput() -> None:
             rates: list[float] = []
             bare_rates: list[float] = []
             for repeat in range(3):
-                asked = questions((60 if latency_s < 1 else 6) * num_calls, f"{num_calls}-{repeat}")
+                asked = questions((40 if latency_s < 1 else 6) * num_calls, f"{num_calls}-{repeat}")
                 texts = [oracle_prompt(rubric, question.prompt, question.response) for question in asked]
                 # The event loop that Ray gives to an actor such as the pool.
                 with (
