@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 
+import uvloop
 from aiohttp import ClientSession, web
 
 WAYS: dict[str, tuple[int, str, str]] = {
@@ -147,4 +148,4 @@ if __name__ == "__main__":
     parser.add_argument("--latency-s", type=float, default=0.05)
     parser.add_argument("--in-front-of", metavar="URL")
     options = parser.parse_args()
-    asyncio.run(serve(proxy_app(options.in_front_of) if options.in_front_of else judge_app(options.latency_s)))
+    uvloop.run(serve(proxy_app(options.in_front_of) if options.in_front_of else judge_app(options.latency_s)))

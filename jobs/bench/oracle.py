@@ -3,7 +3,8 @@
     python jobs/bench/oracle.py                        # all tables; about 6 minutes on two cores
     python jobs/bench/oracle.py --tables deaths kills
 
-throughput: questions per second of a judge that takes 50 ms or 1 s, as a share of calls at once / the judge's time.
+throughput: questions per second of a judge that takes 50 ms or 1 s, as a share of calls at once / the judge's time;
+    beside it what a bare HTTP client reaches that asks the same judge and keeps nothing.
 rate: requests per minute under oracle.requests_per_minute, as a share of it, and the most in any minute.
 ledger: seconds of a judgement's two writes and of the opening, in a ledger of 10,000 judgements.
 deaths: a judge that dies after some answers in each of eight ways, and is well again behind another key and limit.
@@ -31,11 +32,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import uvloop
 from hardware import hardware
 
 from rayrl.config import HttpOracleConfig, RubricConfig
 from rayrl.errors import JudgeFailed
-from rayrl.models.judge_prompt import load_rubric
+from rayrl.models.judge_prompt import load_rubric, oracle_prompt
 from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.pool import OraclePool
 from rayrl.oracles.protocol import Verdict
@@ -96,19 +99,52 @@ async def ask(
         pool.close()
 
 
+async def ask_bare(url: str, texts: list[str], num_at_once: int) -> float:
+    """Ask with a bare HTTP client, the ceiling of what the pool can reach on this machine; the seconds it took."""
+    left = iter(texts)
+
+    async def ask_on() -> None:
+        for text in left:
+            message = {"role": "user", "content": text}
+            payload = {"model": "judge", "messages": [message], "temperature": 0.0, "max_tokens": 512}
+            async with client.post(f"{url}/v1/chat/completions", json=payload) as answer:
+                await answer.json()
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(ask_on() for _ in range(num_at_once)))
+        return time.perf_counter() - started
+
+
 def throughput() -> None:
-    print("\n| judge's time | calls at once | questions/s | of calls at once / judge's time |\n|---|---|---|---|")
+    print(
+        "\n| judge's time | calls at once | questions/s | of calls at once / judge's time | a bare client's share "
+        "| pool / bare |\n|---|---|---|---|---|---|"
+    )
+    rubric = load_rubric(BUILT_IN)
     for latency_s in (LATENCY_S, 1.0):
         for num_calls in (16, 64, 256):
             rates: list[float] = []
+            bare_rates: list[float] = []
             for repeat in range(3):
-                asked = questions((20 if latency_s < 1 else 6) * num_calls, f"{num_calls}-{repeat}")
-                with judge(latency_s) as url, tempfile.TemporaryDirectory() as folder:
-                    _, seconds = asyncio.run(ask(config_of(url, max_concurrency=num_calls), folder, asked, len(asked)))
+                asked = questions((40 if latency_s < 1 else 6) * num_calls, f"{num_calls}-{repeat}")
+                texts = [oracle_prompt(rubric, question.prompt, question.response) for question in asked]
+                # The event loop that Ray gives to an actor such as the pool.
+                with (
+                    judge(latency_s) as url,
+                    tempfile.TemporaryDirectory() as folder,
+                    asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop,
+                ):
+                    bare_rates.append(len(asked) / loop.run(ask_bare(url, texts, num_calls)))
+                    _, seconds = loop.run(ask(config_of(url, max_concurrency=num_calls), folder, asked, len(asked)))
                 rates.append(len(asked) / seconds)
-            rate = sorted(rates)[1]
-            share = rate * latency_s / num_calls
-            print(f"| {1000 * latency_s:.0f} ms | {num_calls} | {rate:.0f} | {share:.2f} |", flush=True)
+            rate, bare = sorted(rates)[1], sorted(bare_rates)[1]
+            most = num_calls / latency_s
+            print(
+                f"| {1000 * latency_s:.0f} ms | {num_calls} | {rate:.0f} | {rate / most:.2f} | {bare / most:.2f} | "
+                f"{rate / bare:.2f} |",
+                flush=True,
+            )
 
 
 def rate() -> None:

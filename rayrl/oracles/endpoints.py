@@ -6,13 +6,18 @@ sent) is not: it counts as paid.
 """
 
 import asyncio
-import itertools
-import math
-from collections.abc import Iterable
+import functools
+import json
+import os
+import ssl
+from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import httpx
+import aiohttp
+import certifi
+from yarl import URL
 
 from rayrl.config import FailoverEndpoint, HttpOracleConfig
 from rayrl.config.http_endpoint import HttpEndpoint
@@ -22,21 +27,29 @@ from rayrl.oracles.failures import Failure, LimitField, Reply, Sent, failure_of,
 from rayrl.oracles.keys import read_key, read_secret, without_secrets
 from rayrl.oracles.limits import RateLimit
 from rayrl.oracles.model_lists import refusal_of_list
-from rayrl.oracles.proxies import proxy_of, without_password
+from rayrl.oracles.proxies import (
+    SOCKS_PACKAGE,
+    is_socks,
+    proxy_of,
+    require_usable,
+    socks_connector,
+    socks_errors,
+    without_password,
+)
 from rayrl.oracles.retries import MAX_WAIT_S, backoff_s
 
 _CHECK_TIMEOUT_S = 20.0
 _CONNECT_TIMEOUT_S = 10.0
-_CALLS_PER_CLIENT = 8
-"""Calls at once of one HTTP client. The time in which httpx finds a free connection grows with their number: with 64 it
-is longer than all else that a call takes here. So the calls take turns at several clients."""
+_KEPT_S = 4.0
+"""Time for which an idle connection is kept. Many servers close it after 5 s, and a question that is sent into that is
+lost, and counts as paid."""
+_MAX_HEADER_BYTES = 65536
+"""Longest header that is read. Some gateways send more than the 8 kB that aiohttp reads by default."""
 _NEVER_SENT = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,
-    httpx.UnsupportedProtocol,
-    httpx.LocalProtocolError,
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.ClientHttpProxyError,
+    aiohttp.InvalidURL,
 )
 """Errors before the question left: the connection was never established."""
 
@@ -50,31 +63,30 @@ class Endpoint:
         self.url = endpoint.base_url
         self._key_source = endpoint.key_source()
         self._headers, self._secrets = _headers(endpoint, prefix)
-        self._query = endpoint.extra_query
         self._proxy = proxy_of(self.url)
         self._requests = RateLimit(endpoint.requests_per_minute)
         self._tokens = RateLimit(endpoint.tokens_per_minute)
         # OpenAI's own newer models know only the new name, most compatible servers only the old one.
         self._limit_field: LimitField = "max_completion_tokens" if endpoint.is_openai else "max_tokens"
-        timeout = httpx.Timeout(config.timeout_s, connect=min(_CONNECT_TIMEOUT_S, config.timeout_s / 2))
-        # Pools without a bound: the caller bounds the calls at once.
-        pool = httpx.Limits(max_connections=None, max_keepalive_connections=config.max_concurrency)
+        address = self.url.rstrip("/")
+        self._encryption = _encryption()
         try:
-            httpx.URL(self.url)
-        except httpx.InvalidURL as error:
+            self._chat_url = URL(f"{address}/chat/completions").with_query(endpoint.extra_query)
+            self._models_url = URL(f"{address}/models").with_query(endpoint.extra_query)
+            # As the lookup of a host's name does, whose error would be no connection's.
+            (self._chat_url.raw_host or "").encode("idna")
+        except ValueError as error:
             raise ConfigError(f"{self.where} is no usable address ({error}); correct it") from None
-        try:
-            encryption = httpx.create_ssl_context()
-            # Transports of one's own are what keeps the clients from reading proxies out of the environment.
-            transports = [
-                httpx.AsyncHTTPTransport(proxy=self._proxy, limits=pool, verify=encryption)
-                for _ in range(math.ceil(config.max_concurrency / _CALLS_PER_CLIENT))
-            ]
-        except (ImportError, ValueError, httpx.InvalidURL) as error:
-            raise ConfigError(self._unusable_proxy(error)) from None
-        self._clients = itertools.cycle(
-            [httpx.AsyncClient(transport=each, timeout=timeout, headers=self._headers) for each in transports]
-        )
+        self._never_sent: tuple[type[Exception], ...] = _NEVER_SENT
+        if self._proxy is not None:
+            try:
+                require_usable(self._proxy)
+            except (ImportError, ValueError) as error:
+                raise ConfigError(self._unusable_proxy(self._proxy, error)) from None
+            if is_socks(self._proxy):
+                self._never_sent += socks_errors()
+        self._sessions: AsyncGenerator[aiohttp.ClientSession] | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     @property
     def where(self) -> str:
@@ -109,14 +121,12 @@ class Endpoint:
 
     def check(self) -> str | None:
         """Ask for the list of models, which is free: why judging could not start, and the remedy; None if it can."""
-        transport = httpx.HTTPTransport(proxy=self._proxy)
-        try:
-            with httpx.Client(transport=transport, timeout=_CHECK_TIMEOUT_S, headers=self._headers) as client:
-                answer = client.get(f"{self.url.rstrip('/')}/models", params=self._query)
-        except httpx.RequestError as error:
-            failure = self._unreachable(error)
-            return f"{self.where} cannot be reached ({failure.reason}): {failure.remedy}"
-        refusal = refusal_of_list(self._reply(answer), self._sent(None, self._limit_field))
+        # In a thread, since a notebook's own thread has an event loop that runs already.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            listed = thread.submit(asyncio.run, self._list_models()).result()
+        if isinstance(listed, Failure):
+            return f"{self.where} cannot be reached ({listed.reason}): {listed.remedy}"
+        refusal = refusal_of_list(listed, self._sent(None, self._limit_field))
         return None if refusal is None else self.without_secrets(f"{self.where} {refusal}")
 
     def without_secrets(self, text: str) -> str:
@@ -132,21 +142,17 @@ class Endpoint:
         await self._requests.acquire()
         await self._tokens.acquire(expected_tokens)
         timeout_s = self._config.timeout_s
+        # As httpx and OpenAI's own client write it: aiohttp would write all but ASCII in escapes.
+        body = json.dumps(self._payload(question, form, limit_field), ensure_ascii=False, separators=(",", ":"))
         try:
-            # The client's own timeout is per read: an answer that comes in drips would pass it.
             async with asyncio.timeout(timeout_s):
-                answer = await next(self._clients).post(
-                    f"{self.url.rstrip('/')}/chat/completions",
-                    params=self._query,
-                    json=self._payload(question, form, limit_field),
-                )
-        except _NEVER_SENT as error:
+                reply = await self._request("POST", self._chat_url, body.encode())
+        except self._never_sent as error:
             return self._unreachable(error)
-        except (TimeoutError, httpx.TimeoutException):
+        except TimeoutError:
             return Failure(kind="unknown", reason=f"no answer within oracle.timeout_s = {timeout_s:g} s")
-        except httpx.RequestError as error:
+        except aiohttp.ClientError as error:
             return Failure(kind="unknown", reason=self.without_secrets(f"connection lost: {self._cause(error)}"))
-        reply = self._reply(answer)
         failure = failure_of(reply, self._sent(form, limit_field))
         if failure is not None:
             return replace(failure, reason=self.without_secrets(failure.reason))
@@ -158,10 +164,48 @@ class Endpoint:
             self._tokens.correct(_total(completion.usage) - expected_tokens)
         return completion
 
-    def _reply(self, answer: httpx.Response) -> Reply:
+    async def _list_models(self) -> Reply | Failure:
+        try:
+            async with asyncio.timeout(_CHECK_TIMEOUT_S):
+                return await self._request("GET", self._models_url)
+        except (TimeoutError, aiohttp.ClientError, *self._never_sent) as error:
+            return self._unreachable(error)
+
+    async def _request(self, method: str, url: URL, body: bytes | None = None) -> Reply:
+        """Send one request, and read its answer to the end, whatever its status."""
+        if self._session is None or self._session.closed:
+            self._sessions = self._open_session()
+            self._session = await anext(self._sessions)
+        async with self._session.request(method, url, data=body, allow_redirects=False) as answer:
+            text = _decoded(await answer.read(), answer.charset)
         # Secrets are hidden before anything is cut: a part of one is no longer found.
-        body = self.without_secrets(answer.text)
-        return Reply(status=answer.status_code, headers=dict(answer.headers), body=body)
+        return Reply(status=answer.status, headers=answer.headers, body=self.without_secrets(text))
+
+    async def _open_session(self) -> AsyncGenerator[aiohttp.ClientSession]:
+        """Open a session in the running event loop.
+
+        It is yielded, and not returned, because a loop that ends closes its open generators, and thereby the session.
+        """
+        # Without a bound: the caller bounds the calls at once.
+        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": _KEPT_S, "ssl": self._encryption}
+        http_proxy = self._proxy
+        if self._proxy is not None and is_socks(self._proxy):
+            http_proxy, connector = None, socks_connector(self._proxy, **options)
+        else:
+            connector = aiohttp.TCPConnector(**options)
+        # Only the connection has a timeout here: one per read would let pass an answer that comes in drips.
+        connect_s = min(_CONNECT_TIMEOUT_S, self._config.timeout_s / 2)
+        async with aiohttp.ClientSession(
+            connector=connector,
+            proxy=http_proxy,
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(connect=connect_s),
+            # A balancer's cookie would send all questions to one server.
+            cookie_jar=aiohttp.DummyCookieJar(),
+            max_line_size=_MAX_HEADER_BYTES,
+            max_field_size=_MAX_HEADER_BYTES,
+        ) as session:
+            yield session
 
     def _payload(self, question: str, form: dict[str, Any] | None, limit_field: LimitField) -> dict[str, Any]:
         config = self._config
@@ -191,26 +235,27 @@ class Endpoint:
             return failure
         return replace(failure, kind="judge", reason=f"connection failed ({failure.reason})")
 
-    def _unreachable(self, error: httpx.RequestError) -> Failure:
+    def _unreachable(self, error: Exception) -> Failure:
         remedy = f"start the judge, or correct {self._prefix}base_url"
         if self._proxy is not None:
             remedy += ", or the variables HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"
         return Failure(kind="unreachable", reason=self.without_secrets(self._cause(error)), remedy=remedy)
 
-    def _cause(self, error: httpx.RequestError) -> str:
+    def _cause(self, error: Exception) -> str:
         """Name a failed connection's error, and the proxy that it went through."""
-        cause = ": ".join(filter(None, (type(error).__name__, str(error))))
+        # What such an error writes of itself has the proxy's address with its password.
+        told = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
+        cause = ": ".join(filter(None, (type(error).__name__, told)))
         if self._proxy is None:
             return cause
         return f"{cause}, through the proxy {without_password(self._proxy)} of the environment"
 
-    def _unusable_proxy(self, error: Exception) -> str:
-        assert self._proxy is not None, "nothing else can be wrong about a transport"
-        proxy = without_password(self._proxy)
+    def _unusable_proxy(self, proxy: str, error: Exception) -> str:
+        proxy = without_password(proxy)
         if isinstance(error, ImportError):
             return (
                 f"{self.where} would be reached through the proxy {proxy} of the environment, which needs the package "
-                "socksio: pip install socksio, or unset ALL_PROXY, or add the judge's host to NO_PROXY"
+                f"{SOCKS_PACKAGE}: pip install {SOCKS_PACKAGE}, or unset ALL_PROXY, or add the judge's host to NO_PROXY"
             )
         return (
             f"{self.where} would be reached through the proxy {proxy} of the environment, which is no usable address: "
@@ -220,7 +265,7 @@ class Endpoint:
 
 def _headers(endpoint: HttpEndpoint, prefix: str) -> tuple[dict[str, str], list[str]]:
     """Write the headers of all requests, and list the secrets in them."""
-    headers, secrets = {"User-Agent": "rayrl"}, list[str]()
+    headers, secrets = {"User-Agent": "rayrl", "Content-Type": "application/json"}, list[str]()
     for name, value in endpoint.extra_headers.items():
         if value.startswith(("env:", "file:")):
             value = read_secret(value, f"{prefix}extra_headers.{name}")
@@ -232,6 +277,23 @@ def _headers(endpoint: HttpEndpoint, prefix: str) -> tuple[dict[str, str], list[
         headers["Authorization"] = f"Bearer {key}"
         secrets.append(key)
     return headers, secrets
+
+
+@functools.cache
+def _encryption() -> ssl.SSLContext:
+    """Trust the authorities that SSL_CERT_FILE or SSL_CERT_DIR names, else certifi's: not all images have any."""
+    is_named = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+    context = ssl.create_default_context(cafile=None if is_named else certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _decoded(body: bytes, charset: str | None) -> str:
+    """Decode an answer leniently: no byte, and no name of a character set, makes it fail."""
+    try:
+        return body.decode(charset or "utf-8", "replace")
+    except (LookupError, ValueError):
+        return body.decode("utf-8", "replace")
 
 
 def _total(usage: Usage) -> int:

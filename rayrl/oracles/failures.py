@@ -269,9 +269,8 @@ def _status_of(error: ErrorBody) -> int:
 
 def _no_chat(reply: Reply, sent: Sent) -> Failure | None:
     """Find out whether an answer under status 200 comes from no chat endpoint at all."""
-    said = words(reply, None)
     if is_html(reply):
-        reason = f'a page for browsers came instead of an answer: "{said}"'
+        reason = f'a page for browsers came instead of an answer: "{words(reply, None)}"'
         return Failure(kind="judge", reason=reason, remedy=f"there is no chat endpoint; {address_remedy(sent)}")
     if "text/event-stream" in reply.headers.get("content-type", "") or _is_stream(reply.body):
         remedy = f"answers are read in one piece: use another server at {sent.prefix}base_url"

@@ -81,6 +81,8 @@ class HttpOracle:
             logger.warning("%s (another endpoint of the oracle can be asked)", problem)
 
     def estimate_usd(self, prompt: str, response: str, second: str | None = None) -> float | None:
+        if self._prices is None:
+            return None
         if second is not None:
             question = self._comparison(prompt, response, second)
         else:

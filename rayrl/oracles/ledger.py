@@ -87,7 +87,7 @@ class Ledger:
         self._lock = threading.Lock()
         # The wait for the disk, or the upload, that is under way.
         self._under_way: asyncio.Future[None] | None = None
-        self._num_writes = self._num_durable = 0
+        self._num_writes = self._num_committed = self._num_durable = 0
         try:
             self._db = sql.connect(path)
             if is_own:
@@ -176,8 +176,14 @@ class Ledger:
             self._commit()
 
     async def keep(self) -> None:
-        """Keep everything written so far, as `flush` does, and remotely where that is the truth."""
-        self.flush()
+        """Keep everything written so far, as `flush` does, and remotely where that is the truth.
+
+        Callers that come together share one commit.
+        """
+        wanted = self._num_writes
+        await asyncio.sleep(0)
+        if self._num_committed < wanted:
+            self.flush()
         if self._remote is not None:
             await self.sync()
 
@@ -239,6 +245,7 @@ class Ledger:
         with self._refusing_after_a_failure():
             if self._db.in_transaction:
                 self._db.execute("COMMIT")
+            self._num_committed = self._num_writes
 
     def _sync_log(self) -> None:
         """Wait until the disk has the write-ahead log. Without one, each commit has waited by itself."""

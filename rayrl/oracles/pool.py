@@ -42,6 +42,8 @@ BUDGET_EXHAUSTED = "budget exhausted"
 _START_TIMEOUT_S = 120.0
 _DRAIN_S = 5.0
 """For calls under way when a run ends early."""
+_SHOW_AFTER_S = 0.2
+"""Time after which a change of the load is exported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,7 @@ class OraclePool:
         self._stage = ""
         self._num_calls = 0
         self._settled = asyncio.Event()
+        self._showing: asyncio.TimerHandle | None = None
         logger.info("oracle: %s, at most %d calls at once", config.label(), config.max_concurrency)
         meters.show_budget(budgets, budget_usd)
         self._show_load()
@@ -357,6 +360,16 @@ class OraclePool:
         self._show_load()
 
     def _show_load(self) -> None:
+        """Export the load: at once when nothing is asked, else soon, for all changes until then together."""
+        if not self._asking:
+            self._export_load()
+        elif self._showing is None:
+            self._showing = asyncio.get_running_loop().call_later(_SHOW_AFTER_S, self._export_load)
+
+    def _export_load(self) -> None:
+        if self._showing is not None:
+            self._showing.cancel()
+            self._showing = None
         meters.ORACLE_IN_FLIGHT.set(self._num_calls)
         meters.ORACLE_WAITING.set(len(self._asking) - self._num_calls)
         meters.show_spending(*self._ledger.spending())

@@ -572,9 +572,9 @@ def test_a_host_that_is_exempt_from_the_proxy_is_reached_directly(monkeypatch):
 
 
 def test_a_socks_proxy_without_its_package_is_refused(server, monkeypatch):
-    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setitem(sys.modules, "aiohttp_socks", None)
     monkeypatch.setenv("all_proxy", "socks5h://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="pip install socksio"):
+    with pytest.raises(ConfigError, match="pip install aiohttp-socks"):
         oracle_for(server, base_url="http://judge.invalid/v1")
 
 
