@@ -107,7 +107,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
     with rank_zero_log(job.run_url, job.stage) as log:
         for step in steps(engine, dpo, job.seed, data):
             started = time.monotonic()
-            rows = [with_references(row, references) if has_reference else row | NO_REFERENCE for row in step.rows]
+            rows = [with_references(row, references if has_reference else None) for row in step.rows]
             batches = [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens)]
             margins.clear()
             loss = zero.train_step(engine, batches, summed_loss, len(rows), idle, row_names(rows))
@@ -152,7 +152,8 @@ def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tens
 
 def side_logprobs(token_logprobs: Tensor, response_mask: Tensor, ld_alpha: float) -> tuple[Tensor, Tensor]:
     """Sum the log-probabilities of the chosen and of the rejected responses' tokens, (2 B, R) -> (B,) each."""
-    weights = torch.cat(desensitised_weights(*response_mask.chunk(2), ld_alpha))
+    chosen_mask, rejected_mask = response_mask.chunk(2)
+    weights = torch.cat(desensitised_weights(chosen_mask, rejected_mask, ld_alpha))
     # `where`, not the product alone: a padded position may hold -inf or NaN.
     chosen, rejected = torch.where(response_mask, weights * token_logprobs, 0.0).sum(1).chunk(2)
     return chosen, rejected
@@ -214,12 +215,15 @@ def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow])
     return references
 
 
-def with_references(row: PairRow, references: dict[str, References]) -> PairRow:
-    """Put the log-probabilities of the pass, if there was one, in the place of the row's own."""
-    (name,) = row_names([row])
-    if name not in references:
-        return row
-    found = references[name]
+def with_references(row: PairRow, references: dict[str, References] | None) -> PairRow:
+    """Put the log-probabilities of the pass, if there was one, in the place of the row's own; None: no reference."""
+    if references is None:
+        found = NO_REFERENCE
+    else:
+        (name,) = row_names([row])
+        if name not in references:
+            return row
+        found = references[name]
     return {
         **row,
         "chosen_reference_logprob": found["chosen_reference_logprob"],
