@@ -14,9 +14,13 @@ themselves, whose modules therefore load neither torch nor scipy. They repeat th
 | all (i, j) with s_i - s_j > margin                  | ours                | `pairing.margin_pairs`        |
 | the preference of both orders of a pair, else a tie | 2306.05685, 3.4     | `comparisons.agreed`          |
 | -log sigma(beta (h_w - h_l))                        | 2305.18290, Eq. 7   | `preference.sigmoid_loss`     |
+| the same, unbiased under flipped labels             | arXiv 2403.00409    | `preference.robust_loss`      |
 | (h_w - h_l - 1 / (2 beta))^2                        | 2310.12036, Eq. 17  | `preference.ipo_loss`         |
 | -log sigma(r_w - r_l)                               | 2203.02155, Eq. 1   | `preference.bradley_terry_loss` |
 | log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.sequence_logprobs` |
+| sum_t w_t log pi(y_t), w = 1 to |y'|, then alpha    | 2409.06411, Eq. 10  | `preference.desensitised_weights` |
+| -log pi(y_w) / |y_w|                                | 2404.19733, Eq. 1   | `preference.mean_nll`         |
+| min(1, exp(m_w + m_l))                              | 2406.11827, Eq. 4   | `preference.on_policy_weights` |
 | k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `kl.KL_ESTIMATORS`            |
 | c (1 + e n / horizon), e = clip(KL / KL* - 1)       | 1909.08593, 2.2     | `ppo.adapted_kl_coef`         |
 | r_t = -c KL_t, + the score at the last t            | 1909.08593, Eq. 2   | `ppo.shaped_rewards`          |

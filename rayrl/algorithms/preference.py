@@ -30,14 +30,24 @@ def sigmoid_loss(difference: Float[Tensor, "batch"], *, beta: float, label_smoot
     return -(1 - label_smoothing) * label_kept - label_smoothing * label_flipped
 
 
+def robust_loss(difference: Float[Tensor, "batch"], *, beta: float, label_smoothing: float) -> Float[Tensor, "batch"]:
+    """(-(1 - e) log sigma(beta D) + e log sigma(-beta D)) / (1 - 2 e): robust DPO, arXiv 2403.00409, Eq. 12.
+
+    Over labels of which a share e is flipped its mean is the loss of the true labels: conservative DPO's is not.
+    """
+    label_kept = logsigmoid(beta * difference)
+    label_flipped = logsigmoid(-beta * difference)
+    return (-(1 - label_smoothing) * label_kept + label_smoothing * label_flipped) / (1 - 2 * label_smoothing)
+
+
 def ipo_loss(difference: Float[Tensor, "batch"], *, beta: float, label_smoothing: float) -> Float[Tensor, "batch"]:
-    """(D - 1 / (2 beta))^2: Eq. 17 of arXiv 2310.12036. It has no smoothed form: `label_smoothing` is ignored."""
+    """(D - 1 / (2 beta))^2: Eq. 17 of arXiv 2310.12036. It has no smoothed form: the config refuses one."""
     del label_smoothing
     target = 1 / (2 * beta)
     return (difference - target).square()
 
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid_loss, "ipo": ipo_loss}
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid_loss, "robust": robust_loss, "ipo": ipo_loss}
 """Values of `dpo.loss`, which repeats these names: a config must load without torch. A test keeps the two equal."""
 
 
@@ -48,16 +58,19 @@ def dpo_loss(
     beta: float,
     loss: str = "sigmoid",
     label_smoothing: float = 0.0,
+    margin: float = 0.0,
     lengths: tuple[Shaped[Tensor, "batch"], Shaped[Tensor, "batch"]] | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """Direct preference optimisation on the summed log-ratios h of whole responses.
 
     Args:
-        chosen: h = log pi(y | x) - log pi_ref(y | x) of the chosen responses, nats.
+        chosen: h = log pi(y | x) - log pi_ref(y | x) of the chosen responses, nats; log pi(y | x) alone where there is
+            no reference, as in SimPO (arXiv 2405.14734).
         rejected: h of the rejected responses, nats.
         beta: Reward per nat of log-ratio.
         loss: A name in `PREFERENCE_LOSSES`.
         label_smoothing: Probability that a label is flipped, 0 to 0.5; see `sigmoid_loss`.
+        margin: Reward by which the chosen response must be ahead: taken from beta D (arXiv 2405.14734, Eq. 6).
         lengths: Tokens of the chosen and of the rejected responses; each h is divided by its length. TRL always does so
             for IPO (its authors' reading of their paper), and calls the sigmoid loss with lengths "sigmoid_norm".
 
@@ -72,8 +85,53 @@ def dpo_loss(
         # A response without tokens has h = 0: dividing by 1 keeps it at 0 instead of NaN.
         chosen = chosen / chosen_lengths.clamp(min=1)
         rejected = rejected / rejected_lengths.clamp(min=1)
-    losses = PREFERENCE_LOSSES[loss](chosen - rejected, beta=beta, label_smoothing=label_smoothing)
+    difference = chosen - rejected - margin / beta
+    losses = PREFERENCE_LOSSES[loss](difference, beta=beta, label_smoothing=label_smoothing)
     return losses, chosen_rewards, rejected_rewards
+
+
+def desensitised_weights(
+    chosen_mask: Shaped[Tensor, "batch seq"], rejected_mask: Shaped[Tensor, "batch seq"], ld_alpha: float
+) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
+    """Weigh the tokens of a pair: 1 up to the length of its shorter response, `ld_alpha` beyond, 0 on padding.
+
+    Sums of log-probabilities under these weights are those of length-desensitised DPO (arXiv 2409.06411, Eq. 10): what
+    is longer does not count for more only because it is longer.
+
+    Args:
+        chosen_mask: 1 on the tokens of the chosen responses, a prefix of each row.
+        rejected_mask: Likewise.
+        ld_alpha: 0 to 1; 1 is plain DPO.
+    """
+    shorter = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)).unsqueeze(1)  # (batch, 1)
+    is_shared = torch.arange(chosen_mask.shape[1], device=chosen_mask.device) < shorter  # (batch, seq)
+    weights = torch.where(is_shared, 1.0, ld_alpha)
+    return weights * chosen_mask.bool(), weights * rejected_mask.bool()
+
+
+def mean_nll(
+    token_logprobs: Float[Tensor, "batch seq"], response_mask: Shaped[Tensor, "batch seq"]
+) -> Float[Tensor, "batch"]:
+    """-log pi(y | x) / |y| of each response, nats per token: RPO's beside a preference loss (arXiv 2404.19733, Eq. 1).
+
+    It keeps the chosen responses likely, where the difference alone may fall with both of its sides.
+    """
+    kept = torch.where(response_mask.bool(), token_logprobs, 0.0)
+    return -kept.sum(1) / response_mask.sum(1).clamp(min=1)
+
+
+def on_policy_weights(chosen: Float[Tensor, "batch"], rejected: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+    """Weigh pairs by how likely the policy is to write both responses: WPO (arXiv 2406.11827, Eq. 4), detached.
+
+    w = min(1, exp(m_w + m_l)), where m is the mean over a response's tokens of log pi(y_t) - log sum_v pi(v)^2: a
+    token's log-probability beside the one expected of a sample (the paper's "sampled alignment"). Responses of the
+    policy itself have weights near 1.
+
+    Args:
+        chosen: m of the chosen responses.
+        rejected: m of the rejected ones.
+    """
+    return (chosen + rejected).detach().exp().clamp(max=1.0)
 
 
 def bradley_terry_loss(

@@ -9,7 +9,7 @@ from rayrl.records import Prompt
 
 Mode = Literal["overlap", "alternate"]
 """Whether fleets stay up beside trainings, or make room for them."""
-ReferenceSource = Literal["generation", "pass"]
+ReferenceSource = Literal["generation", "pass", "none"]
 """Origin of DPO's reference log-probabilities."""
 
 
@@ -154,12 +154,12 @@ def _proxy_dpo_facts(plan: Plan) -> dict[str, str]:
     # Over all rounds. A run that holds out all its prompts was refused, and a plan can be made by hand.
     num_each = plan.num_responses // max(plan.num_prompts, 1)
     meaning = "scoring streams into training" if plan.mode == "overlap" else "scoring ends before training starts"
-    source = "generation" if plan.reference == "generation" else "one pass before the first step"
+    sources = {"generation": "from generation", "pass": "from one pass before the first step", "none": "not used"}
     return {
         "pool": f"{plan.num_prompts:,} prompts x {num_each} responses = {plan.num_responses:,}, "
         f"and {plan.num_eval_prompts:,} prompts held out",
         "pairs": f"{plan.num_pairs:,}, or {plan.pairs_per_query:.1f} per paid query, before ties are dropped",
-        "mode": f"{plan.mode}: {meaning}; reference log-probabilities from {source}",
+        "mode": f"{plan.mode}: {meaning}; reference log-probabilities {sources[plan.reference]}",
     }
 
 

@@ -94,7 +94,7 @@ def plan_stages(config: RunConfig, cluster: Cluster, copy_bytes: int = 0) -> Sta
         _refuse_pass(reference)
         _require_all(beside, cluster, copy_bytes)
         return overlapping
-    is_streamable = reference == "generation"
+    is_streamable = reference != "pass"
     return overlapping if is_streamable and _fits(beside, cluster, copy_bytes) else alternating
 
 
@@ -219,6 +219,8 @@ def _fits(found: dict[Stage, Moments], cluster: Cluster, copy_bytes: int) -> boo
 def _reference(config: RunConfig, *, on_gpu: bool) -> ReferenceSource:
     if config.dpo.reference != "auto":
         return config.dpo.reference
+    if config.dpo.ld_alpha < 1:
+        return "pass"  # a pair's own weights of the tokens
     # Below float32 the engine's log-probabilities are not the trainer's.
     is_exact = config.policy.dtype == "float32" or (config.policy.dtype == "auto" and not on_gpu)
     return "generation" if is_exact else "pass"
@@ -229,6 +231,7 @@ def _refuse_pass(reference: ReferenceSource) -> None:
     if reference == "pass":
         raise ConfigError(
             'pseudo_label.mode must be "auto" or "alternate" when the reference log-probabilities '
-            'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32), '
+            'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32 or with '
+            "dpo.ld_alpha below 1), "
             'got "overlap"'
         )

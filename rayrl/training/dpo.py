@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
-from rayrl.algorithms.preference import dpo_loss
+from rayrl.algorithms.preference import desensitised_weights, dpo_loss, mean_nll
 from rayrl.config import DpoConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
-from rayrl.models.policy import CausalLM, add_lora, load_policy, response_logprobs
+from rayrl.models.policy import CausalLM, add_lora, load_policy, response_token_logprobs
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -49,7 +49,8 @@ class DpoJob(TrainingJob):
     """M1: weights to start from, and the reference."""
     dpo: DpoConfig
     reference: str
-    """"generation": the rows' own reference log-probabilities; "pass": one pass of M1 before the first step."""
+    """"generation": the rows' own reference log-probabilities; "pass": one pass of M1 before the first step; "none": no
+    reference."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,15 @@ class PairBatch:
         )
 
 
+NO_REFERENCE: References = {"chosen_reference_logprob": 0.0, "rejected_reference_logprob": 0.0}
+"""Makes a pair's log-ratios the policy's log-probabilities."""
 IDLE_PAIR: PairRow = {
     "chosen_id": "idle",
     "rejected_id": "idle",
     "prompt_token_ids": [0],
     "chosen_token_ids": [0],
     "rejected_token_ids": [0],
-    "chosen_reference_logprob": 0.0,
-    "rejected_reference_logprob": 0.0,
+    **NO_REFERENCE,
 }
 """Stands in on a rank that has no pair while other ranks still work."""
 
@@ -92,6 +94,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
             policy = add_lora(policy, dpo.lora)
         engine = zero.start(policy, dpo, job.torch_dtype, num_steps(job.num_rows, dpo, dpo.batch_size))
     references = reference_pass(engine, job, data) if job.reference == "pass" else {}
+    has_reference = job.reference != "none"
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
@@ -104,7 +107,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
     with rank_zero_log(job.run_url, job.stage) as log:
         for step in steps(engine, dpo, job.seed, data):
             started = time.monotonic()
-            rows = [with_references(row, references) for row in step.rows]
+            rows = [with_references(row, references if has_reference else None) for row in step.rows]
             batches = [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens)]
             margins.clear()
             loss = zero.train_step(engine, batches, summed_loss, len(rows), idle, row_names(rows))
@@ -128,18 +131,32 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
 
 def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of each pair, and the implicit rewards of both sides, (B,) each."""
-    chosen, rejected = response_logprobs(model, batch.tokens).chunk(2)
+    token_logprobs = response_token_logprobs(model, batch.tokens)  # (2 B, R)
+    chosen, rejected = side_logprobs(token_logprobs, batch.tokens.response_mask, dpo.ld_alpha)
     chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
-    # IPO is on mean log-ratios, as its authors read their paper and TRL has it.
-    normalised = dpo.length_normalised or dpo.loss == "ipo"
-    return dpo_loss(
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen - batch.reference_chosen,
         rejected - batch.reference_rejected,
         beta=dpo.beta,
         loss=dpo.loss,
         label_smoothing=dpo.label_smoothing,
-        lengths=(chosen_length, rejected_length) if normalised else None,
+        margin=dpo.margin,
+        lengths=(chosen_length, rejected_length) if dpo.length_normalised else None,
     )
+    if dpo.nll_coef > 0:
+        chosen_mask, _ = batch.tokens.response_mask.chunk(2)
+        chosen_logprobs, _ = token_logprobs.chunk(2)
+        losses = losses + dpo.nll_coef * mean_nll(chosen_logprobs, chosen_mask)
+    return losses, chosen_rewards, rejected_rewards
+
+
+def side_logprobs(token_logprobs: Tensor, response_mask: Tensor, ld_alpha: float) -> tuple[Tensor, Tensor]:
+    """Sum the log-probabilities of the chosen and of the rejected responses' tokens, (2 B, R) -> (B,) each."""
+    chosen_mask, rejected_mask = response_mask.chunk(2)
+    weights = torch.cat(desensitised_weights(chosen_mask, rejected_mask, ld_alpha))
+    # `where`, not the product alone: a padded position may hold -inf or NaN.
+    chosen, rejected = torch.where(response_mask, weights * token_logprobs, 0.0).sum(1).chunk(2)
+    return chosen, rejected
 
 
 def collated(rows: list[PairRow], max_tokens: int) -> list[PairBatch]:
@@ -190,19 +207,23 @@ def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow])
         for i in range(int(zero.max_over_ranks(len(batches), engine))):
             batch = (batches[i] if i < len(batches) else pair_batch([IDLE_PAIR])).to(engine.device)
             with torch.no_grad():
-                chosen, rejected = response_logprobs(engine, batch.tokens).chunk(2)
+                token_logprobs = response_token_logprobs(engine, batch.tokens)
+            chosen, rejected = side_logprobs(token_logprobs, batch.tokens.response_mask, job.dpo.ld_alpha)
             for pair, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
                 references[pair] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
     storage.write_json(url, references)
     return references
 
 
-def with_references(row: PairRow, references: dict[str, References]) -> PairRow:
-    """Put the log-probabilities of the pass, if there was one, in the place of the row's own."""
-    (name,) = row_names([row])
-    if name not in references:
-        return row
-    found = references[name]
+def with_references(row: PairRow, references: dict[str, References] | None) -> PairRow:
+    """Put the log-probabilities of the pass, if there was one, in the place of the row's own; None: no reference."""
+    if references is None:
+        found = NO_REFERENCE
+    else:
+        (name,) = row_names([row])
+        if name not in references:
+            return row
+        found = references[name]
     return {
         **row,
         "chosen_reference_logprob": found["chosen_reference_logprob"],

@@ -42,6 +42,49 @@ def test_label_smoothing_mixes_in_the_swapped_pair():
     torch.testing.assert_close(smoothed, 0.9 * kept + 0.1 * swapped)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3])
+def test_the_robust_loss_of_flipped_labels_is_on_average_that_of_the_true_ones(share):
+    """Which is what conservative DPO's is not (arXiv 2403.00409, section 4)."""
+    true, *_ = dpo_loss(logps(0), logps(1), beta=0.1)
+    kept, *_ = dpo_loss(logps(0), logps(1), beta=0.1, loss="robust", label_smoothing=share)
+    flipped, *_ = dpo_loss(logps(1), logps(0), beta=0.1, loss="robust", label_smoothing=share)
+    torch.testing.assert_close((1 - share) * kept + share * flipped, true)
+
+
+def test_simpo_is_the_loss_of_mean_log_probabilities_with_a_margin():
+    """-log sigma(beta / |y_w| log pi(y_w) - beta / |y_l| log pi(y_l) - gamma): arXiv 2405.14734, Eq. 6."""
+    losses, *_ = dpo_loss(
+        torch.tensor([-6.0]),
+        torch.tensor([-12.0]),
+        beta=2.0,
+        margin=0.5,
+        lengths=(torch.tensor([3]), torch.tensor([4])),
+    )
+    by_hand = -math.log(1 / (1 + math.exp(-(2.0 * (-6 / 3) - 2.0 * (-12 / 4) - 0.5))))
+    assert losses.item() == pytest.approx(by_hand)
+
+
+def test_desensitised_weights_by_hand():
+    chosen, rejected = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    on_chosen, on_rejected = checked(preference.desensitised_weights)(chosen, rejected, 0.25)
+    assert on_chosen.tolist() == [[1, 1, 0.25, 0.25], [1, 1, 0, 0]]
+    assert on_rejected.tolist() == [[1, 1, 0, 0], [1, 1, 0.25, 0]]
+    plain = preference.desensitised_weights(chosen, rejected, 1.0)
+    assert [weights.tolist() for weights in plain] == [chosen.tolist(), rejected.tolist()]
+
+
+def test_mean_nll_is_per_token_and_reads_no_padding():
+    logprobs = torch.tensor([[-1.0, -3.0, -torch.inf], [-2.0, torch.nan, torch.nan], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    assert checked(preference.mean_nll)(logprobs, mask).tolist() == [2.0, 2.0, 0.0]
+
+
+def test_on_policy_weights_are_at_most_one_and_carry_no_gradient():
+    chosen = torch.tensor([-1.0, 2.0], requires_grad=True)
+    weights = checked(preference.on_policy_weights)(chosen, torch.tensor([-0.5, 0.0]))
+    assert weights.tolist() == pytest.approx([math.exp(-1.5), 1.0]) and not weights.requires_grad
+
+
 @pytest.mark.parametrize(("log_ratio", "expected"), [(5.0, 0.0), (8.0, 9.0)])
 def test_ipo_is_least_at_its_target_margin(log_ratio, expected):
     losses, *_ = dpo_loss(torch.tensor([log_ratio]), torch.zeros(1), beta=0.1, loss="ipo")

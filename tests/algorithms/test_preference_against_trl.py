@@ -78,10 +78,16 @@ def dpo_trainer(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("sigmoid", {}), ("ipo", {"loss": "ipo"}), ("sigmoid_norm", {})],
+    [
+        ("sigmoid", {}),
+        ("robust", {"loss": "robust", "label_smoothing": 0.2}),
+        ("ipo", {"loss": "ipo"}),
+        ("sigmoid_norm", {}),
+    ],
 )
 def test_dpo_loss_is_trls(dpo_trainer, theirs, ours):
     dpo_trainer.loss_types = [theirs]
+    dpo_trainer.label_smoothing = ours.get("label_smoothing", 0.0)
     batch = next(iter(dpo_trainer.get_train_dataloader()))
     expected = dpo_trainer.compute_loss(dpo_trainer.model, dict(batch))
 
@@ -95,7 +101,7 @@ def test_dpo_loss_is_trls(dpo_trainer, theirs, ours):
             ).chunk(2)
             for model in (dpo_trainer.model, dpo_trainer.ref_model)
         ]
-    if theirs != "sigmoid":
+    if theirs in ("ipo", "sigmoid_norm"):
         ours = ours | {"lengths": mask.sum(1).chunk(2)}
     chosen, rejected = (policy - reference for policy, reference in zip(*sides, strict=True))
     losses, *_ = dpo_loss(chosen, rejected, beta=0.3, **ours)
