@@ -48,6 +48,7 @@ from rayrl.runs.stage_table import (
     REFIT_REWARD_MODEL,
     SAMPLES,
     SELECT,
+    SFT,
     SYNTHESIZE,
     TRACK_REWARDS,
     Stage,
@@ -629,6 +630,12 @@ def _training(facts: RunFacts) -> Section | None:
     names = ", ".join(stage.name for stage in stages)
     parts: list[Card | Paragraph] = [FigureCard(name="curves", title=f"Training curves of {names}")]
     notes = [f"{stage.name}: {NOT_RUN}." for stage in stages if run.last(stage) is None]
+    sft = run.last(SFT)
+    if sft is not None and sft.num_truncated + sft.num_too_long:
+        notes.append(
+            f"{SFT.name}: {number(sft.num_truncated)} responses cut to the context, and "
+            f"{number(sft.num_too_long)} rows left out because their prompts fill it."
+        )
     dpo = run.last(DPO)
     if dpo is not None:
         speed, padding = number(dpo.tokens_per_s), number(dpo.padding_share, ".1%")

@@ -56,6 +56,8 @@ class SftMetrics(FitMetrics):
     num_below_score: int
     num_truncated: int
     """Examples whose response was cut to the context."""
+    num_too_long: int
+    """Rows left out because their prompts fill the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
