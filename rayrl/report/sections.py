@@ -250,6 +250,9 @@ def _bought(facts: RunFacts) -> Iterator[list[str]]:
     if run.has(PSEUDO_LABEL):
         labelled = "pseudo-labelled by the evaluator" if fits_evaluator(run.config) else "with a score of the oracle"
         yield [f"responses {labelled}", number(paid.num_scored)]
+        scored = run.last(PSEUDO_LABEL)
+        if scored is not None and scored.num_too_long:
+            yield [f"{INDENT}too long for the evaluator's context", number(scored.num_too_long)]
     if run.has(PSEUDO_LABEL) or run.has(PREFERENCES):
         yield ["preference pairs", number(paid.num_pairs)]
     if run.has(PSEUDO_LABEL):
@@ -363,6 +366,9 @@ def _evaluator(facts: RunFacts) -> Section | None:
         ["held-out judgements within one point", number_of(validation, lambda found: found.within_one, ".1%")],
         ["validation loss", number_of(validation, lambda found: found.loss, ".4g")],
     ]
+    if fitted is not None and fitted.num_too_long + fitted.validation.num_too_long:
+        num = f"{number(fitted.num_too_long)} / {number(fitted.validation.num_too_long)}"
+        rows.append(["too long for its context: learnt from / held out", num])
     note = "Each point is a bin of held-out judgements; the number is how many it holds."
     cards = [
         Table(head=["the evaluator's agreement with the oracle", ""], rows=rows),
@@ -477,6 +483,7 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("held-out reward, best", ".3f", lambda metrics: metrics.best_held_out_reward),
         ("KL, nats per response", ",.2f", lambda metrics: metrics.final_kl),
         ("responses", ",d", lambda metrics: metrics.num_responses),
+        ("without a reward", ",d", lambda metrics: metrics.num_abstained),
         ("samples per second", ",.1f", lambda metrics: metrics.samples_per_s),
         ("generation, s", ",.1f", lambda metrics: metrics.generate_s),
         ("reward, s", ",.1f", lambda metrics: metrics.reward_s),
@@ -484,6 +491,12 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("weight sync, s", ",.1f", lambda metrics: metrics.sync_s),
         ("weight sync, share of the time", ".1%", lambda metrics: metrics.sync_share),
     ]
+    finished = [metrics for metrics in trained if metrics is not None]
+    reasons: list[tuple[str, str, Callable[[PpoMetrics], float | None]]] = [
+        (f"{INDENT}too long for its context", ",d", lambda metrics: metrics.num_too_long),
+        (f"{INDENT}no answer within ppo.function_timeout_s", ",d", lambda metrics: metrics.num_timed_out),
+    ]
+    measures += [reason for reason in reasons if any(reason[2](metrics) for metrics in finished)]
     rows: list[list[str]] = []
     for name, pattern, measure in measures:
         rows.append([name, *(number_of(metrics, measure, pattern) for metrics in trained)])

@@ -56,7 +56,7 @@ class SftMetrics(FitMetrics):
     num_below_score: int
     num_truncated: int
     """Examples whose response was cut to the context."""
-    num_too_long: int
+    num_too_long: int = 0
     """Rows left out because their prompts fill the context."""
 
 
@@ -193,6 +193,8 @@ class EvaluatorValidation(StageMetrics):
 
     num: int
     num_abstained: int
+    num_too_long: int = 0
+    """Of the abstentions: those whose texts exceed the evaluator's context."""
     loss: float | None
     """Mean squared error of the scores; None without a scored judgement."""
     spearman: Estimate | None
@@ -204,6 +206,8 @@ class EvaluatorValidation(StageMetrics):
 class FitEvaluatorMetrics(FitMetrics):
     """The evaluator's training, and what it is worth."""
 
+    num_too_long: int = 0
+    """Judgements left out of the training because the evaluator's context is too short for them."""
     validation: EvaluatorValidation
 
 
@@ -214,6 +218,8 @@ class PseudoLabelMetrics(StageMetrics):
     num_prompts: int
     num_scored: int
     num_abstained: int
+    num_too_long: int = 0
+    """Of the abstentions: responses that exceed the evaluator's context, with their prompts (and the rubric)."""
     num_oracle_scored: int
     """Of the scored: those whose score was paid for."""
     num_pairs: int
@@ -342,6 +348,12 @@ class PpoMetrics(FitMetrics):
     final_kl: float
     """Nats per response."""
     num_responses: int
+    num_abstained: int = 0
+    """Responses without a reward, beside those; empty ones too."""
+    num_too_long: int = 0
+    """Of the abstentions: responses that exceed the evaluator's or the reward model's context."""
+    num_timed_out: int = 0
+    """Of the abstentions: `ppo.function` gave no answer in time."""
     samples_per_s: float
     generate_s: float
     reward_s: float

@@ -31,7 +31,7 @@ UNREWARDED = 17
 class Wanted:
     """The share of low token ids in a response; abstains on one prompt."""
 
-    def score(self, items):
+    def score(self, items, reasons=None):
         texts = [(item.prompt, item.token_ids[3:]) for item in items]
         return [
             None if p == f"prompt {UNREWARDED}" else 4.0 * sum(t < 300 for t in said) / len(said) for p, said in texts

@@ -78,9 +78,19 @@ def ppo(
         num_rows=metrics.num_responses,
         metrics=metrics,
         summary=f"{metrics.num_steps} rollouts, reward {metrics.first_reward:.3f} -> {metrics.final_reward:.3f}, "
-        f"KL {metrics.final_kl:.2f} nats, {metrics.samples_per_s:.1f} samples/s",
+        f"KL {metrics.final_kl:.2f} nats, {metrics.samples_per_s:.1f} samples/s{_abstentions(metrics)}",
     )
     return checkpoint
+
+
+def _abstentions(metrics: PpoMetrics) -> str:
+    """Write how many responses have no reward, and why; empty if all have one."""
+    if not metrics.num_abstained:
+        return ""
+    return (
+        f"; {metrics.num_abstained} responses without a reward ({metrics.num_too_long} too long, "
+        f"{metrics.num_timed_out} timed out)"
+    )
 
 
 def _refuse_runaway(stage: Stage, curve: list[dict[str, Any]], config: PpoConfig) -> None:
@@ -169,6 +179,9 @@ def summarise(curve: list[dict[str, Any]], fitted: FitMetrics, config: PpoConfig
         best_held_out_reward=max(held_out, default=None),
         final_kl=float(np.mean([row["kl"] for row in last])),
         num_responses=int(num_responses),
+        num_abstained=int(total("num_abstained")),
+        num_too_long=int(total("num_too_long")),
+        num_timed_out=int(total("num_timed_out")),
         samples_per_s=num_responses / max(1e-9, seconds),
         generate_s=total("generate_s"),
         reward_s=total("reward_s"),

@@ -68,7 +68,7 @@ class ByLength:
     def __init__(self):
         self.asked = []
 
-    def score(self, items):
+    def score(self, items, reasons=None):
         self.asked += [item.response for item in items]
         return [None if item.response == "text 3" else float(item.response[-1]) for item in items]
 
