@@ -144,8 +144,8 @@ def _of_win_rates(evaluation: PolicyEvaluation, of_policy: str) -> Iterator[str]
 
 def _of_text(m1: PolicyEvaluation, policy: PolicyEvaluation, trained: TrainedPolicy, title: str) -> Iterator[str]:
     """Text of a policy that differs much from M1's."""
-    if policy.kl is not None and policy.length:
-        kl, per_token = policy.kl.mean, policy.kl.mean / policy.length
+    if policy.kl is not None and policy.kl_length:
+        kl, per_token = policy.kl.mean, policy.kl.mean / policy.kl_length
         if per_token > MAX_KL_PER_TOKEN:
             of_policy = "" if trained.stage is DPO else f" of {title}"
             yield (

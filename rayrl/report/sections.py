@@ -129,9 +129,12 @@ def _policies(facts: RunFacts) -> Section:
     notes.append("Win rates compare the oracle's scores of single answers.")
     if references is not None:
         notes.append(_reference_verdicts(references))
+    sampling = facts.run.config.generate
+    top_k = f" and top_k {sampling.top_k}" if sampling.top_k else ""
     notes.append(
-        f"KL is to M1, per response, answers sampled at temperature {facts.run.config.evaluate.temperature}; "
-        "perplexity is under M1; distinct-2 is higher and self-BLEU lower where answers are more diverse."
+        f"Answers are sampled at temperature {facts.run.config.evaluate.temperature:g} and top_p {sampling.top_p:g}"
+        f"{top_k}. KL is to M1, per response, of the policy itself, on samples of its own at temperature 1 and "
+        "top_p 1; perplexity is under M1; distinct-2 is higher and self-BLEU lower where answers are more diverse."
     )
     # Without a budget no answer is judged, and the figure has nothing to show.
     scores = FigureCard(name="scores", title="Oracle scores by policy", is_final=evaluated is not None)

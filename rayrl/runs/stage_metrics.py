@@ -481,9 +481,12 @@ class PolicyEvaluation(StageMetrics):
     """One policy's answers to the held-out prompts. Differences and win rates are against M1."""
 
     kl: Estimate | None
-    """To M1, nats per response; None if all its answers are empty."""
+    """To M1, nats per response, at temperature 1 and without truncation, on samples of its own; None if all those are
+    empty."""
     kl_is_bound: bool
     """best of n: the KL is an upper bound, not a measurement."""
+    kl_length: float | None = None
+    """Mean number of tokens of the samples that the KL is measured on; None for M1 and for a bound."""
     perplexity: float | None
     """Under M1."""
     length: float

@@ -186,6 +186,7 @@ def policy_evaluation(score: float, gain: float, kl: float, /, **changes: Any) -
     content: dict[str, Any] = {
         "kl": estimate(kl, 0.2 if kl else 0.0, NUM_JUDGED),
         "kl_is_bound": False,
+        "kl_length": 47.0,
         "perplexity": 5.0,
         "length": 47.0,
         "distinct2": 0.4,

@@ -85,7 +85,8 @@ def test_a_finished_run_shows_everything(run_dir):
         "M2 2.56 \u00b1 0.15 +0.45 \u00b1 0.11 66.0% \u00b1 5.0 63.0% \u00b1 5.5 4.20 \u00b1 0.30",
         "4.20 \u00b1 0.30 5.60 0.398 0.252 51.3",
         "perplexity is under M1; distinct-2 is higher and self-BLEU lower where answers are more diverse",
-        "KL is to M1, per response, answers sampled at temperature 0.7;",
+        "Answers are sampled at temperature 0.7 and top_p 0.9. KL is to M1, per response, of the policy itself, on "
+        "samples of its own at temperature 1 and top_p 1;",
         "64 prompts judged per policy",
         "Spearman, held-out judgements (19) 0.61 \u00b1 0.14",
         "held-out judgements within one point 84.0% validation loss 0.83",
@@ -256,7 +257,8 @@ def test_a_finished_run_of_the_second_pipeline_shows_everything(rlp_run_dir):
         "Tell a story about fox number 119.",
         "rlp says: the fox <b>ran</b> home.",
         "gamma 0.5",
-        "KL is to M1, per response, answers sampled at temperature 0.7;",
+        "Answers are sampled at temperature 0.7 and top_p 0.9. KL is to M1, per response, of the policy itself, on "
+        "samples of its own at temperature 1 and top_p 1;",
         "Win rates compare the oracle's scores of single answers. Win rates against the references are the oracle's "
         "verdicts on an answer and the reference side by side, asked about in one drawn order; it abstained on 8 of "
         "480, which are left out.",

@@ -10,7 +10,6 @@ import numpy as np
 import ray
 
 from rayrl.config import PpoConfig, RunConfig
-from rayrl.engines.generator import Sampling
 from rayrl.errors import TrainingStopped
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
@@ -22,6 +21,7 @@ from rayrl.runs.stage_table import PPO, Stage
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.rewards.protocol import Reward
+from rayrl.stages.sampling.generate import own_sampling
 from rayrl.training.ppo import PpoJob, train_ppo
 from rayrl.training.sync.transfer import Transport, nccl_init_info
 
@@ -122,7 +122,7 @@ def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Poo
         policy=config.policy,
         value_start=reward.value_start or m1,
         ppo=config.ppo,
-        sampling=rollout_sampling(config),
+        sampling=own_sampling(config.generate),
         rewards=reward.serve(services),
         fleet=services.ready(fleet),
         held_out=held_out[:MAX_HELD_OUT],
@@ -138,11 +138,6 @@ def transport(config: RunConfig) -> Transport | None:
     if config.ppo.weight_transfer != "nccl":
         return None
     return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.num_ranks)
-
-
-def rollout_sampling(config: RunConfig) -> Sampling:
-    """Return how a rollout's responses are sampled: from the policy itself, at temperature 1."""
-    return Sampling(temperature=1.0, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop))
 
 
 def sync_folder(run: Run, stage: Stage, key: str, m1: Checkpoint, *, on_gpu: bool) -> str:
