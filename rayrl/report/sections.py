@@ -414,6 +414,9 @@ def _preferences(facts: RunFacts) -> Iterator[list[str]]:
         file = None if preferences is None else preferences.file
         yield ["prompts", number_of(file, lambda found: found.num_prompts)]
         yield ["rows read", number_of(file, lambda found: found.num_rows)]
+        if file is not None and file.num_truncated + file.num_too_long:
+            num = f"{number(file.num_truncated)} / {number(file.num_too_long)}"
+            yield ["pairs cut to the context / left out, as their prompts fill it", num]
         return
     asked = None if preferences is None else preferences.asked
     yield ["pairs of responses asked about", number_of(asked, lambda found: found.num_asked)]
@@ -487,6 +490,8 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("KL, nats per response", ",.2f", lambda metrics: metrics.final_kl),
         ("responses", ",d", lambda metrics: metrics.num_responses),
         ("without a reward", ",d", lambda metrics: metrics.num_abstained),
+        (f"{INDENT}too long for its context", ",d", lambda metrics: metrics.num_too_long),
+        (f"{INDENT}no answer within ppo.function_timeout_s", ",d", lambda metrics: metrics.num_timed_out),
         ("samples per second", ",.1f", lambda metrics: metrics.samples_per_s),
         ("generation, s", ",.1f", lambda metrics: metrics.generate_s),
         ("reward, s", ",.1f", lambda metrics: metrics.reward_s),
@@ -495,13 +500,11 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("weight sync, share of the time", ".1%", lambda metrics: metrics.sync_share),
     ]
     finished = [metrics for metrics in trained if metrics is not None]
-    reasons: list[tuple[str, str, Callable[[PpoMetrics], float | None]]] = [
-        (f"{INDENT}too long for its context", ",d", lambda metrics: metrics.num_too_long),
-        (f"{INDENT}no answer within ppo.function_timeout_s", ",d", lambda metrics: metrics.num_timed_out),
-    ]
-    measures += [reason for reason in reasons if any(reason[2](metrics) for metrics in finished)]
     rows: list[list[str]] = []
     for name, pattern, measure in measures:
+        # Reasons are shown where they occur.
+        if name.startswith(INDENT) and not any(measure(metrics) for metrics in finished):
+            continue
         rows.append([name, *(number_of(metrics, measure, pattern) for metrics in trained)])
     return rows
 

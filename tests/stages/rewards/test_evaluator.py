@@ -70,7 +70,7 @@ class Writer:
         return [[float(np.log(0.6 if token in self.likeliest else 0.06)) for token in tokens] for _ in prompts]
 
 
-def scorer(fleet, policy, rubric, *, scoring="rationale_first", max_tokens=1024):
+def scorer(fleet, policy, rubric, *, scoring="rationale_first", max_tokens=512):
     return GenerativeScorer(
         checkpoint=policy.checkpoint,
         fleet=fleet,
