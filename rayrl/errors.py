@@ -7,6 +7,7 @@
     |-- BudgetExhausted    (RuntimeError)  the ledger refuses a paid query
     |   `-- UsdExhausted                   since the budget in USD is used up
     |-- JudgeFailed        (RuntimeError)  the oracle itself fails, and not one question: the asking stopped
+    |-- RewardFailed       (RuntimeError)  a user's reward function raised, or returned no number
     |-- RunDirectoryError  (ValueError)    the run directory belongs to another config, or cannot be used
     |-- DiskFull           (OSError)       a disk has no room for a run's files: the path, and the free bytes
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
@@ -45,6 +46,10 @@ class UsdExhausted(BudgetExhausted):
 
 class JudgeFailed(RayRLError, RuntimeError):
     """The oracle failed, and the asking stopped. The message names cause and remedy; the same command goes on."""
+
+
+class RewardFailed(RayRLError, RuntimeError):
+    """A user's reward function raised, or returned no number. The message has its own traceback; the run stops."""
 
 
 class RunDirectoryError(RayRLError, ValueError):

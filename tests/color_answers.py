@@ -57,7 +57,7 @@ class TableRewards:
     def serve(self, services):
         return self
 
-    def score(self, items):
+    def score(self, items, reasons=None):
         with open(self.log, "a") as file:
             file.writelines(f"{item.response}\n" for item in items)
         return [REWARDS.get(item.response.strip()) for item in items]

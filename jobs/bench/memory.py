@@ -66,7 +66,7 @@ class MadeUpScores:
 
     concurrency = 4
 
-    def score(self, items: list[Any]) -> list[float | None]:
+    def score(self, items: list[Any], reasons: dict[int, Any] | None = None) -> list[float | None]:
         return [float(int(item.response[:4], 16) % 6) for item in items]
 
 

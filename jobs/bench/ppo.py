@@ -31,7 +31,7 @@ from rayrl.preflight import check
 from rayrl.report.plots import TIMES
 from rayrl.runs import storage
 from rayrl.runs.run import Run
-from rayrl.stages.policy.ppo import rollout_sampling
+from rayrl.stages.sampling.generate import own_sampling
 from rayrl.training.rollout import response_seed, sample
 
 MAX_SYNC_SHARE = 0.05
@@ -46,7 +46,7 @@ def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argpar
     done = plain_rlhf(run, services, oracle)
     curve = read_metrics(storage.join(run.url, "metrics", "ppo.jsonl"))
     found.append(split([row for row in curve if row["step"]]))  # at 0 M1 was measured
-    fleet, sampling = services.ready(services.generators(done.m1)), rollout_sampling(run.config)
+    fleet, sampling = services.ready(services.generators(done.m1)), own_sampling(run.config.generate)
     reward = done.r.serve(services)
     prompts = [row for block in done.pool.train.blocks() for row in block.to_pylist()][: run.config.ppo.rollout_size]
     seeds = [f"bench {call}" for call in range(arguments.calls)]

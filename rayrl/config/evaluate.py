@@ -36,6 +36,8 @@ class EvaluateConfig(Table):
     """rlp: another policy in the table, the control that trains nothing: M1's best of n answers by the reward model.
     0 leaves it out."""
     temperature: float = Field(default=0.7, ge=0)
+    """Of the answers, beside generate.top_p and generate.top_k. The KL is of the policy itself: unless the answers are
+    sampled at temperature 1 and top_p 1, it is measured on another sample for each held-out prompt."""
     reference_answers: ReferenceAnswersConfig | None = None
     """Answers that all policies compete with on the held-out prompts that have one. An oracle that cannot compare (no
     `oracle.compare_function` or `comparisons_path`; `rubric.template` without `pairwise_template`) scores both."""

@@ -19,8 +19,14 @@ class PpoConfig(TrainingConfig):
     reward: Literal["reward_model", "evaluator", "function"] = "reward_model"
     """Source of a response's reward."""
     function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
-    """reward = "function": "module:function" of (prompt, response) -> float, importable from the working directory. The
-    prompt is the whole conversation as text."""
+    """reward = "function": "module:function" of (prompt, response) -> float, plain or async, found from the working
+    directory. The prompt is the whole conversation as text. None abstains; an error stops the run."""
+    function_timeout_s: Operation[float] = Field(default=60.0, gt=0)
+    """reward = "function": longest wait for one call. A call beyond it is an abstention, and is counted; it goes on in
+    its thread, so a function that asks a server should also have a limit of its own."""
+    function_concurrency: Operation[int] = Field(default=16, gt=0)
+    """reward = "function": calls at once on each worker, in threads. Set it to 1 for a function that several threads
+    must not call at a time."""
     rollout_size: int = Field(default=512, gt=0)
     """Prompts answered between two updates of the replicas' weights."""
     max_rollouts: int | None = Field(default=None, gt=0)

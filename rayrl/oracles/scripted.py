@@ -78,7 +78,7 @@ class ScriptedOracle:
                 return Verdict(score=None, rationale=reason, is_readable=False)
             reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
             name = getattr(function, "__qualname__", repr(function))
-            failure = f"{name}({_shown(texts)}) raised\n{own_traceback(error)}\nMend the function"
+            failure = f"{name}({shown_texts(texts)}) raised\n{own_traceback(error)}\nMend the function"
             return Verdict(score=None, rationale=reason, billed=False, failure=failure)
         answer, rationale = _split(returned)
         if answer is None:
@@ -90,7 +90,7 @@ class ScriptedOracle:
 
     async def _call(self, function: Callable[..., object], texts: tuple[str, ...]) -> object:
         if inspect.iscoroutinefunction(function):
-            with _told_as_errors():
+            with told_as_errors():
                 return await function(*texts)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, _run, function, texts)
@@ -106,12 +106,12 @@ class ScriptedOracle:
 
 
 def _run(function: Callable[..., object], texts: tuple[str, ...]) -> object:
-    with _told_as_errors():
+    with told_as_errors():
         return function(*texts)
 
 
 @contextlib.contextmanager
-def _told_as_errors() -> Generator[None]:
+def told_as_errors() -> Generator[None]:
     """Turn what would end the process, or be lost on its way through a future, into an error like any other."""
     try:
         yield
@@ -132,7 +132,7 @@ def _is_library(filename: str) -> bool:
     return filename.startswith("<") or any(filename.startswith(folder + os.sep) for folder in folders)
 
 
-def _shown(texts: tuple[str, ...]) -> str:
+def shown_texts(texts: tuple[str, ...]) -> str:
     """Write a call's arguments, each cut to its beginning."""
     return ", ".join(repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...") for text in texts)
 

@@ -79,8 +79,11 @@ def ppo_on_function(
     run: Run, services: Services, oracle: ActorHandle, m1: Checkpoint, pool: Pool
 ) -> Manifest[EvaluateMetrics]:
     """PPO on a Python function; nothing is labelled."""
-    assert run.config.ppo.function is not None, "the config is refused without a function"
-    reward = FunctionReward(run.config.ppo.function)
+    config = run.config.ppo
+    assert config.function is not None, "the config is refused without a function"
+    reward = FunctionReward(
+        path=config.function, timeout_s=config.function_timeout_s, concurrency=config.function_concurrency
+    )
     pi = ppo(run, services, m1, reward, pool)
     return evaluate(run, services, oracle, pool, {M1: m1, "ppo": pi}, {"reward": reward})
 

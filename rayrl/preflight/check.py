@@ -4,13 +4,13 @@ Starts no actor and writes nothing. The checks themselves are in the modules bes
 """
 
 from rayrl.config import RunConfig
-from rayrl.errors import ConfigError
-from rayrl.models.judge_prompt import Rubric, evaluator_prompt, load_rubric
+from rayrl.models.judge_prompt import Rubric, load_rubric
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.clustering_models import inspect_clustering_models
 from rayrl.preflight.cost import estimate_cost
 from rayrl.preflight.discovery import find_cluster
-from rayrl.preflight.inputs import count_tokens, inspect_others, inspect_pool, inspect_seed_data
+from rayrl.preflight.inputs import inspect_others, inspect_pool, inspect_seed_data
+from rayrl.preflight.judge_prompts import inspect_judge_prompts
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.plan import Plan
 from rayrl.preflight.plan_warnings import plan_warnings
@@ -20,7 +20,6 @@ from rayrl.preflight.ready_made_reward_model import inspect_reward_model
 from rayrl.preflight.run_folder import check_disk, check_run_folder
 from rayrl.preflight.stage_plans import plan_stages
 from rayrl.preflight.workload import describe_rounds, ledger_budgets, num_test_questions, plan_workload
-from rayrl.runs.stage_table import fits_evaluator
 
 
 def check(
@@ -61,7 +60,7 @@ def check(
     )
     planned = plan_stages(config, cluster, _copy_bytes(config, model, cluster))
     disk = check_disk(config, model, workload.num_responses)
-    rubric_tokens = _check_judge_prompt(config, rubric, model)
+    judge_prompts = inspect_judge_prompts(config, rubric, model, pool)
     if contact_oracle:
         _contact(config, rubric)
     cost = estimate_cost(config, rubric, pool, model, workload)
@@ -93,7 +92,7 @@ def check(
             pairs=pairs,
             workload=workload,
             cost=cost,
-            rubric_tokens=rubric_tokens,
+            judge_prompts=judge_prompts,
             disk=disk,
         ),
         num_test_questions=num_test_questions(config),
@@ -125,33 +124,6 @@ def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: Cluster, *, onli
     check_room(config, model)
     inspect_reward_model(config, online=online)
     return inspect_preferences(config, model)
-
-
-def _check_judge_prompt(config: RunConfig, rubric: Rubric, model: ModelFacts) -> int:
-    """Count the tokens of the rubric alone, as a model of the run reads it; refuse one that fills the context.
-
-    It is read by a generative evaluator, and by a policy that judges itself.
-
-    Returns:
-        The tokens; 0 if no model of the run reads the rubric.
-
-    Raises:
-        ConfigError: no room is left for a prompt and a response.
-    """
-    judges_itself = config.learns_from_comparisons and config.refresh.method == "self_judged"
-    evaluator_reads_it = fits_evaluator(config) and config.evaluator.served_by == "generators"
-    if not judges_itself and not evaluator_reads_it:
-        return 0
-    # Prompt and response come on top, and differ: what the rubric takes alone is certain.
-    empty = evaluator_prompt(rubric, "", "", config.evaluator.scoring)
-    num_tokens = count_tokens(config, model, [empty])[0]
-    if model.tokenizer and model.max_model_len and num_tokens >= model.max_model_len:
-        remedy = "another refresh.method" if judges_itself else 'evaluator.type = "scalar"'
-        raise ConfigError(
-            f"rubric.template must leave room in the context of {model.max_model_len} tokens, and has "
-            f"{num_tokens} alone; give a shorter template, or set {remedy}"
-        )
-    return num_tokens
 
 
 def _contact(config: RunConfig, rubric: Rubric) -> None:

@@ -40,6 +40,8 @@ class PoolFacts:
     counts: PromptCounts
     first: tuple[Prompt, ...]
     """The first prompts, as many as the oracle is tried out on."""
+    longest: tuple[Prompt, ...]
+    """The longest prompts, in characters: all of a pool of at most `_MEASURED_PROMPTS`."""
     mean_tokens: float
     longest_tokens: int
     """Tokens of the longest prompt; 0 without a tokenizer."""
@@ -56,14 +58,14 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     """
     counts = PromptCounts()
     # A heap of the longest prompts: whether a prompt fits the context shows at these, and tokenising all takes minutes.
-    longest: list[tuple[int, str]] = []
+    longest: list[tuple[int, str, Prompt]] = []
     num_characters = 0
     first: list[Prompt] = []
     for prompt in read_prompts(config.pool, renderer(config, model), counts):
         if len(first) < _TEST_PROMPTS:
             first.append(prompt)
         num_characters += len(prompt.rendered)
-        item = (len(prompt.rendered), prompt.rendered)
+        item = (len(prompt.rendered), prompt.id, prompt)  # ids differ: no two prompts are compared themselves
         if len(longest) < _MEASURED_PROMPTS:
             heapq.heappush(longest, item)
         else:
@@ -78,16 +80,18 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
         return PoolFacts(
             counts=counts,
             first=tuple(first),
+            longest=tuple(prompt for _, _, prompt in longest),
             mean_tokens=mean_characters / _CHARACTERS_PER_TOKEN,
             longest_tokens=0,
             num_cut=0,
         )
-    num_tokens = count_tokens(config, model, [text for _, text in longest])
-    num_characters_measured = sum(length for length, _ in longest)
+    num_tokens = count_tokens(config, model, [prompt.rendered for _, _, prompt in longest])
+    num_characters_measured = sum(length for length, _, _ in longest)
     tokens_per_character = sum(num_tokens) / num_characters_measured
     return PoolFacts(
         counts=counts,
         first=tuple(first),
+        longest=tuple(prompt for _, _, prompt in longest),
         mean_tokens=mean_characters * tokens_per_character,
         longest_tokens=max(num_tokens),
         num_cut=_check_lengths(config, model, num_tokens, counts.num_kept),

@@ -5,6 +5,7 @@ from rayrl.config import RunConfig
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.cost import Cost
 from rayrl.preflight.inputs import PoolFacts
+from rayrl.preflight.judge_prompts import JudgePromptFacts
 from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.preferences import PairFacts
 from rayrl.preflight.run_folder import DiskFacts
@@ -20,7 +21,7 @@ def plan_warnings(
     pairs: PairFacts | None,
     workload: Workload,
     cost: Cost | None,
-    rubric_tokens: int,
+    judge_prompts: JudgePromptFacts | None,
     disk: DiskFacts,
 ) -> tuple[str, ...]:
     """Collect all warnings, those about the data first.
@@ -33,7 +34,7 @@ def plan_warnings(
         pairs: facts of the file of pairs, if there is one.
         workload: responses, queries and pairs.
         cost: price of the queries; None without prices.
-        rubric_tokens: of the rubric alone; 0 if no model of the run reads it.
+        judge_prompts: facts of what the evaluator reads; None if nothing is known of it, or nothing read.
         disk: needed and free bytes of the run directory.
     """
     return (
@@ -41,7 +42,7 @@ def plan_warnings(
         *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
         *_cost_warnings(config, cost),
         *_budget_warnings(config, workload),
-        *_context_warnings(config, pool, model, rubric_tokens),
+        *([] if judge_prompts is None else judge_prompts.warnings()),
         *_cpu_warnings(config, cluster),
         *disk.warnings(),
     )
@@ -124,23 +125,6 @@ def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
             f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found
-
-
-def _context_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts, rubric_tokens: int) -> list[str]:
-    """Warn of a judge prompt that the context may cut."""
-    if not rubric_tokens or not model.max_model_len:
-        return []
-    writes_rationale = config.evaluator.scoring == "rationale_first"
-    # A rationale that comes after the score is never written: reading the score is all that is needed.
-    rationale = config.evaluator.max_rationale_tokens if writes_rationale else 0
-    most = rubric_tokens + pool.longest_tokens + config.generate.max_tokens + rationale
-    if most <= model.max_model_len:
-        return []
-    return [
-        f"judge prompt: rubric ({rubric_tokens} tokens), longest prompt ({pool.longest_tokens}), response "
-        f"({config.generate.max_tokens}) and rationale ({rationale}) may exceed the context "
-        f"of {model.max_model_len}"
-    ]
 
 
 def _cpu_warnings(config: RunConfig, cluster: Cluster) -> list[str]:

@@ -20,6 +20,8 @@ from rayrl.runs.stage_table import (
     FIT_EVALUATOR,
     GENERATE,
     PPO,
+    PPO_REFRESHED,
+    PSEUDO_LABEL,
     SYNTHESIZE,
     fits_evaluator,
 )
@@ -53,6 +55,7 @@ def caveats(facts: RunFacts) -> list[str]:
         *_of_queries(facts),
         *_of_leverage(facts),
         *_of_responses(facts),
+        *_of_rollouts(facts),
         *_of_evidence(facts),
     ]
 
@@ -141,8 +144,8 @@ def _of_win_rates(evaluation: PolicyEvaluation, of_policy: str) -> Iterator[str]
 
 def _of_text(m1: PolicyEvaluation, policy: PolicyEvaluation, trained: TrainedPolicy, title: str) -> Iterator[str]:
     """Text of a policy that differs much from M1's."""
-    if policy.kl is not None and policy.length:
-        kl, per_token = policy.kl.mean, policy.kl.mean / policy.length
+    if policy.kl is not None and policy.kl_length:
+        kl, per_token = policy.kl.mean, policy.kl.mean / policy.kl_length
         if per_token > MAX_KL_PER_TOKEN:
             of_policy = "" if trained.stage is DPO else f" of {title}"
             yield (
@@ -220,6 +223,13 @@ def _of_evaluator(facts: RunFacts) -> Iterator[str]:
     spearman = None if fitted is None else fitted.validation.spearman
     if spearman is not None and not is_above(spearman):
         yield _no_correlation("held-out judgements")
+    labelled = facts.run.last(PSEUDO_LABEL)
+    if labelled is not None and labelled.num_too_long:
+        yield (
+            f"{labelled.num_too_long} of {labelled.num_scored + labelled.num_abstained} responses exceed the "
+            "evaluator's context, so that they have no score and are in no pair: raise policy.max_model_len, shorten "
+            "rubric.template, or lower generate.max_tokens."
+        )
 
 
 def _no_correlation(where: str) -> str:
@@ -284,6 +294,20 @@ def _of_responses(facts: RunFacts) -> Iterator[str]:
             f"{100 * generated.truncated_share:.0f}% of the responses end at generate.max_tokens: "
             "that text is unfinished."
         )
+
+
+def _of_rollouts(facts: RunFacts) -> Iterator[str]:
+    """Responses of PPO that its reward gave no number."""
+    for stage in (PPO, PPO_REFRESHED):
+        trained = facts.run.last(stage)
+        if trained is None or not trained.num_abstained:
+            continue
+        num_answered = trained.num_responses + trained.num_abstained
+        if trained.num_abstained / num_answered > MAX_EMPTY_SHARE:
+            yield (
+                f"{stage.name}: {trained.num_abstained} of {num_answered} responses had no reward and taught nothing "
+                f"({trained.num_too_long} too long, {trained.num_timed_out} timed out)."
+            )
 
 
 def _of_evidence(facts: RunFacts) -> Iterator[str]:

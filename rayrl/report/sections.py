@@ -48,6 +48,7 @@ from rayrl.runs.stage_table import (
     REFIT_REWARD_MODEL,
     SAMPLES,
     SELECT,
+    SFT,
     SYNTHESIZE,
     TRACK_REWARDS,
     Stage,
@@ -128,9 +129,12 @@ def _policies(facts: RunFacts) -> Section:
     notes.append("Win rates compare the oracle's scores of single answers.")
     if references is not None:
         notes.append(_reference_verdicts(references))
+    sampling = facts.run.config.generate
+    top_k = f" and top_k {sampling.top_k}" if sampling.top_k else ""
     notes.append(
-        f"KL is to M1, per response, answers sampled at temperature {facts.run.config.evaluate.temperature}; "
-        "perplexity is under M1; distinct-2 is higher and self-BLEU lower where answers are more diverse."
+        f"Answers are sampled at temperature {facts.run.config.evaluate.temperature:g} and top_p {sampling.top_p:g}"
+        f"{top_k}. KL is to M1, per response, of the policy itself, on samples of its own at temperature 1 and "
+        "top_p 1; perplexity is under M1; distinct-2 is higher and self-BLEU lower where answers are more diverse."
     )
     # Without a budget no answer is judged, and the figure has nothing to show.
     scores = FigureCard(name="scores", title="Oracle scores by policy", is_final=evaluated is not None)
@@ -249,6 +253,9 @@ def _bought(facts: RunFacts) -> Iterator[list[str]]:
     if run.has(PSEUDO_LABEL):
         labelled = "pseudo-labelled by the evaluator" if fits_evaluator(run.config) else "with a score of the oracle"
         yield [f"responses {labelled}", number(paid.num_scored)]
+        scored = run.last(PSEUDO_LABEL)
+        if scored is not None and scored.num_too_long:
+            yield [f"{INDENT}too long for the evaluator's context", number(scored.num_too_long)]
     if run.has(PSEUDO_LABEL) or run.has(PREFERENCES):
         yield ["preference pairs", number(paid.num_pairs)]
     if run.has(PSEUDO_LABEL):
@@ -362,6 +369,9 @@ def _evaluator(facts: RunFacts) -> Section | None:
         ["held-out judgements within one point", number_of(validation, lambda found: found.within_one, ".1%")],
         ["validation loss", number_of(validation, lambda found: found.loss, ".4g")],
     ]
+    if fitted is not None and fitted.num_too_long + fitted.validation.num_too_long:
+        num = f"{number(fitted.num_too_long)} / {number(fitted.validation.num_too_long)}"
+        rows.append(["too long for its context: learnt from / held out", num])
     note = "Each point is a bin of held-out judgements; the number is how many it holds."
     cards = [
         Table(head=["the evaluator's agreement with the oracle", ""], rows=rows),
@@ -404,6 +414,9 @@ def _preferences(facts: RunFacts) -> Iterator[list[str]]:
         file = None if preferences is None else preferences.file
         yield ["prompts", number_of(file, lambda found: found.num_prompts)]
         yield ["rows read", number_of(file, lambda found: found.num_rows)]
+        if file is not None and file.num_truncated + file.num_too_long:
+            num = f"{number(file.num_truncated)} / {number(file.num_too_long)}"
+            yield ["pairs cut to the context / left out, as their prompts fill it", num]
         return
     asked = None if preferences is None else preferences.asked
     yield ["pairs of responses asked about", number_of(asked, lambda found: found.num_asked)]
@@ -476,6 +489,9 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("held-out reward, best", ".3f", lambda metrics: metrics.best_held_out_reward),
         ("KL, nats per response", ",.2f", lambda metrics: metrics.final_kl),
         ("responses", ",d", lambda metrics: metrics.num_responses),
+        ("without a reward", ",d", lambda metrics: metrics.num_abstained),
+        (f"{INDENT}too long for its context", ",d", lambda metrics: metrics.num_too_long),
+        (f"{INDENT}no answer within ppo.function_timeout_s", ",d", lambda metrics: metrics.num_timed_out),
         ("samples per second", ",.1f", lambda metrics: metrics.samples_per_s),
         ("generation, s", ",.1f", lambda metrics: metrics.generate_s),
         ("reward, s", ",.1f", lambda metrics: metrics.reward_s),
@@ -483,8 +499,12 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("weight sync, s", ",.1f", lambda metrics: metrics.sync_s),
         ("weight sync, share of the time", ".1%", lambda metrics: metrics.sync_share),
     ]
+    finished = [metrics for metrics in trained if metrics is not None]
     rows: list[list[str]] = []
     for name, pattern, measure in measures:
+        # Reasons are shown where they occur.
+        if name.startswith(INDENT) and not any(measure(metrics) for metrics in finished):
+            continue
         rows.append([name, *(number_of(metrics, measure, pattern) for metrics in trained)])
     return rows
 
@@ -629,6 +649,12 @@ def _training(facts: RunFacts) -> Section | None:
     names = ", ".join(stage.name for stage in stages)
     parts: list[Card | Paragraph] = [FigureCard(name="curves", title=f"Training curves of {names}")]
     notes = [f"{stage.name}: {NOT_RUN}." for stage in stages if run.last(stage) is None]
+    sft = run.last(SFT)
+    if sft is not None and sft.num_truncated + sft.num_too_long:
+        notes.append(
+            f"{SFT.name}: {number(sft.num_truncated)} responses cut to the context, and "
+            f"{number(sft.num_too_long)} rows left out because their prompts fill it."
+        )
     dpo = run.last(DPO)
     if dpo is not None:
         speed, padding = number(dpo.tokens_per_s), number(dpo.padding_share, ".1%")

@@ -56,6 +56,8 @@ class SftMetrics(FitMetrics):
     num_below_score: int
     num_truncated: int
     """Examples whose response was cut to the context."""
+    num_too_long: int = 0
+    """Rows left out because their prompts fill the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ class EvaluatorValidation(StageMetrics):
 
     num: int
     num_abstained: int
+    num_too_long: int = 0
+    """Of the abstentions: those whose texts exceed the evaluator's context."""
     loss: float | None
     """Mean squared error of the scores; None without a scored judgement."""
     spearman: Estimate | None
@@ -202,6 +206,8 @@ class EvaluatorValidation(StageMetrics):
 class FitEvaluatorMetrics(FitMetrics):
     """The evaluator's training, and what it is worth."""
 
+    num_too_long: int = 0
+    """Judgements left out of the training because the evaluator's context is too short for them."""
     validation: EvaluatorValidation
 
 
@@ -212,6 +218,8 @@ class PseudoLabelMetrics(StageMetrics):
     num_prompts: int
     num_scored: int
     num_abstained: int
+    num_too_long: int = 0
+    """Of the abstentions: responses that exceed the evaluator's context, with their prompts (and the rubric)."""
     num_oracle_scored: int
     """Of the scored: those whose score was paid for."""
     num_pairs: int
@@ -340,6 +348,12 @@ class PpoMetrics(FitMetrics):
     final_kl: float
     """Nats per response."""
     num_responses: int
+    num_abstained: int = 0
+    """Responses without a reward, beside those; empty ones too."""
+    num_too_long: int = 0
+    """Of the abstentions: responses that exceed the evaluator's or the reward model's context."""
+    num_timed_out: int = 0
+    """Of the abstentions: `ppo.function` gave no answer in time."""
     samples_per_s: float
     generate_s: float
     reward_s: float
@@ -467,9 +481,12 @@ class PolicyEvaluation(StageMetrics):
     """One policy's answers to the held-out prompts. Differences and win rates are against M1."""
 
     kl: Estimate | None
-    """To M1, nats per response; None if all its answers are empty."""
+    """To M1, nats per response, at temperature 1 and without truncation, on samples of its own; None if all those are
+    empty."""
     kl_is_bound: bool
     """best of n: the KL is an upper bound, not a measurement."""
+    kl_length: float | None = None
+    """Mean number of tokens of the samples that the KL is measured on; None for M1 and for a bound."""
     perplexity: float | None
     """Under M1."""
     length: float

@@ -7,8 +7,8 @@ the update starts, so that the probability ratio begins at one.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from rayrl.engines.generator import Continuation, Sampling
 from rayrl.fleets.fleet import Fleet
 from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import CausalLM, response_token_logprobs
-from rayrl.models.served_reward import ServedReward
+from rayrl.models.served_reward import AbstentionReason, Reasons, ServedReward
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, drawn_seed
 from rayrl.training import deepspeed_engine as zero
 
@@ -50,6 +50,8 @@ class Rollout:
     """None is an abstention."""
     generate_s: float
     reward_s: float
+    reasons: Reasons = field(default_factory=dict)
+    """Of abstentions, by the number of the response."""
 
 
 def sample(
@@ -93,7 +95,8 @@ def sample(
         )
         for prompt, continuation in zip(prompts, continuations, strict=True)
     ]
-    scores = rewards.score(responses)
+    reasons: Reasons = {}
+    scores = rewards.score(responses, reasons)
     return Rollout(
         step=step,
         prompts=prompts,
@@ -101,6 +104,7 @@ def sample(
         rewards=[score if score is not None and math.isfinite(score) else None for score in scores],
         generate_s=generated - started,
         reward_s=time.monotonic() - generated,
+        reasons=reasons,
     )
 
 
@@ -164,8 +168,8 @@ class Experience:
     responses: list[list[int]]
     targets: TokenTargets
     sums: dict[str, float]
-    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, abstentions, and how many
-    span two versions of the weights."""
+    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, abstentions (with those of
+    each reason), and how many span two versions of the weights."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -247,6 +251,7 @@ def evaluate_rollout(
             "truncated": float((~is_finished).sum()),
             "spanning": sum(len(continuation.versions) > 1 for continuation in kept),
             "num_abstained": len(rollout.rewards) - len(kept),
+            **{f"num_{reason}": list(rollout.reasons.values()).count(reason) for reason in get_args(AbstentionReason)},
         },
     )
 

@@ -117,6 +117,12 @@ def test_the_evaluation_is_paired_and_has_its_own_budget(finished):
     assert difference["mean"] == pytest.approx(sum(differences) / 12)
     assert difference["num"] == 12 == metrics["num_judged"]
     assert set(metrics["policies"]) == {"m1", "m2"} and set(metrics["rewards"]) == {"evaluator"}
+    # The answers are sampled at temperature 0.9, the KL is of the policy itself.
+    (own,) = (finished / "stages" / "evaluate").glob("answers-own-*")
+    lengths = [len(row["responses"][0]["token_ids"]) for row in rows(finished, "evaluate", own.name)]
+    m2 = metrics["policies"]["m2"]
+    assert (m2["kl"]["num"], m2["kl_length"]) == (12, pytest.approx(sum(lengths) / 12))
+    assert metrics["policies"]["m1"]["kl"] == {"mean": 0.0, "standard_error": 0.0, "num": 12}
     with sqlite3.connect(f"file:{finished / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
         paid = dict(ledger.execute("select purpose, count(*) from attempts where state = 'scored' group by purpose"))
     assert paid["label"] == 24 and paid["evaluate"] <= 24

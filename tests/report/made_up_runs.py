@@ -186,6 +186,7 @@ def policy_evaluation(score: float, gain: float, kl: float, /, **changes: Any) -
     content: dict[str, Any] = {
         "kl": estimate(kl, 0.2 if kl else 0.0, NUM_JUDGED),
         "kl_is_bound": False,
+        "kl_length": 47.0,
         "perplexity": 5.0,
         "length": 47.0,
         "distinct2": 0.4,
@@ -285,7 +286,9 @@ def proxy_dpo_metrics() -> Metrics:
     label = spent(128, budget=128, abstained=4, cost_usd=0.41)
     return {
         POOL: pool_metrics(1200, 64),
-        SFT: metrics.SftMetrics(num_steps=60, **FITTED, num_empty=0, num_below_score=0, num_truncated=2),
+        SFT: metrics.SftMetrics(
+            num_steps=60, **FITTED, num_empty=0, num_below_score=0, num_truncated=2, num_too_long=1
+        ),
         GENERATE: generate_metrics(1200, 4800, num_empty=12, num_duplicates=143, truncated_share=0.08),
         SELECT: metrics.SelectMetrics(
             strategy="k_center",
@@ -357,7 +360,9 @@ def rlp_metrics() -> Metrics:
     gammas = enumerate([184, 184, 184, 153, 153, 101, 63, 30, 30, 3, 3])
     return {
         POOL: pool_metrics(480, 120),
-        SFT: metrics.SftMetrics(num_steps=60, **FITTED, num_empty=0, num_below_score=0, num_truncated=2),
+        SFT: metrics.SftMetrics(
+            num_steps=60, **FITTED, num_empty=0, num_below_score=0, num_truncated=2, num_too_long=1
+        ),
         GENERATE: generate_metrics(480, 958),
         SELECT: metrics.SelectMetrics(strategy="random", num_selected=600, num_candidates=958),
         PREFERENCES: metrics.PreferencesMetrics(

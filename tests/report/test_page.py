@@ -21,9 +21,12 @@ from rayrl.runs.stage_metrics import (
 from rayrl.runs.stage_table import (
     AUDIT_PAIRS,
     EVALUATE,
+    FIT_EVALUATOR,
     IMPORTANCE,
+    PPO,
     PPO_REFRESHED,
     PREFERENCES,
+    PSEUDO_LABEL,
     REFIT_REWARD_MODEL,
     SAMPLES,
     SYNTHESIZE,
@@ -34,6 +37,7 @@ from tests.report.made_up_runs import (
     edit_config,
     edit_metrics,
     estimate,
+    evaluator_metrics,
     leave_ppo_alone,
     proxy_dpo_metrics,
     rlp_metrics,
@@ -85,7 +89,8 @@ def test_a_finished_run_shows_everything(run_dir):
         "M2 2.56 \u00b1 0.15 +0.45 \u00b1 0.11 66.0% \u00b1 5.0 63.0% \u00b1 5.5 4.20 \u00b1 0.30",
         "4.20 \u00b1 0.30 5.60 0.398 0.252 51.3",
         "perplexity is under M1; distinct-2 is higher and self-BLEU lower where answers are more diverse",
-        "KL is to M1, per response, answers sampled at temperature 0.7;",
+        "Answers are sampled at temperature 0.7 and top_p 0.9. KL is to M1, per response, of the policy itself, on "
+        "samples of its own at temperature 1 and top_p 1;",
         "64 prompts judged per policy",
         "Spearman, held-out judgements (19) 0.61 \u00b1 0.14",
         "held-out judgements within one point 84.0% validation loss 0.83",
@@ -94,6 +99,7 @@ def test_a_finished_run_shows_everything(run_dir):
         "answers of M2 ranked 64",
         "strategy k_center candidates 4,800 selected 128 covering radius at the end 0.1237",
         "everything up to the end of DPO 5 min 56 s",
+        "sft: 2 responses cut to the context, and 1 rows left out because their prompts fill it.",
         "dpo: 5,210 tokens per second, 6.0% padding.",
         "engine:generate 2 34.2",
         "small fox and its friend number 63",
@@ -255,7 +261,8 @@ def test_a_finished_run_of_the_second_pipeline_shows_everything(rlp_run_dir):
         "Tell a story about fox number 119.",
         "rlp says: the fox <b>ran</b> home.",
         "gamma 0.5",
-        "KL is to M1, per response, answers sampled at temperature 0.7;",
+        "Answers are sampled at temperature 0.7 and top_p 0.9. KL is to M1, per response, of the policy itself, on "
+        "samples of its own at temperature 1 and top_p 1;",
         "Win rates compare the oracle's scores of single answers. Win rates against the references are the oracle's "
         "verdicts on an answer and the reference side by side, asked about in one drawn order; it abstained on 8 of "
         "480, which are left out.",
@@ -346,6 +353,34 @@ def test_pairs_of_a_file_cost_nothing(rlp_run_dir):
     assert "0 / 0 paid preference queries" in page.text
     assert "preferences (of a file) pairs 274 prompts 250 rows read 280" in page.text
     assert "What was asked" not in page.text and "responses sampled from M1" not in page.text
+
+
+def test_what_the_context_was_too_short_for_is_counted(run_dir):
+    fitted = evaluator_metrics(estimate(0.61, 0.14, 19), num_too_long=2)
+    write_manifest(run_dir, FIT_EVALUATOR, replace(fitted, num_too_long=3))
+    edit_metrics(run_dir, PSEUDO_LABEL, num_abstained=128, num_too_long=120)
+    page = report(run_dir)
+    for expected in (
+        "too long for its context: learnt from / held out 3 / 2",
+        "responses pseudo-labelled by the evaluator 4,672 too long for the evaluator's context 120",
+    ):
+        assert expected in page.text
+
+
+def test_rollouts_without_a_reward_are_counted_by_their_reasons(rlp_run_dir):
+    assert "responses 3,072 3,072 without a reward 0 0 samples per second" in report(rlp_run_dir).text
+    edit_metrics(rlp_run_dir, PPO, num_abstained=1000, num_timed_out=900)
+    page = report(rlp_run_dir)
+    assert "without a reward 1,000 0 no answer within ppo.function_timeout_s 900 0 samples per second" in page.text
+    assert "ppo: 1000 of 4072 responses had no reward and taught nothing (0 too long, 900 timed out)." in page.text
+
+
+def test_pairs_of_a_file_that_the_context_was_too_short_for_are_counted(rlp_run_dir):
+    edit_config(rlp_run_dir, preferences={"source": "data", "data": {"path": "pairs.jsonl"}})
+    counts = dict.fromkeys(["num_unusable", "num_tied", "num_other_prompt", "num_same_when_cut"], 0)
+    file = PairFileCounts(num_prompts=250, num_rows=280, num_truncated=4, num_too_long=2, **counts)
+    edit_metrics(rlp_run_dir, PREFERENCES, file=file, asked=None)
+    assert "left out, as their prompts fill it 4 / 2" in report(rlp_run_dir).text
 
 
 def test_without_a_refresh_nothing_is_called_refreshed(rlp_run_dir):

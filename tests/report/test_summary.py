@@ -136,6 +136,10 @@ def test_a_good_run_has_no_caveats(run_dir):
         ),
         (lambda run: edit_label_queries(run, lost=3), "3 of 128"),
         (lambda run: edit_metrics(run, PSEUDO_LABEL, num_pairs=500), "Only 3.9 preference pairs"),
+        (
+            lambda run: edit_metrics(run, PSEUDO_LABEL, num_abstained=128, num_too_long=120),
+            "120 of 4800 responses exceed the evaluator's context, so that they have no score",
+        ),
         (lambda run: edit_metrics(run, GENERATE, num_empty=2000), "2000 of 6943 sampled responses are empty"),
         (lambda run: edit_metrics(run, GENERATE, truncated_share=0.9), "90% of the responses"),
     ],

@@ -31,8 +31,10 @@ UNREWARDED = 17
 class Wanted:
     """The share of low token ids in a response; abstains on one prompt."""
 
-    def score(self, items):
+    def score(self, items, reasons=None):
         texts = [(item.prompt, item.token_ids[3:]) for item in items]
+        if reasons is not None:
+            reasons |= {n: "too_long" for n, item in enumerate(items) if item.prompt == f"prompt {UNREWARDED}"}
         return [
             None if p == f"prompt {UNREWARDED}" else 4.0 * sum(t < 300 for t in said) / len(said) for p, said in texts
         ]
@@ -96,6 +98,8 @@ def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generator
     assert curve[0]["kl"] == pytest.approx(0, abs=1e-2)
     assert curve[-1]["kl"] > 0.1
     assert sum(row["num_responses"] for row in curve) == 6 * (NUM_PROMPTS - 1)  # one prompt is never rewarded
+    assert sum(row["num_abstained"] for row in curve) == sum(row["num_too_long"] for row in curve) == 6
+    assert not any(row["num_timed_out"] for row in curve)
     assert curve[-1]["held_out_reward"] > curve[2]["held_out_reward"]
     assert all(row["updates_behind"] == 0 for row in curve)
     # two answers to each held-out prompt are kept: M1's, and those of every third update

@@ -16,7 +16,13 @@ MIN_JUDGED = 2
 
 
 def measure_policy(
-    services: Services, m1: Checkpoint, base: list[HeldOut], answers: list[HeldOut], *, kl_bound: float | None = None
+    services: Services,
+    m1: Checkpoint,
+    base: list[HeldOut],
+    answers: list[HeldOut],
+    *,
+    own: list[HeldOut] | None = None,
+    kl_bound: float | None = None,
 ) -> PolicyEvaluation:
     """Measure a policy's answers beside M1's.
 
@@ -25,19 +31,24 @@ def measure_policy(
         m1: the weights that the KL and the perplexity are measured under.
         base: M1's answers to the same prompts.
         answers: the policy's.
-        kl_bound: where M1's own log-probabilities say nothing of the policy (best of n), an upper bound of its KL.
+        own: samples of the policy at temperature 1 without truncation, on which its KL is measured: log-probabilities
+            are those at temperature 1, and samples from another distribution would bias it. May be `answers`
+            themselves; None is M1, at a distance of 0 from itself.
+        kl_bound: where there are no samples of the policy itself (best of n), an upper bound of its KL.
     """
     written = [answer for answer in answers if answer.token_ids]
-    kl, perplexity = None, None
-    if written:
-        prompts = [answer.prompt_token_ids for answer in written]
-        responses = [answer.token_ids for answer in written]
-        # KL and perplexity are read off the policy's own samples, under M1.
-        under_m1 = np.array(services.generators(m1).call("logprobs", m1, prompts, responses))
-        kl = statistics.kl_estimate(np.array([answer.logprob for answer in written]), under_m1)
-        perplexity = statistics.perplexity(under_m1, np.array([len(tokens) for tokens in responses]))
+    under_m1 = _logprobs(services, m1, written)
+    perplexity = statistics.perplexity(under_m1, _num_tokens(written)) if written else None
+    samples: list[HeldOut] = []
     if kl_bound is not None:
         kl = Estimate(kl_bound, 0.0, len(answers))
+    elif own is None:
+        kl = Estimate(0.0, 0.0, len(answers))
+    else:
+        samples = [sample for sample in own if sample.token_ids]
+        samples_under_m1 = under_m1 if own is answers else _logprobs(services, m1, samples)
+        logprobs = np.array([sample.logprob for sample in samples])
+        kl = statistics.kl_estimate(logprobs, samples_under_m1) if samples else None
     texts = [answer.text for answer in answers]
     judged = [(a, b) for a, b in zip(base, answers, strict=True) if a.score is not None and b.score is not None]
     is_judged = len(judged) >= MIN_JUDGED
@@ -48,6 +59,7 @@ def measure_policy(
     return PolicyEvaluation(
         kl=kl,
         kl_is_bound=kl_bound is not None,
+        kl_length=float(np.mean(_num_tokens(samples))) if samples else None,
         perplexity=perplexity,
         length=float(np.mean([len(answer.token_ids) for answer in answers])),
         distinct2=statistics.distinct_n(texts, 2),
@@ -58,6 +70,19 @@ def measure_policy(
         win_rate=statistics.win_rate(ours, theirs) if is_judged else None,
         length_controlled_win_rate=_length_controlled_win_rate(judged),
     )
+
+
+def _logprobs(services: Services, m1: Checkpoint, answers: list[HeldOut]) -> np.ndarray:
+    """Read the log-probabilities of answers under M1, (answers,), nats."""
+    if not answers:
+        return np.zeros(0)
+    prompts = [answer.prompt_token_ids for answer in answers]
+    responses = [answer.token_ids for answer in answers]
+    return np.array(services.generators(m1).call("logprobs", m1, prompts, responses))
+
+
+def _num_tokens(answers: list[HeldOut]) -> np.ndarray:
+    return np.array([len(answer.token_ids) for answer in answers])
 
 
 def _length_controlled_win_rate(judged: list[tuple[HeldOut, HeldOut]]) -> Estimate | None:

@@ -24,7 +24,14 @@ from rayrl.runs.stage_table import EVALUATE
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.evaluation.answer_metrics import measure_policy, nats
 from rayrl.stages.evaluation.benchmark import benchmark
-from rayrl.stages.evaluation.held_out import HeldOut, answers_of, best_of_n, evaluation_sampling, judge_answers
+from rayrl.stages.evaluation.held_out import (
+    HeldOut,
+    answers_of,
+    best_of_n,
+    evaluation_sampling,
+    judge_answers,
+    own_samples,
+)
 from rayrl.stages.evaluation.references import against_references, comparison_wording
 from rayrl.stages.labelling.ask import ledger_counts
 from rayrl.stages.labelling.query import oracle_key
@@ -63,8 +70,12 @@ def evaluate(
     served = {name: reward.serve(services) for name, reward in rewards.items()}
     # The trained policies first: the engines then end with M1's weights, under which all answers are read.
     trained = [name for name in policies if name != M1]
-    answers = {name: answers_of(run, services, m1, policies[name], pool, name) for name in [*trained, M1]}
-    answers = {name: answers[name] for name in policies}
+    answers: dict[str, list[HeldOut]] = {}
+    own: dict[str, list[HeldOut]] = {}
+    for name in trained:
+        answers[name] = answers_of(run, services, m1, policies[name], pool, name)
+        own[name] = own_samples(run, services, m1, policies[name], pool, name, answers[name])
+    answers = {M1: answers_of(run, services, m1, m1, pool, M1), **answers}
     if config.best_of_n:
         answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(served.values())))
 
@@ -77,7 +88,7 @@ def evaluate(
 
     kl_bounds = {BEST_OF_N: best_of_n_kl(config.best_of_n)} if config.best_of_n else {}
     rows = {
-        name: measure_policy(services, m1, answers[M1], policy_answers, kl_bound=kl_bounds.get(name))
+        name: measure_policy(services, m1, answers[M1], policy_answers, own=own.get(name), kl_bound=kl_bounds.get(name))
         for name, policy_answers in answers.items()
     }
     metrics = EvaluateMetrics(

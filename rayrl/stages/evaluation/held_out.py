@@ -14,7 +14,7 @@ from rayrl.runs.run import Run
 from rayrl.runs.stage_table import ANSWERS, EVALUATE
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.labelling.ask import oracle_scores
-from rayrl.stages.sampling.generate import sample_block, sampling_of
+from rayrl.stages.sampling.generate import own_sampling, sample_block, sampling_of
 
 
 @dataclass(kw_only=True)
@@ -41,8 +41,19 @@ def answers_of(
     run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str
 ) -> list[HeldOut]:
     """Sample one answer of a policy to each held-out prompt; all policies draw from the same seeds."""
-    rows = _sampled(run, services, m1, policy, pool, name, 1)
-    return [_answer(row, row.responses[0] if row.responses else None) for row in rows]
+    rows = _sampled(run, services, m1, policy, pool, name, 1, evaluation_sampling(run), keeps_all=True)
+    return [_answer(row, row.responses[0]) for row in rows]
+
+
+def own_samples(
+    run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str, answers: list[HeldOut]
+) -> list[HeldOut]:
+    """Return a sample of the policy itself for each held-out prompt: its answers, if they are such samples."""
+    sampling = own_sampling(run.config.generate)
+    if sampling == evaluation_sampling(run):
+        return answers
+    rows = _sampled(run, services, m1, policy, pool, f"own-{name}", 1, sampling, keeps_all=True)
+    return [_answer(row, row.responses[0]) for row in rows]
 
 
 def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, reward: ServedReward) -> list[HeldOut]:
@@ -51,7 +62,7 @@ def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, reward: 
     The first of the n is M1's answer in `answers_of`. It also stands where the reward abstains on all of them.
     """
     n = run.config.best_of_n
-    rows = _sampled(run, services, m1, m1, pool, f"best_of_{n}", n)
+    rows = _sampled(run, services, m1, m1, pool, f"best_of_{n}", n, evaluation_sampling(run))
     rewards = iter(reward.score([item for row in rows for item in row.items()]))
     best: list[HeldOut] = []
     for row in rows:
@@ -66,14 +77,23 @@ def best_of_n(run: Run, services: Services, m1: Checkpoint, pool: Pool, reward: 
 
 
 def _sampled(
-    run: Run, services: Services, m1: Checkpoint, policy: Checkpoint, pool: Pool, name: str, k: int
+    run: Run,
+    services: Services,
+    m1: Checkpoint,
+    policy: Checkpoint,
+    pool: Pool,
+    name: str,
+    k: int,
+    sampling: Sampling,
+    *,
+    keeps_all: bool = False,
 ) -> list[Sampled]:
-    """Sample k answers to each held-out prompt, without repeats; the blocks are kept in the stage's folder."""
+    """Sample k answers to each held-out prompt; the blocks are kept in the stage's folder."""
     # Named by the policy's version: a run that continues with other weights must not read the old answers, and one with
     # a larger budget reads them again.
     table = BlockTable(run.folder(EVALUATE, f"{ANSWERS}{name}-{policy.version}"), pool.held_out.num_blocks)
     fleet = services.generators(m1)
-    compute = partial(sample_block, pool.held_out, fleet, policy, k, evaluation_sampling(run), run.seed)
+    compute = partial(sample_block, pool.held_out, fleet, policy, k, sampling, run.seed, keeps_all=keeps_all)
     map_blocks(
         table,
         compute,
@@ -90,12 +110,12 @@ def evaluation_sampling(run: Run) -> Sampling:
 
 
 def _answer(row: Sampled, response: Response | None) -> HeldOut:
-    # Saying nothing is an answer, too: it is judged, and it counts.
+    # Saying nothing is an answer, too: it is judged, and it counts. Its end of sequence is a token of the policy's.
     return HeldOut(
         prompt_id=row.prompt_id,
         prompt=row.prompt,
         prompt_token_ids=row.prompt_token_ids,
-        text=response.text if response else "",
+        text=response.text if response and response.text.strip() else "",
         token_ids=response.token_ids if response else [],
         logprob=response.logprob if response else 0.0,
     )

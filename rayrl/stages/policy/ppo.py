@@ -10,7 +10,6 @@ import numpy as np
 import ray
 
 from rayrl.config import PpoConfig, RunConfig
-from rayrl.engines.generator import Sampling
 from rayrl.errors import TrainingStopped
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
@@ -22,6 +21,7 @@ from rayrl.runs.stage_table import PPO, Stage
 from rayrl.stages.artifacts import Pool
 from rayrl.stages.fitting import fit_stage, stream_of
 from rayrl.stages.rewards.protocol import Reward
+from rayrl.stages.sampling.generate import own_sampling
 from rayrl.training.ppo import PpoJob, train_ppo
 from rayrl.training.sync.transfer import Transport, nccl_init_info
 
@@ -78,9 +78,19 @@ def ppo(
         num_rows=metrics.num_responses,
         metrics=metrics,
         summary=f"{metrics.num_steps} rollouts, reward {metrics.first_reward:.3f} -> {metrics.final_reward:.3f}, "
-        f"KL {metrics.final_kl:.2f} nats, {metrics.samples_per_s:.1f} samples/s",
+        f"KL {metrics.final_kl:.2f} nats, {metrics.samples_per_s:.1f} samples/s{_abstentions(metrics)}",
     )
     return checkpoint
+
+
+def _abstentions(metrics: PpoMetrics) -> str:
+    """Write how many responses have no reward, and why; empty if all have one."""
+    if not metrics.num_abstained:
+        return ""
+    return (
+        f"; {metrics.num_abstained} responses without a reward ({metrics.num_too_long} too long, "
+        f"{metrics.num_timed_out} timed out)"
+    )
 
 
 def _refuse_runaway(stage: Stage, curve: list[dict[str, Any]], config: PpoConfig) -> None:
@@ -112,7 +122,7 @@ def _job(run: Run, services: Services, m1: Checkpoint, reward: Reward, pool: Poo
         policy=config.policy,
         value_start=reward.value_start or m1,
         ppo=config.ppo,
-        sampling=rollout_sampling(config),
+        sampling=own_sampling(config.generate),
         rewards=reward.serve(services),
         fleet=services.ready(fleet),
         held_out=held_out[:MAX_HELD_OUT],
@@ -128,11 +138,6 @@ def transport(config: RunConfig) -> Transport | None:
     if config.ppo.weight_transfer != "nccl":
         return None
     return Transport(init_info=nccl_init_info, ranks_per_replica=config.generators.num_ranks)
-
-
-def rollout_sampling(config: RunConfig) -> Sampling:
-    """Return how a rollout's responses are sampled: from the policy itself, at temperature 1."""
-    return Sampling(temperature=1.0, max_tokens=config.generate.max_tokens, stop=tuple(config.generate.stop))
 
 
 def sync_folder(run: Run, stage: Stage, key: str, m1: Checkpoint, *, on_gpu: bool) -> str:
@@ -169,6 +174,9 @@ def summarise(curve: list[dict[str, Any]], fitted: FitMetrics, config: PpoConfig
         best_held_out_reward=max(held_out, default=None),
         final_kl=float(np.mean([row["kl"] for row in last])),
         num_responses=int(num_responses),
+        num_abstained=int(total("num_abstained")),
+        num_too_long=int(total("num_too_long")),
+        num_timed_out=int(total("num_timed_out")),
         samples_per_s=num_responses / max(1e-9, seconds),
         generate_s=total("generate_s"),
         reward_s=total("reward_s"),

@@ -1,6 +1,7 @@
 """Stage sft: M0 -> M1 on the seed data."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -36,8 +37,6 @@ class Example:
     prompt_id: str
     prompt_token_ids: list[int]
     response_token_ids: list[int]
-    is_truncated: bool
-    """Whether the response was cut to the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,9 @@ class Examples:
 
     table: BlockTable
     num_examples: int
-    num_truncated: int
-    counts: PromptCounts
+    rows: PromptCounts
+    cut: Counter[str]
+    """How many rows the context is too short for: `num_truncated` responses cut to it, `num_too_long` rows left out."""
 
 
 def base_policy(run: Run) -> Checkpoint:
@@ -67,7 +67,7 @@ def sft(run: Run, services: Services) -> Checkpoint:
     if run.finished(SFT, key):
         return checkpoint
     started = time.monotonic()
-    examples = _tokenise(run)
+    examples = tokenise(run)
     job = SftJob(
         stage=SFT.name,
         run_url=run.url,
@@ -87,33 +87,40 @@ def sft(run: Run, services: Services) -> Checkpoint:
         num_rows=examples.num_examples,
         metrics=SftMetrics(
             **asdict(curve),
-            num_empty=examples.counts.num_empty,
-            num_below_score=examples.counts.num_below_score,
-            num_truncated=examples.num_truncated,
+            num_empty=examples.rows.num_empty,
+            num_below_score=examples.rows.num_below_score,
+            **examples.cut,
         ),
-        summary=f"{examples.num_examples} examples, loss {curve.first_loss:.3f} -> {curve.final_loss:.3f}",
+        summary=f"{examples.num_examples} examples{_left_out(examples)}, "
+        f"loss {curve.first_loss:.3f} -> {curve.final_loss:.3f}",
     )
     return checkpoint
 
 
-def _tokenise(run: Run) -> Examples:
+def _left_out(examples: Examples) -> str:
+    """Write how many rows were left out because their prompts fill the context; empty if none was."""
+    num = examples.cut["num_too_long"]
+    return f" ({num} left out: their prompts fill the context)" if num else ""
+
+
+def tokenise(run: Run) -> Examples:
     """Write the tokenised seed data block by block.
 
     Raises:
         DataError: no row is left; the message counts what became of the rows.
     """
     assert run.config.seed_data is not None, "the config is refused without seed data"
-    counts = PromptCounts()
+    rows = PromptCounts()
+    cut = Counter(num_truncated=0, num_too_long=0)
     url = run.folder(SFT, "table")
-    num_blocks, num_examples, num_truncated = 0, 0, 0
+    num_blocks, num_examples = 0, 0
     block: list[dict[str, object]] = []
 
     def write_block() -> None:
         BlockTable(url, num_blocks).write(num_blocks, pa.Table.from_pylist(block, schema=SCHEMA))
 
-    for example in _examples(run, counts):
+    for example in _examples(run, rows, cut):
         num_examples += 1
-        num_truncated += example.is_truncated
         block.append(
             {
                 "prompt_id": example.prompt_id,
@@ -130,27 +137,31 @@ def _tokenise(run: Run) -> Examples:
         num_blocks += 1
     if num_examples == 0:
         raise DataError(
-            f"seed_data.path {run.config.seed_data.path} leaves no row: {counts.num_rows} read, "
-            f"{counts.num_empty} empty, {counts.num_below_score} below min_score; lower min_score or add data"
+            f"seed_data.path {run.config.seed_data.path} leaves no row: {rows.num_rows} read, "
+            f"{rows.num_empty} empty, {rows.num_below_score} below min_score, {cut['num_too_long']} with a prompt that "
+            "fills the context; lower min_score, add data, or raise policy.max_model_len if the model allows it"
         )
     table = BlockTable(url, num_blocks)
-    return Examples(table=table, num_examples=num_examples, num_truncated=num_truncated, counts=counts)
+    return Examples(table=table, num_examples=num_examples, rows=rows, cut=cut)
 
 
-def _examples(run: Run, counts: PromptCounts) -> Iterator[Example]:
+def _examples(run: Run, rows: PromptCounts, cut: Counter[str]) -> Iterator[Example]:
+    """Yield rows with their responses cut to the context, without those whose prompts fill it.
+
+    A prompt is never cut: a chat would lose the header of the assistant's turn, and the response would follow a text
+    that the policy is never asked to continue.
+    """
     config = run.config
     assert config.seed_data is not None
     tokenizer = load_tokenizer(config.policy)
     limit = context_length(config.policy)
     renderer = renderer_of(tokenizer, config.policy)
-    for prompt, response in read_seed_rows(config.seed_data, renderer, counts):
-        # At least one token of the response is learnt from, however long the prompt is.
-        prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)[: limit - 1]
-        response_ids = encode_response(tokenizer, response)
+    for prompt, response in read_seed_rows(config.seed_data, renderer, rows):
+        prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)
         room = limit - len(prompt_ids)
-        yield Example(
-            prompt_id=prompt.id,
-            prompt_token_ids=prompt_ids,
-            response_token_ids=response_ids[:room],
-            is_truncated=len(response_ids) > room,
-        )
+        if room < 1:
+            cut["num_too_long"] += 1
+            continue
+        response_ids = encode_response(tokenizer, response)
+        cut["num_truncated"] += len(response_ids) > room
+        yield Example(prompt_id=prompt.id, prompt_token_ids=prompt_ids, response_token_ids=response_ids[:room])

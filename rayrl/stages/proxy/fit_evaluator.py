@@ -11,13 +11,14 @@ from rayrl.algorithms.statistics import accuracy_within, calibration_table, spea
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
+from rayrl.models.served_reward import Reasons
 from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import EvaluatorValidation, FitEvaluatorMetrics, FitMetrics
 from rayrl.runs.stage_table import FIT_EVALUATOR, fits_evaluator
 from rayrl.stages.artifacts import Judgements
 from rayrl.stages.fitting import drawn_holdout, fit_stage, stream_of
-from rayrl.stages.rewards.evaluator import Evaluator, evaluator_of
+from rayrl.stages.rewards.evaluator import Evaluator, EvaluatorTraining, evaluator_of
 
 MIN_JUDGEMENTS = 4
 """Judgements below which a rank correlation says nothing."""
@@ -50,9 +51,12 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
     token_ids: dict[ResponseKey, list[int]] = {}
     for round_judgements in judgements:
         token_ids |= round_judgements.token_ids()
-    curve = _fit(run, services, evaluator, training, token_ids)
+    prepared = evaluator.training(run, services.dtype, training, token_ids)
+    curve = _fit(run, services, evaluator, prepared)
     validation = _validate(services, evaluator, held_out, token_ids)
     rank = validation.spearman
+    num_too_long = prepared.num_too_long + validation.num_too_long
+    left_out = f" ({num_too_long} left out, too long for the evaluator's context)" if num_too_long else ""
     run.finish(
         FIT_EVALUATOR,
         key,
@@ -60,9 +64,10 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
         num_rows=len(training),
         metrics=FitEvaluatorMetrics(
             **asdict(curve),
+            num_too_long=prepared.num_too_long,
             validation=validation,
         ),
-        summary=f"{len(training)} judgements; on {len(held_out)} held out: Spearman "
+        summary=f"{len(training) - prepared.num_too_long} judgements{left_out}; on {validation.num} held out: Spearman "
         + (f"{rank.mean:.2f} +- {rank.standard_error:.2f}" if rank else "undefined")
         + f", within one point {validation.within_one:.0%}",
     )
@@ -99,14 +104,7 @@ def split(judgements: list[Judgement], holdout: float, seed: int) -> tuple[list[
     return training, held_out
 
 
-def _fit(
-    run: Run,
-    services: Services,
-    evaluator: Evaluator,
-    judgements: list[Judgement],
-    token_ids: Mapping[ResponseKey, list[int]],
-) -> FitMetrics:
-    training = evaluator.training(run, services.dtype, judgements, token_ids)
+def _fit(run: Run, services: Services, evaluator: Evaluator, training: EvaluatorTraining) -> FitMetrics:
     table = BlockTable(run.folder(FIT_EVALUATOR, "table"), 1)
     table.write(0, pa.Table.from_pylist(training.rows))
     stream = stream_of(table, run.seed)
@@ -119,7 +117,8 @@ def _validate(
     """Compare the evaluator's scores with the oracle's on held-out judgements."""
     # Through the engines that will serve it: the validation covers their numerics, too.
     items = [Scored(prompt=j.prompt, response=j.response, token_ids=token_ids[j.response_key]) for j in held_out]
-    predicted = evaluator.serve(services).score(items)
+    reasons: Reasons = {}
+    predicted = evaluator.serve(services).score(items, reasons)
     both = [
         (score, judgement.score)
         for score, judgement in zip(predicted, held_out, strict=True)
@@ -129,6 +128,7 @@ def _validate(
     return EvaluatorValidation(
         num=len(both),
         num_abstained=len(predicted) - len(both),
+        num_too_long=len(reasons),
         loss=float(np.mean((ours - theirs) ** 2)) if both else None,
         spearman=spearman(ours, theirs),
         within_one=accuracy_within(ours, theirs) if both else 0.0,

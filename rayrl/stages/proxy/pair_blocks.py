@@ -12,6 +12,7 @@ from rayrl.algorithms.pairing import PAIRINGS
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.metrics import meters
+from rayrl.models.served_reward import Reasons
 from rayrl.records import PreferencePair, ResponseKey, Scored, arrow_schema, to_table
 from rayrl.stages.rewards.evaluator import Scorer
 
@@ -31,7 +32,7 @@ class ScoredRow(TypedDict):
     scores: list[float | None]
     """None: no score, and no part in any pair."""
     sources: list[str]
-    """"oracle" where the score was paid for, else "evaluator"."""
+    """"oracle" where the score was paid for, else "evaluator"; "too_long" where the evaluator's context was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,9 @@ class PairBlocks:
             if (row["prompt_id"], response["text"]) not in self.paid
         ]
         # One call for the whole block; the scores come back in the order of `unpaid`.
-        predicted = iter(self.scorer.score(unpaid) if self.scorer else [None] * len(unpaid))
+        reasons: Reasons = {}
+        predicted = iter(self.scorer.score(unpaid, reasons) if self.scorer else [None] * len(unpaid))
+        sources_of_unpaid = iter([reasons.get(number, "evaluator") for number in range(len(unpaid))])
         scored: list[ScoredRow] = []
         for row in rows:
             scores: list[float | None] = []
@@ -87,7 +90,7 @@ class PairBlocks:
                 response_key = row["prompt_id"], response["text"]
                 is_paid = response_key in self.paid
                 scores.append(self.paid[response_key] if is_paid else next(predicted))
-                sources.append("oracle" if is_paid else "evaluator")
+                sources.append("oracle" if is_paid else next(sources_of_unpaid))
                 meters.SCORED.add(source="none" if scores[-1] is None else sources[-1])
             scored.append(ScoredRow(prompt_id=row["prompt_id"], scores=scores, sources=sources))
         return pa.Table.from_pylist(scored, schema=SCORED_SCHEMA)
@@ -139,5 +142,6 @@ def count_scores(block: pa.Table) -> dict[str, int]:
         "num_prompts": block.num_rows,
         "num_scored": num_scored,
         "num_abstained": len(scores) - num_scored,
+        "num_too_long": sources.count("too_long"),
         "num_oracle_scored": sources.count("oracle"),
     }

@@ -128,6 +128,7 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
         mode=pairs.mode,
     )
     synthetic = f", {num_synthetic} of them synthetic," if blocks.synthetic is not None else ""
+    too_long = f"; {metrics.num_too_long} responses too long for the evaluator" if metrics.num_too_long else ""
     run.finish(
         PSEUDO_LABEL,
         pairs.key,
@@ -135,6 +136,6 @@ def finish_pairs(run: Run, pairs: Pairs) -> Pairs:
         num_rows=num_pairs,
         metrics=metrics,
         summary=f"{num_pairs} pairs{synthetic} from {metrics.num_scored} scored responses, "
-        f"{metrics.pairs_per_query:.1f} per paid query; {metrics.num_ties} prompts tied",
+        f"{metrics.pairs_per_query:.1f} per paid query; {metrics.num_ties} prompts tied{too_long}",
     )
     return replace(pairs, num_done=num_pairs)

@@ -19,13 +19,12 @@ import numpy as np
 
 from rayrl.algorithms.scoring import expected_score, mean_of_samples
 from rayrl.config import EvaluatorConfig, PolicyConfig
+from rayrl.data.judge_prompts import render_judge_prompt
 from rayrl.data.tokenizing import (
     context_length,
     encode_prompt,
     encode_response,
     load_tokenizer,
-    renderer_of,
-    resolve_format,
 )
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.errors import DataError
@@ -34,14 +33,13 @@ from rayrl.fleets.services import Services
 from rayrl.models.judge_prompt import (
     Rubric,
     Scoring,
-    evaluator_prompt,
     evaluator_target,
     load_rubric,
     score_texts,
     upto_score,
     whole_score,
 )
-from rayrl.models.served_reward import ServedReward
+from rayrl.models.served_reward import Reasons, ServedReward, score_fitting
 from rayrl.records import Checkpoint, Judgement, ResponseKey, Scored, drawn_seed
 from rayrl.runs.run import Run
 from rayrl.runs.stage_table import FIT_EVALUATOR
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
 MIN_MASS = 0.1
 """An evaluator that gives all scores together less probability than this has not understood the task: it abstains."""
 MIN_TARGET_TOKENS = 8
-"""A judge prompt that leaves less room than this in the context is not trained on."""
+"""score_first: a judge prompt that leaves less room than this in the context is not trained on."""
 REVIEW_TEMPERATURE, REVIEW_TOP_P = 0.7, 0.9
 """Sampling of written reviews."""
 
@@ -86,6 +84,8 @@ class EvaluatorTraining:
     """The training of an evaluator: rows of its table, and the worker's loop with its job."""
 
     rows: list[dict[str, Any]]
+    num_too_long: int
+    """Judgements left out because the evaluator's context is too short for them."""
     loop: Callable[[Any, Any], None]
     job: Any
 
@@ -153,6 +153,7 @@ class GenerativeEvaluator(Evaluator):
             policy=self.policy,
             rubric=self.rubric,
             seed=self.seed,
+            max_tokens=context_length(self.policy),
         )
 
     def training(
@@ -161,39 +162,45 @@ class GenerativeEvaluator(Evaluator):
         from rayrl.training.sft import SftJob, train_sft
 
         del token_ids  # the judge prompt is tokenised anew
-        rows = self._rows(judgements)
-        job = SftJob(training=self.settings, **self._job_fields(run, dtype, len(rows)))
-        return EvaluatorTraining(rows=rows, loop=train_sft, job=job)
-
-    def _rows(self, judgements: list[Judgement]) -> list[dict[str, Any]]:
         tokenizer = load_tokenizer(self.policy)
         limit = context_length(self.policy)
-        scoring = self.settings.scoring
-        rows: list[dict[str, Any]] = []
-        for judgement in balance(judgements, self.rubric) if self.settings.balanced else judgements:
-            assert judgement.score is not None, "abstentions are never trained on"
-            prompt_ids = judge_prompt_tokens(
-                tokenizer, self.policy, self.rubric, judgement.prompt, judgement.response, scoring
-            )
-            # Nothing could be learnt from a target that is cut to a few tokens.
-            if len(prompt_ids) + MIN_TARGET_TOKENS > limit:
-                continue
-            target = evaluator_target(self.rubric, judgement.score, judgement.rationale, scoring)
-            # The rationale comes last where the score comes first, so cutting the end keeps the score.
-            target_ids = encode_response(tokenizer, target)[: limit - len(prompt_ids)]
-            rows.append(
-                {
-                    "response_id": judgement.response_id,
-                    "prompt_token_ids": prompt_ids,
-                    "response_token_ids": target_ids,
-                }
-            )
-        if not rows:
+        row_of: dict[Judgement, dict[str, Any]] = {}
+        for judgement in judgements:
+            row = self._row(tokenizer, limit, judgement)
+            if row is not None:
+                row_of[judgement] = row
+        fitting = [judgement for judgement in judgements if judgement in row_of]
+        if not fitting:
             raise DataError(
                 f"no judge prompt fits the context of {limit} tokens: shorten rubric.template or raise "
                 "policy.max_model_len"
             )
-        return rows
+        learnt_from = balance(fitting, self.rubric) if self.settings.balanced else fitting
+        rows = [row_of[judgement] for judgement in learnt_from]
+        job = SftJob(training=self.settings, **self._job_fields(run, dtype, len(rows)))
+        num_too_long = len(judgements) - len(fitting)
+        return EvaluatorTraining(rows=rows, num_too_long=num_too_long, loop=train_sft, job=job)
+
+    def _row(self, tokenizer: "PreTrainedTokenizerBase", limit: int, judgement: Judgement) -> dict[str, Any] | None:
+        """Write the row that teaches a judgement; None where the context is too short for it."""
+        assert judgement.score is not None, "abstentions are never trained on"
+        scoring = self.settings.scoring
+        prompt_ids = judge_prompt_tokens(
+            tokenizer, self.policy, self.rubric, judgement.prompt, judgement.response, scoring
+        )
+        target = evaluator_target(self.rubric, judgement.score, judgement.rationale, scoring)
+        target_ids = encode_response(tokenizer, target)
+        # The rationale comes last where the score comes first, so cutting the end keeps the score. Elsewhere a cut
+        # would teach reviews without a score.
+        needed = min(len(target_ids), MIN_TARGET_TOKENS) if scoring == "score_first" else len(target_ids)
+        room = limit - len(prompt_ids)
+        if room < needed:
+            return None
+        return {
+            "response_id": judgement.response_id,
+            "prompt_token_ids": prompt_ids,
+            "response_token_ids": target_ids[:room],
+        }
 
 
 class ScalarEvaluator(Evaluator):
@@ -212,24 +219,32 @@ class ScalarEvaluator(Evaluator):
         from rayrl.training.evaluator import ScalarJob, train_scalar
         from rayrl.training.reward_model import RewardModelJob, train_reward_model
 
+        limit = context_length(self.policy)
+        fitting = [judgement for judgement in judgements if len(token_ids[judgement.response_key]) <= limit]
+        if not fitting:
+            raise DataError(
+                f"no judged response and its prompt fit the context of {limit} tokens: shorten them, or raise "
+                "policy.max_model_len"
+            )
+        num_too_long = len(judgements) - len(fitting)
         if self.settings.loss == "bradley_terry":
-            rows = _pair_rows(judgements, token_ids)
+            rows = _pair_rows(fitting, token_ids)
             fields = self._job_fields(run, dtype, len(rows))
             pair_job = RewardModelJob(training=self.settings, pooling=self.pooling, **fields)
-            return EvaluatorTraining(rows=rows, loop=train_reward_model, job=pair_job)
+            return EvaluatorTraining(rows=rows, num_too_long=num_too_long, loop=train_reward_model, job=pair_job)
         rows = [
             {
                 "response_id": judgement.response_id,
                 "token_ids": token_ids[judgement.response_key],
                 "score": judgement.score,
             }
-            for judgement in judgements
+            for judgement in fitting
         ]
         # The head's bias starts at the mean, so that the first steps do not go into finding it.
-        mean_score = float(np.mean([judgement.score for judgement in judgements if judgement.score is not None]))
+        mean_score = float(np.mean([judgement.score for judgement in fitting if judgement.score is not None]))
         fields = self._job_fields(run, dtype, len(rows))
         job = ScalarJob(evaluator=self.settings, pooling=self.pooling, mean_score=mean_score, **fields)
-        return EvaluatorTraining(rows=rows, loop=train_scalar, job=job)
+        return EvaluatorTraining(rows=rows, num_too_long=num_too_long, loop=train_scalar, job=job)
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {"generative": GenerativeEvaluator, "scalar": ScalarEvaluator}
@@ -257,15 +272,16 @@ class ScalarScorer(Scorer):
     checkpoint: Checkpoint
     fleet: Fleet
     max_tokens: int
-    """Longer sequences lose their ends, as they did in training."""
+    """Context: on a longer sequence it abstains."""
 
-    def score(self, items: list[Scored]) -> list[float | None]:
+    def score(self, items: list[Scored], reasons: Reasons | None = None) -> list[float | None]:
         """Return the head's value of each response."""
-        if not items:
-            return []
-        inputs = [item.token_ids[: self.max_tokens] for item in items]
-        values = self.fleet.call("values", self.checkpoint, inputs)
-        return [float(value) for value in values]
+
+        def values(numbers: list[int]) -> list[float]:
+            inputs = [items[number].token_ids for number in numbers]
+            return [float(value) for value in self.fleet.call("values", self.checkpoint, inputs)]
+
+        return score_fitting([len(item.token_ids) for item in items], self.max_tokens, values, reasons)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,19 +294,26 @@ class GenerativeScorer(Scorer):
     policy: PolicyConfig
     rubric: Rubric
     seed: int
+    max_tokens: int
+    """Context: where a judge prompt leaves no room for a score in it, the evaluator abstains."""
 
-    def score(self, items: list[Scored]) -> list[float | None]:
+    def score(self, items: list[Scored], reasons: Reasons | None = None) -> list[float | None]:
         """Return one score per response on the rubric's scale; None where the evaluator abstains."""
-        if not items:
-            return []
         tokenizer = load_tokenizer(self.policy)
         prompts = [
             judge_prompt_tokens(tokenizer, self.policy, self.rubric, item.prompt, item.response, self.settings.scoring)
             for item in items
         ]
-        if self.settings.scoring == "score_first":
-            return self._read_first(tokenizer, prompts)
-        return self._write_reviews(tokenizer, prompts, items)
+        prefix, candidates = score_tokens(tokenizer, self.rubric)
+        room = len(prefix) + _longest(candidates)
+
+        def scores(numbers: list[int]) -> list[float | None]:
+            fitting = [prompts[number] for number in numbers]
+            if self.settings.scoring == "score_first":
+                return self._read_first(tokenizer, fitting)
+            return self._write_reviews(tokenizer, fitting, [items[number] for number in numbers])
+
+        return score_fitting([len(prompt) + room for prompt in prompts], self.max_tokens, scores, reasons)
 
     def _read_first(self, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]) -> list[float | None]:
         """Read the expected score from one prefill of each judge prompt."""
@@ -328,7 +351,12 @@ class GenerativeScorer(Scorer):
         log-probabilities that were recorded during writing are enough; otherwise every review takes one more prefill.
         """
         prefix, candidates = score_tokens(tokenizer, self.rubric)
-        places = [score_place(tokenizer, review, prefix) for _, review in written]
+        places: list[int | None] = []
+        for prompt, review in written:
+            place = score_place(tokenizer, review, prefix)
+            # A review that the context ends before its score is complete never got there.
+            is_cut = place is not None and len(prompt) + place + _longest(candidates) > self.max_tokens
+            places.append(None if is_cut else place)
         arrived = [
             (prompt, review, place)
             for (prompt, review), place in zip(written, places, strict=True)
@@ -345,6 +373,11 @@ class GenerativeScorer(Scorer):
             logprobs = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values())) if upto else []
         expected = iter(_expected_scores(logprobs, candidates))
         return [None if place is None else next(expected) for place in places]
+
+
+def _longest(candidates: Mapping[int, list[int]]) -> int:
+    """Return the number of tokens of the longest score."""
+    return max(map(len, candidates.values()))
 
 
 def balance(judgements: list[Judgement], rubric: Rubric) -> list[Judgement]:
@@ -398,14 +431,9 @@ def judge_prompt_tokens(
     response: str,
     scoring: Scoring,
 ) -> list[int]:
-    """Tokenise what the generative evaluator reads; in a chat, the cue to write opens the assistant's turn."""
-    text = evaluator_prompt(rubric, prompt, response, scoring)
-    if resolve_format(tokenizer, policy.prompt_format) == "plain":
-        return encode_prompt(tokenizer, text, "plain")
-    # The cue is the beginning of the answer, which the chat template must not close.
-    question, _, cue = text.rpartition("\n")
-    rendered = renderer_of(tokenizer, policy)(question)
-    return encode_prompt(tokenizer, rendered + cue, "chat")
+    """Tokenise what the generative evaluator reads."""
+    rendered = render_judge_prompt(tokenizer, policy, rubric, prompt, response, scoring)
+    return encode_prompt(tokenizer, rendered, policy.prompt_format)
 
 
 def score_tokens(tokenizer: "PreTrainedTokenizerBase", rubric: Rubric) -> tuple[list[int], dict[int, list[int]]]:

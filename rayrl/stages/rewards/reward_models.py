@@ -19,6 +19,7 @@ from rayrl.config import RewardModelConfig, RunConfig
 from rayrl.data.tokenizing import context_length
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
+from rayrl.models.served_reward import Reasons, score_fitting
 from rayrl.records import Checkpoint, PreferencePair, Scored
 from rayrl.runs.stage_metrics import PairValidation
 
@@ -67,15 +68,19 @@ class RewardScorer:
     fleet: Fleet
     config: RewardModelConfig
     max_tokens: int
-    """Longer sequences lose their ends, as they did in training."""
+    """Context: on a longer sequence it abstains."""
 
-    def score(self, items: list[Scored]) -> list[float | None]:
+    def score(self, items: list[Scored], reasons: Reasons | None = None) -> list[float | None]:
         """Score each item: the model's own value, or the ensemble's, in standard deviations of its members."""
-        return [float(reward) for reward in self.combine(self.values(items))]
+
+        def rewards(numbers: list[int]) -> list[float]:
+            return self.combine(self.values([items[number] for number in numbers])).tolist()
+
+        return score_fitting([len(item.token_ids) for item in items], self.max_tokens, rewards, reasons)
 
     def values(self, items: Sequence[Scored]) -> np.ndarray:
-        """Read every member's own value of every item, (members, items) float64."""
-        inputs = [item.token_ids[: self.max_tokens] for item in items]
+        """Read every member's own value of every item, (members, items) float64; every item fits the context."""
+        inputs = [item.token_ids for item in items]
         # All items with one member before the next: a replica holds the weights of one, and swaps take time.
         return np.stack([member_values(self.fleet, member, inputs) for member in self.members])
 

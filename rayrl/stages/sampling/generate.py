@@ -83,6 +83,14 @@ def sampling_of(config: GenerateConfig) -> Sampling:
     )
 
 
+def own_sampling(config: GenerateConfig) -> Sampling:
+    """Return how to sample from the policy itself: at temperature 1, without any of its distribution left out.
+
+    Only such samples tell its own probabilities, which PPO's importance ratio and the KL are of.
+    """
+    return Sampling(temperature=1.0, max_tokens=config.max_tokens, stop=tuple(config.stop))
+
+
 def response_seed(seed: int, prompt_id: str, index: int) -> int:
     """Draw the random stream of one response: a function of the run's seed and its place, and of nothing else.
 
@@ -92,9 +100,17 @@ def response_seed(seed: int, prompt_id: str, index: int) -> int:
 
 
 def sample_block(
-    prompts: BlockTable, fleet: Fleet, policy: Checkpoint, k: int, sampling: Sampling, seed: int, block: int
+    prompts: BlockTable,
+    fleet: Fleet,
+    policy: Checkpoint,
+    k: int,
+    sampling: Sampling,
+    seed: int,
+    block: int,
+    *,
+    keeps_all: bool = False,
 ) -> pa.Table:
-    """Sample the responses to one block of prompts, k each."""
+    """Sample the responses to one block of prompts, k each; `keeps_all` keeps empty ones and repeats."""
     rows = prompts.read(block).to_pylist()
     seeds = [[response_seed(seed, row["id"], index) for index in range(k)] for row in rows]
     # One call for the whole block: vLLM batches the requests itself.
@@ -107,7 +123,7 @@ def sample_block(
             _response(row["id"], index, row_seeds[index], policy.version, continuation)
             for index, continuation in enumerate(continuations)
         ]
-        kept = distinct(responses)
+        kept = responses if keeps_all else distinct(responses)
         num_empty = sum(not response.text.strip() for response in responses)
         sampled.append(
             Sampled(
@@ -115,8 +131,8 @@ def sample_block(
                 prompt=row["text"],
                 prompt_token_ids=row["token_ids"],
                 responses=kept,
-                num_empty=num_empty,
-                num_duplicates=len(responses) - len(kept) - num_empty,
+                num_empty=0 if keeps_all else num_empty,
+                num_duplicates=0 if keeps_all else len(responses) - len(kept) - num_empty,
             )
         )
     return to_table(sampled, Sampled)

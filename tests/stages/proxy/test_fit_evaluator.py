@@ -98,9 +98,55 @@ def run_with(tmp_path, control, judgements):
 
 def scalar_rows(folder, judgements, tokens, **settings):
     """The rows that a scalar evaluator is trained on."""
-    run = open_run(folder, "proxy", evaluator={"type": "scalar"} | settings)
+    policy = {"path": "model", "max_model_len": 100}
+    run = open_run(folder, "proxy", policy=policy, evaluator={"type": "scalar"} | settings)
     m1 = Checkpoint(path="m1", version="m1")
     return evaluator_of(run, m1, m1).training(run, "float32", judgements, tokens).rows
+
+
+def generative_training(folder, policy, judgements, max_model_len, **settings):
+    """The training of a generative evaluator with a context of this length."""
+    run = open_run(
+        folder,
+        "proxy",
+        policy={"path": policy.path, "max_model_len": max_model_len},
+        evaluator=settings,
+    )
+    m1 = Checkpoint(path="m1", version="m1")
+    return evaluator_of(run, m1, m1).training(run, "float32", judgements, {})
+
+
+@pytest.mark.parametrize("scoring", ["score_first", "rationale_first"])
+def test_judgements_beyond_the_context_are_left_out_and_counted(tmp_path, tiny_policy, scoring):
+    """Where the score comes last, a target that is cut would teach reviews without a score."""
+    short, long = judgement("p", 0, 4.0), dataclasses.replace(judgement("q", 0, 4.0), response="water " * 200)
+    wordy = dataclasses.replace(judgement("r", 0, 4.0), rationale="because it boils " * 200)
+    whole = generative_training(tmp_path, tiny_policy, [short], None, scoring=scoring).rows[0]
+    limit = len(whole["prompt_token_ids"]) + len(whole["response_token_ids"])
+    training = generative_training(tmp_path, tiny_policy, [short, long, wordy], limit, scoring=scoring, balanced=True)
+    kept = ["p-0", "r-0"] if scoring == "score_first" else ["p-0"]
+    assert [row["response_id"] for row in training.rows] == kept
+    assert training.num_too_long == 3 - len(kept)
+    assert all(len(row["prompt_token_ids"]) + len(row["response_token_ids"]) == limit for row in training.rows)
+    assert training.rows[0] == whole
+    with pytest.raises(DataError, match="no judge prompt fits the context"):
+        generative_training(tmp_path, tiny_policy, [long], limit, scoring=scoring)
+
+
+@pytest.mark.parametrize("loss", ["regression", "bradley_terry"])
+def test_a_scalar_evaluator_learns_from_no_sequence_beyond_the_context(tmp_path, loss):
+    judged = [judgement("p", i, float(i)) for i in range(3)]
+    tokens = {j.response_key: [1] * (i + 2) for i, j in enumerate(judged)}
+    run = open_run(
+        tmp_path, "proxy", policy={"path": "model", "max_model_len": 3}, evaluator={"type": "scalar", "loss": loss}
+    )
+    m1 = Checkpoint(path="m1", version="m1")
+    training = evaluator_of(run, m1, m1).training(run, "float32", judged, tokens)
+    assert training.num_too_long == 1 and "p-2" not in str(training.rows) and "p-1" in str(training.rows)
+    for j in judged:
+        tokens[j.response_key] = [1] * 4
+    with pytest.raises(DataError, match="fit the context of 3 tokens"):
+        evaluator_of(run, m1, m1).training(run, "float32", judged, tokens)
 
 
 def test_abstentions_are_no_labels(tmp_path):

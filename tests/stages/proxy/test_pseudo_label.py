@@ -7,7 +7,7 @@ import pyarrow as pa
 from rayrl.config import PseudoLabelConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.records import PreferencePair, Sampled, from_table, to_table
-from rayrl.stages.proxy.pair_blocks import PairBlocks, pairs_of
+from rayrl.stages.proxy.pair_blocks import PairBlocks, count_scores, pairs_of
 from rayrl.stages.synthesis.synthetic_pairs import BlockRewards, SyntheticPairs
 from tests.fakes import sampled
 
@@ -68,8 +68,10 @@ class ByLength:
     def __init__(self):
         self.asked = []
 
-    def score(self, items):
+    def score(self, items, reasons=None):
         self.asked += [item.response for item in items]
+        if reasons is not None:
+            reasons |= {number: "too_long" for number, item in enumerate(items) if item.response == "text 3"}
         return [None if item.response == "text 3" else float(item.response[-1]) for item in items]
 
 
@@ -96,7 +98,10 @@ def test_the_oracles_score_wins_and_is_not_asked_again(tmp_path):
     made = pair_blocks(tmp_path, scorer, said({"p-0": 5.0, "q-1": 0.0}))
     scored = made.score_block(0).to_pylist()
     assert scored[0]["scores"] == [5.0, 1.0, 2.0, None]
-    assert scored[0]["sources"] == ["oracle", "evaluator", "evaluator", "evaluator"]
+    assert scored[0]["sources"] == ["oracle", "evaluator", "evaluator", "too_long"]
+    counts = count_scores(made.score_block(0))
+    assert (counts["num_scored"], counts["num_abstained"], counts["num_too_long"]) == (5, 1, 1)
+    scorer.asked = scorer.asked[:4]
     assert scored[1]["scores"] == [0.0, 0.0]
     assert scorer.asked == ["text 1", "text 2", "text 3", "text 0"]
     found = from_table(made.pair_block(0), PreferencePair)

@@ -13,7 +13,13 @@ from rayrl.engines.generator import Continuation
 from rayrl.models.judge_prompt import ADDITIVE_RUBRIC, Rubric
 from rayrl.models.policy import response_logprobs
 from rayrl.records import Scored
-from rayrl.stages.rewards.evaluator import GenerativeScorer, candidate_logprobs, judge_prompt_tokens, score_tokens
+from rayrl.stages.rewards.evaluator import (
+    GenerativeScorer,
+    ScalarScorer,
+    candidate_logprobs,
+    judge_prompt_tokens,
+    score_tokens,
+)
 
 RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
 SHORT = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=2)
@@ -64,11 +70,12 @@ class Writer:
         return [[float(np.log(0.6 if token in self.likeliest else 0.06)) for token in tokens] for _ in prompts]
 
 
-def scorer(fleet, policy, rubric):
+def scorer(fleet, policy, rubric, *, scoring="rationale_first", max_tokens=512):
     return GenerativeScorer(
         checkpoint=policy.checkpoint,
         fleet=fleet,
-        settings=EvaluatorConfig(scoring="rationale_first", num_samples=2),
+        settings=EvaluatorConfig(scoring=scoring, num_samples=2),
+        max_tokens=max_tokens,
         policy=PolicyConfig(path=policy.path),
         rubric=rubric,
         seed=0,
@@ -140,3 +147,57 @@ def test_scores_that_begin_alike_are_read_by_a_prefill_of_what_was_written(tiny_
     starts = [judge + tokens + prefix for tokens in cut]
     shared = candidates[4][:1]
     assert writer.prefills == [starts, [start + shared for start in starts]]
+
+
+LONG = Scored(prompt="How do I boil rice?", response="First add water. " * 400, token_ids=[])
+
+
+@pytest.mark.parametrize("scoring", ["score_first", "rationale_first"])
+def test_judge_prompts_beyond_the_context_abstain_and_the_others_are_scored(generators, tiny_policy, scoring):
+    """The engine refuses them, and ended the run."""
+    reasons = {}
+    scores = scorer(generators, tiny_policy, SHORT, scoring=scoring).score([LONG, ITEM, LONG], reasons)
+    assert (scores[0], scores[2], reasons) == (None, None, {0: "too_long", 2: "too_long"})
+    assert scores[1:2] == scorer(generators, tiny_policy, SHORT, scoring=scoring).score([ITEM])
+
+
+@pytest.mark.parametrize(("num_spare", "is_scored"), [(0, True), (-1, False)])
+def test_a_judge_prompt_needs_room_for_a_score_and_no_more(tiny_policy, num_spare, is_scored):
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    prefix, candidates = score_tokens(tokenizer, RUBRIC)
+    prompt = judge_prompt_tokens(
+        tokenizer, PolicyConfig(path=tiny_policy.path), RUBRIC, ITEM.prompt, ITEM.response, "score_first"
+    )
+    needed = len(prompt) + len(prefix) + max(map(len, candidates.values()))
+    writer = Writer([], likeliest=candidates[4])
+    reasons = {}
+    limit = needed + num_spare
+    (score,) = scorer(writer, tiny_policy, RUBRIC, scoring="score_first", max_tokens=limit).score([ITEM], reasons)
+    assert (score is not None, reasons) == (is_scored, {} if is_scored else {0: "too_long"})
+    # A prefill is followed by a token.
+    assert all(len(tokens) < limit for prefill in writer.prefills for tokens in prefill)
+
+
+def test_a_review_that_the_context_ends_inside_its_score_abstains(tiny_policy):
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    _, candidates = score_tokens(tokenizer, RUBRIC)
+    written = encode_response(tokenizer, " Hm.\nScore: 4")[:-1]
+    judge = judge_prompt_tokens(
+        tokenizer, PolicyConfig(path=tiny_policy.path), RUBRIC, ITEM.prompt, ITEM.response, "rationale_first"
+    )
+    for limit, is_scored in ((len(judge) + len(written), True), (len(judge) + len(written) - 1, False)):
+        writer = Writer([[review(written, [])]], likeliest=candidates[4])
+        (score,) = scorer(writer, tiny_policy, RUBRIC, max_tokens=limit).score([ITEM])
+        assert (score is not None, bool(writer.prefills)) == (is_scored, is_scored)
+
+
+def test_a_scalar_evaluator_abstains_on_sequences_beyond_its_context(tiny_policy):
+    class Values:
+        def call(self, method, checkpoint, inputs):
+            return [float(len(tokens)) for tokens in inputs]
+
+    scalar = ScalarScorer(checkpoint=tiny_policy.checkpoint, fleet=Values(), max_tokens=3)  # type: ignore[arg-type]
+    items = [Scored(prompt="?", response="!", token_ids=[1] * num) for num in (2, 4, 3)]
+    reasons = {}
+    assert scalar.score(items, reasons) == [2.0, None, 3.0] and reasons == {1: "too_long"}
+    assert scalar.score(items[1:2]) == [None] and scalar.score([]) == []

@@ -81,8 +81,10 @@ def test_all_items_are_scored_with_one_member_before_the_next():
     assert sum(num for version, num in many.fleet.calls if version == "a") == 2 * MAX_PART + 1
 
 
-def test_sequences_are_cut_and_nothing_is_scored_as_nothing():
-    assert scorer(MEMBERS[:1], max_tokens=2).score(ITEMS) == [2.0, 1.0, 2.0]
+def test_sequences_beyond_the_context_abstain_and_nothing_is_scored_as_nothing():
+    reasons = {}
+    assert scorer(MEMBERS[:1], max_tokens=2).score(ITEMS, reasons) == [None, 1.0, 2.0]
+    assert reasons == {0: "too_long"}
     assert scorer().score([]) == []
 
 
