@@ -1,7 +1,7 @@
 """Proximal policy optimisation of M1 against a reward, with the KL to M1 held in check (arXiv 2403.19279, section 2).
 
 The whole training is one fit. A step of the loop is a rollout: the fleet answers the prompts, the rewards come back,
-the trainer learns from them for a few passes, and the replicas take the new weights, proved by a probe.
+the trainer learns from them for a few passes, and the replicas take the new weights, proved by their sums.
 """
 
 import time
