@@ -62,6 +62,7 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
 
             experience = evaluate_rollout(engine, reference, rollout, config, kl_coef)
             seen = means(experience.sums, "num_responses", engine)
+            seen["sampler_difference"] /= max(1.0, seen["length"])  # per token
             learnt = learn(engine, experience, job, step)
             train_s = time.monotonic() - started - waited_s
 
