@@ -44,7 +44,7 @@ class MeasuredGenerator(Generator):
     async def time_sums(self) -> float:
         """Return the seconds."""
         started = time.monotonic()
-        await self.served_sums()
+        await self._served_sums()
         return time.monotonic() - started
 
 

@@ -34,7 +34,7 @@ class Embedder(ServedEngine):
         """Return the scalar head's value of each input, (num_inputs,) float64."""
         return apply_head(await self.embed(checkpoint, inputs), checkpoint)
 
-    async def read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
+    async def _read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
         if "value" not in text or len(text["token_ids"]) > self.engine.model_config.max_model_len:
             return None
         vector = await self._embed(text["token_ids"])

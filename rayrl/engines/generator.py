@@ -89,7 +89,7 @@ class Generator(ServedEngine):
         async with self.serving(checkpoint):
             return await asyncio.gather(*(self._continuation(prompt, continuation) for prompt, continuation in pairs))
 
-    async def read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
+    async def _read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
         from vllm import SamplingParams
 
         tokens = text["token_ids"][: self.engine.model_config.max_model_len - 1]

@@ -72,7 +72,7 @@ class ServedEngine(Serving):
         self._num_received = 0
         self._is_core_busy = False
 
-    async def read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
+    async def _read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
         """Return the mean absolute difference between the engine's reading of a text and the trainer's.
 
         Of log-probabilities, nats, or of a head's value. None if this kind of engine reads neither.
@@ -227,7 +227,7 @@ class ServedEngine(Serving):
         is_reset = await self.engine.reset_prefix_cache(reset_running_requests=True)
         wrong = None if is_reset else "vLLM has not reset its prefix cache, which holds keys and values of old weights"
         if wrong is None and is_comparable:
-            wrong = difference(await self.served_sums(), sums)
+            wrong = difference(await self._served_sums(), sums)
         if wrong is not None:
             threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
             raise WeightSyncError(f"replica is not at the weights of {checkpoint.version} and is stopped: {wrong}")
@@ -240,7 +240,7 @@ class ServedEngine(Serving):
         self._show_serving()
         logger.info("swapped to %s in %.3f s", checkpoint.version, seconds)
 
-    async def served_sums(self) -> Sums:
+    async def _served_sums(self) -> Sums:
         """Return the sums of the weights that the engine serves, over all of its ranks."""
         return joined(await self.engine.collective_rpc("served_weight_sums"))
 
@@ -253,7 +253,7 @@ class ServedEngine(Serving):
             else:
                 folder = Path(await asyncio.to_thread(weights_folder, self.spec.checkpoint))
                 sums = await asyncio.to_thread(expected_sums, folder, self.spec.dtype)
-                reason = difference(await self.served_sums(), sums)
+                reason = difference(await self._served_sums(), sums)
             self._is_comparable = reason is None
             if reason is not None:
                 logger.warning(
@@ -263,7 +263,7 @@ class ServedEngine(Serving):
 
     async def _report_text(self, text: TextReading, checkpoint: Checkpoint) -> None:
         """Report how far the engine's reading of a text is from the trainer's."""
-        self.text_difference = await self.read_text(text, checkpoint)
+        self.text_difference = await self._read_text(text, checkpoint)
         if self.text_difference is not None:
             meters.TEXT_DIFFERENCE.set(self.text_difference, **self.labels)
             logger.info(
