@@ -3,7 +3,9 @@
     serving.py        requests name their weights; a replica swaps when a request names others
     start.py          specification, environment and arguments of a vLLM engine
     vllm_engine.py    a vLLM engine with a checked swap of its weights
-    weight_folder.py  model folders as vLLM reloads them, and the probe
+    weight_folder.py  model folders as vLLM reloads them, and the trainer's record of them
+    weight_sums.py    checksums that prove which weights an engine serves
+    worker.py         extension of vLLM's workers: the sums of the weights that they serve
     generator.py      generation: responses, judgements, log-probabilities
     embedder.py       pooled vectors, and the values of scalar heads
     entailment.py     a sequence classifier, without vLLM

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rayrl.engines.vllm_engine import ServedEngine
-from rayrl.engines.weight_folder import Probe
+from rayrl.engines.weight_folder import TextReading
 from rayrl.metrics import meters
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
@@ -34,15 +34,11 @@ class Embedder(ServedEngine):
         """Return the scalar head's value of each input, (num_inputs,) float64."""
         return apply_head(await self.embed(checkpoint, inputs), checkpoint)
 
-    async def probe(self, expected: Probe, checkpoint: Checkpoint) -> float:
-        vector = await self._embed(expected["prompt_token_ids"])
-        if "value" in expected:
-            value = apply_head(vector[None], checkpoint)[0]
-            return float(abs(value - expected["value"]))
-        # A policy has no head: its probe holds the first coordinates of the vector for each kind of pooling.
-        assert self.spec.pooling is not None
-        expected_vector = np.array(expected["embedding"][self.spec.pooling])
-        return float(np.abs(vector[: len(expected_vector)] - expected_vector).max())
+    async def _read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
+        if "value" not in text or len(text["token_ids"]) > self.engine.model_config.max_model_len:
+            return None
+        vector = await self._embed(text["token_ids"])
+        return float(abs(apply_head(vector[None], checkpoint)[0] - text["value"]))
 
     async def _embed(self, token_ids: list[int]) -> np.ndarray:
         from vllm import PoolingParams

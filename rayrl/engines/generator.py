@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rayrl.engines.serving import LOADING
 from rayrl.engines.vllm_engine import EngineSpec, ServedEngine
-from rayrl.engines.weight_folder import Probe
+from rayrl.engines.weight_folder import TextReading
 from rayrl.metrics import meters
 from rayrl.records import Checkpoint
 
@@ -89,10 +89,21 @@ class Generator(ServedEngine):
         async with self.serving(checkpoint):
             return await asyncio.gather(*(self._continuation(prompt, continuation) for prompt, continuation in pairs))
 
-    async def probe(self, expected: Probe, checkpoint: Checkpoint) -> float:
-        assert "logprobs" in expected, "generation replicas serve policies, not scalar heads"
-        answer = await self._next_token(expected["prompt_token_ids"], expected["token_ids"])
-        return max(abs(ours - theirs) for ours, theirs in zip(answer, expected["logprobs"], strict=True))
+    async def _read_text(self, text: TextReading, checkpoint: Checkpoint) -> float | None:
+        from vllm import SamplingParams
+
+        tokens = text["token_ids"][: self.engine.model_config.max_model_len - 1]
+        if "logprobs" not in text or len(tokens) < 2:
+            return None
+        output = await self._finish(
+            tokens, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        )
+        assert output.prompt_logprobs is not None
+        differences: list[float] = []
+        for position, token, expected in zip(output.prompt_logprobs[1:], tokens[1:], text["logprobs"], strict=False):
+            assert position is not None  # only the first position of a prompt has none
+            differences.append(abs(position[token].logprob - expected))
+        return sum(differences) / len(differences)
 
     async def _sample_all(
         self, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling, *, num_candidates: int

@@ -35,6 +35,9 @@ class EngineStatus(ReplicaStatus):
     """Version of the checkpoint that it serves; with the prefix `LOADING` while it swaps."""
     num_received: int
     """Swaps whose weights came straight from a trainer, without a folder."""
+    text_difference: float | None
+    """Mean absolute difference to the trainer's reading of a text after the last swap to a training's result: of its
+    log-probabilities, nats, or of the head's value. None before such a swap."""
 
 
 class Serving:

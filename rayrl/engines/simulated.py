@@ -35,7 +35,7 @@ import numpy as np
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.engines.serving import LOADING, EngineStatus, Serving
 from rayrl.engines.start import EngineSpec
-from rayrl.engines.weight_folder import Probe
+from rayrl.engines.weight_sums import Sums
 from rayrl.records import Checkpoint
 
 NO_TRANSFER = 'ppo.weight_transfer must be "auto" or "folder" with simulated engines, got "nccl"; leave it out'
@@ -79,13 +79,14 @@ class SimulatedEngine(Serving):
             "started_at": self.started_at,
             "swaps_s": self.swaps_s,
             "num_received": 0,
+            "text_difference": None,
             "pid": os.getpid(),
         }
 
     async def load(self, checkpoint: Checkpoint) -> None:
         await self.swap(checkpoint)
 
-    async def swap(self, checkpoint: Checkpoint, *, reset_cache: bool = True) -> None:
+    async def swap(self, checkpoint: Checkpoint) -> None:
         self.version = f"{LOADING}{checkpoint.version}"
         await asyncio.sleep(self._swap_s)
         self.version = checkpoint.version
@@ -95,12 +96,9 @@ class SimulatedEngine(Serving):
         raise NotImplementedError(NO_TRANSFER)
 
     async def receive(
-        self, checkpoint: Checkpoint, probe: Probe, update_info: dict[str, Any], in_flight: bool, timeout_s: float
+        self, checkpoint: Checkpoint, sums: Sums, update_info: dict[str, Any], in_flight: bool, timeout_s: float
     ) -> None:
         raise NotImplementedError(NO_TRANSFER)
-
-    async def probe(self, expected: Probe, checkpoint: Checkpoint) -> float:
-        return 0.0
 
     async def _spend_time(self, num_requests: int) -> None:
         """Take the time of so many requests, behind those that came before."""

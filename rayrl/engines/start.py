@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayrl.config import EngineConfig
+from rayrl.errors import ConfigError
 from rayrl.metrics import prometheus
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 CPU_BATCHED_TOKENS = 8192
 """Tokens in one forward pass of a CPU engine; a longer context raises it."""
+WORKER_EXTENSION = "rayrl.engines.worker.WorkerExtension"
+"""Class whose methods vLLM adds to its workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ def engine_arguments(spec: EngineSpec, name: str) -> dict[str, Any]:
     Args:
         spec: the engine's specification.
         name: label `model_name` of vLLM's metrics, the fleet's name; empty for the model's path.
+
+    Raises:
+        ConfigError: `engine_args` name a worker extension that cannot tell the sums of its weights.
     """
     from vllm.config import PoolerConfig, WeightTransferConfig
 
@@ -64,6 +70,7 @@ def engine_arguments(spec: EngineSpec, name: str) -> dict[str, Any]:
         "seed": 0,
         "disable_log_stats": True,  # these are log lines; the same numbers are among the metrics
         "served_model_name": name or None,
+        "worker_extension_cls": WORKER_EXTENSION,
     }
     if spec.checkpoint.revision is not None:
         arguments |= {"revision": spec.checkpoint.revision, "tokenizer_revision": spec.checkpoint.revision}
@@ -88,7 +95,22 @@ def engine_arguments(spec: EngineSpec, name: str) -> dict[str, Any]:
         # Without the activation a vector comes as it is; vLLM would normalise it.
         pooler = PoolerConfig(seq_pooling_type=spec.pooling.upper(), use_activation=False)  # type: ignore[arg-type]
         arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
-    return arguments | spec.config.engine_args
+    arguments |= spec.config.engine_args
+    _check_extension(arguments["worker_extension_cls"])
+    return arguments
+
+
+def _check_extension(path: str) -> None:
+    """Raise if the workers could not tell the sums of their weights."""
+    if path == WORKER_EXTENSION:
+        return  # not imported here: importing it prepares the process for a worker
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    if not hasattr(resolve_obj_by_qualname(path), "served_weight_sums"):
+        raise ConfigError(
+            f"engine_args.worker_extension_cls must derive from {WORKER_EXTENSION}, with which replicas prove their "
+            f"weights, got {path}; derive from it"
+        )
 
 
 def start_engine(spec: EngineSpec, name: str) -> "AsyncLLM":

@@ -1,47 +1,67 @@
 """Weight folders as vLLM reloads them: complete, on this machine, and with every name that vLLM looks for.
 
-Also the format of the probe: a prompt and the trainer's answer to it, written beside the weights, against which a
-replica proves that it loaded them correctly. Writing these folders is the trainer's work (`rayrl.training.sync`).
+Also the record that a trainer writes beside the weights: their sums, with which a replica compares what it serves
+before it answers. Writing these folders is the trainer's work (`rayrl.training.sync`).
 """
 
 import asyncio
+import json
 import os
 import time
 from pathlib import Path
-from typing import TypedDict, final
+from typing import NotRequired, TypedDict, final
 
+from rayrl.engines.weight_sums import Sums, folder_sums
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import exists, is_local, join, local_folder
 
-PROBE_FILE = "probe.json"
+RECORD_FILE = "weight_sums.json"
 FOLDER_TIMEOUT_S = 300.0
 """Longest wait for a folder that a trainer is still writing."""
 POLL_S = 0.2
 
 
 @final
-class PolicyProbe(TypedDict):
-    """Probe of a policy's weights."""
+class TextReading(TypedDict):
+    """Natural text as the trainer reads it. How far a replica is from it is reported, and stops nothing.
 
-    prompt_token_ids: list[int]
+    Kernels differ in their rounding, in bfloat16 by more than a training step moves the model.
+    """
+
     token_ids: list[int]
-    """Candidates for the next token."""
-    logprobs: list[float]
-    """Log-probability of each candidate after the prompt, nats."""
-    embedding: dict[str, list[float]]
-    """By kind of pooling, the first coordinates of the prompt's pooled vector."""
+    logprobs: NotRequired[list[float]]
+    """Of a policy: log-probability of each token after the first, given those before it, nats."""
+    value: NotRequired[float]
+    """Of a scalar evaluator or reward model: the head's value of the text."""
 
 
 @final
-class ValueProbe(TypedDict):
-    """Probe of a scalar evaluator's or reward model's weights."""
+class WeightRecord(TypedDict):
+    """Record of the trainer beside the weights."""
 
-    prompt_token_ids: list[int]
-    value: float
-    """The head's value of the prompt."""
+    dtype: str
+    """Of the weights as they were in the trainer."""
+    sums: Sums
+    """Of the weights in the trainer's memory, see `rayrl.engines.weight_sums`."""
+    text: TextReading | None
+    """None in a folder for replicas that PPO keeps in step: its rollouts give the same figure."""
 
 
-Probe = PolicyProbe | ValueProbe
+def read_record(folder: Path) -> WeightRecord | None:
+    """Read the trainer's record; None for a folder that no training of this package has written."""
+    file = folder / RECORD_FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def expected_sums(folder: Path, dtype: str) -> Sums:
+    """Return the sums that an engine must show which serves the folder's weights in this dtype.
+
+    They are the trainer's, or for a ready-made model, or one in another dtype, those of the files.
+    """
+    record = read_record(folder)
+    if record is not None and record["dtype"] == dtype:
+        return record["sums"]
+    return folder_sums(folder, dtype)
 
 
 def is_hub_id(path: str) -> bool:
@@ -58,20 +78,20 @@ async def wait_for_folder(path: str) -> None:
     if is_hub_id(path):
         return
     # A local folder is renamed into place when it is complete. On an object store files appear one by one, and the
-    # trainer writes the probe last.
-    last_file = path if is_local(path) else join(path, PROBE_FILE)
+    # trainer writes the record last.
+    last_file = path if is_local(path) else join(path, RECORD_FILE)
     deadline = time.monotonic() + FOLDER_TIMEOUT_S
     while not exists(last_file) and time.monotonic() < deadline:
         await asyncio.sleep(POLL_S)
 
 
 def weights_folder(checkpoint: Checkpoint) -> str:
-    """Return a local folder with the checkpoint's weights, fetched if necessary; a hub id without revision as it is.
+    """Return a local folder with the checkpoint's weights, fetched if necessary.
 
     vLLM's reload of a hub id always takes the newest revision
-    (vllm/model_executor/model_loader/reload/inplace.py clears it), so a pinned revision is resolved to its snapshot.
+    (vllm/model_executor/model_loader/reload/inplace.py clears it), so a hub id is resolved to its snapshot.
     """
-    if checkpoint.revision is None or not is_hub_id(checkpoint.path):
+    if not is_hub_id(checkpoint.path):
         return local_folder(checkpoint.path)
     from huggingface_hub import snapshot_download
 

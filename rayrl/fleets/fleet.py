@@ -127,7 +127,7 @@ class Fleet:
         return answers
 
     def adopt(self, checkpoint: Checkpoint, *, in_flight: bool = False, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        """Swap every ready replica to a checkpoint's weights, each checked against the trainer's probe.
+        """Swap every ready replica to a checkpoint's weights, each checked against the sums of the trainer's.
 
         A replica that is not ready, or joins later, is swapped by the first request that names the checkpoint.
 
@@ -137,7 +137,7 @@ class Fleet:
             timeout_s: longest wait for all replicas.
 
         Raises:
-            WeightSyncError: a replica serves another version, or does not answer the probe as the trainer does.
+            WeightSyncError: a replica serves another version, or other weights than the trainer's.
             StageTimeout: a replica gave no answer in time.
         """
         leases = self.hold_ready()

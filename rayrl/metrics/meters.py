@@ -42,6 +42,12 @@ SWAP_SECONDS = Counter("weight_swap_seconds", "seconds", "Time spent on weight s
 WEIGHT_VERSION = Gauge(
     "weight_version", "updates", "PPO update whose weights the replica serves; 0 outside PPO", (*OF_REPLICA, "weights")
 )
+TEXT_DIFFERENCE = Gauge(
+    "text_difference",
+    "nats",
+    "Mean distance of the replica's reading of a text from the trainer's, after its last swap to a training's result",
+    OF_REPLICA,
+)
 ENTAILED = Counter("entailed_pairs", "pairs", "Pairs of texts read by the entailment model", OF_REPLICA)
 
 # The coreset service: the driver, which asks all shards together.

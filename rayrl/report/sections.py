@@ -498,6 +498,7 @@ def _ppo_rows(trained: list[PpoMetrics | None]) -> list[list[str]]:
         ("training, s", ",.1f", lambda metrics: metrics.train_s),
         ("weight sync, s", ",.1f", lambda metrics: metrics.sync_s),
         ("weight sync, share of the time", ".1%", lambda metrics: metrics.sync_share),
+        ("replica from trainer, nats per token", ".1e", lambda metrics: metrics.sampler_difference),
     ]
     finished = [metrics for metrics in trained if metrics is not None]
     rows: list[list[str]] = []

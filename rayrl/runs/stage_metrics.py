@@ -361,6 +361,9 @@ class PpoMetrics(FitMetrics):
     sync_s: float
     sync_share: float
     overlap: bool
+    sampler_difference: float | None = None
+    """Mean absolute difference of a token's log-probability between trainer and replica in the last tenth of the
+    rollouts, nats: rounding alone, unless updates lie between. None for a training that did not note it."""
 
 
 @dataclass(frozen=True, kw_only=True)

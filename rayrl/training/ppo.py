@@ -1,7 +1,7 @@
 """Proximal policy optimisation of M1 against a reward, with the KL to M1 held in check (arXiv 2403.19279, section 2).
 
 The whole training is one fit. A step of the loop is a rollout: the fleet answers the prompts, the rewards come back,
-the trainer learns from them for a few passes, and the replicas take the new weights, proved by a probe.
+the trainer learns from them for a few passes, and the replicas take the new weights, proved by their sums.
 """
 
 import time
@@ -62,6 +62,7 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
 
             experience = evaluate_rollout(engine, reference, rollout, config, kl_coef)
             seen = means(experience.sums, "num_responses", engine)
+            seen["sampler_difference"] /= max(1.0, seen["length"])  # per token
             learnt = learn(engine, experience, job, step)
             train_s = time.monotonic() - started - waited_s
 

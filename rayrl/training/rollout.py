@@ -169,7 +169,8 @@ class Experience:
     targets: TokenTargets
     sums: dict[str, float]
     """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, abstentions (with those of
-    each reason), and how many span two versions of the weights."""
+    each reason), how many span two versions of the weights, and by how much trainer and replica differ on the
+    log-probability of each token."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -246,6 +247,7 @@ def evaluate_rollout(
         sums={
             "num_responses": len(kept),
             "reward": scores.sum().item(),
+            "sampler_difference": torch.where(mask, (read.logprobs - sampler_logprobs).abs(), 0.0).sum().item(),
             "kl": log_ratio.sum().item(),  # unbiased, whichever estimator shapes the rewards
             "length": mask.sum().item(),
             "truncated": float((~is_finished).sum()),

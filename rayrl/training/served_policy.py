@@ -43,7 +43,7 @@ class ServedPolicy:
         return self._sample(prompts, f"{self._job.seed} step {step}")
 
     def publish(self, step: int) -> float:
-        """Bring the trainer's weights to every replica, each checked by the probe, and return the seconds it took.
+        """Bring the trainer's weights to every replica, each checked by its sums, and return the seconds it took.
 
         All ranks take part.
         """

@@ -1,13 +1,17 @@
-"""Health checks of an engine's replica, whose vLLM core is the test's."""
+"""Health checks and swaps of an engine's replica, whose vLLM core is the test's."""
 
 import asyncio
 import threading
+import time
 
 import pytest
+import ray
+from ray.exceptions import RayActorError
 
 from rayrl.engines import vllm_engine as engine
 from rayrl.engines.vllm_engine import ServedEngine
-from rayrl.errors import StageTimeout
+from rayrl.errors import StageTimeout, WeightSyncError
+from rayrl.metrics import prometheus
 from rayrl.records import Checkpoint
 
 
@@ -31,6 +35,7 @@ class Replica(ServedEngine):
         self.engine = Core()
         self.version, self.start_s, self.started_at, self.swaps_s = "v", 0.0, 0.0, []
         self._num_received, self._is_core_busy, self._swap_lock = 0, False, asyncio.Lock()
+        self.text_difference = None
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +84,9 @@ def test_a_replica_says_how_it_is_while_it_waits_for_a_folder_to_be_fetched(monk
 
     async def scenario():
         replica = Replica()
-        replica.spec = type("", (), {"weight_transfer": None})
         replica.engine.goes_on.set()
-        replica._replace = lambda *_, **__: asyncio.sleep(0)
+        replica.spec = type("", (), {"weight_transfer": None, "dtype": "float32"})
+        replica._replace = lambda *_: asyncio.sleep(0)
         swap = asyncio.create_task(replica.swap(Checkpoint(path="nowhere", version="w")))
         await asyncio.sleep(0.01)
         assert (await asyncio.wait_for(replica.status(), 5))["version"] == "v" and not swap.done()
@@ -90,3 +95,35 @@ def test_a_replica_says_how_it_is_while_it_waits_for_a_folder_to_be_fetched(monk
 
     monkeypatch.setattr(engine, "weights_folder", fetch)
     asyncio.run(scenario())
+
+
+class ForgetfulCore(Core):
+    """Takes weights, and does not reset its prefix cache."""
+
+    async def pause_generation(self, **_):
+        pass
+
+    async def reset_prefix_cache(self, **_):
+        return False
+
+    async def resume_generation(self):
+        raise AssertionError("old keys and values would be read")
+
+
+class ForgetfulReplica(Replica):
+    def __init__(self):
+        super().__init__()
+        self.engine, self.labels, self._is_comparable = ForgetfulCore(), prometheus.replica(), True
+
+    async def take_weights(self):
+        await self._replace(Checkpoint(path="nowhere", version="w"), {}, lambda: asyncio.sleep(0))
+
+
+def test_a_prefix_cache_that_is_not_reset_stops_the_replica(ray_cluster):
+    replica = ray.remote(ForgetfulReplica).remote()
+    with pytest.raises(WeightSyncError, match="not at the weights of w and is stopped: vLLM has not reset its prefix"):
+        ray.get(replica.take_weights.remote(), timeout=60)
+    with pytest.raises(RayActorError):
+        for _ in range(100):
+            ray.get(replica.status.remote(), timeout=60)
+            time.sleep(0.1)

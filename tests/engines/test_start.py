@@ -62,9 +62,9 @@ def hub(tmp_path, monkeypatch):
     return repository / "snapshots"
 
 
-def test_a_swap_loads_the_pinned_revision_of_a_hub_id(hub):
+def test_a_swap_loads_the_pinned_or_else_the_newest_revision_of_a_hub_id(hub):
     assert weights_folder(HUB) == str(hub / ("b" * 40))
-    assert weights_folder(Checkpoint(path="some/model", version="v")) == "some/model", "vLLM takes the newest itself"
+    assert weights_folder(Checkpoint(path="some/model", version="v")) == str(hub / ("a" * 40))
 
 
 def test_a_folder_has_no_revision(tmp_path):

@@ -1,4 +1,4 @@
-"""Replicas against transformers: the same numbers before and after a swap, and a refusal when they are not."""
+"""Replicas against transformers: the same numbers before and after a swap, and a refusal of other weights."""
 
 import json
 import os
@@ -13,15 +13,24 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+from rayrl.config import EngineConfig, PolicyConfig
 from rayrl.data.collate import collate
-from rayrl.engines.generator import Sampling
+from rayrl.data.tokenizing import load_tokenizer
+from rayrl.engines.generator import Generator, Sampling
+from rayrl.engines.start import EngineSpec
+from rayrl.engines.weight_folder import RECORD_FILE
+from rayrl.engines.weight_sums import grouped, named_sums
 from rayrl.errors import WeightSyncError
-from rayrl.models.policy import response_logprobs
+from rayrl.fleets.fleet import start_fleet
+from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.models.reward_model import pool
 from rayrl.records import Checkpoint
-from rayrl.training.sync.export import PROBE_CANDIDATES, probe_prompt
+from rayrl.training.sync.export import read_policy_text
+from tests.training.sync.test_export import WHOLE
 
 PROMPT = list(range(5, 25))
+LONG_PROMPT = [3 + (7 * i) % 700 for i in range(300)]
+"""Longer than a block of the key-value cache, so that it is cached."""
 
 
 def continuation_of(model, prompt, continuation):
@@ -34,25 +43,32 @@ def long_prompt_logprob(model, prompt):
     return continuation_of(model, prompt[:-100], prompt[-100:])
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory, tiny_policy):
-    """The tiny policy with other weights, exported as training exports: with a probe."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    model = tiny_policy.load()
+def write_record(folder, model, text=None):
+    """Write the record of a trainer that has this model in memory."""
+    sums = grouped(named_sums(dict(model.named_parameters(remove_duplicate=False))))
+    record = {"dtype": str(model.dtype).removeprefix("torch."), "sums": sums, "text": text}
+    (Path(folder) / RECORD_FILE).write_text(json.dumps(record))
+
+
+def with_noise(policy):
+    model = policy.load()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, tiny_policy):
+    """The tiny policy with other weights, exported as training exports: with a record."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    model = with_noise(tiny_policy)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(tiny_policy.path) / name, folder)
-    prompt = probe_prompt(model.config)
-    with torch.no_grad():
-        out = model(torch.tensor([prompt]), output_hidden_states=True)
-    top = out.logits[0, -1].log_softmax(-1).topk(PROBE_CANDIDATES)
-    probe = {"prompt_token_ids": prompt, "token_ids": top.indices.tolist(), "logprobs": top.values.tolist()}
-    probe["embedding"] = {"mean": out.hidden_states[-1][0].mean(0)[:8].tolist()}
-    (folder / "probe.json").write_text(json.dumps(probe))
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    write_record(folder, model, read_policy_text(WHOLE, model, tokenizer))
     return Checkpoint(path=str(folder), version="other"), model
 
 
@@ -87,7 +103,7 @@ def test_logprobs_of_a_sequence_that_fills_the_context(generators, tiny_policy):
 def test_swap_serves_the_new_weights_on_a_long_cached_prompt(generators, tiny_policy, other):
     checkpoint, model = other
     old = tiny_policy.load()
-    prompt = probe_prompt(model.config)
+    prompt = LONG_PROMPT
     before = generators.call("logprobs", tiny_policy.checkpoint, [prompt[:-100]], [prompt[-100:]])[0]
     after = generators.call("logprobs", checkpoint, [prompt[:-100]], [prompt[-100:]])[0]
     back = generators.call("logprobs", tiny_policy.checkpoint, [prompt[:-100]], [prompt[-100:]])[0]
@@ -97,26 +113,43 @@ def test_swap_serves_the_new_weights_on_a_long_cached_prompt(generators, tiny_po
     assert abs(after - before) > 1
 
 
-def test_a_swap_that_keeps_the_prefix_cache_is_caught(generators, tiny_policy, other):
+def test_a_swap_reports_how_far_the_replica_reads_from_the_trainer(generators, tiny_policy, other):
     checkpoint, _ = other
-    probe = json.loads((Path(checkpoint.path) / "probe.json").read_text())
-    generators.call("next_token_logprobs", tiny_policy.checkpoint, [probe["prompt_token_ids"]], probe["token_ids"])
-    with pytest.raises(WeightSyncError, match="away from the trainer"):
-        ray.get(generators.replicas[0].swap.remote(checkpoint, reset_cache=False))
-    # the replica has stopped itself; Ray brings a clean one, which serves what it is asked for
-    sampling = Sampling(temperature=0.0, max_tokens=4)
-    assert generators.call("generate", tiny_policy.checkpoint, [PROMPT], [[0]], sampling)
+    text = json.loads((Path(checkpoint.path) / RECORD_FILE).read_text())["text"]
+    assert len(text["logprobs"]) == len(text["token_ids"]) - 1 >= 100
+    generators.adopt(tiny_policy.checkpoint)
+    generators.adopt(checkpoint)
+    status = ray.get(generators.replicas[0].status.remote())
+    assert 0 < status["text_difference"] < 1e-4
 
 
-def test_half_a_state_dict_is_caught(generators, tiny_policy, other, tmp_path):
+def test_a_text_that_is_read_otherwise_is_reported_and_stops_nothing(generators, tiny_policy, other, tmp_path):
+    checkpoint, _ = other
+    folder = tmp_path / "misread"
+    shutil.copytree(checkpoint.path, folder)
+    record = json.loads((folder / RECORD_FILE).read_text())
+    record["text"]["logprobs"] = [logprob - 1 for logprob in record["text"]["logprobs"]]
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+    before = ray.get(generators.replicas[0].status.remote())["pid"]
+    generators.adopt(Checkpoint(path=str(folder), version="misread"))
+    status = ray.get(generators.replicas[0].status.remote())
+    assert status["pid"] == before
+    assert status["text_difference"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_half_a_state_dict_is_caught(generators, tiny_policy, other, tmp_path, has_record):
     checkpoint, _ = other
     folder = tmp_path / "half"
     shutil.copytree(checkpoint.path, folder)
+    if not has_record:  # a ready-made model
+        (folder / RECORD_FILE).unlink()
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "layers.0" not in k}, folder / "model.safetensors")
     generators.call("logprobs", tiny_policy.checkpoint, [PROMPT], [PROMPT])
-    with pytest.raises(WeightSyncError):
+    with pytest.raises(WeightSyncError, match="layer 0 sums to"):
         generators.call("logprobs", Checkpoint(path=str(folder), version="half"), [PROMPT], [PROMPT])
+    # The replica has stopped itself; Ray brings a clean one, which serves what it is asked for.
     assert generators.call("logprobs", checkpoint, [PROMPT], [PROMPT])
 
 
@@ -178,7 +211,7 @@ def test_embeddings_are_the_pooled_hidden_states(embedders, tiny_policy):
         np.testing.assert_allclose(vector, expected, atol=1e-4)
 
 
-def test_embedders_take_a_policys_weights_and_prove_them(embedders, other, tmp_path):
+def test_embedders_take_a_policys_weights_and_prove_them(embedders, tiny_policy, other, tmp_path):
     checkpoint, model = other
     inputs = [list(range(3, 40)), list(range(50, 55))]
     vectors = embedders.call("embed", checkpoint, inputs)
@@ -187,10 +220,53 @@ def test_embedders_take_a_policys_weights_and_prove_them(embedders, other, tmp_p
             hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1]
             expected = pool(hidden, torch.ones(1, len(tokens)), "mean")[0].numpy()
             assert np.abs(vector - expected).max() < 1e-4
-    false = tmp_path / "false"
-    shutil.copytree(checkpoint.path, false)
-    probe = json.loads((false / "probe.json").read_text())
-    probe["embedding"]["mean"][0] += 0.1
-    (false / "probe.json").write_text(json.dumps(probe))
-    with pytest.raises(WeightSyncError, match="the replica is stopped"):
-        embedders.call("embed", Checkpoint(path=str(false), version="false"), inputs)
+    missed = tmp_path / "missed"
+    shutil.copytree(checkpoint.path, missed)
+    write_record(missed, tiny_policy.load())
+    with pytest.raises(WeightSyncError, match=r"is stopped: model\.embed_tokens\.weight sums to|is stopped: layer"):
+        embedders.call("embed", Checkpoint(path=str(missed), version="missed"), inputs)
+
+
+@pytest.fixture(scope="module")
+def rounded(ray_cluster, tiny_policy):
+    """A fleet of one generation replica in bfloat16."""
+    spec = EngineSpec(
+        checkpoint=tiny_policy.checkpoint,
+        config=EngineConfig(),
+        dtype="bfloat16",
+        max_model_len=None,
+        trust_remote_code=False,
+        on_gpu=False,
+    )
+    fleet = start_fleet("test-rounded", Generator, spec)
+    fleet.wait_ready()
+    yield fleet
+    fleet.stop()
+
+
+def one_step(model):
+    """One AdamW step at 1e-6 on float32 weights that become bfloat16 afterwards, as DeepSpeed takes it."""
+    tokens = torch.tensor([LONG_PROMPT])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0).step()
+    return model.bfloat16()
+
+
+def test_one_step_in_bfloat16_that_does_not_reach_a_replica_is_found(rounded, tiny_policy, tmp_path):
+    start = load_policy(tiny_policy.checkpoint, torch.bfloat16)
+    stepped = one_step(load_policy(tiny_policy.checkpoint, torch.bfloat16).float())
+    changed = [(a != b).float().mean().item() for a, b in zip(start.parameters(), stepped.parameters(), strict=True)]
+    assert 0 < max(changed) < 0.05, "few weights move at all"
+    for name, model in (("reached", stepped), ("missed", start)):
+        model.save_pretrained(tmp_path / name)
+        write_record(tmp_path / name, stepped)
+    reached = Checkpoint(path=str(tmp_path / "reached"), version="reached")
+    replica = ray.get(rounded.replicas[0].status.remote())["pid"]
+    for _ in range(10):
+        rounded.adopt(reached)
+        rounded.adopt(tiny_policy.checkpoint)
+    status = ray.get(rounded.replicas[0].status.remote())
+    assert (status["pid"], len(status["swaps_s"])) == (replica, 20), "honest swaps raise nothing"
+    sums = r"\(-?[\d.]+, [\d.]+\)"
+    with pytest.raises(WeightSyncError, match=rf"sums to {sums} in the engine, and in the trainer .* to {sums}"):
+        rounded.adopt(Checkpoint(path=str(tmp_path / "missed"), version="missed"))

@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rayrl.algorithms.preference import token_logprobs
 from rayrl.config import DpoConfig, LoraConfig, PolicyConfig, SftConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import collate
+from rayrl.engines.weight_folder import folder_sums, read_record
+from rayrl.engines.weight_sums import difference
 from rayrl.metrics.curves import read_metrics
 from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.records import Checkpoint
@@ -185,17 +188,19 @@ def check_first_loss(first, table, model):
 
 
 def check_export(folder, policy):
-    """A plain model folder, whose probe is what transformers answers and M1 does not."""
+    """A plain model folder, which transformers reads as the trainer did, and M1 does not."""
     model = load_policy(Checkpoint(path=f"{folder}/checkpoint", version="fitted"), torch.float32).eval()
-    probe = json.loads((Path(folder) / "checkpoint" / "probe.json").read_text())
+    record = read_record(Path(folder) / "checkpoint")
+    text = record["text"]
 
-    def answer(of):
+    def read(of):
+        tokens = torch.tensor([text["token_ids"]])
         with torch.no_grad():
-            logprobs = of(torch.tensor([probe["prompt_token_ids"]])).logits[0, -1].log_softmax(-1)
-        return logprobs[probe["token_ids"]].tolist()
+            return token_logprobs(of(tokens).logits[:, :-1], tokens[:, 1:])[0].tolist()
 
-    assert answer(model) == pytest.approx(probe["logprobs"], abs=1e-4)
-    assert answer(policy.load()) != pytest.approx(probe["logprobs"], abs=1e-2)
+    assert read(model) == pytest.approx(text["logprobs"], abs=1e-4)
+    assert read(policy.load()) != pytest.approx(text["logprobs"], abs=1e-2)
+    assert difference(folder_sums(Path(folder) / "checkpoint", "float32"), record["sums"]) is None
     assert not any("lora" in name for name in weights(folder))
     assert "lm_head.weight" in weights(folder)  # a swapped engine finds a tied head by this name only
 

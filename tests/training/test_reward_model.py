@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rayrl.config import EvaluatorConfig, LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
 from rayrl.data.blocks import BlockTable
+from rayrl.engines.weight_folder import read_record
 from rayrl.metrics.curves import read_metrics
 from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import load_policy
@@ -186,9 +187,9 @@ def check_learnt(folder, curve, pooling, dtype, tolerance):
     assert np.mean([row["pair_loss"] for row in curve[-4:]]) < curve[0]["pair_loss"] - 0.05
     assert np.mean([row["accuracy"] for row in curve[-4:]]) > 0.7
     assert all(math.isfinite(row["mi"]) for row in curve)
-    probe = json.loads((Path(folder) / "checkpoint" / "probe.json").read_text())
-    (value,) = rewards(exported(folder, pooling, dtype), [probe["prompt_token_ids"]])
-    assert value == pytest.approx(probe["value"], abs=tolerance)
+    text = read_record(Path(folder) / "checkpoint")["text"]
+    (value,) = rewards(exported(folder, pooling, dtype), [text["token_ids"]])
+    assert value == pytest.approx(text["value"], abs=tolerance)
     assert value != 0
 
 

@@ -184,4 +184,5 @@ def summarise(curve: list[dict[str, Any]], fitted: FitMetrics, config: PpoConfig
         sync_s=total("sync_s"),
         sync_share=total("sync_s") / max(1e-9, seconds),
         overlap=config.overlap,
+        sampler_difference=float(np.mean([row["sampler_difference"] for row in last])),
     )

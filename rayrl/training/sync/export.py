@@ -1,7 +1,7 @@
-"""Export of a model in training to a folder that vLLM serves, with a probe of what the model must answer.
+"""Export of a model in training to a folder that vLLM serves, with a record of the weights.
 
-The probe is a fixed prompt with the trainer's own numbers for it. A replica that loads the folder compares its answer
-with them before it serves.
+The record holds the sums of the weights in the trainer's memory, with which a replica that loads the folder compares
+what it then serves, and the trainer's reading of a text. The difference to the replica's reading is reported.
 """
 
 import json
@@ -13,8 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rayrl.algorithms.preference import token_logprobs
 from rayrl.engines.embedder import HEAD_FILE
-from rayrl.engines.weight_folder import PROBE_FILE, PolicyProbe, Probe, ValueProbe
+from rayrl.engines.weight_folder import RECORD_FILE, TextReading, WeightRecord
+from rayrl.engines.weight_sums import INDEX_FILE, Sums, TensorSums, grouped, named_sums
 from rayrl.models.reward_model import RewardModel
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -23,15 +25,23 @@ from rayrl.training.sync.gather import Bucket, FullWeights
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROBE_TOKENS = 300
-"""Longer than any KV block: a replica that kept its prefix cache answers the probe wrongly."""
-PROBE_CANDIDATES = 8
-"""Likeliest next tokens whose log-probabilities are compared."""
-PROBE_DIMENSIONS = 8
-"""Coordinates of the pooled vectors that are compared."""
-INDEX_FILE = "model.safetensors.index.json"
+MAX_TEXT_TOKENS = 256
+"""Of the text that trainer and replicas read."""
+TEXT = (
+    "The river rises in the hills north of the town, where three small streams meet below an old stone bridge. In "
+    "spring the snow melts quickly, and for a few weeks the water covers the lower meadows, so that the farmers "
+    "move their sheep to the slopes until it has gone down. The first mill was built here more than four hundred "
+    "years ago. It ground wheat and rye for the villages around it, and later it sawed timber for the ships that "
+    "were built at the coast. When the railway came, most of that trade was lost, and the mill stood empty until a "
+    "teacher and her brother bought it and turned it into a school. Today about sixty children learn there. They "
+    "read in the morning, when their minds are fresh, and in the afternoon they work in the garden or in the "
+    "workshop. Every child keeps a notebook of the weather: how warm it is, which way the wind blows, and how high "
+    "the river stands. From these notes they have found out that the water now rises eleven days earlier than it "
+    "did when their grandparents were young."
+)
+"""Plain English of more than 100 tokens in any tokenizer."""
 
 
 def export_policy(
@@ -40,73 +50,66 @@ def export_policy(
     tokenizer: "PreTrainedTokenizerBase | None",
     url: str,
 ) -> None:
-    """Write a policy, adapters merged, and its probe to `url`. Every rank takes part; rank 0 writes.
+    """Write a policy, adapters merged, and its record to `url`. Every rank takes part; rank 0 writes.
 
-    Without a tokenizer the folder is for replicas that run already.
+    Without a tokenizer the folder is for replicas that run already, and its record holds no reading of a text.
     """
-    probe = policy_probe(engine, policy)
-    export_folder(FullWeights(engine, policy), tokenizer, url, probe, head=None)
+    text = None if tokenizer is None else read_policy_text(engine, policy, tokenizer)
+    export_folder(FullWeights(engine, policy), tokenizer, url, text, head=None)
 
 
 def export_reward_model(
     engine: zero.Engine, reward_model: RewardModel, tokenizer: "PreTrainedTokenizerBase", url: str
 ) -> None:
-    """Write the backbone as a causal language model, the head beside it, and a probe of the head's value.
+    """Write the backbone as a causal language model, the head beside it, and the record of the backbone.
 
     Every rank takes part; rank 0 writes.
     """
-    probe = value_probe(engine, reward_model)
+    text = read_value_text(engine, reward_model, tokenizer)
     head = zero.gather(engine, dict(reward_model.head.named_parameters()))
     head = {name: weight.float() for name, weight in head.items()}
-    export_folder(FullWeights(engine, reward_model.backbone), tokenizer, url, probe, head=head)
+    export_folder(FullWeights(engine, reward_model.backbone), tokenizer, url, text, head=head)
 
 
-def policy_probe(engine: zero.Engine, policy: "PreTrainedModel | PeftModel") -> PolicyProbe:
-    """Answer the probe with the policy. Every rank takes part."""
-    prompt = probe_prompt(policy.config)
+def read_policy_text(
+    engine: zero.Engine, policy: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase"
+) -> TextReading:
+    """Read the text with the policy. Every rank takes part."""
+    token_ids = text_tokens(policy, tokenizer)
+    tokens = torch.tensor([token_ids], device=engine.device)
     engine.eval()
     with torch.no_grad():
-        tokens = torch.tensor([prompt], device=engine.device)
-        output = policy(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        logits = policy(input_ids=tokens, use_cache=False).logits[:, :-1]
+        logprobs = token_logprobs(logits, tokens[:, 1:])
     engine.train()
-    top = output.logits[0, -1].float().log_softmax(-1).topk(PROBE_CANDIDATES)
-    hidden = output.hidden_states[-1][0].float()
-    return {
-        "prompt_token_ids": prompt,
-        "token_ids": top.indices.tolist(),
-        "logprobs": top.values.tolist(),
-        # For the embedding replicas, which serve policies too, and pool in either way.
-        "embedding": {
-            "mean": hidden.mean(0)[:PROBE_DIMENSIONS].tolist(),
-            "last": hidden[-1][:PROBE_DIMENSIONS].tolist(),
-        },
-    }
+    return {"token_ids": token_ids, "logprobs": logprobs[0].tolist()}
 
 
-def value_probe(engine: zero.Engine, reward_model: RewardModel) -> ValueProbe:
-    """Answer the probe with the reward model that the engine trains. Every rank takes part."""
-    prompt = probe_prompt(reward_model.backbone.config)
+def read_value_text(
+    engine: zero.Engine, reward_model: RewardModel, tokenizer: "PreTrainedTokenizerBase"
+) -> TextReading:
+    """Read the text with the reward model that the engine trains. Every rank takes part."""
+    token_ids = text_tokens(reward_model.backbone, tokenizer)
     engine.eval()
     with torch.no_grad():
-        tokens = torch.tensor([prompt], device=engine.device)
-        positions = torch.arange(len(prompt), device=engine.device)[None]
+        tokens = torch.tensor([token_ids], device=engine.device)
+        positions = torch.arange(len(token_ids), device=engine.device)[None]
         value = engine(tokens, torch.ones_like(tokens), positions).item()
-    return {"prompt_token_ids": prompt, "value": value}
+    engine.train()
+    return {"token_ids": token_ids, "value": value}
 
 
-def probe_prompt(config: "PreTrainedConfig") -> list[int]:
-    """Draw token ids over the whole vocabulary, the same for every run."""
-    text_config = config.get_text_config()
-    length = min(PROBE_TOKENS, text_config.max_position_embeddings - 2)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(text_config.vocab_size, (length,), generator=generator).tolist()
+def text_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the first tokens of the text, within the model's context."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return tokenizer(TEXT)["input_ids"][: min(MAX_TEXT_TOKENS, context or MAX_TEXT_TOKENS)]
 
 
 def export_folder(
     weights: FullWeights,
     tokenizer: "PreTrainedTokenizerBase | None",
     url: str,
-    probe: Probe,
+    text: TextReading | None,
     *,
     head: Bucket | None,
 ) -> None:
@@ -116,7 +119,7 @@ def export_folder(
         weights: of the causal language model.
         tokenizer: None leaves it out.
         url: the folder; one that is there is replaced.
-        probe: the trainer's answer.
+        text: the trainer's reading of a text, if replicas shall report how far they are from it.
         head: weights of a scalar head, if there is one.
     """
     if launch.rank() != 0:
@@ -125,31 +128,34 @@ def export_folder(
         return
     with storage.new_folder(url) as local:
         folder = Path(local)
-        write_weights(weights, folder)
+        sums = write_weights(weights, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(local)
+        record = WeightRecord(dtype=str(weights.base.dtype).removeprefix("torch."), sums=sums, text=text)
         if storage.is_local(url):
-            (folder / PROBE_FILE).write_text(json.dumps(probe))
+            (folder / RECORD_FILE).write_text(json.dumps(record))
         if head is not None:
             (folder / HEAD_FILE).parent.mkdir()
             save_file(head, folder / HEAD_FILE)
     if not storage.is_local(url):
         # A local folder is renamed into place whole. On an object store the files arrive one by one, and replicas that
         # wait for the folder wait for this one.
-        storage.write_json(storage.join(url, PROBE_FILE), probe)
+        storage.write_json(storage.join(url, RECORD_FILE), record)
 
 
-def write_weights(weights: FullWeights, folder: Path) -> None:
-    """Write configuration and weights: one file, or one for each bucket and an index of them."""
+def write_weights(weights: FullWeights, folder: Path) -> Sums:
+    """Write configuration and weights: one file, or one for each bucket and an index of them. Return their sums."""
     if len(weights) == 1:
         (bucket,) = weights.gather()
         weights.base.save_pretrained(folder, state_dict=bucket, safe_serialization=True)
-        return
+        return grouped(named_sums(bucket))
+    sums: list[tuple[str, TensorSums]] = []
     file_of_weight: dict[str, str] = {}
     num_bytes = 0
     for number, bucket in enumerate(weights.gather(), 1):
         shard = f"model-{number:05}-of-{len(weights):05}.safetensors"
         num_bytes += sum(weight.nbytes for weight in bucket.values())
+        sums += named_sums(bucket)
         # In a folder of its own: `save_pretrained` removes the weight files that it finds in its folder.
         with tempfile.TemporaryDirectory(dir=folder) as alone:
             weights.base.save_pretrained(alone, state_dict=bucket, safe_serialization=True)
@@ -160,3 +166,4 @@ def write_weights(weights: FullWeights, folder: Path) -> None:
             file_of_weight |= dict.fromkeys(written.keys(), shard)
     index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of_weight}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True))
+    return grouped(sums)

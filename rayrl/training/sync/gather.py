@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rayrl.engines.weight_sums import Sums, TensorSums, grouped, named_sums
 from rayrl.training import deepspeed_engine as zero
 
 if TYPE_CHECKING:
@@ -101,6 +102,13 @@ class FullWeights:
             parameters = {name: self._parameters[name] for name in names}
             # Yielded without a name of its own here, which would keep it in memory while the next one is gathered.
             yield self._merged(zero.gather(self._engine, parameters, device))
+
+    def sums(self, device: torch.device | str = "cpu") -> Sums:
+        """Return the sums of the weights on rank 0, and none elsewhere. All ranks take part; it gathers all buckets."""
+        found: list[tuple[str, TensorSums]] = []
+        for bucket in self.gather(device):
+            found += named_sums(bucket)
+        return grouped(found)
 
     def describe(self) -> Iterator[Bucket]:
         """Yield the buckets with names, shapes and types only: no memory is used, and no other rank is needed."""

@@ -1,7 +1,7 @@
 """Publishing of a policy's weights to a fleet after an update: through a folder, or by direct transfer.
 
-Once a version is published, every replica serves it, proved by the probe. A replica that restarts later loads the
-version's folder, so that one is written in either case.
+Once a version is published, every replica serves it, proved by the sums of its weights. A replica that restarts later
+loads the version's folder, so that one is written in either case.
 """
 
 import logging
@@ -11,7 +11,7 @@ from rayrl.fleets.fleet import Fleet
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.sync.export import export_policy, policy_probe
+from rayrl.training.sync.export import export_policy
 from rayrl.training.sync.gather import FullWeights
 from rayrl.training.sync.transfer import Sender, Transfer, Transport
 
@@ -131,11 +131,12 @@ class TransferPublisher:
             self._is_exported = True
 
     def _transfer(self, checkpoint: Checkpoint) -> bool:
-        """Send the weights to every replica, and return whether all of them loaded them and passed the probe."""
-        probe = policy_probe(self._engine, self._policy)
+        """Send the weights to every replica, and return whether all of them serve them."""
+        # Before the broadcast, whose receivers need them: each replica's swap is one call.
+        sums = self._weights.sums(self._engine.device)
         transfer: Transfer | None = None
         if self._sender is not None:
-            transfer = self._sender.begin(checkpoint, probe, in_flight=self._in_flight)
+            transfer = self._sender.begin(checkpoint, sums, in_flight=self._in_flight)
         # All ranks go through all buckets even after a failure: gathering is a collective.
         for bucket in self._weights.gather(self._engine.device):
             if transfer is not None:

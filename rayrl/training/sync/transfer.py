@@ -7,7 +7,7 @@ caller answers by publishing a folder.
 
     training, every rank   gather a bucket, put it         in the main thread: collectives meet, whatever happens
     training, rank 0       vLLM's engine broadcasts it     in a thread, which may fail or hang
-    replica                pause, load, reset the prefix cache, resume, answer the probe: one call
+    replica                pause, load, reset the prefix cache, compare the sums, resume: one call
 """
 
 import threading
@@ -24,7 +24,7 @@ import torch
 from ray import ObjectRef
 from torch import Tensor
 
-from rayrl.engines.weight_folder import PolicyProbe
+from rayrl.engines.weight_sums import Sums
 from rayrl.errors import StageTimeout
 from rayrl.fleets import actors
 from rayrl.fleets.actors import Actor
@@ -72,8 +72,8 @@ class Transfer:
     dropped, and taking one out raises.
     """
 
-    def __init__(self, checkpoint: Checkpoint, probe: PolicyProbe, in_flight: bool, timeout_s: float):
-        self.checkpoint, self.probe, self.in_flight = checkpoint, probe, in_flight
+    def __init__(self, checkpoint: Checkpoint, sums: Sums, in_flight: bool, timeout_s: float):
+        self.checkpoint, self.sums, self.in_flight = checkpoint, sums, in_flight
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._buckets: Queue[dict[str, Tensor] | None] = Queue(1)
@@ -151,7 +151,7 @@ class GroupReplicas:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Swap every replica to the weights, while the trainer broadcasts."""
         transfer = self.transfer
-        swap = (transfer.checkpoint, transfer.probe, update_info, transfer.in_flight, self._transport.timeout_s)
+        swap = (transfer.checkpoint, transfer.sums, update_info, transfer.in_flight, self._transport.timeout_s)
         self._call_all("receive", [swap] * len(self.leases))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -201,11 +201,11 @@ class Sender:
         self._members: list[tuple[str, float]] = []
         """Replicas of the group, with their start times: one that has restarted is another member."""
 
-    def begin(self, checkpoint: Checkpoint, probe: PolicyProbe, *, in_flight: bool) -> Transfer:
+    def begin(self, checkpoint: Checkpoint, sums: Sums, *, in_flight: bool) -> Transfer:
         """Begin a transfer. Put the buckets in, then None, then `wait`."""
         # Replicas may have to start, a group to form, and each replica to receive, load and prove the weights.
         timeout_s = START_TIMEOUT_S + 4 * self._transport.timeout_s
-        transfer = Transfer(checkpoint, probe, in_flight, timeout_s)
+        transfer = Transfer(checkpoint, sums, in_flight, timeout_s)
         threading.Thread(target=self._send, args=(transfer,), daemon=True).start()
         return transfer
 

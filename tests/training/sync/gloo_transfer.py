@@ -18,12 +18,13 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
 )
 
+from rayrl.engines.worker import WorkerExtension
 from rayrl.training.sync.transfer import Transport
 
 TIMEOUT_S = 30.0
 
 
-class Extension:
+class Extension(WorkerExtension):
     """Nothing more: importing this file is what matters."""
 
 

@@ -12,22 +12,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rayrl.config import LoraConfig, TrainingConfig
-from rayrl.engines.weight_folder import wait_for_folder, with_tied_head
+from rayrl.config import LoraConfig, PolicyConfig, TrainingConfig
+from rayrl.data.tokenizing import load_tokenizer
+from rayrl.engines.weight_folder import RECORD_FILE, folder_sums, read_record, wait_for_folder, with_tied_head
+from rayrl.engines.weight_sums import difference
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.launch import fit
-from rayrl.training.sync.export import PROBE_TOKENS, export_folder, policy_probe, probe_prompt, write_weights
+from rayrl.training.sync.export import MAX_TEXT_TOKENS, TEXT, export_folder, text_tokens, write_weights
 from rayrl.training.sync.gather import FullWeights, merge_adapters, split_into_buckets
 from tests.training.test_fit import stream_of, write_examples
 
 LORA = LoraConfig(rank=4, alpha=6)
 SMALL = 200_000
 """Bytes: the tiny policy's embedding is larger, its layers are smaller."""
-WHOLE = SimpleNamespace(zero_optimization_stage=lambda: 0)
-"""As much of an engine as a gathering touches, where nothing is sharded."""
+WHOLE = SimpleNamespace(
+    zero_optimization_stage=lambda: 0, device=torch.device("cpu"), eval=lambda: None, train=lambda: None
+)
+"""As much of an engine as an export touches, where nothing is sharded."""
 
 
 def adapted(model):
@@ -59,14 +63,12 @@ def test_merge_adapters_is_pefts(tiny_policy):
     )
 
 
-def test_the_probe_is_long_fixed_and_within_the_context(tiny_policy):
-    config = tiny_policy.load().config
-    prompt = probe_prompt(config)
-    assert prompt == probe_prompt(config)
-    assert len(prompt) == PROBE_TOKENS
-    config.max_position_embeddings = 64
-    assert len(probe_prompt(config)) == 62
-    assert max(prompt) < config.vocab_size
+def test_the_text_is_long_in_any_tokenizer_and_within_the_context(tiny_policy):
+    model, tokenizer = tiny_policy.load(), load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    assert len(TEXT.split()) > 150, "a tokenizer makes at least one token of a word"
+    assert len(text_tokens(model, tokenizer)) == MAX_TEXT_TOKENS
+    model.config.max_position_embeddings = 64
+    assert len(text_tokens(model, tokenizer)) == 64
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def export_in_shards(job, rows):
         policy = adapted(load_policy(Checkpoint(path=job["path"], version="tiny"), torch.float32))
         engine = zero.start(policy, training, torch.float32, 1)
     weights = FullWeights(engine, engine.module, max_bytes=SMALL)
-    export_folder(weights, None, job["url"], policy_probe(engine, engine.module), head=None)
+    export_folder(weights, None, job["url"], None, head=None)
 
 
 def shards(folder):
@@ -141,13 +143,16 @@ def test_a_policy_sharded_over_two_workers_is_written_and_served_in_shards(gener
         for name, weight in state.items():
             torch.testing.assert_close(weight, expected.pop(name).detach(), atol=1e-5, rtol=1e-5)
     assert not expected, "every weight is in one shard"
+    record = read_record(tmp_path / "model")
+    assert record["dtype"] == "float32"
+    assert difference(folder_sums(tmp_path / "model", "float32"), record["sums"]) is None
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: shard for shard, state in written.items() for name in state}
     assert index["metadata"]["total_size"] == sum(w.nbytes for state in written.values() for w in state.values())
     model = load_policy(Checkpoint(path=job["url"], version="in shards"), torch.float32)  # reads the index
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(model.get_parameter(q_proj).detach(), merged_by_peft(tiny_policy)[q_proj].detach())
-    generators.adopt(Checkpoint(path=job["url"], version="in shards"))  # proves itself by the probe
+    generators.adopt(Checkpoint(path=job["url"], version="in shards"))  # proves itself by the sums
 
 
 def test_the_tied_head_is_named_beside_several_shards(tmp_path):
@@ -169,13 +174,13 @@ def test_the_tied_head_is_named_beside_several_shards(tmp_path):
     assert with_tied_head(folder, tmp_path / "unused") == folder
 
 
-def test_a_remote_folder_is_whole_when_its_probe_is_there(tiny_policy, monkeypatch):
+def test_a_remote_folder_is_whole_when_its_record_is_there(tiny_policy, monkeypatch):
     monkeypatch.setattr(launch, "rank", lambda: 0)
     url = "memory://exported/model"
-    export_folder(FullWeights(WHOLE, tiny_policy.load()), None, url, {"prompt_token_ids": [1]}, head=None)
+    export_folder(FullWeights(WHOLE, tiny_policy.load()), None, url, None, head=None)
     files = sorted(fsspec.filesystem("memory").ls("/exported/model", detail=True), key=lambda file: file["created"])
-    assert {file["name"].rpartition("/")[2] for file in files} >= {"config.json", "model.safetensors", "probe.json"}
-    assert files[-1]["name"].endswith("probe.json")
+    assert {file["name"].rpartition("/")[2] for file in files} >= {"config.json", "model.safetensors", RECORD_FILE}
+    assert files[-1]["name"].endswith(RECORD_FILE)
     asyncio.run(asyncio.wait_for(wait_for_folder(url), 1))
     asyncio.run(asyncio.wait_for(wait_for_folder("a-hub/id"), 1))
     with pytest.raises(TimeoutError):
