@@ -165,7 +165,7 @@ def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
     views = Views(table=view_table(tmp_path / "views"), uml=UML, max_tokens=512)
     training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3)
     curve = fit_model(tmp_path, tiny_policy, training, views)
-    assert len(curve) == 3 * 48 / 6  # of three blocks one rank has two: the other waits, with views and idle pairs
+    assert len(curve) == 3 * NUM_PAIRS / 12
     check_learnt(tmp_path, curve, "last", torch.float32, 1e-4)
 
 
@@ -253,8 +253,9 @@ def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path)
         assert len(set(prompts)) == half > 1
         rows = batch.tokens.input_ids.tolist()
         assert all(one != other for one, other in zip(rows[:half], rows[half:], strict=True))
-    epoch = [prompt for batch in drawn(views, 0, 2) for prompt in first_tokens(batch)[: len(first_tokens(batch)) // 2]]
-    assert sorted(epoch) == [60 + n for n in range(7)]  # 4 and 3 of 7 prompts
+        assert half == UML.batch_size  # the other 3 of an epoch's 7 prompts are left out
+    seen = {prompt for batch in drawn(views, 0, 20) for prompt in first_tokens(batch)}
+    assert seen == {60 + n for n in range(7)}
 
 
 def test_views_go_on_where_they_were(tmp_path):
@@ -268,10 +269,10 @@ def test_views_go_on_where_they_were(tmp_path):
 
 def test_ranks_share_the_prompts_and_no_batch_is_of_one_prompt(tmp_path):
     views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
-    by_rank = [{p for batch in drawn(views, 0, 6, rank, 2) for p in first_tokens(batch)} for rank in range(2)]
-    assert by_rank[0] == {60, 62, 64, 66}
-    assert by_rank[1] <= {61, 63, 65}  # two of three a time: which, the shuffle says
-    assert all(len(batch.tokens.input_ids) >= 4 for rank in range(2) for batch in drawn(views, 0, 6, rank, 2))
+    for whole, *shares in zip(drawn(views, 0, 6), *(drawn(views, 0, 6, rank, 2) for rank in range(2)), strict=True):
+        assert sorted(prompt for part in shares for prompt in first_tokens(part)) == sorted(first_tokens(whole))
+        assert all(len(part.tokens.input_ids) == 4 for part in shares)
+        assert sum(part.weight for part in shares) == pytest.approx(whole.weight) == pytest.approx(UML.weight)
 
 
 def test_epochs_draw_other_views_and_long_ones_are_cut():
