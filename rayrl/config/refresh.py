@@ -36,9 +36,9 @@ class UmlConfig(Table):
     """lambda: L = L_BT + lambda L_M."""
     objective: Literal["uml", "mvi", "infomax", "contrastive"] = "uml"
     """A name in `rayrl.algorithms.information.UML_OBJECTIVES`, which is not read here: it needs torch."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Highest learning rate of the encoder and the critic, which start from nothing: that of the release of arXiv
-    2002.07017. The reward model's own is `reward_model.learning_rate`, and both have its schedule."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate of the encoder and the critic, which start from nothing; both have the reward model's
+    schedule. The release of arXiv 2002.07017 has 1e-4, for a million steps; a refresh has hundreds (ours)."""
     skl_weight: float = Field(default=1.0, ge=0)
     """uml: weight of the divergence of the two codes, once it has risen."""
     skl_start: float = Field(default=1e-3, gt=0, le=1)

@@ -17,7 +17,7 @@ from rayrl.metrics.curves import read_metrics
 from rayrl.metrics.progress import progress_bars
 from rayrl.records import content_id
 from rayrl.runs import storage
-from rayrl.runs.run import Run
+from rayrl.runs.run import FIT_PREFIX, Run
 from rayrl.runs.stage_metrics import FitMetrics
 from rayrl.runs.stage_table import Stage
 from rayrl.training.launch import Rows, fit
@@ -128,13 +128,13 @@ def fit_stage(
 def fit_folder(training: TrainingConfig) -> str:
     """Name the folder of a fit's checkpoints by its ranks and its optimizer: no other layout can go on from them."""
     offload = "-offload" if training.cpu_offload else ""
-    return f"fit-{training.num_workers}x-zero{training.zero_stage}{offload}"
+    return f"{FIT_PREFIX}{training.num_workers}x-zero{training.zero_stage}{offload}"
 
 
 def remove_other_fits(run: Run, stage: Stage, folder: str) -> None:
     """Remove the checkpoints that a fit of another layout has left half-way: this one begins anew."""
     for name in storage.children(run.folder(stage)):
-        if name.startswith("fit-") and name != folder:
+        if name.startswith(FIT_PREFIX) and name != folder:
             storage.remove_folder(run.folder(stage, name))
 
 

@@ -9,8 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,6 +38,12 @@ TAG = "state"
 """DeepSpeed's name for the folder of a checkpoint inside ours."""
 
 
+class CheckpointWriter(Protocol):
+    """The part of DeepSpeed's checkpoint engine that writes one file."""
+
+    save: Callable[[Any, str], None]
+
+
 class Engine(Protocol[M_co]):
     """The part of a `deepspeed.DeepSpeedEngine` that is used here, around a module. Calling it calls the module."""
 
@@ -59,6 +67,8 @@ class Engine(Protocol[M_co]):
     def get_lr(self) -> list[float]: ...
     def get_global_grad_norm(self) -> float | Tensor | None: ...
     def gradient_clipping(self) -> float: ...
+    @property
+    def checkpoint_engine(self) -> "CheckpointWriter": ...
     def zero_optimization_stage(self) -> int: ...
     def save_checkpoint(
         self, save_dir: str, *, tag: str, client_state: dict[str, Any], exclude_frozen_parameters: bool
@@ -353,9 +363,70 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def save(engine: Engine, folder: str, position: dict[str, float]) -> None:
-    """Write this rank's part of a checkpoint, with the position in the data."""
-    engine.save_checkpoint(folder, tag=TAG, client_state={"position": position}, exclude_frozen_parameters=True)
+def save(engine: Engine, folder: str, position: dict[str, float]) -> Callable[[], None]:
+    """Copy this rank's part of a checkpoint, with the position in the data, into memory. All ranks take part.
+
+    Returns:
+        Writes the copy into the folder; may run in another thread while training goes on. Where memory has no room for
+        the copies of all ranks, everything is written already.
+    """
+    writer = engine.checkpoint_engine
+    # Of the ranks on this machine, none of which knows what the others copy.
+    num_free = _free_memory() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    copies: list[tuple[Any, str]] = []
+
+    def copy_or_write(state_dict: Any, path: str) -> None:
+        nonlocal num_free
+        num_free -= num_bytes(state_dict)
+        if num_free > 0:
+            copies.append((copied(state_dict), path))
+        else:
+            write(state_dict, path)
+
+    write = writer.save
+    writer.save = copy_or_write
+    try:
+        engine.save_checkpoint(folder, tag=TAG, client_state={"position": position}, exclude_frozen_parameters=True)
+    finally:
+        writer.save = write
+
+    def write_copies() -> None:
+        while copies:
+            write(*copies.pop())
+
+    return write_copies
+
+
+def _free_memory() -> int:
+    """Return the bytes that this machine, or the container that limits it, has left."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
+    if not limit.exists() or not (allowed := limit.read_text().strip()).isdigit():
+        return free
+    counts = dict(line.split() for line in used.read_text().splitlines())
+    return min(free, int(allowed) - int(counts["anon"]) - int(counts["shmem"]))
+
+
+def copied(state: Any) -> Any:
+    """Copy all tensors in nested containers into the machine's memory; other values stay as they are."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in cast("dict[Any, Any]", state).items()}
+    if type(state) in (list, tuple):
+        return type(state)(copied(value) for value in state)
+    return state
+
+
+def num_bytes(state: Any) -> int:
+    """Count the bytes of all tensors in nested containers."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(num_bytes(value) for value in cast("dict[Any, Any]", state).values())
+    if type(state) in (list, tuple):
+        return sum(num_bytes(value) for value in state)
+    return 0
 
 
 def load(engine: Engine, folder: str) -> dict[str, float]:

@@ -9,7 +9,9 @@ checkpoint that was reported to it, and not whether it can be read.
 
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +27,16 @@ import ray.data
 import ray.train
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    DataConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -33,7 +44,17 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 
 from rayrl.config import TrainingConfig
 from rayrl.errors import RayRLError, StageTimeout, TrainingStopped
-from rayrl.runs.storage import exists, is_local, join, locate, read_json, refusing_full_disk, remove, write_json
+from rayrl.runs.storage import (
+    exists,
+    is_local,
+    join,
+    locate,
+    move_files,
+    read_json,
+    refusing_full_disk,
+    remove,
+    write_json,
+)
 from rayrl.training import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -56,6 +77,8 @@ POLL_S = 0.5
 ADDRESS = "RAY_ADDRESS"
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
+_last_write: ContextVar[threading.Event | None] = ContextVar("last_write", default=None)
+"""In a worker: set when its part of the last checkpoint is written."""
 
 
 class Trainer(Protocol):
@@ -299,23 +322,57 @@ def is_damaged(name: str, folder: str) -> bool:
     return bool(files)
 
 
-def report(metrics: dict[str, float], save: Callable[[str], None]) -> None:
-    """Save a checkpoint on every rank, and register it with Ray Train.
+def report(metrics: dict[str, float], save: Callable[[str], Callable[[], None]]) -> None:
+    """Copy a checkpoint on every rank; it is written, and registered with Ray Train, while training goes on.
+
+    A checkpoint waits for the one before it to be written, so that one copy at most is in memory. The last one is
+    written before the fit ends. On a local disk a rank writes beside the checkpoint's folder, and renames.
 
     Args:
         metrics: of the checkpoint, its `step` among them.
-        save: writes this rank's part into a folder.
+        save: copies this rank's part, and returns a function that writes it into the given folder.
 
     Raises:
-        DiskFull: the checkpoint does not fit; those before it are still there.
+        DiskFull: the checkpoint does not fit; those before it are still there. A disk that is found full in the
+            background ends the fit with the same error.
     """
-    step = int(metrics["step"])
+    last_write = _last_write.get()
+    if last_write is not None:
+        last_write.wait()  # by a thread of this process: it ends, or the process does
+    step, fit_url = int(metrics["step"]), _fit_url.get()
+    own_rank, num_ranks = rank(), world_size()
+    # Ray Train wants its own filesystem back: another thread's is not equal to it.
+    context = ray.train.get_context().get_storage()
+    context._check_validation_file()  # refuses a local path that this node does not share with the driver's
     what = f"the checkpoint of step {step}"
-    with tempfile.TemporaryDirectory() as folder:
-        with refusing_full_disk(folder, what):
-            save(folder)
-            checkpoints.seal(folder, step, rank(), world_size())
-        with refusing_full_disk(_fit_url.get(), what):
-            # Ray Train takes rank 0's name. The random end keeps a repeated step from writing into an older folder.
-            name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    # The random end keeps a repeated step from writing into an older folder.
+    name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"
+    with refusing_full_disk(fit_url, what):
+        part = tempfile.mkdtemp(
+            prefix=f"{name}.rank-{own_rank}.", dir=locate(fit_url)[1] if is_local(fit_url) else None
+        )
+    with refusing_full_disk(part, what):
+        write = save(part)
+    is_written = threading.Event()
+
+    def persist(_: Checkpoint, shared_name: str) -> Checkpoint:
+        try:
+            with refusing_full_disk(part, what):
+                write()
+                list_file = checkpoints.seal(part, step, own_rank, num_ranks)
+            with refusing_full_disk(fit_url, what):
+                move_files(part, join(fit_url, shared_name), last=list_file)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # of a part that is not moved
+            is_written.set()
+        return Checkpoint(context.build_checkpoint_path_from_name(shared_name), context.storage_filesystem)
+
+    _last_write.set(is_written)
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(part),
+        checkpoint_dir_name=name,  # all ranks get rank 0's
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=persist,
+        delete_local_checkpoint_after_upload=False,  # it is moved
+    )
