@@ -127,7 +127,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
                 reward_margin=step_margins.mean(),
                 reward_accuracy=(step_margins > 0).float().mean(),
                 learning_rate=engine.get_lr()[0],
-                num_tokens=num_tokens,
+                num_tokens=zero.sum_over_ranks(num_tokens, engine),
                 padding_share=1 - num_tokens / max(1, num_padded),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,

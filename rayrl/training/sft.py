@@ -72,7 +72,7 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
                 step.number,
                 **taken._asdict(),
                 learning_rate=engine.get_lr()[0],
-                num_tokens=num_response_tokens,
+                num_tokens=zero.sum_over_ranks(num_response_tokens, engine),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )

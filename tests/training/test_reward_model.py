@@ -317,7 +317,7 @@ def test_the_objective_moves_where_two_responses_to_a_prompt_are_alike(process_g
     own_rates = [(model.branch(), views.uml.learning_rate)]
     engine = zero.start(model, RewardModelConfig(), torch.float32, num_steps, own_rates=own_rates)
     idle = pair_batch([IDLE_PAIR])
-    losses = StepLosses(engine.train(), idle)
+    losses = StepLosses(engine, idle)
     information = []
     for batch in islice(view_batches(views, 0, 0, 1, skip=0, num_steps=num_steps), num_steps):
         zero.train_step(engine, [batch], losses.summed_loss, 1, idle)
