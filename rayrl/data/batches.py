@@ -3,10 +3,10 @@
 A batch is of the whole training, whatever the number of its workers: one process draws the batches, and every rank
 takes its share of each. The number of steps, the rows of a step and the learning rate are therefore those of one rank.
 
-Rows are shuffled within windows of `WINDOW_ROWS`, several blocks long, by (seed, epoch, window): no barrier, bounded
+Every batch is drawn from a buffer of the next `BUFFER_ROWS` rows, several blocks, by (seed, epoch): no barrier, bounded
 memory, and the order depends on nothing but the stream's own order. Together with a drawn order of the blocks it mixes
-the sources of a table that is sorted by source. In the first epoch the windows begin with one batch and double, so that
-training starts with the first rows of a table that is still being made.
+the sources of a table that is sorted by source. In the first epoch the buffer begins with one batch and grows by one a
+step, so that training starts with the first rows of a table that is still being made.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 T = TypeVar("T")
-WINDOW_ROWS = 8192
-"""Rows of a full shuffle window, rounded up to whole batches: 16 blocks of the seed data, 128 of a pool. A window of G
-blocks, in a drawn order, leaves the rows of a table that is sorted by source a correlation of about 1 / G."""
+BUFFER_ROWS = 8192
+"""Rows from which a batch is drawn: 16 blocks of the seed data, 128 of a pool. A buffer of G blocks, in a drawn order,
+leaves the rows of a table that is sorted by source a correlation of about 1 / G."""
 
 
 class ArrowRow(NamedTuple):
@@ -39,14 +39,14 @@ def optimizer_batches(
     batch_size: int,
     seed: int,
     skip: int = 0,
-    window_rows: int = WINDOW_ROWS,
+    buffer_rows: int = BUFFER_ROWS,
 ) -> Iterator[tuple[int, list[Any]]]:
     """Yield (epoch, rows) for every optimizer step of all epochs, without the first `skip` steps.
 
     `tables` is called once per epoch, and must yield the same rows in the same order each time, in tables of any size.
     """
     for epoch in range(epochs):
-        for batch in _epoch_batches(_rows_of(tables()), batch_size, seed, epoch, window_rows):
+        for batch in _epoch_batches(_rows_of(tables()), batch_size, seed, epoch, buffer_rows):
             if skip > 0:
                 skip -= 1
                 continue
@@ -86,28 +86,30 @@ def deal(
         yield list(own)
 
 
-def window_batches(epoch: int, window: int, batch_size: int, window_rows: int) -> int:
-    """Count the batches that a window shuffles together."""
-    full = -(-window_rows // batch_size)
-    return min(2**window, full) if epoch == 0 else full
-
-
 def _rows_of(tables: Iterable[pa.Table]) -> Iterator[ArrowRow]:
     for table in tables:
-        # A copy: the table itself may lie in Ray's object store, which could not spill it as long as a window needs it.
+        # A copy: the table itself may lie in Ray's object store, which cannot spill it as long as a row is buffered.
         own = table.take(pa.array(range(table.num_rows), pa.int64()))
         for index in range(own.num_rows):
             yield ArrowRow(own, index)
 
 
 def _epoch_batches(
-    rows: Iterator[ArrowRow], batch_size: int, seed: int, epoch: int, max_rows: int
+    rows: Iterator[ArrowRow], batch_size: int, seed: int, epoch: int, buffer_rows: int
 ) -> Iterator[list[ArrowRow]]:
-    """Shuffle one window of rows after the other, and cut each into batches; only the last batch may be short."""
-    window = 0
-    while in_window := list(islice(rows, window_batches(epoch, window, batch_size, max_rows) * batch_size)):
-        # A generator of its own for each window: skipped steps need no draws, and a restart finds the same order.
-        order = np.random.default_rng([seed, epoch, window]).permutation(len(in_window))
-        for start in range(0, len(order), batch_size):
-            yield [in_window[i] for i in order[start : start + batch_size]]
-        window += 1
+    """Draw every batch from a buffer of the next rows; only the last batch may be short."""
+    rng = np.random.default_rng([seed, epoch])
+    buffer: list[ArrowRow] = []
+    size = batch_size if epoch == 0 else max(buffer_rows, batch_size)
+    while True:
+        buffer += islice(rows, size - len(buffer))
+        if not buffer:
+            return
+        batch: list[ArrowRow] = []
+        for _ in range(min(batch_size, len(buffer))):
+            drawn = int(rng.integers(len(buffer)))
+            # The last row takes the place of the drawn one.
+            buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+            batch.append(buffer.pop())
+        yield batch
+        size = min(size + batch_size, max(buffer_rows, batch_size))

@@ -177,7 +177,8 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
             meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
     learnt = means(sums, "num_tokens", engine)
     del learnt["num_tokens"]  # it counts every inner epoch
-    learnt["grad_norm"] = float(np.mean([step.grad_norm for step in taken if not step.num_skipped]))
+    norms = [step.grad_norm for step in taken if not step.num_skipped]
+    learnt["grad_norm"] = float(np.mean(norms)) if norms else float("nan")
     learnt["num_skipped"] = sum(step.num_skipped for step in taken)
     learnt["loss"] = learnt["policy_loss"] + config.value_coef * learnt["value_loss"]
     return learnt

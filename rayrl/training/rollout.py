@@ -148,13 +148,11 @@ class TokenTargets:
     def joined(cls, parts: "Sequence[TokenTargets]") -> "TokenTargets":
         """Stack the targets of several lots of responses."""
         width = max(part.logprobs.shape[1] for part in parts)
-        return cls(
-            **{
-                field.name: torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-                for field in fields(cls)
-                for tensors in [[getattr(part, field.name) for part in parts]]
-            }
-        )
+        joined: dict[str, Tensor] = {}
+        for field in fields(cls):
+            tensors: list[Tensor] = [getattr(part, field.name) for part in parts]
+            joined[field.name] = torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        return cls(**joined)
 
     def rows(self, rows: Sequence[int], num_tokens: int) -> "TokenTargets":
         """Take some responses, and of each the first tokens."""

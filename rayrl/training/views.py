@@ -20,8 +20,8 @@ from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.records import Row, content_id, drawn_seed
 
-WINDOW_ROWS = 1024
-"""Prompts of a shuffle window, with all their responses: 16 blocks of the default size."""
+BUFFER_ROWS = 1024
+"""Prompts from which a batch is drawn, held with all their responses: 16 blocks of the default size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Views:
     table: BlockTable
     """Rows are `Sampled`."""
     uml: UmlConfig
+    batch_size: int
+    """Prompts of every step, over all ranks."""
     max_tokens: int
     """Longer sequences lose their ends."""
 
@@ -70,7 +72,7 @@ def view_batches(
         skip: steps that are taken already.
         num_steps: of the whole training, over which the weight of the divergence rises.
     """
-    uml, batch_size = views.uml, views.uml.batch_size
+    uml, batch_size = views.uml, views.batch_size
     begin, end = uml.skl_rise
     order = np.random.default_rng(seed).permutation(views.table.num_blocks).tolist()
     endless = optimizer_batches(
@@ -78,7 +80,7 @@ def view_batches(
         epochs=sys.maxsize,
         batch_size=batch_size,
         seed=seed,
-        window_rows=WINDOW_ROWS,
+        buffer_rows=BUFFER_ROWS,
     )
     full = ((epoch, rows) for epoch, rows in endless if len(rows) == batch_size)
     for step, (epoch, rows) in enumerate(islice(full, skip, None), skip):

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from rayrl.config import SftConfig
-from rayrl.data.batches import WINDOW_ROWS, deal, optimizer_batches, share
+from rayrl.data.batches import BUFFER_ROWS, deal, optimizer_batches, share
 from rayrl.training.steps import num_steps
 
 NUM_ROWS = 199
-WINDOW = 64  # of the small tables here: 16 batches of 4
+BUFFER = 64  # for the small tables here: 16 batches of 4
 
 
 def tables(num_rows=NUM_ROWS, num_blocks=7):
@@ -25,7 +25,7 @@ def tables(num_rows=NUM_ROWS, num_blocks=7):
 
 def batches(stream=None, *, epochs=2, seed=0, skip=0, batch_size=4):
     drawn = optimizer_batches(
-        stream or tables(), epochs=epochs, batch_size=batch_size, seed=seed, skip=skip, window_rows=WINDOW
+        stream or tables(), epochs=epochs, batch_size=batch_size, seed=seed, skip=skip, buffer_rows=BUFFER
     )
     return [(epoch, [row["n"] for row in batch]) for epoch, batch in drawn]
 
@@ -116,13 +116,15 @@ def test_order_depends_on_seed_and_epoch():
     assert first != [batch for epoch, batch in batches(seed=1) if epoch == 0]
 
 
-def test_rows_are_shuffled_within_bounded_windows():
-    for epoch, bounds in ((0, (0, 1, 3, 7, 15, 31)), (1, (0, 16, 32))):
-        drawn = [n for e, batch in batches() for n in batch if e == epoch]
-        for first, last in pairwise(bounds):
-            window = range(4 * first, 4 * last)
-            assert sorted(drawn[window.start : window.stop]) == list(window)
-        assert drawn[:WINDOW] != list(range(WINDOW))
+def test_a_row_is_drawn_from_a_bounded_number_of_the_next_rows():
+    for epoch in range(2):
+        drawn = [batch for e, batch in batches() if e == epoch]
+        for step, batch in enumerate(drawn):
+            # In the first epoch a step buffers one batch more than the one before.
+            buffered = min(4 * (step + 1), BUFFER) if epoch == 0 else BUFFER
+            assert max(batch) < 4 * step + buffered
+        earliest = [max(batch) for batch in drawn[20:30]]
+        assert max(earliest) > 4 * 25 + BUFFER / 2, "it is used"
 
 
 def test_training_starts_with_the_first_table_of_a_stream():
@@ -156,7 +158,7 @@ def test_a_table_sorted_by_source_is_mixed(rows_per_block):
         for epoch, batch in optimizer_batches(stream, epochs=2, batch_size=64, seed=0)
         for row in batch
     ]
-    assert rows_per_block <= WINDOW_ROWS / 16
+    assert rows_per_block <= BUFFER_ROWS / 16
     for epoch in range(2):
-        # In the first epoch the windows grow from one batch on; it is 0.9 and more if they end within a block.
+        # In the first epoch the buffer grows from one batch on; within a block it is 1.
         assert abs(lag_1([n for e, n in drawn if e == epoch])) < (0.2, 0.1)[epoch]

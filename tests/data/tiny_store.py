@@ -30,7 +30,7 @@ def main(folder: str) -> None:
     ray.init(num_cpus=2, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
     held = [ray.put(np.ones(8 << 20, dtype=np.uint8)) for _ in range(8)]  # 64 of its 80 MB belong to others
     data = Rows(stream_of(BlockTable(f"{folder}/table", NUM_BLOCKS), 0, pairs_of))
-    # As training reads them: a window of many blocks is held, which the store could not hold.
+    # As training reads them: many blocks are buffered, which the store could not hold.
     drawn = optimizer_batches(data, epochs=2, batch_size=BATCH_SIZE, seed=0)
     epochs: list[list[tuple[str, bool]]] = [[], []]
     for epoch, batch in drawn:

@@ -123,7 +123,7 @@ def accuracy(model, seed):
 def with_uml(ray_cluster, tiny_policy, tmp_path_factory):
     """A fit with multi-view learning: its folder, its curve, its views."""
     folder = tmp_path_factory.mktemp("uml")
-    views = Views(table=view_table(folder / "views"), uml=UML, max_tokens=512)
+    views = Views(table=view_table(folder / "views"), uml=UML, batch_size=4, max_tokens=512)
     training = RewardModelConfig(**TRAINING, checkpoint_every=4)
     return folder, fit_model(folder, tiny_policy, training, views), views
 
@@ -172,7 +172,7 @@ def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_po
 
 @pytest.mark.slow
 def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
-    views = Views(table=view_table(tmp_path / "views"), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path / "views"), uml=UML, batch_size=4, max_tokens=512)
     training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3)
     curve = fit_model(tmp_path, tiny_policy, training, views)
     assert len(curve) == 3 * NUM_PAIRS / 12
@@ -183,7 +183,10 @@ def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
 def test_a_scalar_evaluator_in_bfloat16_with_adapters_learns(ray_cluster, tiny_policy, tmp_path):
     """Bradley-Terry as the evaluator's loss, with its pooling; and the branch of another objective."""
     views = Views(
-        table=view_table(tmp_path / "views"), uml=UML.model_copy(update={"objective": "infomax"}), max_tokens=512
+        table=view_table(tmp_path / "views"),
+        uml=UML.model_copy(update={"objective": "infomax"}),
+        batch_size=4,
+        max_tokens=512,
     )
     training = EvaluatorConfig(
         type="scalar", loss="bradley_terry", zero_stage=2, lora=LoraConfig(rank=8, alpha=32), **TRAINING
@@ -254,7 +257,7 @@ def first_tokens(batch):
 
 
 def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path):
-    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
     assert [row["prompt_id"] for row in prompts_with_views(views.table)] == [f"p{n}" for n in range(7)]
     for batch in drawn(views, 0, 10):
         prompts = first_tokens(batch)
@@ -263,14 +266,14 @@ def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path)
         assert len(set(prompts)) == half > 1
         rows = batch.tokens.input_ids.tolist()
         assert all(one != other for one, other in zip(rows[:half], rows[half:], strict=True))
-        assert half == UML.batch_size  # the other 3 of an epoch's 7 prompts are left out
+        assert half == 4  # the other 3 of an epoch's 7 prompts are left out
     seen = {prompt for batch in drawn(views, 0, 20) for prompt in first_tokens(batch)}
     assert seen == {60 + n for n in range(7)}
 
 
 def test_the_weight_of_the_divergence_rises_over_the_training(tmp_path):
     uml = UML.model_copy(update={"skl_weight": 2.0, "skl_rise": (0.25, 0.75)})
-    views = Views(table=view_table(tmp_path), uml=uml, max_tokens=512)
+    views = Views(table=view_table(tmp_path), uml=uml, batch_size=4, max_tokens=512)
     weights = [batch.skl_weight for batch in drawn(views, 0, 22)]  # of a training of 20 steps
     assert weights[:6] == pytest.approx([0.002] * 6)
     ratios = [after / before for before, after in pairwise(weights[5:16])]
@@ -279,7 +282,7 @@ def test_the_weight_of_the_divergence_rises_over_the_training(tmp_path):
 
 
 def test_views_go_on_where_they_were(tmp_path):
-    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
     whole, rest = drawn(views, 0, 9), drawn(views, 4, 5)
     for one, other in zip(whole[4:], rest, strict=True):
         assert one.seed == other.seed
@@ -288,7 +291,7 @@ def test_views_go_on_where_they_were(tmp_path):
 
 
 def test_ranks_share_the_prompts_and_no_batch_is_of_one_prompt(tmp_path):
-    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
     for whole, *shares in zip(drawn(views, 0, 6), *(drawn(views, 0, 6, rank, 2) for rank in range(2)), strict=True):
         assert sorted(prompt for part in shares for prompt in first_tokens(part)) == sorted(first_tokens(whole))
         assert all(len(part.tokens.input_ids) == 4 for part in shares)
@@ -311,7 +314,7 @@ def test_the_objective_moves_where_two_responses_to_a_prompt_are_alike(process_g
         words = [np.where(rng.random(8) < 0.6, 60 + n, rng.integers(200, 700, 8)).tolist() for _ in range(4)]
         responses = [{"text": str(said), "token_ids": said} for said in words]
         rows.append({"prompt_id": f"p{n}", "prompt_token_ids": [1, 5], "responses": responses})
-    views = Views(table=write_blocks(tmp_path, rows, 64), uml=UmlConfig(), max_tokens=64)
+    views = Views(table=write_blocks(tmp_path, rows, 64), uml=UmlConfig(), batch_size=16, max_tokens=64)
     torch.manual_seed(0)
     model = MultiViewRewardModel(RewardModel(tiny_policy.load(), "last"), views.uml)
     own_rates = [(model.branch(), views.uml.learning_rate)]

@@ -158,9 +158,9 @@ def _views(run: Run, responses: Responses) -> Views:
             f"multi-view learning needs at least {num_needed} prompts with two different responses (2 per worker), "
             f"got {num_found}; raise refresh.n, refresh.num_prompts or refresh.temperature"
         )
+    max_tokens = context_length(run.config.policy)
     # A batch is never short: of fewer prompts, each step takes them all.
-    uml = uml.model_copy(update={"batch_size": num_found})
-    return Views(table=responses.table, uml=uml, max_tokens=context_length(run.config.policy))
+    return Views(table=responses.table, uml=uml, batch_size=num_found, max_tokens=max_tokens)
 
 
 def _fit_member(
