@@ -161,4 +161,4 @@ def test_a_table_sorted_by_source_is_mixed(rows_per_block):
     assert rows_per_block <= BUFFER_ROWS / 16
     for epoch in range(2):
         # In the first epoch the buffer grows from one batch on; within a block it is 1.
-        assert abs(lag_1([n for e, n in drawn if e == epoch])) < (0.2, 0.1)[epoch]
+        assert abs(lag_1([n for e, n in drawn if e == epoch])) < 0.1

@@ -124,3 +124,30 @@ def test_weights_that_are_not_finite_are_found(process_group):
     assert zero.has_finite_weights(engine)
     next(engine.module.parameters()).ds_tensor[2] = float("nan")
     assert not zero.has_finite_weights(engine)
+
+
+@pytest.mark.parametrize("is_memory_full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_is_of_the_step_at_which_it_was_copied(
+    process_group, tmp_path, monkeypatch, stage, dtype, is_memory_full
+):
+    if is_memory_full:  # then it is written at once
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
+    training = SftConfig(zero_stage=stage, learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
+    with zero.sharded_loading(training, dtype):
+        engine = zero.start(nn.Linear(4, 4).to(dtype), training, dtype, 10)
+    inputs = torch.ones(3, 4, dtype=dtype)
+
+    def step():
+        train_step(engine, [inputs], lambda batch: engine(batch).float().square().sum(), 3, inputs)
+        weights = zero.gather(engine, dict(engine.module.named_parameters()))
+        return torch.cat([weight.flatten() for weight in weights.values()])
+
+    step()
+    write = zero.save(engine, str(tmp_path), {"step": 1})
+    after_two = step()
+    step()
+    write()
+    assert zero.load(engine, str(tmp_path)) == {"step": 1}
+    assert torch.equal(step(), after_two), "weights and Adam's state are those of step 1"
