@@ -24,18 +24,3 @@ def test_a_finished_stage_gives_the_checkpoints_of_its_fits_back(tmp_path):
     storage.write_bytes(run.folder(SFT, "fit-2x-zero2", "weights"), b"weights")
     assert run.finished(SFT, key) is not None
     assert not storage.exists(run.folder(SFT, "fit-2x-zero2"))
-
-
-def test_parts_of_two_ranks_meet_in_one_folder(tmp_path):
-    for rank in range(2):
-        part = tmp_path / f"part-{rank}"
-        storage.write_bytes(str(part / "state" / f"rank-{rank}.pt"), b"state")
-        storage.write_bytes(str(part / f"list-{rank}.json"), b"list")
-        storage.move_files(str(part), str(tmp_path / "checkpoint"), last=f"list-{rank}.json")
-        assert not part.exists()
-    assert sorted(storage.sizes(str(tmp_path / "checkpoint"))) == [
-        "list-0.json",
-        "list-1.json",
-        "state/rank-0.pt",
-        "state/rank-1.pt",
-    ]
