@@ -12,7 +12,7 @@
     |-- DiskFull           (OSError)       a disk has no room for a run's files: the path, and the free bytes
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
     |-- FleetError         (RuntimeError)  no replica of a fleet can start, or survives a call
-    |-- TrainingStopped    (RuntimeError)  a training left the limits that its config sets, and was stopped
+    |-- TrainingStopped    (RuntimeError)  a training that broke, or left the limits that its config sets
     `-- StageTimeout       (TimeoutError)  a wait ended without its event, which the message names
 
 Every class takes one message and nothing else: an exception with another signature does not survive the trip across

@@ -100,6 +100,25 @@ def symmetric_kl(
     return (spread + shift).sum(-1) / 4
 
 
+def warmed_up(progress: float, *, start: float, begin: float, end: float) -> float:
+    """Factor of the divergence's weight at a share of the training: `start`, then exponentially up to 1.
+
+    The release of arXiv 2002.07017 raises the weight so, from 1e-3 to 1. With all of it from the first step on, codes
+    without information are near, and are found before the critic tells joint pairs from others.
+
+    Args:
+        progress: share of the training's steps that are done.
+        start: factor until `begin`.
+        begin: share at which the rise begins.
+        end: share from which the factor is 1.
+    """
+    if progress < begin:
+        return start
+    if progress >= end:
+        return 1.0
+    return start ** (1 - (progress - begin) / (end - begin))
+
+
 def gaussian_sample(
     mu: Float[Tensor, "batch z"], sigma: Float[Tensor, "batch z"], generator: torch.Generator | None = None
 ) -> Float[Tensor, "batch z"]:
@@ -212,8 +231,7 @@ def uml_loss(
         codes: The encoder's outputs for the two views.
         score: The critic: T(z1, z2), for "infomax" T(v, z).
         objective: A name in `UML_OBJECTIVES`.
-        skl_weight: Weight of the divergence in "uml". 1 in RLP; the release of arXiv 2002.07017 raises it from 1e-3
-            to 1, exponentially, while it trains.
+        skl_weight: Weight of the divergence in "uml". 1 in RLP; `warmed_up` raises it while the model trains.
         generator: Draws the samples.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrl.algorithms.clustering import CLUSTERINGS
 from rayrl.config.table import Operation, Table, name_in
@@ -36,14 +36,31 @@ class UmlConfig(Table):
     """lambda: L = L_BT + lambda L_M."""
     objective: Literal["uml", "mvi", "infomax", "contrastive"] = "uml"
     """A name in `rayrl.algorithms.information.UML_OBJECTIVES`, which is not read here: it needs torch."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate of the encoder and the critic, which start from nothing; both have the reward model's
+    schedule. The release of arXiv 2002.07017 has 1e-4, for a million steps; a refresh has hundreds (ours)."""
     skl_weight: float = Field(default=1.0, ge=0)
-    """uml: weight of the divergence of the two codes."""
+    """uml: weight of the divergence of the two codes, once it has risen."""
+    skl_start: float = Field(default=1e-3, gt=0, le=1)
+    """uml: the weight starts at this times skl_weight, and rises exponentially, as in that release."""
+    skl_rise: tuple[float, float] = (0.25, 0.75)
+    """uml: shares of the training's steps at which the rise begins and ends (ours)."""
     z_dim: int = Field(default=64, gt=0)
     """Dimensions of a code."""
     hidden_dim: int = Field(default=1024, gt=0)
     """Width of the encoder's and the critic's hidden layers."""
     batch_size: int = Field(default=16, gt=1)
-    """Prompts whose two views join every optimizer step (ours)."""
+    """Prompts whose two views join every optimizer step, over all workers; at least two for each (ours)."""
+
+    @model_validator(mode="after")
+    def _rises_in_order(self) -> "UmlConfig":
+        begin, end = self.skl_rise
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(
+                f"refresh.uml.skl_rise must be two shares between 0 and 1, the smaller one first, got {self.skl_rise}; "
+                "(0, 0) has the whole weight from the first step on"
+            )
+        return self
 
 
 class OcrmConfig(Table):

@@ -291,6 +291,13 @@ def _check_rlp(config: RunConfig) -> None:
             'generate.source must be "policy" when preferences.source is "oracle", got "seed": the oracle compares '
             "M1's own responses; leave it out"
         )
+    num_workers, uml_batch_size = config.reward_model.num_workers, config.refresh.uml.batch_size
+    if config.refresh.method == "uml" and uml_batch_size < 2 * num_workers:
+        raise ValueError(
+            f"refresh.uml.batch_size must be at least {2 * num_workers}, two prompts for each of "
+            f"reward_model.num_workers ({num_workers}), got {uml_batch_size}: a prompt alone has no negatives; raise "
+            "it, or lower reward_model.num_workers"
+        )
     if config.evaluate.lm_eval.tasks:
         raise ValueError(
             f'evaluate.lm_eval.tasks must be empty when pipeline is "rlp", got {config.evaluate.lm_eval.tasks}: '

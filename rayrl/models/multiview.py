@@ -26,8 +26,19 @@ class MultiViewRewardModel(nn.Module):
             self.encoder = GaussianEncoder(view_dim, uml.z_dim, uml.hidden_dim)
             self.critic = Critic(first_dim, uml.z_dim, uml.hidden_dim)
 
+    def branch(self) -> list[nn.Parameter]:
+        """List the weights of encoder and critic, which learn from nothing and at a rate of their own."""
+        if self.uml is None:
+            return []
+        return [*self.encoder.parameters(), *self.critic.parameters()]
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, view_seed: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        view_seed: int | None = None,
+        skl_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the rewards of a batch; or (loss, mi, skl) of a batch of first views, then second ones.
 
@@ -36,6 +47,7 @@ class MultiViewRewardModel(nn.Module):
             attention_mask: 0 on padding.
             position_ids: positions of the tokens, padding left out.
             view_seed: draws the codes of two views; None asks for rewards.
+            skl_weight: of the divergence, at this step of the training.
         """
         if view_seed is None:
             return self.reward_model(input_ids, attention_mask, position_ids)
@@ -52,7 +64,7 @@ class MultiViewRewardModel(nn.Module):
             (Gaussian(first_mu, first_sigma), Gaussian(second_mu, second_sigma)),
             self.critic,
             objective=self.uml.objective,
-            skl_weight=self.uml.skl_weight,
+            skl_weight=skl_weight,
             generator=torch.Generator(views.device).manual_seed(view_seed),
         )
         return result.loss, result.mi, result.skl

@@ -19,6 +19,8 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PPO_STAGES = (PPO, PPO_REFRESHED)
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
+_CHECKPOINT_BYTES = 16
+"""Per parameter, at most: the optimizer, and the weights that it works beside with ZeRO or in bfloat16."""
 _TABLE_BYTES_PER_TOKEN = 40
 """Text and 8-byte ids of a response, in the responses table and again in pairs and scores."""
 
@@ -141,8 +143,9 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> Disk
             f"and its disk has {_gib(free)} free; free some, or put run_dir on another disk"
         )
     tables = num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
-    # A fit keeps its last checkpoints while it writes the next one.
-    return DiskFacts(needed=least + NUM_KEPT * optimizer + tables, free=free)
+    # A fit keeps its last checkpoints while it writes the next one, and gives them back when its stage is finished.
+    checkpoints = (NUM_KEPT + 1) * num_optimized_models(config) * _CHECKPOINT_BYTES * model.num_parameters
+    return DiskFacts(needed=least - min(least, optimizer) + checkpoints + tables, free=free)
 
 
 def num_written_models(config: RunConfig) -> int:

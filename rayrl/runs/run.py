@@ -43,6 +43,8 @@ IDENTITY = "identity.json"
 """In a run's folder: an id that stays with it wherever it lies, and by which a ledger knows the run's questions."""
 LEDGER = "ledger.sqlite"
 """In a run's folder: its account of paid questions, where `oracle.ledger` names no other."""
+FIT_PREFIX = "fit-"
+"""Start of the names of the folders, inside a stage's, that hold a training's checkpoints."""
 MANIFEST = "manifest.json"
 MAX_MISTAKES = 3
 """Mistakes of a damaged config that a message lists."""
@@ -161,6 +163,7 @@ class Run:
         found = read_manifest(self.url, stage)
         if found is not None and found.key == key:
             logger.info("%s: already finished (%s)", stage.name, found.summary)
+            self._remove_fits(stage)  # a process that died right after the manifest has left them
             return found
         taken = self._taken_over(stage, key)
         if taken is None:
@@ -220,7 +223,10 @@ class Run:
     def finish(
         self, stage: Stage[M], key: str, *, since: float, num_rows: int, metrics: M, summary: str
     ) -> Manifest[M]:
-        """Write the manifest: from now on the stage is done. `since` is when it began, on `time.monotonic`'s clock."""
+        """Write the manifest: from now on the stage is done, and its fits give their checkpoints back.
+
+        `since` is when it began, on `time.monotonic`'s clock.
+        """
         manifest = Manifest(
             stage=stage.name,
             key=key,
@@ -231,8 +237,16 @@ class Run:
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         storage.write_json(self.folder(stage, MANIFEST), asdict(manifest))
+        # Only now: a process that dies before the manifest goes on from the last checkpoint, which is that of the end.
+        self._remove_fits(stage)
         logger.info("%s: %s (%.1f s)", stage.name, summary, manifest.seconds)
         return manifest
+
+    def _remove_fits(self, stage: AnyStage) -> None:
+        """Remove the checkpoints of a finished training: optimizer states, several times the size of the model."""
+        for name in storage.children(self.folder(stage)):
+            if name.startswith(FIT_PREFIX):
+                storage.remove_folder(self.folder(stage, name))
 
     def record_time(self, what: str, seconds: float, *, ended_at: float | None = None) -> None:
         """Keep a start-up or stage time for the report's table; `ended_at` (Unix time) if it is not now."""

@@ -194,6 +194,26 @@ def copy_folder(source: str, target: str, *, last: Sequence[str]) -> None:
             fs.put_file(f"{local}/{name}", f"{path}/{name}")
 
 
+def move_files(source: str, target: str, *, last: str) -> None:
+    """Move the files of a local folder into a folder that may hold others; on one disk they are renamed, for free.
+
+    Args:
+        source: the folder, which is gone in the end.
+        target: URL of the folder that they move to.
+        last: name of the file that is moved last: when it is there, all are.
+    """
+    fs, path = _files(target)
+    names = sorted(file.relative_to(source).as_posix() for file in Path(source).rglob("*") if file.is_file())
+    for name in [*(name for name in names if name != last), last]:
+        if is_local(target):
+            place = Path(path, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(join(source, name), place)
+        else:
+            fs.put_file(join(source, name), join(path, name))
+    shutil.rmtree(source)
+
+
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)

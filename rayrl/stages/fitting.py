@@ -1,4 +1,4 @@
-"""The part that all training stages share: the stream of rows for each rank, and a fit with its curve."""
+"""The part that all training stages share: the stream of rows, and a fit with its curve."""
 
 import threading
 import time
@@ -17,10 +17,10 @@ from rayrl.metrics.curves import read_metrics
 from rayrl.metrics.progress import progress_bars
 from rayrl.records import content_id
 from rayrl.runs import storage
-from rayrl.runs.run import Run
+from rayrl.runs.run import FIT_PREFIX, Run
 from rayrl.runs.stage_metrics import FitMetrics
 from rayrl.runs.stage_table import Stage
-from rayrl.training.launch import Rows, Stream, fit
+from rayrl.training.launch import Rows, fit
 from rayrl.training.steps import num_steps
 
 STREAM_CONCURRENCY = 2
@@ -55,8 +55,8 @@ def stream_of(
     seed: int,
     compute: Callable[[int], pa.Table] | None = None,
     concurrency: int = STREAM_CONCURRENCY,
-) -> Stream:
-    """Stream a table's rows to each rank, block by block in an order drawn by the seed.
+) -> ray.data.Dataset:
+    """Stream a table's rows, block by block in an order drawn by the seed; the training shuffles and deals them.
 
     Args:
         table: where the blocks are.
@@ -66,16 +66,11 @@ def stream_of(
     """
     order = np.random.default_rng(seed).permutation(table.num_blocks)
 
-    def rows_of_rank(rank: int, world_size: int) -> ray.data.Dataset:
-        blocks = order[rank::world_size]
+    def read(position: int) -> pa.Table:
+        number = int(order[position])
+        return table.memoised(number, compute) if compute else table.read(number)
 
-        def read(position: int) -> pa.Table:
-            number = int(blocks[position])
-            return table.memoised(number, compute) if compute else table.read(number)
-
-        return stream_blocks(len(blocks), read, concurrency=concurrency, name="train")
-
-    return rows_of_rank
+    return stream_blocks(table.num_blocks, read, concurrency=concurrency, name="train")
 
 
 def fit_stage(
@@ -85,7 +80,7 @@ def fit_stage(
     loop: Callable[[J, Rows], None],
     job: J,
     training: TrainingConfig,
-    stream: Stream,
+    stream: ray.data.Dataset,
     *,
     batch_size: int | None = None,
 ) -> FitMetrics:
@@ -100,7 +95,7 @@ def fit_stage(
         loop: the worker's loop, a function of the job and its rows.
         job: its argument.
         training: workers, epochs and restarts.
-        stream: the rows of each rank.
+        stream: the rows.
         batch_size: rows of one logged step; None is `training.batch_size`.
     """
     if services.mode == "alternate":
@@ -133,13 +128,13 @@ def fit_stage(
 def fit_folder(training: TrainingConfig) -> str:
     """Name the folder of a fit's checkpoints by its ranks and its optimizer: no other layout can go on from them."""
     offload = "-offload" if training.cpu_offload else ""
-    return f"fit-{training.num_workers}x-zero{training.zero_stage}{offload}"
+    return f"{FIT_PREFIX}{training.num_workers}x-zero{training.zero_stage}{offload}"
 
 
 def remove_other_fits(run: Run, stage: Stage, folder: str) -> None:
     """Remove the checkpoints that a fit of another layout has left half-way: this one begins anew."""
     for name in storage.children(run.folder(stage)):
-        if name.startswith("fit-") and name != folder:
+        if name.startswith(FIT_PREFIX) and name != folder:
             storage.remove_folder(run.folder(stage, name))
 
 

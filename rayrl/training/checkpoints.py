@@ -1,7 +1,8 @@
 """Checkpoints of a fit on its storage: which are whole, and which files have changed since they were written.
 
-Every rank writes its own part and a list of it: names, sizes, checksums. A checkpoint is whole if the lists of all
-ranks are there and every file has its size. Before it is loaded, each rank compares its part with the checksums. An
+Every rank writes its own part, in a folder of its own beside the checkpoint's, and moves it there when it is complete:
+last of all a list of it, with names, sizes and checksums. A checkpoint is whole if the lists of all ranks are there and
+every file has its size. Before it is loaded, each rank compares its part with the checksums. An
 upload that a full disk cut off, or a damaged file, is therefore never taken for a checkpoint: the one before it counts.
 
 This module reads and tidies folders only. Writing checkpoints through Ray Train is in `rayrl.training.launch`.
@@ -44,14 +45,16 @@ class Damage(TypedDict):
     files: list[str]
 
 
-def seal(folder: str, step: int, rank: int, world_size: int) -> None:
-    """Write this rank's list into the local folder that holds its part of a checkpoint."""
+def seal(folder: str, step: int, rank: int, world_size: int) -> str:
+    """Write this rank's list into the local folder that holds its part of a checkpoint, and return the list's name."""
     files: dict[str, tuple[int, int]] = {}
     for file in sorted(Path(folder).rglob("*")):
         if file.is_file():
             files[file.relative_to(folder).as_posix()] = (file.stat().st_size, _checksum(file))
     content: RankList = {"step": step, "files": files}
-    _rank_list_file(folder, rank, world_size).write_text(json.dumps(content))
+    file = _rank_list_file(folder, rank, world_size)
+    file.write_text(json.dumps(content))
+    return file.name
 
 
 def changed_files(folder: str, rank: int, world_size: int) -> list[str]:

@@ -8,21 +8,40 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayrl.config import TrainingConfig
+from rayrl.errors import TrainingStopped
 
 B = TypeVar("B")
+T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 LEAST_SHARE = 0.1
 """Share of the learning rate that the schedules "linear" and "cosine" end at."""
+MAX_SKIPPED_STEPS = 3
+"""Steps in a row without a finite gradient that end a training: one may be a bad batch, more are a bad training."""
+REMEDY = (
+    "look at these rows, lower learning_rate, or raise warmup_ratio; the last checkpoint is intact, and the same "
+    "command goes on from it"
+)
+NUM_NAMED_ROWS = 16
+"""Rows that a message names."""
 TAG = "state"
 """DeepSpeed's name for the folder of a checkpoint inside ours."""
+
+
+class CheckpointWriter(Protocol):
+    """The part of DeepSpeed's checkpoint engine that writes one file."""
+
+    save: Callable[[Any, str], None]
 
 
 class Engine(Protocol[M_co]):
@@ -36,12 +55,20 @@ class Engine(Protocol[M_co]):
     def world_size(self) -> int: ...
     @property
     def global_steps(self) -> int: ...
+
+    skipped_in_a_row: int
+    """Steps without a finite gradient since the last one with; ours, and not DeepSpeed's."""
+
     def __call__(self, *inputs: Any, **named: Any) -> Any: ...
     def train(self) -> object: ...
     def eval(self) -> object: ...
     def backward(self, loss: Tensor) -> object: ...
     def step(self) -> object: ...
     def get_lr(self) -> list[float]: ...
+    def get_global_grad_norm(self) -> float | Tensor | None: ...
+    def gradient_clipping(self) -> float: ...
+    @property
+    def checkpoint_engine(self) -> "CheckpointWriter": ...
     def zero_optimization_stage(self) -> int: ...
     def save_checkpoint(
         self, save_dir: str, *, tag: str, client_state: dict[str, Any], exclude_frozen_parameters: bool
@@ -96,7 +123,14 @@ def sharded_loading(training: TrainingConfig, dtype: torch.dtype) -> Iterator[No
         del config
 
 
-def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int) -> Engine[M]:
+def start(
+    model: M,
+    training: TrainingConfig,
+    dtype: torch.dtype,
+    num_steps: int,
+    *,
+    own_rates: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
+) -> Engine[M]:
     """Wrap a model for training over all workers of the fit.
 
     Args:
@@ -104,6 +138,7 @@ def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int
         training: optimizer, schedule and sharding.
         dtype: precision of the weights.
         num_steps: length of the learning-rate schedule.
+        own_rates: weights with a highest learning rate of their own, on the same schedule.
     """
     import deepspeed
 
@@ -118,14 +153,31 @@ def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, num_steps, training))
 
+    apart = {parameter for parameters, _ in own_rates for parameter in parameters}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad and p not in apart]}]
+    groups += [{"params": list(parameters), "lr": rate} for parameters, rate in own_rates]
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],  # type: ignore[arg-type]
+        model_parameters=groups,  # type: ignore[arg-type]
         config=zero_config(training, dtype),
         lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
     )
+    engine.skipped_in_a_row = 0
+    # Without ZeRO and in float32, DeepSpeed leaves clipping to torch: a gradient that is not finite would turn all
+    # weights into NaN, and its norm is nowhere to be read.
+    engine.clip_fp32_gradients = partial(_clip_or_skip, engine)
     return cast("Engine[M]", engine)
+
+
+def _clip_or_skip(engine: Any) -> None:
+    """Clip whole gradients and keep their norm; without a finite one drop them, which the optimizer passes over."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping()).item()
+    engine._global_grad_norm = norm
+    if not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
@@ -178,6 +230,25 @@ def sum_tensor_over_ranks(tensor: Tensor, engine: Engine) -> Tensor:
     return on_device.to(tensor.device)
 
 
+def scattered(parts: Sequence[T] | None) -> T:
+    """Send each rank its part of a list that rank 0 has; the others give None. All ranks take part."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        assert parts is not None
+        return parts[0]
+    received: list[T | None] = [None]
+    dist.scatter_object_list(received, None if parts is None else list(parts), src=0)
+    return cast("T", received[0])
+
+
+def gathered(part: T) -> list[T]:
+    """Return the parts of all ranks, in their order, to every rank. All ranks take part."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [part]
+    parts: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return cast("list[T]", parts)
+
+
 def barrier(engine: Engine) -> None:
     """Wait until every rank is here."""
     max_over_ranks(0.0, engine)
@@ -190,6 +261,17 @@ def _reduce(value: float, engine: Engine, operation: dist.ReduceOp.RedOpType) ->
     return tensor.item()
 
 
+class StepResult(NamedTuple):
+    """An optimizer step as the training's curve shows it."""
+
+    loss: float
+    """Mean over all ranks."""
+    grad_norm: float
+    """Length of the gradient of all ranks before it was clipped; not finite if the step was skipped."""
+    num_skipped: int
+    """1 if the gradient was not finite, so that the weights are as before the step; else 0."""
+
+
 def train_step(
     engine: Engine,
     micro_batches: Sequence[B],
@@ -197,8 +279,8 @@ def train_step(
     weight: float,
     idle: B,
     names: Sequence[str] = (),
-) -> float:
-    """Take one optimizer step on the mean loss over all ranks.
+) -> StepResult:
+    """Take one optimizer step on the mean loss over all ranks; a step without a finite gradient changes no weights.
 
     Args:
         engine: the DeepSpeed engine.
@@ -206,13 +288,11 @@ def train_step(
         summed_loss: sum of the losses of a micro-batch's samples.
         weight: this rank's share of the mean's denominator (samples, or tokens).
         idle: a micro-batch to run at zero weight while other ranks still work.
-        names: this rank's rows, for the message when they break the loss.
-
-    Returns:
-        The mean loss.
+        names: this rank's rows, for the message when they break the training.
 
     Raises:
-        FloatingPointError: the loss is not finite; the optimizer has not been stepped.
+        TrainingStopped: the loss is not finite, or for the third time in a row the gradient; on all ranks alike, and
+            the optimizer has not been stepped.
     """
     denominator = sum_over_ranks(weight, engine)
     num_micro = int(max_over_ranks(len(micro_batches), engine))
@@ -228,13 +308,41 @@ def train_step(
             factor = 0.0
         engine.backward(loss * factor)
     mean = sum_over_ranks(own_loss, engine) / denominator
+    step = engine.global_steps + 1
     if not math.isfinite(mean):
-        rows = f" on rows {', '.join(names)}" if names else ""
-        where = "; this worker's rows are fine" if math.isfinite(own_loss) else rows
-        step = engine.global_steps + 1
-        raise FloatingPointError(f"loss is {mean} at step {step}{where}; the last checkpoint is intact")
+        rows = _named([] if math.isfinite(own_loss) else names)
+        raise TrainingStopped(f"the loss is {mean} at step {step}{rows}; {REMEDY}")
     engine.step()
-    return mean
+    grad_norm = engine.get_global_grad_norm()
+    assert grad_norm is not None, "every optimizer computes it"
+    grad_norm = float(grad_norm)
+    is_skipped = not math.isfinite(grad_norm)
+    engine.skipped_in_a_row = engine.skipped_in_a_row + 1 if is_skipped else 0
+    if engine.skipped_in_a_row == MAX_SKIPPED_STEPS:
+        raise TrainingStopped(
+            f"the gradient is not finite in {MAX_SKIPPED_STEPS} steps in a row, the last of them step {step}"
+            f"{_named(names)}, although the loss is ({mean:.4g}); these steps were skipped; {REMEDY}"
+        )
+    return StepResult(mean, grad_norm, int(is_skipped))
+
+
+def _named(names: Sequence[str]) -> str:
+    """Name the given rows of all ranks for a message. All ranks take part."""
+    everywhere = [name for of_rank in gathered(list(names)) for name in of_rank]
+    if not everywhere:
+        return ""
+    more = f" and {len(everywhere) - NUM_NAMED_ROWS} more" if len(everywhere) > NUM_NAMED_ROWS else ""
+    return f" on rows {', '.join(everywhere[:NUM_NAMED_ROWS])}{more}"
+
+
+def has_finite_weights(engine: Engine[nn.Module]) -> bool:
+    """Tell whether every trained weight is a finite number, on all ranks, all of which take part."""
+    is_broken = False
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            own: Tensor = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 this rank's shard
+            is_broken |= not bool(own.detach().isfinite().all())
+    return max_over_ranks(is_broken, engine) == 0
 
 
 def gather(
@@ -255,9 +363,70 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def save(engine: Engine, folder: str, position: dict[str, float]) -> None:
-    """Write this rank's part of a checkpoint, with the position in the data."""
-    engine.save_checkpoint(folder, tag=TAG, client_state={"position": position}, exclude_frozen_parameters=True)
+def save(engine: Engine, folder: str, position: dict[str, float]) -> Callable[[], None]:
+    """Copy this rank's part of a checkpoint, with the position in the data, into memory. All ranks take part.
+
+    Returns:
+        Writes the copy into the folder; may run in another thread while training goes on. Where memory has no room for
+        the copies of all ranks, everything is written already.
+    """
+    writer = engine.checkpoint_engine
+    # Of the ranks on this machine, none of which knows what the others copy.
+    num_free = _free_memory() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    copies: list[tuple[Any, str]] = []
+
+    def copy_or_write(state_dict: Any, path: str) -> None:
+        nonlocal num_free
+        num_free -= num_bytes(state_dict)
+        if num_free > 0:
+            copies.append((copied(state_dict), path))
+        else:
+            write(state_dict, path)
+
+    write = writer.save
+    writer.save = copy_or_write
+    try:
+        engine.save_checkpoint(folder, tag=TAG, client_state={"position": position}, exclude_frozen_parameters=True)
+    finally:
+        writer.save = write
+
+    def write_copies() -> None:
+        while copies:
+            write(*copies.pop())
+
+    return write_copies
+
+
+def _free_memory() -> int:
+    """Return the bytes that this machine, or the container that limits it, has left."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
+    if not limit.exists() or not (allowed := limit.read_text().strip()).isdigit():
+        return free
+    counts = dict(line.split() for line in used.read_text().splitlines())
+    return min(free, int(allowed) - int(counts["anon"]) - int(counts["shmem"]))
+
+
+def copied(state: Any) -> Any:
+    """Copy all tensors in nested containers into the machine's memory; other values stay as they are."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in cast("dict[Any, Any]", state).items()}
+    if type(state) in (list, tuple):
+        return type(state)(copied(value) for value in state)
+    return state
+
+
+def num_bytes(state: Any) -> int:
+    """Count the bytes of all tensors in nested containers."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(num_bytes(value) for value in cast("dict[Any, Any]", state).values())
+    if type(state) in (list, tuple):
+        return sum(num_bytes(value) for value in state)
+    return 0
 
 
 def load(engine: Engine, folder: str) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """Direct preference optimisation (arXiv 2305.18290) of M1 on the pseudo-labelled pairs."""
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Literal, TypedDict
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -20,8 +21,11 @@ from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.job import TrainingJob
-from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
+from rayrl.training.steps import num_steps, rank_batches, rank_zero_log, row_names, steps
 from rayrl.training.sync.export import export_policy
+
+Side = Literal["chosen_reference_logprob", "rejected_reference_logprob"]
+SIDES: tuple[Side, ...] = ("chosen_reference_logprob", "rejected_reference_logprob")
 
 
 class References(TypedDict):
@@ -71,15 +75,14 @@ class PairBatch:
         )
 
 
-NO_REFERENCE: References = {"chosen_reference_logprob": 0.0, "rejected_reference_logprob": 0.0}
-"""Makes a pair's log-ratios the policy's log-probabilities."""
 IDLE_PAIR: PairRow = {
     "chosen_id": "idle",
     "rejected_id": "idle",
     "prompt_token_ids": [0],
     "chosen_token_ids": [0],
     "rejected_token_ids": [0],
-    **NO_REFERENCE,
+    "chosen_reference_logprob": 0.0,
+    "rejected_reference_logprob": 0.0,
 }
 """Stands in on a rank that has no pair while other ranks still work."""
 
@@ -93,8 +96,13 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         if dpo.lora:
             policy = add_lora(policy, dpo.lora)
         engine = zero.start(policy, dpo, job.torch_dtype, num_steps(job.num_rows, dpo, dpo.batch_size))
-    references = reference_pass(engine, job, data) if job.reference == "pass" else {}
-    has_reference = job.reference != "none"
+    pairs: Callable[[], Iterator[pa.Table]] = data
+    if job.reference == "pass":
+        references = reference_pass(engine, job, data)
+
+        def pairs() -> Iterator[pa.Table]:
+            return (with_references(table, references) for table in data())
+
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
@@ -105,23 +113,22 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         return losses.sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step in steps(engine, dpo, job.seed, data):
+        for step in steps(engine, dpo, job.seed, pairs):
             started = time.monotonic()
-            rows = [with_references(row, references if has_reference else None) for row in step.rows]
-            batches = [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens)]
+            batches = [batch.to(engine.device) for batch in collated(step.rows, dpo.micro_batch_tokens)]
             margins.clear()
-            loss = zero.train_step(engine, batches, summed_loss, len(rows), idle, row_names(rows))
+            taken = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
             num_tokens = sum(batch.tokens.num_tokens for batch in batches)
             num_padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
             meters.TRAINING_TOKENS.add(num_tokens, stage=job.stage)
             step_margins = torch.cat(margins)
             log(
                 step.number,
-                loss=loss,
+                **taken._asdict(),
                 reward_margin=step_margins.mean(),
                 reward_accuracy=(step_margins > 0).float().mean(),
                 learning_rate=engine.get_lr()[0],
-                num_tokens=num_tokens,
+                num_tokens=zero.sum_over_ranks(num_tokens, engine),
                 padding_share=1 - num_tokens / max(1, num_padded),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
@@ -133,10 +140,12 @@ def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tens
     """Return the loss of each pair, and the implicit rewards of both sides, (B,) each."""
     token_logprobs = response_token_logprobs(model, batch.tokens)  # (2 B, R)
     chosen, rejected = side_logprobs(token_logprobs, batch.tokens.response_mask, dpo.ld_alpha)
+    if dpo.reference != "none":
+        chosen, rejected = chosen - batch.reference_chosen, rejected - batch.reference_rejected
     chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen - batch.reference_chosen,
-        rejected - batch.reference_rejected,
+        chosen,
+        rejected,
         beta=dpo.beta,
         loss=dpo.loss,
         label_smoothing=dpo.label_smoothing,
@@ -181,51 +190,49 @@ def pair_batch(rows: list[PairRow]) -> PairBatch:
     )
 
 
-def _references(rows: list[PairRow], side: Literal["chosen_reference_logprob", "rejected_reference_logprob"]) -> Tensor:
+def _references(rows: list[PairRow], side: Side) -> Tensor:
     return torch.tensor([row[side] for row in rows], dtype=torch.float32)
 
 
 def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow]) -> dict[str, References]:
-    """Read M1's log-probabilities of every pair of this rank, by the pair's name. All ranks take part.
+    """Read M1's log-probabilities of every pair, by the pair's name. All ranks take part.
 
     They are read once, before the first step, and kept beside the fit: when a worker restarts, the policy is no longer
     M1.
+
+    Returns:
+        Those of all pairs on rank 0, which deals the pairs; nothing on the others.
     """
-    name = f"references-{launch.rank()}-of-{launch.world_size()}.json"
-    url = storage.join(job.run_url, "stages", job.stage, name)
-    if storage.exists(url):
-        return storage.read_json(url)
+    is_dealing = launch.rank() == 0
+    url = storage.join(job.run_url, "stages", job.stage, "references.json")
+    if zero.max_over_ranks(is_dealing and storage.exists(url), engine):
+        return storage.read_json(url) if is_dealing else {}
     engine.eval()
     references: dict[str, References] = {}
-    rows = data()
-    while True:
-        chunk = list(islice(rows, job.dpo.batch_size))
-        if zero.max_over_ranks(len(chunk), engine) == 0:
-            break
-        batches = collated(chunk, job.dpo.micro_batch_tokens)
+    for rows in rank_batches(data, epochs=1, batch_size=job.dpo.batch_size, seed=job.seed, skip=0):
+        batches = collated(rows, job.dpo.micro_batch_tokens)
         # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read idle ones beside the others.
         for i in range(int(zero.max_over_ranks(len(batches), engine))):
             batch = (batches[i] if i < len(batches) else pair_batch([IDLE_PAIR])).to(engine.device)
             with torch.no_grad():
                 token_logprobs = response_token_logprobs(engine, batch.tokens)
             chosen, rejected = side_logprobs(token_logprobs, batch.tokens.response_mask, job.dpo.ld_alpha)
-            for pair, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
-                references[pair] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
+            if i < len(batches):
+                for pair, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
+                    references[pair] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
+    parts = zero.gathered(references)
+    if not is_dealing:
+        return {}
+    for part in parts:
+        references |= part
     storage.write_json(url, references)
     return references
 
 
-def with_references(row: PairRow, references: dict[str, References] | None) -> PairRow:
-    """Put the log-probabilities of the pass, if there was one, in the place of the row's own; None: no reference."""
-    if references is None:
-        found = NO_REFERENCE
-    else:
-        (name,) = row_names([row])
-        if name not in references:
-            return row
-        found = references[name]
-    return {
-        **row,
-        "chosen_reference_logprob": found["chosen_reference_logprob"],
-        "rejected_reference_logprob": found["rejected_reference_logprob"],
-    }
+def with_references(pairs: pa.Table, references: dict[str, References]) -> pa.Table:
+    """Put the log-probabilities of the pass in the place of the pairs' own."""
+    found = [references[name] for name in row_names(pairs.select(["chosen_id", "rejected_id"]).to_pylist())]
+    for side in SIDES:
+        column = pa.array([logprobs[side] for logprobs in found], pa.float64())
+        pairs = pairs.set_column(pairs.schema.get_field_index(side), side, column)
+    return pairs

@@ -81,11 +81,11 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
                 (tokens.to(engine.device), scores.to(engine.device))
                 for tokens, scores in collated(step.rows, training.micro_batch_tokens)
             ]
-            loss = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
+            taken = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
             meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
             log(
                 step.number,
-                loss=loss,
+                **taken._asdict(),
                 learning_rate=engine.get_lr()[0],
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,

@@ -9,7 +9,9 @@ checkpoint that was reported to it, and not whether it can be read.
 
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,15 +27,34 @@ import ray.data
 import ray.train
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    DataConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import TrainingConfig
-from rayrl.errors import RayRLError, StageTimeout
-from rayrl.runs.storage import is_local, join, locate, refusing_full_disk
+from rayrl.errors import RayRLError, StageTimeout, TrainingStopped
+from rayrl.runs.storage import (
+    exists,
+    is_local,
+    join,
+    locate,
+    move_files,
+    read_json,
+    refusing_full_disk,
+    remove,
+    write_json,
+)
 from rayrl.training import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -41,8 +62,10 @@ logger = logging.getLogger(__name__)
 J = TypeVar("J")
 R = TypeVar("R")
 
-Stream = Callable[[int, int], "ray.data.Dataset"]
-"""(rank, world size) -> the rows of that rank, in an order that never changes."""
+STOPPED = "stopped.json"
+"""File with the reason for which a training stopped, beside the fit's checkpoints: a message to the driver."""
+STREAM = "rows"
+"""Ray Train's name for the training rows."""
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Ray Train's environment variable: seconds for which a fit, or a restart of its workers, waits for room."""
 START_TIMEOUT_S = 600.0
@@ -54,6 +77,8 @@ POLL_S = 0.5
 ADDRESS = "RAY_ADDRESS"
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
+_last_write: ContextVar[threading.Event | None] = ContextVar("last_write", default=None)
+"""In a worker: set when its part of the last checkpoint is written."""
 
 
 class Trainer(Protocol):
@@ -63,29 +88,30 @@ class Trainer(Protocol):
 
 
 class Rows(Generic[R]):
-    """This worker's rows. Call it once an epoch; it yields them from the first one on.
+    """The training's rows, which rank 0 reads and deals to all ranks. Call it once an epoch; it yields tables of rows.
 
     The first epoch's first block is asked for at once, so that Ray Data works beside the imports and the loading.
     """
 
-    def __init__(self, shard: "ray.data.DataIterator | ray.data.Dataset"):
-        self._shard = shard
-        self._prefetched: Future[Iterator[pa.Table]] | None = ThreadPoolExecutor(1).submit(self._started_tables)
+    def __init__(self, stream: "ray.data.DataIterator | ray.data.Dataset | None"):
+        self._stream = stream  # None on the ranks that are dealt theirs
+        self._prefetched: Future[Iterator[pa.Table]] | None = None
+        if stream is not None:
+            self._prefetched = ThreadPoolExecutor(1).submit(self._started_tables)
 
-    def __call__(self) -> Iterator[R]:
-        if self._prefetched is not None:
-            tables = self._prefetched.result()
-            self._prefetched = None
-        else:
-            tables = self._started_tables()
-        for table in tables:
-            yield from table.to_pylist()
+    def __call__(self) -> Iterator[pa.Table]:
+        if self._prefetched is None:
+            return self._started_tables()
+        tables = self._prefetched.result()
+        self._prefetched = None
+        return tables
 
     def _started_tables(self) -> Iterator[pa.Table]:
         """Start an epoch: return its blocks, the first of which is there."""
+        assert self._stream is not None, "rank 0 alone reads"
         # No batch size: blocks as they are, without copying rows from one into another.
         tables = iter(
-            self._shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore[arg-type]
+            self._stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore[arg-type]
         )
         first = next(tables, None)
         return iter(()) if first is None else chain([first], tables)
@@ -95,7 +121,7 @@ def fit(
     loop: Callable[[J, Rows[Any]], None],
     job: J,
     training: TrainingConfig,
-    stream: Stream,
+    stream: ray.data.Dataset,
     *,
     storage: str,
     on_gpu: bool,
@@ -104,16 +130,16 @@ def fit(
     """Run a loop on every worker, to its end.
 
     Args:
-        loop: the training function; called with `job` and its rows on every worker.
+        loop: the training function; called with `job` and the rows on every worker.
         job: a picklable record with all that the loop needs.
         training: workers and failures.
-        stream: the training rows of each rank.
+        stream: the training rows, in an order that never changes.
         storage: folder of the fit's checkpoints (any fsspec URL).
         on_gpu: one GPU per worker, else one CPU.
         name: of the fit on Ray's dashboard, and of its folder in `storage`.
 
     Raises:
-        RayRLError: a worker's own, DiskFull among them; the whole checkpoints are still there.
+        RayRLError: a worker's own, DiskFull and TrainingStopped among them; the whole checkpoints are still there.
         StageTimeout: there was no room for the workers in time; the message has their needs and what is free.
     """
     # Ray Train reads these in the driver, and hands them on to its controller.
@@ -122,10 +148,6 @@ def fit(
     started = time.monotonic()
     fit_url = join(storage, name)
     filesystem, path = _filesystem(storage)
-    # Each rank has a stream of its own, so that the rows of a rank never depend on how fast the others are.
-    streams: dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]] = {}
-    for rank_of_stream in range(training.num_workers):
-        streams[_stream_name(rank_of_stream)] = stream(rank_of_stream, training.num_workers)
     new_trainer = partial(
         TorchTrainer,
         _run,
@@ -144,18 +166,22 @@ def fit(
             failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),
         ),
-        datasets=streams,
-        # Every worker sees all streams whole, and reads the one that is named after its rank.
+        datasets={STREAM: stream},
+        # Rank 0 reads the stream whole: a split of Ray's would give each rank blocks by how fast it asks for them.
         dataset_config=DataConfig(
             datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
         ),
     )
+    stopped_url = join(fit_url, STOPPED)
+    remove(stopped_url)
     try:
         with _address_in_environment():
             _fit_with_tidy_folder(new_trainer, fit_url, training.max_failures)
     except WorkerGroupStartupTimeoutError:
         total, free = ray.cluster_resources(), ray.available_resources()
         raise StageTimeout(no_room(name, training.num_workers, on_gpu, total, free)) from None
+    if exists(stopped_url):
+        raise TrainingStopped(f"{name}: {read_json(stopped_url)}")
     logger.debug("fit in %s took %.1f s", storage, time.monotonic() - started)
 
 
@@ -247,16 +273,17 @@ def _filesystem(url: str) -> tuple[FileSystem | None, str]:
     return (None, url) if is_local(url) else (PyFileSystem(FSSpecHandler(filesystem)), path)
 
 
-def _stream_name(rank: int) -> str:
-    return f"rank{rank}"
-
-
 def _run(config: dict[str, Any]) -> None:
     """Run the loop in a worker."""
     _fit_url.set(config["fit_url"])
-    shard = ray.train.get_dataset_shard(_stream_name(rank()))
-    assert shard is not None, "`fit` makes a stream for every rank"
-    config["loop"](config["job"], Rows(shard))
+    rows = Rows(ray.train.get_dataset_shard(STREAM) if rank() == 0 else None)
+    try:
+        config["loop"](config["job"], rows)
+    except TrainingStopped as error:
+        # Raised on all ranks alike. Ray Train would run the fit again from its last checkpoint, to the same end, and
+        # show every rank's stack each time.
+        if rank() == 0:
+            write_json(join(config["fit_url"], STOPPED), str(error))
 
 
 def rank() -> int:
@@ -295,23 +322,57 @@ def is_damaged(name: str, folder: str) -> bool:
     return bool(files)
 
 
-def report(metrics: dict[str, float], save: Callable[[str], None]) -> None:
-    """Save a checkpoint on every rank, and register it with Ray Train.
+def report(metrics: dict[str, float], save: Callable[[str], Callable[[], None]]) -> None:
+    """Copy a checkpoint on every rank; it is written, and registered with Ray Train, while training goes on.
+
+    A checkpoint waits for the one before it to be written, so that one copy at most is in memory. The last one is
+    written before the fit ends. On a local disk a rank writes beside the checkpoint's folder, and renames.
 
     Args:
         metrics: of the checkpoint, its `step` among them.
-        save: writes this rank's part into a folder.
+        save: copies this rank's part, and returns a function that writes it into the given folder.
 
     Raises:
-        DiskFull: the checkpoint does not fit; those before it are still there.
+        DiskFull: the checkpoint does not fit; those before it are still there. A disk that is found full in the
+            background ends the fit with the same error.
     """
-    step = int(metrics["step"])
+    last_write = _last_write.get()
+    if last_write is not None:
+        last_write.wait()  # by a thread of this process: it ends, or the process does
+    step, fit_url = int(metrics["step"]), _fit_url.get()
+    own_rank, num_ranks = rank(), world_size()
+    # Ray Train wants its own filesystem back: another thread's is not equal to it.
+    context = ray.train.get_context().get_storage()
+    context._check_validation_file()  # refuses a local path that this node does not share with the driver's
     what = f"the checkpoint of step {step}"
-    with tempfile.TemporaryDirectory() as folder:
-        with refusing_full_disk(folder, what):
-            save(folder)
-            checkpoints.seal(folder, step, rank(), world_size())
-        with refusing_full_disk(_fit_url.get(), what):
-            # Ray Train takes rank 0's name. The random end keeps a repeated step from writing into an older folder.
-            name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    # The random end keeps a repeated step from writing into an older folder.
+    name = f"{checkpoints.PREFIX}{step:08d}_{uuid.uuid4().hex[:8]}"
+    with refusing_full_disk(fit_url, what):
+        part = tempfile.mkdtemp(
+            prefix=f"{name}.rank-{own_rank}.", dir=locate(fit_url)[1] if is_local(fit_url) else None
+        )
+    with refusing_full_disk(part, what):
+        write = save(part)
+    is_written = threading.Event()
+
+    def persist(_: Checkpoint, shared_name: str) -> Checkpoint:
+        try:
+            with refusing_full_disk(part, what):
+                write()
+                list_file = checkpoints.seal(part, step, own_rank, num_ranks)
+            with refusing_full_disk(fit_url, what):
+                move_files(part, join(fit_url, shared_name), last=list_file)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # of a part that is not moved
+            is_written.set()
+        return Checkpoint(context.build_checkpoint_path_from_name(shared_name), context.storage_filesystem)
+
+    _last_write.set(is_written)
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(part),
+        checkpoint_dir_name=name,  # all ranks get rank 0's
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=persist,
+        delete_local_checkpoint_after_upload=False,  # it is moved
+    )

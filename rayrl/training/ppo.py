@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rayrl.algorithms import ppo
 from rayrl.config import PpoConfig
+from rayrl.data.batches import share
 from rayrl.data.collate import collate
 from rayrl.metrics import meters
 from rayrl.models.actor_critic import ActorCritic
@@ -25,7 +26,7 @@ from rayrl.training import launch
 from rayrl.training.ppo_job import PpoJob, num_rollouts
 from rayrl.training.rollout import Experience, MicroBatch, PromptRow, TokenTargets, evaluate_rollout
 from rayrl.training.served_policy import ServedPolicy
-from rayrl.training.steps import checkpoint, rank_batches, rank_share, rank_zero_log, restore
+from rayrl.training.steps import checkpoint, rank_batches, rank_zero_log, restore
 
 WATCHED: tuple[str, ...] = ("policy_loss", "value_loss", "clip_fraction", "approximate_kl")
 """Means per token that the curve shows of an update."""
@@ -40,36 +41,34 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
     kl_coef = noted["kl_coef"]
     served = ServedPolicy(job, engine, best_reward=noted["best_reward"])
     all_prompts = rollout_prompts(job, data, skip=step)
-    prompts = next(all_prompts, [])
+    prompts = next(all_prompts, None)
     with rank_zero_log(job.run_url, job.stage) as log, ThreadPoolExecutor(1) as background:
         if step:
             served.publish(step)  # the replicas may hold later weights, or M1's
         else:
             log(0, **served.measure(0))
-        goes_on = zero.max_over_ranks(len(prompts), engine) > 0
         # In the background: the fleet answers while the folder is written, and with `overlap` during the update.
-        sampling = background.submit(served.sample, prompts, step + 1)
+        sampling = background.submit(served.sample, prompts or [], step + 1)
         served.ensure_exported()
-        while goes_on:
+        while prompts is not None:
             step, started = step + 1, time.monotonic()
             rollout = sampling.result()
             waited_s = time.monotonic() - started
 
-            prompts = next(all_prompts, [])
-            goes_on = zero.max_over_ranks(len(prompts), engine) > 0
+            prompts = next(all_prompts, None)
             if config.overlap:  # the next rollout begins with the weights before this update
-                sampling = background.submit(served.sample, prompts, step + 1)
+                sampling = background.submit(served.sample, prompts or [], step + 1)
 
             experience = evaluate_rollout(engine, reference, rollout, config, kl_coef)
             seen = means(experience.sums, "num_responses", engine)
             seen["sampler_difference"] /= max(1.0, seen["length"])  # per token
-            learnt = learn(engine, experience, job, step)
+            learnt = learn(engine, Experience.joined(zero.gathered(experience)), job, step)
             train_s = time.monotonic() - started - waited_s
 
             sync_s = served.publish(step)
             is_runaway = not seen["kl"] <= config.max_kl  # a KL that is not a number is one too
             if not config.overlap:
-                sampling = background.submit(served.sample, [] if is_runaway else prompts, step + 1)
+                sampling = background.submit(served.sample, [] if is_runaway else prompts or [], step + 1)
             served.ensure_exported()
             seconds = time.monotonic() - started
             log(
@@ -82,7 +81,7 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
                 sync_s=sync_s,
                 waited_s=waited_s,
                 seconds=seconds,
-                **served.measure(step, always=not goes_on),
+                **served.measure(step, always=prompts is None),
                 kl_coef=kl_coef,
                 learning_rate=engine.get_lr()[0],
                 updates_behind=step - 1 - rollout.step,
@@ -90,7 +89,7 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
             if is_runaway:
                 return  # without a policy; the stage raises the error
             kl_coef = next_kl_coef(kl_coef, seen, config)
-            if goes_on and step % config.checkpoint_every == 0:
+            if prompts is not None and step % config.checkpoint_every == 0:
                 checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
     served.finish()
     checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
@@ -124,7 +123,7 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def rollout_prompts(job: PpoJob, data: launch.Rows[PromptRow], *, skip: int) -> Iterator[list[PromptRow]]:
-    """Return this rank's share of the prompts of every rollout after the first `skip`."""
+    """Yield this rank's share of the prompts of every rollout after the first `skip`. All ranks take part."""
     config = job.ppo
     batches = rank_batches(data, epochs=config.epochs, batch_size=config.rollout_size, seed=job.seed, skip=skip)
     num_left = None if config.max_rollouts is None else max(0, config.max_rollouts - skip)
@@ -145,11 +144,17 @@ def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> f
 
 
 def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob, step: int) -> dict[str, float]:
-    """Take the inner epochs over one rollout, and return the `WATCHED` means per token and the loss."""
+    """Take the inner epochs over one rollout, and return the `WATCHED` means per token, the loss, and the gradient.
+
+    Args:
+        engine: the DeepSpeed engine around `ActorCritic`.
+        experience: the whole rollout, of all ranks: each takes its share of every batch of it.
+        job: batch size, inner epochs and clipping.
+        step: number of the rollout; draws the order with the seed.
+    """
     config = job.ppo
-    share = rank_share(config.batch_size)
-    num_batches = int(zero.max_over_ranks(-(-len(experience) // share), engine))
     idle = idle_micro_batch(engine.device)
+    taken: list[zero.StepResult] = []
     sums: dict[str, float] = dict.fromkeys(("num_tokens", *WATCHED), 0.0)
 
     def summed_loss(micro_batch: MicroBatch) -> Tensor:
@@ -160,20 +165,22 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
 
     engine.train()
     for epoch in range(config.inner_epochs):
-        rng = np.random.default_rng([job.seed, step, epoch, launch.rank()])
-        order = rng.permutation(len(experience)).tolist()
-        for n in range(num_batches):
-            rows = order[n * share : (n + 1) * share]
+        order = np.random.default_rng([job.seed, step, epoch]).permutation(len(experience)).tolist()
+        for start in range(0, len(order), config.batch_size):
+            rows = share(order[start : start + config.batch_size], launch.rank(), launch.world_size())
             batches = [
                 (tokens.to(engine.device), targets)
                 for tokens, targets in experience.micro_batches(rows, config.micro_batch_tokens)
             ]
             num_response_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in batches)
             names = [experience.ids[i] for i in rows]
-            zero.train_step(engine, batches, summed_loss, num_response_tokens, idle, names)
+            taken.append(zero.train_step(engine, batches, summed_loss, num_response_tokens, idle, names))
             meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
     learnt = means(sums, "num_tokens", engine)
     del learnt["num_tokens"]  # it counts every inner epoch
+    norms = [step.grad_norm for step in taken if not step.num_skipped]
+    learnt["grad_norm"] = float(np.mean(norms)) if norms else float("nan")
+    learnt["num_skipped"] = sum(step.num_skipped for step in taken)
     learnt["loss"] = learnt["policy_loss"] + config.value_coef * learnt["value_loss"]
     return learnt
 

@@ -92,7 +92,8 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
             torch.nn.init.normal_(reward_model.head.weight, std=std)
         model = MultiViewRewardModel(reward_model, job.views.uml if job.views else None)
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
-        engine = zero.start(model, training, job.torch_dtype, schedule_steps)
+        own_rates = [(model.branch(), job.views.uml.learning_rate)] if job.views else []
+        engine = zero.start(model, training, job.torch_dtype, schedule_steps, own_rates=own_rates)
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     losses = StepLosses(engine, idle)
@@ -103,18 +104,25 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
             batches: list[PairBatch | ViewBatch] = [*collated(step.rows, training.micro_batch_tokens)]
             if job.views:
                 if views is None:  # at the first step after a start, which is not always step 1
-                    views = view_batches(job.views, job.seed, launch.rank(), launch.world_size(), skip=step.number - 1)
-                # The views' loss is a mean already. Times this rank's share of the step's pairs, it comes out of the
-                # step's mean over pairs as lambda L_M.
-                share = zero.sum_over_ranks(len(step.rows), engine) / engine.world_size
+                    views = view_batches(
+                        job.views,
+                        job.seed,
+                        launch.rank(),
+                        launch.world_size(),
+                        skip=step.number - 1,
+                        num_steps=schedule_steps,
+                    )
+                # The views' loss is a mean already. Times the number of the step's pairs, it comes out of the step's
+                # mean over pairs as lambda L_M.
+                num_pairs = zero.sum_over_ranks(len(step.rows), engine)
                 # First, on every rank: ZeRO-3 gathers the weights of one forward pass on all of them together.
-                batches.insert(0, next(views).weighted(share))
+                batches.insert(0, next(views).weighted(num_pairs))
             moved = [batch.to(engine.device) for batch in batches]
-            loss = zero.train_step(engine, moved, losses.summed_loss, len(step.rows), idle, row_names(step.rows))
+            taken = zero.train_step(engine, moved, losses.summed_loss, len(step.rows), idle, row_names(step.rows))
             meters.TRAINING_TOKENS.add(sum(batch.tokens.num_tokens for batch in batches), stage=job.stage)
             log(
                 step.number,
-                loss=loss,
+                **taken._asdict(),
                 **losses.statistics(),
                 learning_rate=engine.get_lr()[0],
                 seconds=time.monotonic() - started,
@@ -138,9 +146,18 @@ class StepLosses:
         tokens = batch.tokens
         if isinstance(batch, ViewBatch):
             loss, mi, skl = self.model(
-                tokens.input_ids, tokens.attention_mask, tokens.position_ids, view_seed=batch.seed
+                tokens.input_ids,
+                tokens.attention_mask,
+                tokens.position_ids,
+                view_seed=batch.seed,
+                skl_weight=batch.skl_weight,
             )
-            self._view_statistics = {"mi": mi, "skl": skl}
+            self._view_statistics = {
+                "view_loss": loss.detach(),
+                "mi": mi,
+                "skl": skl,
+                "skl_weight": torch.tensor(batch.skl_weight),
+            }
             return batch.weight * loss
         rewards = self.model(tokens.input_ids, tokens.attention_mask, tokens.position_ids)
         chosen, rejected = rewards.chunk(2)

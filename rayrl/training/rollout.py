@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from rayrl.algorithms import ppo
@@ -147,6 +148,16 @@ class TokenTargets:
         """Targets of responses that do not count."""
         return cls(**{field.name: torch.zeros(num_responses, num_tokens) for field in fields(cls)})
 
+    @classmethod
+    def joined(cls, parts: "Sequence[TokenTargets]") -> "TokenTargets":
+        """Stack the targets of several lots of responses."""
+        width = max(part.logprobs.shape[1] for part in parts)
+        joined: dict[str, Tensor] = {}
+        for field in fields(cls):
+            tensors: list[Tensor] = [getattr(part, field.name) for part in parts]
+            joined[field.name] = torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        return cls(**joined)
+
     def rows(self, rows: Sequence[int], num_tokens: int) -> "TokenTargets":
         """Take some responses, and of each the first tokens."""
         return TokenTargets(**{name: tensor[list(rows), :num_tokens] for name, tensor in vars(self).items()})
@@ -160,7 +171,7 @@ MicroBatch = tuple[TokenBatch, TokenTargets]
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """N responses of this rank, with what PPO needs of each token, on the CPU."""
+    """N responses, with what PPO needs of each token, on the CPU."""
 
     ids: list[str]
     """Of the prompts, for messages."""
@@ -168,12 +179,23 @@ class Experience:
     responses: list[list[int]]
     targets: TokenTargets
     sums: dict[str, float]
-    """Over this rank's responses: how many, their rewards, KL in nats, tokens, truncations, abstentions (with those of
-    each reason), how many span two versions of the weights, and by how much trainer and replica differ on the
+    """Over the responses: how many, their rewards, KL in nats, tokens, truncations, abstentions (with those of each
+    reason), how many span two versions of the weights, and by how much trainer and replica differ on the
     log-probability of each token."""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Experience]") -> "Experience":
+        """Join the ranks' parts of a rollout, in the order in which its prompts were dealt."""
+        return cls(
+            ids=[name for part in parts for name in part.ids],
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            responses=[response for part in parts for response in part.responses],
+            targets=TokenTargets.joined([part.targets for part in parts]),
+            sums={name: sum(part.sums[name] for part in parts) for name in parts[0].sums},
+        )
 
     def micro_batches(self, indices: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
         """Yield the given responses in batches of similar length, with their targets."""

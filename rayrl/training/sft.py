@@ -66,13 +66,13 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
             # The mean is over response tokens, not over examples: long responses count for more.
             num_response_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
             names = row_names(step.rows)
-            loss = zero.train_step(engine, batches, summed_loss, num_response_tokens, idle, names)
+            taken = zero.train_step(engine, batches, summed_loss, num_response_tokens, idle, names)
             meters.TRAINING_TOKENS.add(sum(batch.num_tokens for batch in batches), stage=job.stage)
             log(
                 step.number,
-                loss=loss,
+                **taken._asdict(),
                 learning_rate=engine.get_lr()[0],
-                num_tokens=num_response_tokens,
+                num_tokens=zero.sum_over_ranks(num_response_tokens, engine),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from torch import Tensor
+import pyarrow as pa
+from torch import Tensor, nn
 
 from rayrl.config import TrainingConfig
-from rayrl.data.batches import optimizer_batches
+from rayrl.data.batches import deal, optimizer_batches
+from rayrl.errors import TrainingStopped
 from rayrl.metrics.curves import MetricLog
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
@@ -22,7 +24,7 @@ class Step(NamedTuple, Generic[R]):
     number: int
     """From 1, over all epochs."""
     rows: list[R]
-    """This rank's share; empty while only other ranks have rows left."""
+    """This rank's share; empty on some ranks if the step has fewer rows than there are ranks."""
     waited_s: float
     """For the rows."""
 
@@ -39,24 +41,18 @@ def num_steps(num_rows: int, training: TrainingConfig, batch_size: int) -> int:
     return training.epochs * steps_per_epoch
 
 
-def rank_share(batch_size: int) -> int:
-    """Return the number of a batch's rows that one rank takes, rounded up."""
-    return -(-batch_size // launch.world_size())
-
-
 def rank_batches(
-    data: Callable[[], Iterable[R]], *, epochs: int, batch_size: int, seed: int, skip: int
-) -> Iterator[list[R]]:
-    """Yield this rank's share of the batches of all epochs, without the first `skip`."""
-    shares = optimizer_batches(data, epochs=epochs, batch_size=rank_share(batch_size), seed=seed, skip=skip)
-    for _, rows in shares:
-        yield rows
+    data: Callable[[], Iterable[pa.Table]], *, epochs: int, batch_size: int, seed: int, skip: int
+) -> Iterator[list[Any]]:
+    """Yield this rank's share of the batches of all epochs, without the first `skip`. All ranks take part."""
+    batches = optimizer_batches(data, epochs=epochs, batch_size=batch_size, seed=seed, skip=skip)
+    return deal((rows for _, rows in batches), launch.rank(), launch.world_size(), zero.scattered)
 
 
 def steps(
-    engine: zero.Engine, training: TrainingConfig, seed: int, data: Callable[[], Iterable[R]]
-) -> Iterator[Step[R]]:
-    """Yield the steps after the last checkpoint, until every rank is out of rows.
+    engine: zero.Engine[nn.Module], training: TrainingConfig, seed: int, data: Callable[[], Iterable[pa.Table]]
+) -> Iterator[Step[Any]]:
+    """Yield the steps after the last checkpoint, until the rows of all epochs are used.
 
     The caller takes one optimizer step per item. After `checkpoint_every` of them, and at the end, the state is saved
     on every rank.
@@ -66,11 +62,10 @@ def steps(
     batches = rank_batches(data, epochs=training.epochs, batch_size=training.batch_size, seed=seed, skip=number)
     while True:
         asked = time.monotonic()
-        rows = next(batches, [])
-        waited_s = time.monotonic() - asked
-        # Ranks have different numbers of rows; one that is out of them still takes part in the others' steps.
-        if zero.max_over_ranks(len(rows), engine) == 0:
+        rows = next(batches, None)
+        if rows is None:
             break
+        waited_s = time.monotonic() - asked
         number += 1
         yield Step(number, rows, waited_s)
         if number % training.checkpoint_every == 0:
@@ -93,8 +88,14 @@ def restore(engine: zero.Engine) -> dict[str, float]:
     return {}
 
 
-def checkpoint(engine: zero.Engine, step: int, **noted: float) -> None:
-    """Register a checkpoint of this step with Ray Train; `noted` is kept in it."""
+def checkpoint(engine: zero.Engine[nn.Module], step: int, **noted: float) -> None:
+    """Register a checkpoint of this step with Ray Train; `noted` is kept in it. All ranks take part.
+
+    Raises:
+        TrainingStopped: the weights are not finite numbers; the checkpoint before this one is the last.
+    """
+    if not zero.has_finite_weights(engine):
+        raise TrainingStopped(f"the weights are not finite after step {step}, and are not kept; {zero.REMEDY}")
     position = {"step": step, **noted}
     launch.report(position, lambda folder: zero.save(engine, folder, position))
 

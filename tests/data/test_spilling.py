@@ -25,8 +25,7 @@ def test_more_pairs_than_the_object_store_holds_arrive_once_in_every_epoch(tmp_p
     seen = json.loads(ran.stdout.splitlines()[-1])
     expected = sorted(f"pair-{n}" for n in range(NUM_BLOCKS * ROWS_PER_BLOCK))
     first, second = seen["epochs"]
-    assert sorted(name for name, _ in first) == expected
-    assert first == second, "the same order in every epoch"
-    assert all(whole for _, whole in first)
+    assert sorted(name for name, _ in first) == sorted(name for name, _ in second) == expected
+    assert all(whole for _, whole in first + second)
     assert seen["others_intact"]
     assert seen["spilled_mib"] > 0, "the store was large enough: this test shows nothing"

@@ -291,3 +291,18 @@ def test_other_errors_stay_what_they_are(tmp_path):
     shutil.rmtree(tmp_path)
     with pytest.raises(DiskFull, match="step 4: the disk of"), storage.refusing_full_disk(f"{tmp_path}/x", "step 4"):
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3: file write failed")
+
+
+def test_parts_of_two_ranks_meet_in_one_folder(tmp_path):
+    for rank in range(2):
+        part = tmp_path / f"part-{rank}"
+        storage.write_bytes(str(part / "state" / f"rank-{rank}.pt"), b"state")
+        storage.write_bytes(str(part / f"list-{rank}.json"), b"list")
+        storage.move_files(str(part), str(tmp_path / "checkpoint"), last=f"list-{rank}.json")
+        assert not part.exists()
+    assert sorted(storage.sizes(str(tmp_path / "checkpoint"))) == [
+        "list-0.json",
+        "list-1.json",
+        "state/rank-0.pt",
+        "state/rank-1.pt",
+    ]

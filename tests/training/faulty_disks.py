@@ -13,6 +13,7 @@ import torch
 from rayrl.config import PolicyConfig, SftConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.errors import DiskFull
+from rayrl.fleets.local_cluster import wait_until
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
 from rayrl.training import checkpoints
@@ -31,19 +32,20 @@ class FullDisk:
     """Largest file a worker may write from then on; None: the disk of the run is filled instead."""
 
     def __call__(self, job: Any, data: Any) -> None:
-        def rows():
-            for number, row in enumerate(data()):
-                if number == 3 * BATCH_SIZE:  # behind the first checkpoint
+        def tables():
+            for number, table in enumerate(data()):
+                if number == 2:  # behind the first checkpoint: three steps buffer ten rows
+                    wait_until(lambda: bool(checkpoints.whole(f"{job.run_url}/fit/fit")), 60, "the first checkpoint")
                     self.fill(job.run_url)
-                yield row
+                yield table
 
-        train_sft(job, rows)  # type: ignore[arg-type]
+        train_sft(job, tables)  # type: ignore[arg-type]
 
     def fill(self, run_url: str) -> None:
         if self.limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit_bytes, resource.RLIM_INFINITY))
             return
-        checkpoint = next(Path(run_url, "fit", "fit").glob("checkpoint_*"))
+        checkpoint = Path(run_url, "fit", "fit", checkpoints.whole(f"{run_url}/fit/fit")[0])
         half = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) // 2
         with open(Path(run_url, "filler"), "wb") as filler:
             filler.write(bytes(shutil.disk_usage(run_url).free - half))

@@ -8,7 +8,7 @@ from rayrl.algorithms import preference
 from rayrl.config import DpoConfig
 from rayrl.data.collate import collate
 from rayrl.models.policy import response_token_logprobs
-from rayrl.training.dpo import NO_REFERENCE, pair_batch, pair_losses
+from rayrl.training.dpo import pair_batch, pair_losses
 
 PAIRS = [([5, 6, 7], [8, 9, 10, 11], [12, 13]), ([4], [9], [10, 12, 14, 5, 6])]
 REFERENCES = [(-9.0, -5.5), (-2.0, -14.0)]
@@ -70,7 +70,7 @@ def by_hand(model, dpo):
 )
 def test_the_loss_of_a_batch_is_that_of_its_pairs(model, settings):
     dpo = DpoConfig(**settings)
-    batch = pair_batch([row | NO_REFERENCE for row in rows()] if dpo.reference == "none" else rows())
+    batch = pair_batch(rows())
     with torch.no_grad():
         losses, chosen_rewards, rejected_rewards = pair_losses(model, batch, dpo)
         assert losses.tolist() == pytest.approx(by_hand(model, dpo), rel=1e-5, abs=1e-5)

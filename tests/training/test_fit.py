@@ -1,8 +1,10 @@
 """Real fits: Ray Train and DeepSpeed around the real loops, on the quickstart's model."""
 
 import json
+import re
 import threading
 import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -18,17 +20,18 @@ from rayrl.data.blocks import BlockTable
 from rayrl.data.collate import collate
 from rayrl.engines.weight_folder import folder_sums, read_record
 from rayrl.engines.weight_sums import difference
+from rayrl.errors import TrainingStopped
 from rayrl.metrics.curves import read_metrics
 from rayrl.models.policy import load_policy, response_logprobs
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
-from rayrl.training.deepspeed_engine import train_step
+from rayrl.training import checkpoints
+from rayrl.training import deepspeed_engine as zero
 from rayrl.training.dpo import DpoJob, train_dpo
 from rayrl.training.launch import fit
 from rayrl.training.sft import SftJob, train_sft
-from rayrl.training.steps import row_names
 
-NUM_ROWS = 13  # in blocks of 5, 5 and 3: two ranks get 8 and 5 rows
+NUM_ROWS = 13  # in blocks of 5, 5 and 3
 
 
 def tokens(generator, low, high):
@@ -100,19 +103,16 @@ def test_zero3_on_two_workers_is_zero0_on_one(ray_cluster, tiny_policy, tmp_path
     alone = weights(tmp_path / "one")
     for name, weight in weights(tmp_path / "two").items():
         torch.testing.assert_close(weight, alone[name], atol=2e-4, rtol=0)
-    passed = {}
-    for rank in range(2):
-        passed |= json.loads((tmp_path / f"two/stages/dpo/references-{rank}-of-2.json").read_text())
+    passed = json.loads((tmp_path / "two/stages/dpo/references.json").read_text())
     rows = [row for block in table.blocks() for row in block.to_pylist()]
-    names = {f"{row['chosen_id']}/{row['rejected_id']}" for row in rows}
-    assert passed.keys() - {"idle/idle"} == names  # unequal ranks: no row is dropped
+    assert passed.keys() == {f"{row['chosen_id']}/{row['rejected_id']}" for row in rows}  # unequal ranks: none dropped
     for row in rows:
         reference = passed[f"{row['chosen_id']}/{row['rejected_id']}"]
         assert reference["chosen_reference_logprob"] == pytest.approx(row["chosen_reference_logprob"], abs=1e-3)
         assert reference["rejected_reference_logprob"] == pytest.approx(row["rejected_reference_logprob"], abs=1e-3)
 
 
-def sft_fit(folder, table, policy, training):
+def sft_fit(folder, table, policy, training, loop=train_sft):
     job = SftJob(
         stage="sft",
         run_url=str(folder),
@@ -124,14 +124,29 @@ def sft_fit(folder, table, policy, training):
         seed=0,
         num_rows=NUM_ROWS,
     )
-    fit(train_sft, job, training, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=False)
+    fit(loop, job, training, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=False, name="mine-sft")
     return read_metrics(f"{folder}/metrics/sft.jsonl")
 
 
-def write_examples(folder):
+def write_examples(folder, num_blocks=3):
     generator = torch.Generator().manual_seed(1)
     names = ("prompt_token_ids", "response_token_ids")
-    return write(folder, [{name: tokens(generator, 3, 20) for name in names} for _ in range(NUM_ROWS)])
+    rows = [{name: tokens(generator, 3, 20) for name in names} | {"prompt_id": f"e{n}"} for n in range(NUM_ROWS)]
+    if num_blocks == 3:
+        return write(folder, rows)
+    table = BlockTable(str(folder), 1)
+    table.write(0, pa.Table.from_pylist(rows))
+    return table
+
+
+def test_a_table_of_one_block_trains_all_ranks_as_it_trains_one(ray_cluster, tiny_policy, tmp_path):
+    table = write_examples(tmp_path / "examples", num_blocks=1)
+    settings = {"batch_size": 5, "epochs": 2, "learning_rate": 1e-3}  # steps of 5, 5 and 3 rows
+    one = sft_fit(tmp_path / "one", table, tiny_policy, SftConfig(**settings))
+    two = sft_fit(tmp_path / "two", table, tiny_policy, SftConfig(**settings, num_workers=2, zero_stage=2))
+    assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, 7))
+    for name in ("loss", "num_tokens", "learning_rate", "grad_norm"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
 
 
 def kill_a_worker_after(url, num_steps):
@@ -205,35 +220,46 @@ def check_export(folder, policy):
     assert "lm_head.weight" in weights(folder)  # a swapped engine finds a tied head by this name only
 
 
-class Engine:
-    """As much of a DeepSpeed engine as a step touches."""
-
-    world_size, global_steps, device = 1, 6, torch.device("cpu")
-    stepped = False
-
-    def backward(self, loss):
-        self.loss = loss
-
-    def step(self):
-        self.stepped = True
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer(bad):
-    engine = Engine()
-    with pytest.raises(FloatingPointError, match="at step 7; the last checkpoint is intact"):
-        train_step(engine, [1.0, bad], torch.tensor, 2, 0.0)
-    assert not engine.stepped
-
-
-def test_a_loss_that_is_not_finite_names_its_rows():
-    names = row_names([{"chosen_id": "a", "rejected_id": "b"}, {"response_id": "c", "prompt_id": "d"}, {"id": "e"}])
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 7 on rows a/b, c, e; the last"):
-        train_step(Engine(), [float("nan")], torch.tensor, 3, 0.0, names)
+@pytest.mark.parametrize("broken", ["gradient", "weights"])
+def test_a_training_that_breaks_ends_with_one_message_and_an_intact_checkpoint(
+    ray_cluster, tiny_policy, tmp_path, broken
+):
+    table = write_examples(tmp_path / "examples")
+    training = SftConfig(batch_size=2, epochs=1, learning_rate=1e-3, checkpoint_every=1)
+    with pytest.raises(TrainingStopped) as stopped:
+        sft_fit(tmp_path, table, tiny_policy, training, partial(break_after_a_step, broken))
+    message = str(stopped.value)
+    assert "\n" not in message and message.startswith("mine-sft: ")
+    expected = {
+        "gradient": r"the gradient is not finite in 3 steps in a row, the last of them step 5 on rows e\d+, e\d+, ",
+        "weights": r"the weights are not finite after step 3, and are not kept; ",
+    }
+    assert re.search(expected[broken], message)
+    curve = read_metrics(f"{tmp_path}/metrics/sft.jsonl")
+    skipped = [(row["step"], row["grad_norm"]) for row in curve if row["num_skipped"]]
+    assert skipped == ([(3, None), (4, None)] if broken == "gradient" else [])
+    last = 4 if broken == "gradient" else 2
+    assert checkpoints.whole(f"{tmp_path}/fit/mine-sft")[0].startswith(f"checkpoint_{last:08d}")
+    assert not (tmp_path / "checkpoint").exists()
 
 
-def test_a_step_is_the_mean_over_samples():
-    engine = Engine()
-    assert train_step(engine, [3.0, 5.0], torch.tensor, 4, 0.0) == 2.0
-    assert engine.loss.item() == pytest.approx(5 / 4)
-    assert engine.stepped
+def break_after_a_step(broken, job, data):
+    """Train as usual for two steps; then something is not finite."""
+    take_step = zero.train_step
+    num_taken = 0
+
+    def breaking_step(engine, batches, summed_loss, *rest):
+        nonlocal num_taken
+        num_taken += 1
+        if num_taken <= 2:
+            return take_step(engine, batches, summed_loss, *rest)
+        weight = next(engine.module.parameters())
+        if broken == "weights":
+            taken = take_step(engine, batches, summed_loss, *rest)
+            weight.data[0, 0] = float("inf")
+            return taken
+        extra = (weight.sum() * 0).sqrt()  # the root of 0 has an infinite slope
+        return take_step(engine, batches, lambda batch: summed_loss(batch) + extra, *rest)
+
+    zero.train_step = breaking_step
+    train_sft(job, data)

@@ -2,12 +2,14 @@
 
 import json
 import math
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rayrl.config import EvaluatorConfig, LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
@@ -19,8 +21,16 @@ from rayrl.models.policy import load_policy
 from rayrl.models.reward_model import RewardModel
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
+from rayrl.training import deepspeed_engine as zero
 from rayrl.training.launch import fit
-from rayrl.training.reward_model import RewardModelJob, StepLosses, pair_batch, sequence_batch, train_reward_model
+from rayrl.training.reward_model import (
+    IDLE_PAIR,
+    RewardModelJob,
+    StepLosses,
+    pair_batch,
+    sequence_batch,
+    train_reward_model,
+)
 from rayrl.training.views import Views, prompts_with_views, two_views, view_batches
 from tests.training.test_fit import kill_a_worker_after
 
@@ -114,7 +124,7 @@ def accuracy(model, seed):
 def with_uml(ray_cluster, tiny_policy, tmp_path_factory):
     """A fit with multi-view learning: its folder, its curve, its views."""
     folder = tmp_path_factory.mktemp("uml")
-    views = Views(table=view_table(folder / "views"), uml=UML, max_tokens=512)
+    views = Views(table=view_table(folder / "views"), uml=UML, batch_size=4, max_tokens=512)
     training = RewardModelConfig(**TRAINING, checkpoint_every=4)
     return folder, fit_model(folder, tiny_policy, training, views), views
 
@@ -163,10 +173,10 @@ def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_po
 
 @pytest.mark.slow
 def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
-    views = Views(table=view_table(tmp_path / "views"), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path / "views"), uml=UML, batch_size=4, max_tokens=512)
     training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3)
     curve = fit_model(tmp_path, tiny_policy, training, views)
-    assert len(curve) == 3 * 48 / 6  # of three blocks one rank has two: the other waits, with views and idle pairs
+    assert len(curve) == 3 * NUM_PAIRS / 12
     check_learnt(tmp_path, curve, "last", torch.float32, 1e-4)
 
 
@@ -174,7 +184,10 @@ def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
 def test_a_scalar_evaluator_in_bfloat16_with_adapters_learns(ray_cluster, tiny_policy, tmp_path):
     """Bradley-Terry as the evaluator's loss, with its pooling; and the branch of another objective."""
     views = Views(
-        table=view_table(tmp_path / "views"), uml=UML.model_copy(update={"objective": "infomax"}), max_tokens=512
+        table=view_table(tmp_path / "views"),
+        uml=UML.model_copy(update={"objective": "infomax"}),
+        batch_size=4,
+        max_tokens=512,
     )
     training = EvaluatorConfig(
         type="scalar", loss="bradley_terry", zero_stage=2, lora=LoraConfig(rank=8, alpha=32), **TRAINING
@@ -234,7 +247,7 @@ def test_what_is_watched_leaves_idle_batches_out(tiny_policy):
 
 
 def drawn(views, skip, num, rank=0, num_ranks=1):
-    endless = view_batches(views, 5, rank, num_ranks, skip=skip)
+    endless = view_batches(views, 5, rank, num_ranks, skip=skip, num_steps=20)
     return [next(endless) for _ in range(num)]
 
 
@@ -245,7 +258,7 @@ def first_tokens(batch):
 
 
 def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path):
-    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
     assert [row["prompt_id"] for row in prompts_with_views(views.table)] == [f"p{n}" for n in range(7)]
     for batch in drawn(views, 0, 10):
         prompts = first_tokens(batch)
@@ -254,12 +267,23 @@ def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path)
         assert len(set(prompts)) == half > 1
         rows = batch.tokens.input_ids.tolist()
         assert all(one != other for one, other in zip(rows[:half], rows[half:], strict=True))
-    epoch = [prompt for batch in drawn(views, 0, 2) for prompt in first_tokens(batch)[: len(first_tokens(batch)) // 2]]
-    assert sorted(epoch) == [60 + n for n in range(7)]  # 4 and 3 of 7 prompts
+        assert half == 4  # the other 3 of an epoch's 7 prompts are left out
+    seen = {prompt for batch in drawn(views, 0, 20) for prompt in first_tokens(batch)}
+    assert seen == {60 + n for n in range(7)}
+
+
+def test_the_weight_of_the_divergence_rises_over_the_training(tmp_path):
+    uml = UML.model_copy(update={"skl_weight": 2.0, "skl_rise": (0.25, 0.75)})
+    views = Views(table=view_table(tmp_path), uml=uml, batch_size=4, max_tokens=512)
+    weights = [batch.skl_weight for batch in drawn(views, 0, 22)]  # of a training of 20 steps
+    assert weights[:6] == pytest.approx([0.002] * 6)
+    ratios = [after / before for before, after in pairwise(weights[5:16])]
+    assert ratios == pytest.approx([1000**0.1] * 10)
+    assert weights[15:] == [2.0] * 7
 
 
 def test_views_go_on_where_they_were(tmp_path):
-    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
+    views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
     whole, rest = drawn(views, 0, 9), drawn(views, 4, 5)
     for one, other in zip(whole[4:], rest, strict=True):
         assert one.seed == other.seed
@@ -268,11 +292,43 @@ def test_views_go_on_where_they_were(tmp_path):
 
 
 def test_ranks_share_the_prompts_and_no_batch_is_of_one_prompt(tmp_path):
-    views = Views(table=view_table(tmp_path), uml=UML, max_tokens=512)
-    by_rank = [{p for batch in drawn(views, 0, 6, rank, 2) for p in first_tokens(batch)} for rank in range(2)]
-    assert by_rank[0] == {60, 62, 64, 66}
-    assert by_rank[1] <= {61, 63, 65}  # two of three a time: which, the shuffle says
-    assert all(len(batch.tokens.input_ids) >= 4 for rank in range(2) for batch in drawn(views, 0, 6, rank, 2))
+    views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
+    for whole, *shares in zip(drawn(views, 0, 6), *(drawn(views, 0, 6, rank, 2) for rank in range(2)), strict=True):
+        assert sorted(prompt for part in shares for prompt in first_tokens(part)) == sorted(first_tokens(whole))
+        assert all(len(part.tokens.input_ids) == 4 for part in shares)
+        assert sum(part.weight for part in shares) == pytest.approx(whole.weight) == pytest.approx(UML.weight)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, where they are imported here
+def test_the_objective_moves_where_two_responses_to_a_prompt_are_alike(process_group, tiny_policy, tmp_path):
+    """With the defaults, and the reward model's small learning rate beside them. Without information it is -2 log 2."""
+    rng, num_steps = np.random.default_rng(0), 150
+    rows = []
+    for n in range(64):
+        words = [np.where(rng.random(8) < 0.6, 60 + n, rng.integers(200, 700, 8)).tolist() for _ in range(4)]
+        responses = [{"text": str(said), "token_ids": said} for said in words]
+        rows.append({"prompt_id": f"p{n}", "prompt_token_ids": [1, 5], "responses": responses})
+    views = Views(table=write_blocks(tmp_path, rows, 64), uml=UmlConfig(), batch_size=16, max_tokens=64)
+    torch.manual_seed(0)
+    model = MultiViewRewardModel(RewardModel(tiny_policy.load(), "last"), views.uml)
+    own_rates = [(model.branch(), views.uml.learning_rate)]
+    engine = zero.start(model, RewardModelConfig(), torch.float32, num_steps, own_rates=own_rates)
+    idle = pair_batch([IDLE_PAIR])
+    losses = StepLosses(engine, idle)
+    information = []
+    for batch in islice(view_batches(views, 0, 0, 1, skip=0, num_steps=num_steps), num_steps):
+        zero.train_step(engine, [batch], losses.summed_loss, 1, idle)
+        seen = losses.statistics()
+        information.append((seen["skl_weight"] * seen["skl"] - seen["view_loss"]).item())
+    assert np.mean(information[-50:]) > -2 * math.log(2) + 0.02
+    assert engine.get_lr() == pytest.approx([3e-7, 1e-4])  # a tenth, at the end of the schedule
 
 
 def test_epochs_draw_other_views_and_long_ones_are_cut():

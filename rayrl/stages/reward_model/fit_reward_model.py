@@ -150,14 +150,17 @@ def _job(run: Run, services: Services, m1: Checkpoint, data: TrainingData, views
 def _views(run: Run, responses: Responses) -> Views:
     """Make views of the samples, and refuse too few of them here rather than in the workers."""
     num_needed = 2 * run.config.reward_model.num_workers
+    uml = run.config.refresh.uml
     # Counted only as far as needed: the table may be large.
-    num_found = len(list(islice(prompts_with_views(responses.table), num_needed)))
+    num_found = len(list(islice(prompts_with_views(responses.table), uml.batch_size)))
     if num_found < num_needed:
         raise DataError(
             f"multi-view learning needs at least {num_needed} prompts with two different responses (2 per worker), "
             f"got {num_found}; raise refresh.n, refresh.num_prompts or refresh.temperature"
         )
-    return Views(table=responses.table, uml=run.config.refresh.uml, max_tokens=context_length(run.config.policy))
+    max_tokens = context_length(run.config.policy)
+    # A batch is never short: of fewer prompts, each step takes them all.
+    return Views(table=responses.table, uml=uml, batch_size=num_found, max_tokens=max_tokens)
 
 
 def _fit_member(
