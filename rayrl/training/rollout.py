@@ -153,9 +153,9 @@ class TokenTargets:
         """Stack the targets of several lots of responses."""
         width = max(part.logprobs.shape[1] for part in parts)
         joined: dict[str, Tensor] = {}
-        for field in fields(cls):
-            tensors: list[Tensor] = [getattr(part, field.name) for part in parts]
-            joined[field.name] = torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        for target in fields(cls):
+            tensors: list[Tensor] = [getattr(part, target.name) for part in parts]
+            joined[target.name] = torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
         return cls(**joined)
 
     def rows(self, rows: Sequence[int], num_tokens: int) -> "TokenTargets":
