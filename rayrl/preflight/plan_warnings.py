@@ -42,6 +42,7 @@ def plan_warnings(
         *_cost_warnings(config, cost),
         *_budget_warnings(config, workload),
         *_context_warnings(config, pool, model, rubric_tokens),
+        *_ppo_warnings(config),
         *_cpu_warnings(config, cluster),
         *disk.warnings(),
     )
@@ -140,6 +141,18 @@ def _context_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts, rub
         f"judge prompt: rubric ({rubric_tokens} tokens), longest prompt ({pool.longest_tokens}), response "
         f"({config.generate.max_tokens}) and rationale ({rationale}) may exceed the context "
         f"of {model.max_model_len}"
+    ]
+
+
+def _ppo_warnings(config: RunConfig) -> list[str]:
+    """Warn of optimizer steps on a few responses that are left of a rollout."""
+    num_responses, batch_size = config.ppo.responses_per_rollout, config.ppo.batch_size
+    left = num_responses % batch_size
+    if config.pipeline != "rlp" or left == 0:
+        return []
+    return [
+        f"ppo.batch_size = {batch_size} does not divide a rollout's {num_responses} responses: the last optimizer step "
+        f"of each pass over a rollout takes {left} of them"
     ]
 
 

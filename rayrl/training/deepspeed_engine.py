@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -85,18 +86,42 @@ def sharded_loading(training: TrainingConfig, dtype: torch.dtype) -> Iterator[No
     if training.zero_stage != 3:
         yield
         return
+    with _sharded_by(zero_config(training, dtype)):
+        yield
+
+
+@contextmanager
+def _sharded_by(config: dict[str, Any]) -> Iterator[None]:
+    """Within it, `from_pretrained` shards a model over the ranks as it loads, as a configuration of ZeRO-3 has it."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     _avoid_compiler()
     # transformers keeps a weak reference only: models are sharded for as long as this object is alive.
-    config = HfDeepSpeedConfig(zero_config(training, dtype))
+    sharding = HfDeepSpeedConfig(config)
     try:
         yield
     finally:
-        del config
+        del sharding
 
 
-def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int) -> Engine[M]:
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own; the schedule is the training's."""
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    """Highest learning rate, reached after the warm-up."""
+    num_waiting_steps: int = 0
+    """Steps at the start in which the parameters stay as they are; their schedule begins after them."""
+
+
+def start(
+    model: M,
+    training: TrainingConfig,
+    dtype: torch.dtype,
+    num_steps: int,
+    groups: Sequence[ParameterGroup] = (),
+) -> Engine[M]:
     """Wrap a model for training over all workers of the fit.
 
     Args:
@@ -104,6 +129,8 @@ def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int
         training: optimizer, schedule and sharding.
         dtype: precision of the weights.
         num_steps: length of the learning-rate schedule.
+        groups: all of the model's parameters, dealt to groups; without them there is one, with the training's learning
+            rate.
     """
     import deepspeed
 
@@ -115,17 +142,50 @@ def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int
     torch.set_flush_denormal(True)
     os.environ.setdefault("LOCAL_RANK", "0")
 
+    if not groups:
+        groups = [ParameterGroup(parameters=list(model.parameters()), learning_rate=training.learning_rate)]
+
+    def factor_of(group: ParameterGroup) -> Callable[[int], float]:
+        # A learning rate of 0, and no gradient of 0: Adam's moments are then those of real gradients when it ends.
+        waiting = group.num_waiting_steps
+        return lambda step: 0.0 if step < waiting else schedule(step - waiting, num_steps - waiting, training)
+
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, num_steps, training))
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor_of(group) for group in groups])
 
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],  # type: ignore[arg-type]
+        model_parameters=[
+            {"params": [p for p in group.parameters if p.requires_grad], "lr": group.learning_rate} for group in groups
+        ],  # type: ignore[arg-type]
         config=zero_config(training, dtype),
         lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
     )
     return cast("Engine[M]", engine)
+
+
+def start_frozen(
+    load: Callable[[], nn.Module], training: TrainingConfig, dtype: torch.dtype, *, offload: bool
+) -> nn.Module:
+    """Load a model that is only read, sharded over the ranks by ZeRO-3. Each of its passes is a collective.
+
+    Args:
+        load: loads the model.
+        training: its sharding.
+        dtype: precision of the weights.
+        offload: keep the shards in the machine's memory.
+    """
+    import deepspeed
+
+    config = zero_config(training, dtype)
+    # Without an optimizer DeepSpeed wraps a model to be read.
+    del config["optimizer"]
+    config["zero_optimization"] = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
+    with _sharded_by(config):
+        model = load()
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    return engine
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
