@@ -89,7 +89,9 @@ def evaluated(networks, rewards=REWARDS, **settings):
 
 def test_k_responses_to_each_prompt_are_scored_one_by_one():
     m1 = Checkpoint(path="m1", version="m1")
-    rollout = sample(EchoFleet(), m1, PROMPTS, Sampling(temperature=1.0, max_tokens=2), Lengths(), step=4, seed="s", k=3)
+    rollout = sample(
+        EchoFleet(), m1, PROMPTS, Sampling(temperature=1.0, max_tokens=2), Lengths(), step=4, seed="s", k=3
+    )
     assert [prompt["id"] for prompt in rollout.prompts] == ["p0"] * 3 + ["p1"] * 3 + ["p2"] * 3
     seeds = [seed for prompt in PROMPTS for seed in response_seeds("s", prompt["id"], 3)]
     assert len(set(seeds)) == 9
