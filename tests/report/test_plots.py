@@ -99,7 +99,8 @@ def test_both_ppos_are_in_every_panel_and_gaps_are_skipped():
 def test_ppo_without_a_value_function_has_no_panel_of_its_loss():
     row = {"step": 1, "reward": 0.5, "kl": 0.0, "kl_coef": 0.02, "policy_loss": 0.1}
     titles = [
-        [axes.get_title() for axes in plots.plot_ppo({"PPO": [row | more]}).axes] for more in ({}, {"value_loss": 1.0})
+        [axes.get_title(loc="left") for axes in plots.plot_ppo({"PPO": [row | more]}).axes]
+        for more in ({}, {"value_loss": 1.0})
     ]
     assert ["value loss" in found for found in titles] == [False, True]
 
