@@ -241,7 +241,7 @@ def evaluate_rollout(
     is_finished = torch.tensor([continuation.finish_reason == "stop" for continuation in kept], dtype=torch.bool)
     # Shards of ZeRO-3 are brought to the device by its own hooks.
     is_elsewhere = config.reference_offload and config.zero_stage != 3
-    with on_device(reference, engine.device) if reference and is_elsewhere else nullcontext():
+    with on_device(reference, engine.device) if reference is not None and is_elsewhere else nullcontext():
         read = read_tokens(engine, reference, prompts, responses, config.micro_batch_tokens)
 
     mean = mean_over_ranks(scores, engine) if config.center_rewards else 0.0
