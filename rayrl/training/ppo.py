@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+WATCHED: tuple[str, ...] = ("loss", "policy_loss", "clip_fraction", "approximate_kl")
+"""Means per token that the curve shows of an update; with a value function also its loss."""
+
+
 def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
     """Train a policy on this worker's prompts, and export it."""
     config = job.ppo
@@ -169,14 +173,14 @@ def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> f
 
 
 def learn(engine: zero.Engine[Actor], experience: Experience, job: PpoJob, step: int) -> dict[str, float]:
-    """Take the inner epochs over one rollout, and return what `token_losses` watches as means per token."""
+    """Take the inner epochs over one rollout, and return the `WATCHED` means per token."""
     config = job.ppo
     share = rank_share(config.batch_size)
     num_batches = int(zero.max_over_ranks(-(-len(experience) // share), engine))
     idle = idle_micro_batch(engine.device)
     # With their names from the start: a rollout without a response takes no step.
-    watched = ("num_tokens", "loss", "policy_loss", "clip_fraction", "approximate_kl")
-    sums = dict.fromkeys((*watched, "value_loss") if config.trains_value else watched, 0.0)
+    names_watched = (*WATCHED, "value_loss") if config.trains_value else WATCHED
+    sums: dict[str, float] = dict.fromkeys(("num_tokens", *names_watched), 0.0)
 
     def summed_loss(micro_batch: MicroBatch) -> Tensor:
         loss, watched = token_losses(engine, micro_batch, config)
