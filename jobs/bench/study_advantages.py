@@ -1,6 +1,6 @@
 """Study of PPO's advantages: with a value function, and from groups of responses, at the same number of responses.
 
-    python jobs/bench/study_advantages.py jobs/configs/rlp_quickstart.toml --seeds 0 1 2 [section.key=value ...]
+    python jobs/bench/study_advantages.py jobs/configs/rlp_quickstart.toml [section.key=value ...] --seeds 0 1 2
 
 Plain RLHF: every variant trains M1 by PPO on the same reward model, which the first variant fits. A rollout has as many
 responses as the config's, of `GROUP` to each prompt or of one to each, and there are as many rollouts. Runs go into
