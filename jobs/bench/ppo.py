@@ -32,7 +32,7 @@ from rayrl.report.plots import TIMES
 from rayrl.runs import storage
 from rayrl.runs.run import Run
 from rayrl.stages.sampling.generate import own_sampling
-from rayrl.training.rollout import response_seed, sample
+from rayrl.training.rollout import response_seeds, sample
 
 MAX_SYNC_SHARE = 0.05
 MIN_RATIO = 0.9
@@ -48,17 +48,18 @@ def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argpar
     found.append(split([row for row in curve if row["step"]]))  # at 0 M1 was measured
     fleet, sampling = services.ready(services.generators(done.m1)), own_sampling(run.config.generate)
     reward = done.r.serve(services)
+    k = run.config.ppo.k
     prompts = [row for block in done.pool.train.blocks() for row in block.to_pylist()][: run.config.ppo.rollout_size]
     seeds = [f"bench {call}" for call in range(arguments.calls)]
     llm = start_raw(done.m1.path, run.config.generators)
 
     def through_fleet(seed: str) -> Round:
-        answers = sample(fleet, done.m1, prompts, sampling, reward, step=0, seed=seed)
+        answers = sample(fleet, done.m1, prompts, sampling, reward, step=0, seed=seed, k=k)
         return answers.generate_s, [said.token_ids for said in answers.continuations]
 
     def through_raw(seed: str) -> Round:
-        drawn = (response_seed(seed, row["id"]) for row in prompts)
-        return raw(llm, [row["token_ids"] for row in prompts], drawn, sampling)
+        drawn = (each for row in prompts for each in response_seeds(seed, row["id"], k))
+        return raw(llm, [row["token_ids"] for row in prompts for _ in range(k)], drawn, sampling)
 
     rounds = [(calls(through_fleet, seeds), calls(through_raw, seeds)) for _ in range(arguments.repeats + 1)]
     ours, theirs = rounds[-1][0][1], rounds[-1][1][1]
@@ -66,7 +67,7 @@ def measure(run: Run, services: Services, oracle: ActorHandle, arguments: argpar
     equal = f"{sum(a == b for a, b in zip(ours, theirs, strict=True))} of {len(ours)}"
     table, ratio = comparison(fleet_s, raw_s, sum(map(len, theirs)), equal)
     found.append(
-        f"{len(seeds)} rollouts of {len(prompts)} prompts a round, {run.config.generators.num_replicas} replica, "
+        f"{len(seeds)} rollouts of {len(prompts)} prompts x {k} a round, {run.config.generators.num_replicas} replica, "
         f"{run.config.generators.threads} thread\n\n{table}\n\n"
         f"Generation in PPO is to be at least {MIN_RATIO} of raw vLLM: {ratio:.3f}, {verdict(ratio >= MIN_RATIO)}"
     )

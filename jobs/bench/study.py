@@ -1,6 +1,6 @@
 """Study of proxy DPO: the method beside its controls, over several seeds.
 
-    python jobs/bench/study.py jobs/configs/stories.toml --seeds 0 1 2 [section.key=value ...]
+    python jobs/bench/study.py jobs/configs/stories.toml [section.key=value ...] --seeds 0 1 2
 
 Runs every variant with every seed into RUN_DIR/<variant>-<seed>, shares the stages that are equal (M1 and its
 responses), and prints one table. Rerun it to continue an interrupted study.

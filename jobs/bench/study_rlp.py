@@ -1,6 +1,6 @@
 """Study of reward learning on policy: the method beside its controls, over several seeds.
 
-    python jobs/bench/study_rlp.py jobs/configs/rlp_stories.toml --seeds 0 1 2 [section.key=value ...]
+    python jobs/bench/study_rlp.py jobs/configs/rlp_stories.toml [section.key=value ...] --seeds 0 1 2
 
 Runs every variant with every seed into RUN_DIR/<variant>-<seed>. Stages that all have in common (M1, the preferences,
 r, the first PPO and its samples) are done once per seed, by the first variant. Prints one table of policies and one of

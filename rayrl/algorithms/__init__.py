@@ -2,8 +2,9 @@
 
 A setting that chooses among algorithms names an entry of a dictionary. A new choice is one pure function and one entry
 beside it: `selection.STRATEGIES`, `pairing.PAIRINGS`, `kl.KL_ESTIMATORS`, `clustering.CLUSTERINGS`,
-`preference.PREFERENCE_LOSSES`, `rewards.ENSEMBLE_OBJECTIVES`, `information.UML_OBJECTIVES`. Configs read the first four
-themselves, whose modules therefore load neither torch nor scipy. They repeat the names of the last three.
+`advantages.ADVANTAGES`, `preference.PREFERENCE_LOSSES`, `rewards.ENSEMBLE_OBJECTIVES`, `information.UML_OBJECTIVES`.
+Configs read the first five themselves, whose modules therefore load neither torch nor scipy. They repeat the names of
+the last three.
 
 | equation                                            | source              | function                      |
 |-----------------------------------------------------|---------------------|-------------------------------|
@@ -24,8 +25,12 @@ themselves, whose modules therefore load neither torch nor scipy. They repeat th
 | k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `kl.KL_ESTIMATORS`            |
 | c (1 + e n / horizon), e = clip(KL / KL* - 1)       | 1909.08593, 2.2     | `ppo.adapted_kl_coef`         |
 | r_t = -c KL_t, + the score at the last t            | 1909.08593, Eq. 2   | `ppo.shaped_rewards`          |
-| A_t = sum_l (gamma lambda)^l delta_{t+l}            | 1506.02438, Eq. 16  | `ppo.gae`                     |
+| A_t = sum_l (gamma lambda)^l delta_{t+l}            | 1506.02438, Eq. 16  | `advantages.gae`              |
+| A_i = R_i - sum_{j != i} R_j / (k - 1)              | arXiv 2402.14740    | `advantages.rloo`             |
+| A_i = R_i - mean_j R_j                              | 2503.20783, 3.2     | `advantages.group_mean`       |
+| A_i = (R_i - mean_j R_j) / std_j R_j                | 2402.03300, 4.1.2   | `advantages.group_normalised` |
 | max(-A rho, -A clip(rho, 1 - eps, 1 + eps))         | 1707.06347, Eq. 7   | `ppo.policy_loss`             |
+| the same, 1 + eps_high in place of 1 + eps          | 2503.14476, 3.1     | `ppo.policy_loss`             |
 | min(pi_old / pi_sampler, cap)                       | 1802.01561, 4.1     | `ppo.truncated_importance`    |
 | max((V - R)^2, (clip V - R)^2) / 2                  | arXiv 2005.12729    | `ppo.value_loss`              |
 | mean_i r_i, min_i r_i, mean_i r_i - c var_i r_i     | arXiv 2310.02743    | `rewards.ensemble_reward`     |

@@ -1,8 +1,9 @@
 """Proximal policy optimisation of whole responses (arXiv 1707.06347), one reward per response, a KL penalty per token.
 
 Rows are responses padded on the right, (batch, seq). A mask is 1 on a response's tokens, a prefix of each row, and 0 on
-its padding. The results of `shaped_rewards`, `gae` and `whiten` are 0 on padding, whatever their inputs hold there.
-Losses and KL estimates are per token: the training loop masks them and averages them over micro-batches and ranks.
+its padding. The results of `shaped_rewards` and `whiten` are 0 on padding, whatever their inputs hold there. Losses and
+KL estimates are per token: the training loop masks them and averages them over micro-batches and ranks. Advantages are
+in `rayrl.algorithms.advantages`.
 Log-probabilities and KL estimates are in nats, `kl_coef` in reward per nat.
 """
 
@@ -11,12 +12,11 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rayrl.algorithms.advantages import EQUAL_VARIANCE
 from rayrl.algorithms.kl import KL_ESTIMATORS
 
 MAX_KL_ERROR = 0.2
 """Bound on the relative error that `adapted_kl_coef` reacts to (arXiv 1909.08593, section 2.2)."""
-EQUAL_VARIANCE = 1e-12
-"""Values whose variance is at most this share of their mean square are equal but for float32's rounding."""
 
 
 def kl_penalty(
@@ -48,6 +48,17 @@ def adapted_kl_coef(kl_coef: float, observed_kl: float, *, target_kl: float, num
     return kl_coef * (1 + error * num_samples / horizon)
 
 
+def centred_and_clipped(
+    scores: Float[Tensor, "batch"], *, mean: float = 0.0, clip: float | None = None
+) -> Float[Tensor, "batch"]:
+    """clip(s - mean, -clip, clip): scores around their mean, and none of them further from it than `clip`.
+
+    A reward model's scores have no origin of their own, since only their differences are trained.
+    """
+    centred = scores - mean
+    return centred if clip is None else centred.clamp(-clip, clip)
+
+
 def truncation_penalty(
     scores: Float[Tensor, "batch"], finished: Shaped[Tensor, "batch"], penalty: float
 ) -> Float[Tensor, "batch"]:
@@ -75,38 +86,6 @@ def shaped_rewards(
     penalties = torch.where(mask, -kl_coef * kl, 0.0)
     scores_at_end = torch.where(is_last, scores.unsqueeze(1), 0.0)
     return penalties + scores_at_end
-
-
-def gae(
-    rewards: Float[Tensor, "batch seq"],
-    values: Float[Tensor, "batch seq"],
-    mask: Shaped[Tensor, "batch seq"],
-    *,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
-    """Generalised advantage estimation: A_t = sum_l (gamma lambda)^l delta_(t+l), arXiv 1506.02438, Eq. 16.
-
-    delta_t = r_t + gamma V_(t+1) - V_t, where V is 0 after a response's last token: every response is an episode that
-    ends there, cut off or not.
-
-    Returns:
-        The advantages, and the returns A + V that the value is fitted to. Whiten the advantages afterwards.
-    """
-    mask = mask.bool()
-    rewards = torch.where(mask, rewards, 0.0)
-    values = torch.where(mask, values, 0.0)
-    next_values = pad(values[:, 1:], (0, 1))  # V_(t+1)
-    deltas = rewards + gamma * next_values - values
-
-    # Eq. 16 as a recursion from the last token to the first: A_t = delta_t + gamma lambda A_(t+1).
-    decay = gamma * gae_lambda
-    advantages = torch.zeros_like(deltas)
-    next_advantages = torch.zeros_like(deltas[:, 0])  # (batch,)
-    for t in reversed(range(deltas.shape[1])):
-        next_advantages = deltas[:, t] + decay * next_advantages
-        advantages[:, t] = next_advantages
-    return advantages, advantages + values
 
 
 def masked_moments(values: Float[Tensor, "batch seq"], mask: Shaped[Tensor, "batch seq"]) -> Float64[Tensor, "3"]:
@@ -174,16 +153,24 @@ def policy_loss(
     advantages: Float[Tensor, "batch seq"],
     *,
     clip_range: float,
+    clip_range_high: float | None = None,
     importance: Float[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)), rho = pi / pi_old: Eq. 7 of arXiv 1707.06347, negated.
 
-    `importance` multiplies each token's loss: see `truncated_importance`. It does not move the bounds of the clipping.
+    `clip_range_high` takes the place of the second range ("clip-higher", arXiv 2503.14476, section 3.1): above
+    `clip_range` it leaves unlikely tokens more room to become likely. `importance` multiplies each token's loss: see
+    `truncated_importance`. It does not move the bounds of the clipping.
     """
     ratio = (logprobs - old_logprobs).exp()  # rho
-    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped_ratio = ratio.clamp(*ratio_bounds(clip_range, clip_range_high))
     losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
     return losses if importance is None else losses * importance
+
+
+def ratio_bounds(clip_range: float, clip_range_high: float | None) -> tuple[float, float]:
+    """Return the probability ratios between which the policy loss is not clipped."""
+    return 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
 
 
 def value_loss(

@@ -1,4 +1,7 @@
-"""Actor and critic of PPO in one module, so that one engine, one optimizer and one checkpoint hold both."""
+"""Actor and critic of PPO in one module, so that one engine, one optimizer and one checkpoint hold both.
+
+Without a critic the module is the actor alone.
+"""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,20 +16,31 @@ if TYPE_CHECKING:
 
 
 class TokenValues(NamedTuple):
-    """Outputs of the two networks for each response token; padding holds arbitrary numbers."""
+    """Outputs of the networks for each response token; padding holds arbitrary numbers."""
 
     logprobs: Float[Tensor, "batch seq"]
     """log pi(y_t | x, y_<t), nats."""
-    values: Float[Tensor, "batch seq"]
-    """V(x, y_<t): the return expected before the token is written."""
+    values: Float[Tensor, "batch seq"] | None
+    """V(x, y_<t): the return expected before the token is written. None of an actor alone."""
 
 
-class ActorCritic(nn.Module):
+class Actor(nn.Module):
+    """pi alone, for advantages that read no value."""
+
+    def __init__(self, policy: "Backbone"):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: PaddedResponses) -> TokenValues:
+        """Read the response tokens of a micro-batch."""
+        return TokenValues(response_token_logprobs(self.policy, batch), None)
+
+
+class ActorCritic(Actor):
     """pi and V, each with a backbone of its own. V's head starts at zero, as in AlpacaFarm (arXiv 2305.14387)."""
 
     def __init__(self, policy: "Backbone", value_backbone: "Backbone"):
-        super().__init__()
-        self.policy = policy
+        super().__init__(policy)
         self.value_backbone = value_backbone
         self.value_head = zero_head(value_backbone)
 

@@ -14,7 +14,7 @@ from rayrl.preflight.judge_prompts import inspect_judge_prompts
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.plan import Plan
 from rayrl.preflight.plan_warnings import plan_warnings
-from rayrl.preflight.ppo_settings import check_room, check_transfer
+from rayrl.preflight.ppo_settings import check_room, check_transfer, check_warmup
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.ready_made_reward_model import inspect_reward_model
 from rayrl.preflight.run_folder import check_disk, check_run_folder
@@ -58,6 +58,8 @@ def check(
         num_seed=0 if seed is None else seed.num_kept,
         num_file_pairs=0 if pairs is None else pairs.counts.num_pairs,
     )
+    if config.pipeline == "rlp":
+        check_warmup(config, workload.num_prompts)
     planned = plan_stages(config, cluster, _copy_bytes(config, model, cluster))
     disk = check_disk(config, model, workload.num_responses)
     judge_prompts = inspect_judge_prompts(config, rubric, model, pool)

@@ -50,7 +50,9 @@ _REWARDED_BY = {"reward_model": "", "evaluator": ", rewarded by the evaluator"}
 
 def _ppo(config: RunConfig) -> str:
     reward = _REWARDED_BY.get(config.ppo.reward, f", rewarded by {config.ppo.function}")
-    return f"M1 -> pi, rollouts of {config.ppo.rollout_size}{reward}"
+    each = f" x {config.ppo.k}" if config.ppo.k > 1 else ""
+    estimator = "" if config.ppo.advantages == "gae" else f", advantages by {config.ppo.advantages}"
+    return f"M1 -> pi, rollouts of {config.ppo.rollout_size}{each}{estimator}{reward}"
 
 
 def _samples(config: RunConfig) -> str:

@@ -43,6 +43,7 @@ def plan_warnings(
         *_cost_warnings(config, cost),
         *_budget_warnings(config, workload),
         *([] if judge_prompts is None else judge_prompts.warnings()),
+        *_ppo_warnings(config),
         *_cpu_warnings(config, cluster),
         *disk.warnings(),
     )
@@ -125,6 +126,18 @@ def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
             f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found
+
+
+def _ppo_warnings(config: RunConfig) -> list[str]:
+    """Warn of optimizer steps on a few responses that are left of a rollout."""
+    num_responses, batch_size = config.ppo.responses_per_rollout, config.ppo.batch_size
+    left = num_responses % batch_size
+    if config.pipeline != "rlp" or left == 0:
+        return []
+    return [
+        f"ppo.batch_size = {batch_size} does not divide a rollout's {num_responses} responses: the last optimizer step "
+        f"of each pass over a rollout takes {left} of them"
+    ]
 
 
 def _cpu_warnings(config: RunConfig, cluster: Cluster) -> list[str]:

@@ -27,6 +27,24 @@ def check_transfer(config: RunConfig, cluster: Cluster) -> None:
         )
 
 
+def check_warmup(config: RunConfig, num_prompts: int) -> None:
+    """Refuse a warm-up of PPO's value function that the policy's training does not outlast.
+
+    Args:
+        config: the run.
+        num_prompts: prompts that train.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    num_updates = config.ppo.num_updates(num_prompts)
+    if config.ppo.value_warmup_steps >= num_updates:
+        raise ConfigError(
+            f"ppo.value_warmup_steps must be below the {num_updates} optimizer steps of the training, got "
+            f"{config.ppo.value_warmup_steps}: the policy would never learn; lower it"
+        )
+
+
 def check_room(config: RunConfig, model: ModelFacts) -> None:
     """Refuse settings under which PPO has no room for a prompt, or no prompt to measure the reward on.
 

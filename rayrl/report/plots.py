@@ -205,7 +205,10 @@ def _plotted(rows: Curve) -> list[str]:
 def plot_ppo(curves: Mapping[str, Curve]) -> Figure:
     """Draw the curves of the PPO trainings, by title, one line each; as read by `read_metrics`."""
     figure = Figure(figsize=(10.6, 5.2), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, PPO_PANELS.items(), strict=True):
+    panels, places = _ppo_panels(curves), list(figure.subplots(2, 3).flat)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, title) in zip(places, panels.items(), strict=False):
         # The coefficient adapts to the KL, so the two are read together.
         beside = axes.twinx() if name == "kl" else None
         for (label, rows), color in zip(curves.items(), colors_of(1 + len(curves))[1:], strict=True):
@@ -221,6 +224,13 @@ def plot_ppo(curves: Mapping[str, Curve]) -> Figure:
         axes.locator_params(nbins=5)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
+
+
+def _ppo_panels(curves: Mapping[str, Curve]) -> dict[str, str]:
+    """Choose the panels of PPO trainings: without a value function there is no value loss."""
+    logged = {name for rows in curves.values() for row in rows for name in row}
+    has_value = "value_loss" in logged or "policy_loss" not in logged
+    return {name: title for name, title in PPO_PANELS.items() if has_value or name != "value_loss"}
 
 
 def _draw(axes: Axes, rows: Curve, name: str, **style: Unpack[_Line]) -> None:

@@ -85,6 +85,8 @@ def _of_ppo(config: RunConfig) -> dict[str, Value]:
         "PPO target KL": config.ppo.target_kl,
         "PPO clip range": config.ppo.clip_range,
         "PPO rollout size": config.ppo.rollout_size,
+        "PPO responses per prompt": config.ppo.k,
+        "PPO advantages": config.ppo.advantages,
         "PPO overlap": "yes" if config.ppo.overlap else "no",
     }
 

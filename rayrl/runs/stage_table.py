@@ -193,7 +193,7 @@ def _reward_model_training(config: RunConfig) -> Training:
 
 def _ppo_training(config: RunConfig) -> Training:
     training = _training("ppo", config.ppo, "responses")
-    return replace(training, batch_size=config.ppo.rollout_size, samples=True)
+    return replace(training, batch_size=config.ppo.responses_per_rollout, samples=True)
 
 
 POOL = Stage(name="pool", metrics=metrics.PoolMetrics, place="start", occurs=lambda config, number: True)

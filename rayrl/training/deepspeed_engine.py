@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -112,15 +113,33 @@ def sharded_loading(training: TrainingConfig, dtype: torch.dtype) -> Iterator[No
     if training.zero_stage != 3:
         yield
         return
+    with _sharded_by(zero_config(training, dtype)):
+        yield
+
+
+@contextmanager
+def _sharded_by(config: dict[str, Any]) -> Iterator[None]:
+    """Within it, `from_pretrained` shards a model over the ranks as it loads, as a configuration of ZeRO-3 has it."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     _avoid_compiler()
     # transformers keeps a weak reference only: models are sharded for as long as this object is alive.
-    config = HfDeepSpeedConfig(zero_config(training, dtype))
+    sharding = HfDeepSpeedConfig(config)
     try:
         yield
     finally:
-        del config
+        del sharding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own; the schedule is the training's."""
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    """Highest learning rate, reached after the warm-up."""
+    num_waiting_steps: int = 0
+    """Steps at the start in which the parameters stay as they are; their schedule begins after them."""
 
 
 def start(
@@ -128,8 +147,7 @@ def start(
     training: TrainingConfig,
     dtype: torch.dtype,
     num_steps: int,
-    *,
-    own_rates: Sequence[tuple[Sequence[nn.Parameter], float]] = (),
+    groups: Sequence[ParameterGroup] = (),
 ) -> Engine[M]:
     """Wrap a model for training over all workers of the fit.
 
@@ -138,7 +156,7 @@ def start(
         training: optimizer, schedule and sharding.
         dtype: precision of the weights.
         num_steps: length of the learning-rate schedule.
-        own_rates: weights with a highest learning rate of their own, on the same schedule.
+        groups: parameters with a learning rate of their own; all others have the training's.
     """
     import deepspeed
 
@@ -150,15 +168,19 @@ def start(
     torch.set_flush_denormal(True)
     os.environ.setdefault("LOCAL_RANK", "0")
 
-    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, num_steps, training))
+    dealt = _dealt(model, training.learning_rate, groups)
 
-    apart = {parameter for parameters, _ in own_rates for parameter in parameters}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad and p not in apart]}]
-    groups += [{"params": list(parameters), "lr": rate} for parameters, rate in own_rates]
+    def factor_of(group: ParameterGroup) -> Callable[[int], float]:
+        # A learning rate of 0, and no gradient of 0: Adam's moments are then those of real gradients when it ends.
+        waiting = group.num_waiting_steps
+        return lambda step: 0.0 if step < waiting else schedule(step - waiting, num_steps - waiting, training)
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor_of(group) for group in dealt])
+
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=groups,  # type: ignore[arg-type]
+        model_parameters=[{"params": group.parameters, "lr": group.learning_rate} for group in dealt],  # type: ignore[arg-type]
         config=zero_config(training, dtype),
         lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
@@ -170,6 +192,18 @@ def start(
     return cast("Engine[M]", engine)
 
 
+def _dealt(model: nn.Module, learning_rate: float, groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+    """Deal all parameters that are trained to groups, those without one of their own first."""
+    apart = {id(parameter) for group in groups for parameter in group.parameters}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    trained: list[ParameterGroup] = []
+    for group in (ParameterGroup(parameters=others, learning_rate=learning_rate), *groups):
+        parameters = [parameter for parameter in group.parameters if parameter.requires_grad]
+        if parameters:
+            trained.append(replace(group, parameters=parameters))
+    return trained
+
+
 def _clip_or_skip(engine: Any) -> None:
     """Clip whole gradients and keep their norm; without a finite one drop them, which the optimizer passes over."""
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
@@ -178,6 +212,29 @@ def _clip_or_skip(engine: Any) -> None:
     if not math.isfinite(norm):
         for parameter in parameters:
             parameter.grad = None
+
+
+def start_frozen(
+    load: Callable[[], nn.Module], training: TrainingConfig, dtype: torch.dtype, *, offload: bool
+) -> nn.Module:
+    """Load a model that is only read, sharded over the ranks by ZeRO-3. Each of its passes is a collective.
+
+    Args:
+        load: loads the model.
+        training: its sharding.
+        dtype: precision of the weights.
+        offload: keep the shards in the machine's memory.
+    """
+    import deepspeed
+
+    config = zero_config(training, dtype)
+    # Without an optimizer DeepSpeed wraps a model to be read.
+    del config["optimizer"]
+    config["zero_optimization"] = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
+    with _sharded_by(config):
+        model = load()
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    return engine
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:

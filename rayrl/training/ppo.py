@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,17 +20,21 @@ from rayrl.config import PpoConfig
 from rayrl.data.batches import share
 from rayrl.data.collate import collate
 from rayrl.metrics import meters
-from rayrl.models.actor_critic import ActorCritic
+from rayrl.models.actor_critic import Actor, ActorCritic
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.ppo_job import PpoJob, num_rollouts
+from rayrl.training.ppo_job import PpoJob
 from rayrl.training.rollout import Experience, MicroBatch, PromptRow, TokenTargets, evaluate_rollout
 from rayrl.training.served_policy import ServedPolicy
 from rayrl.training.steps import checkpoint, rank_batches, rank_zero_log, restore
 
-WATCHED: tuple[str, ...] = ("policy_loss", "value_loss", "clip_fraction", "approximate_kl")
-"""Means per token that the curve shows of an update."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+WATCHED: tuple[str, ...] = ("loss", "policy_loss", "clip_fraction", "approximate_kl")
+"""Means per token that the curve shows of an update; with a value function also its loss."""
 
 
 def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
@@ -95,31 +100,55 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
     checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
 
 
-def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
-    """Start the engine around policy and value, and the frozen M1.
-
-    With adapters there is no M1 of its own: it is the policy without them.
-    """
+def start(job: PpoJob) -> tuple[zero.Engine[Actor], nn.Module | None]:
+    """Start the engine around the policy, and the value if one is trained, and load the reference."""
     config, dtype, trust = job.ppo, job.torch_dtype, job.policy.trust_remote_code
     torch.manual_seed(job.seed)
-    reference: nn.Module | None = None
-    if not config.lora:
-        # Before the others: under ZeRO-3 those are sharded as they load, and M1 stays whole on every rank.
-        reference = frozen(load_policy(job.m1, dtype, trust_remote_code=trust))
-    updates_per_epoch = -(-config.rollout_size // config.batch_size)
-    num_updates = num_rollouts(job.num_rows, config) * config.inner_epochs * updates_per_epoch
+    reference = load_reference(job)
     with zero.sharded_loading(config, dtype):
         policy = load_policy(job.m1, dtype, trust_remote_code=trust)
-        value = load_policy(job.value_start, dtype, trust_remote_code=trust)
+        value = load_policy(job.value_start, dtype, trust_remote_code=trust) if config.trains_value else None
         if config.lora:
-            policy, value = add_lora(policy, config.lora), add_lora(value, config.lora)
-        engine = zero.start(ActorCritic(policy, value), config, dtype, num_updates)
-    return engine, None if reference is None else reference.to(engine.device)
+            policy = add_lora(policy, config.lora)
+            value = None if value is None else add_lora(value, config.lora)
+        networks = Actor(policy) if value is None else ActorCritic(policy, value)
+        groups = parameter_groups(networks, config)
+        engine = zero.start(networks, config, dtype, config.num_updates(job.num_rows), groups)
+    if reference is not None and config.zero_stage != 3 and not config.reference_offload:
+        reference = reference.to(engine.device)
+    return engine, reference
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """Return the model in evaluation mode, without gradients."""
-    return model.eval().requires_grad_(False)
+def load_reference(job: PpoJob) -> nn.Module | None:
+    """Load the frozen M1, whole into the machine's memory, or sharded by ZeRO-3 as the policy is.
+
+    With adapters there is none: the reference is the policy without them.
+    """
+    config, dtype = job.ppo, job.torch_dtype
+    if config.lora:
+        return None
+
+    def load() -> "PreTrainedModel":
+        m1 = load_policy(job.m1, dtype, trust_remote_code=job.policy.trust_remote_code)
+        return m1.eval().requires_grad_(False)
+
+    if config.zero_stage != 3:
+        return load()
+    return zero.start_frozen(load, config, dtype, offload=config.reference_offload or config.cpu_offload)
+
+
+def parameter_groups(networks: Actor, config: PpoConfig) -> list[zero.ParameterGroup]:
+    """Deal the parameters to the policy's learning rate and the value's; to one, if they are the same."""
+    learning_rate, num_waiting = config.value_learning_rate, config.value_warmup_steps
+    if learning_rate is None and num_waiting == 0:
+        return []
+    policy = list(networks.policy.parameters())
+    of_policy = set(map(id, policy))
+    value = [parameter for parameter in networks.parameters() if id(parameter) not in of_policy]
+    return [
+        zero.ParameterGroup(parameters=policy, learning_rate=config.learning_rate, num_waiting_steps=num_waiting),
+        zero.ParameterGroup(parameters=value, learning_rate=learning_rate or config.learning_rate),
+    ]
 
 
 def rollout_prompts(job: PpoJob, data: launch.Rows[PromptRow], *, skip: int) -> Iterator[list[PromptRow]]:
@@ -143,11 +172,11 @@ def next_kl_coef(kl_coef: float, seen: dict[str, float], config: PpoConfig) -> f
     )
 
 
-def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob, step: int) -> dict[str, float]:
-    """Take the inner epochs over one rollout, and return the `WATCHED` means per token, the loss, and the gradient.
+def learn(engine: zero.Engine[Actor], experience: Experience, job: PpoJob, step: int) -> dict[str, float]:
+    """Take the inner epochs over one rollout, and return the `WATCHED` means per token, and the gradient's norm.
 
     Args:
-        engine: the DeepSpeed engine around `ActorCritic`.
+        engine: the DeepSpeed engine around the networks.
         experience: the whole rollout, of all ranks: each takes its share of every batch of it.
         job: batch size, inner epochs and clipping.
         step: number of the rollout; draws the order with the seed.
@@ -155,7 +184,9 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
     config = job.ppo
     idle = idle_micro_batch(engine.device)
     taken: list[zero.StepResult] = []
-    sums: dict[str, float] = dict.fromkeys(("num_tokens", *WATCHED), 0.0)
+    # With their names from the start: a rollout without a response takes no step.
+    names_watched = (*WATCHED, "value_loss") if config.trains_value else WATCHED
+    sums: dict[str, float] = dict.fromkeys(("num_tokens", *names_watched), 0.0)
 
     def summed_loss(micro_batch: MicroBatch) -> Tensor:
         loss, watched = token_losses(engine, micro_batch, config)
@@ -181,7 +212,6 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
     norms = [step.grad_norm for step in taken if not step.num_skipped]
     learnt["grad_norm"] = float(np.mean(norms)) if norms else float("nan")
     learnt["num_skipped"] = sum(step.num_skipped for step in taken)
-    learnt["loss"] = learnt["policy_loss"] + config.value_coef * learnt["value_loss"]
     return learnt
 
 
@@ -193,7 +223,7 @@ def idle_micro_batch(device: torch.device) -> MicroBatch:
 
 
 def token_losses(
-    engine: zero.Engine[ActorCritic], micro_batch: MicroBatch, config: PpoConfig
+    engine: zero.Engine[Actor], micro_batch: MicroBatch, config: PpoConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of a micro-batch, summed over its response tokens, and sums to watch."""
     tokens, targets = micro_batch
@@ -205,21 +235,26 @@ def token_losses(
         targets.logprobs,
         targets.advantages,
         clip_range=config.clip_range,
+        clip_range_high=config.clip_range_high,
         importance=targets.importance,
     )
-    value_losses = ppo.value_loss(now.values, targets.values, targets.returns, clip_range=config.value_clip_range)
     log_ratio = (now.logprobs - targets.logprobs).detach()
-    is_clipped = ((log_ratio.exp() - 1).abs() > config.clip_range).float()
-    policy_loss = torch.where(mask, policy_losses, 0.0).sum()
-    value_loss = torch.where(mask, value_losses, 0.0).sum()
+    low, high = ppo.ratio_bounds(config.clip_range, config.clip_range_high)
+    is_clipped = ((log_ratio.exp() < low) | (log_ratio.exp() > high)).float()
+    loss = policy_loss = torch.where(mask, policy_losses, 0.0).sum()
     watched = {
         "num_tokens": float(mask.sum()),
         "policy_loss": policy_loss.item(),
-        "value_loss": value_loss.item(),
         "clip_fraction": torch.where(mask, is_clipped, 0.0).sum().item(),
         "approximate_kl": -torch.where(mask, log_ratio, 0.0).sum().item(),
     }
-    return policy_loss + config.value_coef * value_loss, watched
+    if now.values is not None and targets.values is not None and targets.returns is not None:
+        value_losses = ppo.value_loss(now.values, targets.values, targets.returns, clip_range=config.value_clip_range)
+        value_loss = torch.where(mask, value_losses, 0.0).sum()
+        watched["value_loss"] = value_loss.item()
+        loss = policy_loss + config.value_coef * value_loss
+    watched["loss"] = loss.item()
+    return loss, watched
 
 
 def means(sums: dict[str, float], per: str, engine: zero.Engine) -> dict[str, float]:

@@ -27,17 +27,10 @@ class PpoJob(TrainingJob):
     m1: Checkpoint
     """Weights to start from, and the reference."""
     value_start: Checkpoint
-    """Backbone that the value function starts from: the reward model's, or M1's."""
+    """Backbone that the value function, if one is trained, starts from: the reward model's, or M1's."""
     ppo: PpoConfig
     sampling: Sampling
     fleet: Fleet
     rewards: ServedReward
     held_out: list[PromptRow]
     """Prompts on which the reward is measured along the way."""
-
-
-def num_rollouts(num_prompts: int, config: PpoConfig) -> int:
-    """Return the rollouts of a whole training."""
-    per_epoch = -(-num_prompts // config.rollout_size)
-    rollouts = config.epochs * per_epoch
-    return min(rollouts, config.max_rollouts or rollouts)

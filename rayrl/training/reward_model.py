@@ -92,8 +92,11 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
             torch.nn.init.normal_(reward_model.head.weight, std=std)
         model = MultiViewRewardModel(reward_model, job.views.uml if job.views else None)
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
-        own_rates = [(model.branch(), job.views.uml.learning_rate)] if job.views else []
-        engine = zero.start(model, training, job.torch_dtype, schedule_steps, own_rates=own_rates)
+        groups: list[zero.ParameterGroup] = []
+        if job.views:
+            branch = zero.ParameterGroup(parameters=model.branch(), learning_rate=job.views.uml.learning_rate)
+            groups.append(branch)
+        engine = zero.start(model, training, job.torch_dtype, schedule_steps, groups)
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     losses = StepLosses(engine, idle)

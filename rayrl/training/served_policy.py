@@ -8,7 +8,7 @@ import time
 
 from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import load_tokenizer
-from rayrl.models.actor_critic import ActorCritic
+from rayrl.models.actor_critic import Actor
 from rayrl.records import Checkpoint, HeldOutAnswer, to_table
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -27,7 +27,7 @@ NUM_KEPT_VERSIONS = 2
 class ServedPolicy:
     """Publishes the policy, samples from it, and measures it."""
 
-    def __init__(self, job: PpoJob, engine: zero.Engine[ActorCritic], *, best_reward: float):
+    def __init__(self, job: PpoJob, engine: zero.Engine[Actor], *, best_reward: float):
         self.best_reward = best_reward
         """Highest held-out reward so far."""
         self._job = job
@@ -40,7 +40,7 @@ class ServedPolicy:
 
     def sample(self, prompts: list[PromptRow], step: int) -> Rollout:
         """Sample this rank's part of the rollout of a step, by the weights that are served when this is called."""
-        return self._sample(prompts, f"{self._job.seed} step {step}")
+        return self._sample(prompts, f"{self._job.seed} step {step}", self._job.ppo.k)
 
     def publish(self, step: int) -> float:
         """Bring the trainer's weights to every replica, each checked by its sums, and return the seconds it took.
@@ -74,7 +74,7 @@ class ServedPolicy:
         self._measured_step = step
         prompts = job.held_out[launch.rank() :: launch.world_size()]
         # Seeds do not depend on the step: measurements differ by the policy, and not by the sampling.
-        rollouts = [self._sample(prompts, f"{job.seed} held out {i}") for i in range(NUM_HELD_OUT_ANSWERS)]
+        rollouts = [self._sample(prompts, f"{job.seed} held out {i}", k=1) for i in range(NUM_HELD_OUT_ANSWERS)]
         answers: list[HeldOutAnswer] = []
         for rollout in rollouts:
             answers += held_out_answers(rollout)
@@ -99,9 +99,9 @@ class ServedPolicy:
         if self.best_reward == -math.inf:
             self._export(self._job.best_url)
 
-    def _sample(self, prompts: list[PromptRow], seed: str) -> Rollout:
+    def _sample(self, prompts: list[PromptRow], seed: str, k: int) -> Rollout:
         job = self._job
-        return sample(job.fleet, self._served, prompts, job.sampling, job.rewards, step=self._step, seed=seed)
+        return sample(job.fleet, self._served, prompts, job.sampling, job.rewards, step=self._step, seed=seed, k=k)
 
     def _export(self, url: str) -> None:
         export_policy(self._engine, self._policy, load_tokenizer(self._job.policy), url)

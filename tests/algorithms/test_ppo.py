@@ -6,14 +6,15 @@ import pytest
 import torch
 from beartype import beartype
 
-from rayrl.algorithms import kl, ppo
+from rayrl.algorithms import advantages, kl, ppo
 
 checked = jaxtyping.jaxtyped(typechecker=beartype)  # in tests, the shapes in the signatures are enforced
 kl_penalty = checked(ppo.kl_penalty)
 adapted_kl_coef = checked(ppo.adapted_kl_coef)
 truncation_penalty = checked(ppo.truncation_penalty)
+centred_and_clipped = checked(ppo.centred_and_clipped)
 shaped_rewards = checked(ppo.shaped_rewards)
-gae = checked(ppo.gae)
+gae = checked(advantages.gae)
 masked_moments = checked(ppo.masked_moments)
 whiten = checked(ppo.whiten)
 scale_to_unit_std = checked(ppo.scale_to_unit_std)
@@ -94,6 +95,13 @@ def test_score_goes_to_the_last_token_of_each_response():
         if length:
             expected[row, length - 1] += scores[row].item()
     np.testing.assert_allclose(shaped_rewards(scores, spoiled(kl), MASK, 0.1), expected, rtol=1e-6)
+
+
+def test_scores_are_centred_before_they_are_clipped():
+    scores = torch.tensor([-2.0, 1.0, 4.0, 12.0])
+    assert centred_and_clipped(scores).tolist() == scores.tolist()
+    assert centred_and_clipped(scores, clip=3.0).tolist() == [-2.0, 1.0, 3.0, 3.0]
+    assert centred_and_clipped(scores, mean=3.0, clip=3.0).tolist() == [-3.0, -2.0, 1.0, 3.0]
 
 
 def test_only_unfinished_responses_are_penalised():
@@ -181,6 +189,17 @@ def test_policy_loss_is_the_papers():
 def test_policy_loss_is_flat_where_clipping_binds(advantage, log_ratio, moves):
     logprobs = torch.tensor([[-2.0]], requires_grad=True)
     policy_loss(logprobs, logprobs.detach() - log_ratio, torch.tensor([[float(advantage)]]), clip_range=0.2).backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(-advantage * math.exp(log_ratio) if moves else 0)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "log_ratio", "moves"),
+    [(1, math.log(1.25), True), (1, math.log(1.3), False), (-1, math.log(0.75), False), (-1, math.log(1.3), True)],
+)
+def test_clip_higher_moves_the_upper_bound_alone(advantage, log_ratio, moves):
+    logprobs, advantages = torch.tensor([[-2.0]], requires_grad=True), torch.tensor([[float(advantage)]])
+    policy_loss(logprobs, logprobs.detach() - log_ratio, advantages, clip_range=0.2, clip_range_high=0.28).backward()
     assert logprobs.grad is not None
     assert logprobs.grad.item() == pytest.approx(-advantage * math.exp(log_ratio) if moves else 0)
 

@@ -13,6 +13,7 @@ def small(tmp_path):
     return path
 
 
+GROUPS = ["ppo.k=4", "ppo.advantages=group_normalised"]
 RLP = ['pipeline="rlp"', 'preferences={source="oracle"}']
 
 
@@ -32,6 +33,27 @@ RLP = ['pipeline="rlp"', 'preferences={source="oracle"}']
         (["ppo.function=a:b"], 'ppo.function and ppo.reward = "function" go together'),
         (["ppo.function=reward", "ppo.reward=function"], "ppo.function: string should match pattern"),
         (["ppo.batch_size=513"], "ppo.batch_size must be at most ppo.rollout_size (512), got 513"),
+        (
+            ["ppo.k=2", "ppo.batch_size=1025"],
+            "ppo.batch_size must be at most ppo.rollout_size * ppo.k (1024), got 1025",
+        ),
+        (["ppo.k=0"], "ppo.k: input should be greater than 0, got 0"),
+        (
+            ["ppo.k=2", "ppo.target_kl=1", "ppo.kl_horizon=1023"],
+            "ppo.kl_horizon must be at least ppo.rollout_size * ppo",
+        ),
+        (["ppo.advantages=vtrace"], 'ppo.advantages: must be one of "gae", "rloo", "group_mean", "group_normalised"'),
+        (["ppo.advantages=rloo"], 'ppo.k must be at least 2 when ppo.advantages is "rloo"'),
+        (["ppo.advantages=group_mean"], 'ppo.k must be at least 2 when ppo.advantages is "group_mean"'),
+        ([*GROUPS, "ppo.gamma=0.9"], 'ppo.gamma must be left out when ppo.advantages is "group_normalised"'),
+        ([*GROUPS, "ppo.gae_lambda=0.9"], "ppo.gae_lambda must be left out when ppo.advantages"),
+        ([*GROUPS, "ppo.value_coef=0.5"], "trains no value function, got 0.5; leave it out, or set ppo.advantages"),
+        ([*GROUPS, "ppo.value_clip_range=0.5"], "ppo.value_clip_range must be left out when ppo.advantages"),
+        ([*GROUPS, "ppo.value_learning_rate=1e-4"], "ppo.value_learning_rate must be left out when ppo.advantages"),
+        ([*GROUPS, "ppo.value_warmup_steps=1"], "ppo.value_warmup_steps must be left out when ppo.advantages"),
+        (["ppo.reward_clip=0"], "ppo.reward_clip: input should be greater than 0"),
+        (["ppo.clip_range_high=0"], "ppo.clip_range_high: input should be greater than 0"),
+        (["ppo.lora={}", "ppo.reference_offload=true"], "ppo.reference_offload must be false with ppo.lora"),
         (["ppo.kl_coef=-0.1"], "ppo.kl_coef: input should be greater than or equal to 0"),
         (["ppo.kl_estimator=k4"], 'ppo.kl_estimator: must be one of "k1", "k2", "k3", "clamped", got "k4"'),
         (["ppo.target_kl=0"], "ppo.target_kl: input should be greater than 0"),
@@ -61,6 +83,8 @@ def test_settings_of_the_second_pipeline_are_refused(small, overrides, message):
         ['pipeline="rlp"', "ppo.reward=evaluator", "generate.source=seed", "seed_data.path=x"],
         [*RLP, "evaluate.diagnosis_budget=36", "evaluate.best_of_n=2", "refresh.spg.gamma=0", "refresh.n=2"],
         [*RLP, "ppo.gamma=1", "ppo.gae_lambda=0", "ppo.kl_coef=0", "ppo.batch_size=512"],
+        [*RLP, "ppo.k=2", "ppo.advantages=rloo", "ppo.batch_size=1024", "ppo.value_coef=0.1", "ppo.clip_range_high=2"],
+        [*RLP, "ppo.k=4", "ppo.value_learning_rate=1e-5", "ppo.value_warmup_steps=10", "ppo.reference_offload=true"],
     ],
 )
 def test_what_stands_at_their_edges_is_accepted(small, overrides):
@@ -70,3 +94,17 @@ def test_what_stands_at_their_edges_is_accepted(small, overrides):
 @pytest.mark.parametrize(("pipeline", "best_of_n"), [(RLP, 4), ([], 0)])
 def test_best_of_n_is_a_control_of_rlp_alone(small, pipeline, best_of_n):
     assert load_config(small, [*pipeline, "evaluate.best_of_n=4"]).best_of_n == best_of_n
+
+
+def test_rollouts_are_counted_in_prompts_and_optimizer_steps_in_responses(small):
+    ppo = load_config(small, ["ppo={rollout_size=100, k=4, batch_size=150, inner_epochs=2, epochs=3}"]).ppo
+    assert ppo.responses_per_rollout == 400
+    assert ppo.num_rollouts(250) == 9  # 100, 100 and 50 prompts, three times
+    assert ppo.num_updates(250) == 9 * 2 * 3  # 150, 150 and 100 responses
+    assert ppo.model_copy(update={"max_rollouts": 5}).num_updates(250) == 5 * 2 * 3
+
+
+def test_a_resolved_config_without_a_value_function_is_accepted_again(small):
+    """Run folders keep every setting with its value, defaults included."""
+    config = load_config(small, [*RLP, *GROUPS])
+    assert type(config.ppo).model_validate(config.ppo.model_dump(mode="json")) == config.ppo

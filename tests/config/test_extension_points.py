@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from rayrl.algorithms.advantages import ADVANTAGES, AdvantageEstimator, gae
 from rayrl.algorithms.clustering import CLUSTERINGS, Clustering
 from rayrl.algorithms.information import UML_OBJECTIVES
 from rayrl.algorithms.kl import KL_ESTIMATORS
@@ -24,6 +25,7 @@ ADDED = [
     ("select.strategy", STRATEGIES, Strategy(choose=choose_nothing, reads_vectors=False)),
     ("pseudo_label.pairing", PAIRINGS, Pairing(pairs=lambda scores, margin: [], num_pairs=lambda k: 1)),
     ("ppo.kl_estimator", KL_ESTIMATORS, lambda log_ratio: log_ratio.abs()),
+    ("ppo.advantages", ADVANTAGES, AdvantageEstimator(estimate=gae, reads_values=True)),
     ("refresh.spg.clustering", CLUSTERINGS, Clustering(reads="entailment", find=lambda labels: np.arange(len(labels)))),
 ]
 

@@ -96,6 +96,15 @@ def test_both_ppos_are_in_every_panel_and_gaps_are_skipped():
     assert (len(kl.lines), len(beside.lines), len(clip.lines)) == (2, 2, 0)
 
 
+def test_ppo_without_a_value_function_has_no_panel_of_its_loss():
+    row = {"step": 1, "reward": 0.5, "kl": 0.0, "kl_coef": 0.02, "policy_loss": 0.1}
+    titles = [
+        [axes.get_title(loc="left") for axes in plots.plot_ppo({"PPO": [row | more]}).axes]
+        for more in ({}, {"value_loss": 1.0})
+    ]
+    assert ["value loss" in found for found in titles] == [False, True]
+
+
 def test_a_run_in_its_first_ppo_has_a_figure():
     assert plots.to_svg(plots.plot_ppo({"plain PPO": [{"step": 1, "reward": 0.5}], "PPO on the refreshed reward": []}))
 

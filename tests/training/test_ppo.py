@@ -2,8 +2,10 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -19,9 +21,12 @@ from rayrl.models.actor_critic import ActorCritic
 from rayrl.models.policy import load_policy, response_logprobs, response_token_logprobs
 from rayrl.records import Checkpoint
 from rayrl.stages.fitting import stream_of
+from rayrl.training import deepspeed_engine as zero
+from rayrl.training.deepspeed_engine import train_step
 from rayrl.training.launch import fit
-from rayrl.training.ppo import train_ppo
-from rayrl.training.ppo_job import PpoJob, num_rollouts
+from rayrl.training.ppo import idle_micro_batch, start, token_losses, train_ppo
+from rayrl.training.ppo_job import PpoJob
+from rayrl.training.rollout import TokenTargets, read_tokens
 from tests.training.test_fit import kill_a_worker_after
 
 NUM_PROMPTS = 48
@@ -54,7 +59,7 @@ def write_prompts(folder):
     return table
 
 
-def train(folder, prompts, policy, fleet, transport=None, on_gpu=False, **settings):
+def train(folder, prompts, policy, fleet, transport=None, on_gpu=False, value_start=None, **settings):
     config = PpoConfig(
         **{"rollout_size": 16, "batch_size": 8, "learning_rate": 3e-4, "epochs": 2, "kl_coef": 0.01, "value_coef": 0.5}
         | {"evaluate_every": 3, "checkpoint_every": 2, "max_kl": 1000.0}
@@ -70,7 +75,7 @@ def train(folder, prompts, policy, fleet, transport=None, on_gpu=False, **settin
         transport=transport,
         m1=policy.checkpoint,
         policy=PolicyConfig(path=policy.path),
-        value_start=policy.checkpoint,
+        value_start=value_start or policy.checkpoint,
         ppo=config,
         sampling=Sampling(temperature=1.0, max_tokens=12),
         fleet=fleet,
@@ -91,7 +96,7 @@ def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generator
     assert (
         [row["step"] for row in curve]
         == list(range(1, 19))
-        == list(range(1, num_rollouts(48, PpoConfig(rollout_size=16, batch_size=8, epochs=6)) + 1))
+        == list(range(1, PpoConfig(rollout_size=16, batch_size=8, epochs=6).num_rollouts(48) + 1))
     )
     first, last = (sum(row["reward"] for row in rows) / 3 for rows in (curve[:3], curve[-3:]))
     assert last > first + 0.5
@@ -121,6 +126,95 @@ def test_ppo_raises_the_reward_and_the_replica_serves_what_was_trained(generator
             collate([prompt], [said]),
         )
     assert served == pytest.approx(exported.item(), abs=1e-3)
+
+
+def test_rloo_raises_the_reward_without_a_value_function(generators, prompts, tiny_policy, tmp_path):
+    nowhere = Checkpoint(path=f"{tmp_path}/nowhere", version="nowhere")  # loading it would fail
+    settings = {"advantages": "rloo", "k": 4, "rollout_size": 8, "batch_size": 16, "value_coef": 0.1, "epochs": 3}
+    curve = train(tmp_path, prompts, tiny_policy, generators, value_start=nowhere, **settings, clip_range_high=0.28)
+    assert [row["step"] for row in curve] == list(range(1, 19))
+    first, last = (sum(row["reward"] for row in rows) / 3 for rows in (curve[:3], curve[-3:]))
+    assert last > first + 0.5
+    assert sum(row["num_responses"] for row in curve) == 3 * 4 * (NUM_PROMPTS - 1)
+    assert all("value_loss" not in row and row["loss"] == row["policy_loss"] for row in curve)
+    assert [row["num_alone"] for row in curve] == [0] * 18
+    state = next((tmp_path / "fit").rglob("*model_states.pt"))
+    trained = torch.load(state, weights_only=False)["module"]
+    assert trained and all(name.startswith("policy.") for name in trained), "checkpoints hold the policy alone"
+
+
+def take_steps_at_every_stage(job, rows):
+    """A worker's loop: at each ZeRO stage the reference, and two steps of the value alone before the policy's first."""
+    prompts, responses = [[1, 5, 9], [1, 7]], [[40, 41], [50, 51, 52]]
+    ones = torch.ones(2, 3)
+    targets = TokenTargets(logprobs=-3 * ones, advantages=ones, importance=ones, values=0 * ones, returns=ones)
+    for stage in range(4):
+        # Decay would move the policy in a step of any learning rate but 0.
+        config = job.ppo.model_copy(update={"zero_stage": stage, "weight_decay": 0.1})
+        engine, reference = start(replace(job, ppo=config))
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in reference.parameters())
+        assert is_sharded == (stage == 3)
+        idle = idle_micro_batch(engine.device)
+
+        def read(engine=engine, reference=reference):
+            return read_tokens(engine, reference, prompts, responses, 64)
+
+        def step(engine=engine, config=config, idle=idle):
+            batch = (collate(prompts, responses), targets)
+            train_step(engine, [batch], lambda each: token_losses(engine, each, config)[0], 5, idle)
+            return read()
+
+        m1 = read()
+        torch.testing.assert_close(m1.reference_logprobs, m1.logprobs, atol=1e-5, rtol=1e-5)
+        assert engine.get_lr() == [0.0, 0.5]
+        first, second = step(), step()
+        for waiting in (first, second):
+            assert torch.equal(waiting.logprobs, m1.logprobs), f"the policy has moved at stage {stage}"
+        assert (second.values - m1.values).abs().max() > 0.1
+        assert engine.get_lr() == [0.01, 0.5]
+        with tempfile.TemporaryDirectory() as folder:
+            share = [folder]
+            torch.distributed.broadcast_object_list(share)
+            zero.save(engine, share[0], {"step": 2})
+            third = step()
+            assert (third.logprobs - m1.logprobs).abs().max() > 0.01
+            assert torch.equal(third.reference_logprobs, m1.reference_logprobs)
+            zero.load(engine, share[0])
+            torch.testing.assert_close(step().logprobs, third.logprobs, atol=1e-5, rtol=1e-5)
+            zero.barrier(engine)
+
+
+def test_value_warm_up_and_reference_at_every_zero_stage(ray_cluster, prompts, tiny_policy, tmp_path):
+    config = PpoConfig(
+        num_workers=2,
+        learning_rate=0.01,
+        value_learning_rate=0.5,
+        value_warmup_steps=2,
+        schedule="constant",
+        warmup_ratio=0,
+        max_failures=0,
+        reference_offload=True,
+    )
+    job = PpoJob(
+        stage="ppo",
+        run_url=str(tmp_path),
+        checkpoint_url="",
+        best_url="",
+        held_out_url="",
+        sync_url="",
+        m1=tiny_policy.checkpoint,
+        policy=PolicyConfig(path=tiny_policy.path),
+        value_start=tiny_policy.checkpoint,
+        ppo=config,
+        sampling=Sampling(temperature=1.0, max_tokens=12),
+        fleet=None,
+        rewards=Wanted(),
+        held_out=[],
+        dtype="float32",
+        seed=0,
+        num_rows=NUM_PROMPTS,
+    )
+    fit(take_steps_at_every_stage, job, config, stream_of(prompts, 0), storage=f"{tmp_path}/fit", on_gpu=False)
 
 
 @pytest.mark.slow

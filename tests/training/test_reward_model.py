@@ -318,8 +318,8 @@ def test_the_objective_moves_where_two_responses_to_a_prompt_are_alike(process_g
     views = Views(table=write_blocks(tmp_path, rows, 64), uml=UmlConfig(), batch_size=16, max_tokens=64)
     torch.manual_seed(0)
     model = MultiViewRewardModel(RewardModel(tiny_policy.load(), "last"), views.uml)
-    own_rates = [(model.branch(), views.uml.learning_rate)]
-    engine = zero.start(model, RewardModelConfig(), torch.float32, num_steps, own_rates=own_rates)
+    branch = zero.ParameterGroup(parameters=model.branch(), learning_rate=views.uml.learning_rate)
+    engine = zero.start(model, RewardModelConfig(), torch.float32, num_steps, [branch])
     idle = pair_batch([IDLE_PAIR])
     losses = StepLosses(engine, idle)
     information = []
