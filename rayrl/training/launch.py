@@ -140,6 +140,8 @@ def fit(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
+            # Workers without a GPU of their own would still see those of the machine, and DeepSpeed would take one.
+            worker_runtime_env={} if on_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             # A lost controller is `_fit_to_end`'s to restart.
             failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),
