@@ -101,7 +101,8 @@ def measure(case: Case, rank: int, rendezvous: str) -> int:
     )
     before = resident(case.device)
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(model_config(case)).to(dtype)
+    model: Any = LlamaForCausalLM(model_config(case))
+    model.to(dtype)
     engine = zero.start(add_lora(model, training.lora) if training.lora else model, training, dtype, 100)
     del model
     engine.train()

@@ -18,6 +18,11 @@ from rayrl.config import LoraConfig
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TERMS = (
+    *("weights", "gradients", "optimizer", "buffers", "value", "reference"),
+    *("activations", "logits", "kv_cache", "process"),
+)
+"""Names of the terms, in the order in which the plan shows them."""
 BUCKET_PARAMETERS = 500_000_000
 """Gradients that DeepSpeed reduces at once (`reduce_bucket_size`)."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -211,38 +216,50 @@ def trainer_memory(
     num_tokens = settings.micro_batch_tokens
     num_trained = lora_parameters(shape, settings.lora) if settings.lora else shape.num_parameters
     num_networks = 2 if networks.has_value else 1
-    states = {
-        "weights": weight_bytes(shape.num_parameters, width, zero_stage=stage, num_workers=num_workers),
-        "gradients": gradient_bytes(num_trained, width, zero_stage=stage, num_workers=num_workers),
-        "optimizer": optimizer_bytes(num_trained, width, zero_stage=stage, num_workers=num_workers),
-    }
+    sharding = {"zero_stage": stage, "num_workers": num_workers}
+    states = state_bytes(shape.num_parameters, num_trained, width, **sharding)
+    # One engine trains both networks, and gathers no more parameters for two of them.
+    both = state_bytes(num_networks * shape.num_parameters, num_networks * num_trained, width, **sharding)
     host = 0.0
     if on_gpu and settings.cpu_offload and stage > 0:
         # The optimizer's gradients go with its state, and under ZeRO-3 so do the shards of the weights.
-        host = states["optimizer"] + step_bytes(num_trained, width, zero_stage=stage, num_workers=num_workers)
-        states["optimizer"] = 0.0
+        host = both["optimizer"] + step_bytes(num_networks * num_trained, width, **sharding)
+        states["optimizer"] = both["optimizer"] = 0.0
         if stage == 3:
             shard = shape.num_parameters * width / num_workers
             states["weights"] -= shard
-            host += shard
+            both["weights"] -= num_networks * shard
+            host += num_networks * shard
     activations = activation_bytes(shape, width, num_tokens, gradient_checkpointing=settings.gradient_checkpointing)
     logits = logit_bytes(shape.vocab_size, num_tokens) if networks.has_logits else 0.0
     # The backward pass has let go of the activations when the optimizer's step begins. Before that, a GPU's bucket is
     # whole from the beginning, and a CPU's is filled meanwhile.
     freed = num_networks * activations + logits
     buckets = bucket_bytes(num_networks * num_trained, width, zero_stage=stage, on_gpu=on_gpu)
-    step = num_networks * step_bytes(num_trained, width, zero_stage=stage, num_workers=num_workers)
+    step = step_bytes(num_networks * num_trained, width, **sharding)
     during_backward = buckets if on_gpu else buckets - freed
     terms = {
         **states,
         "buffers": max(0.0, during_backward, 0.0 if host else step - freed),
-        "value": sum(states.values()) + activations if networks.has_value else 0.0,
+        "value": sum(both.values()) - sum(states.values()) + (num_networks - 1) * activations,
         "reference": shape.num_parameters * width if networks.has_reference else 0.0,
         "activations": activations,
         "logits": logits,
         "process": process_bytes(on_gpu=on_gpu, num_workers=num_workers),
     }
-    return Memory(terms=terms, host=num_networks * host)
+    return Memory(terms=terms, host=host)
+
+
+def state_bytes(
+    num_parameters: float, num_trained: float, width: int, *, zero_stage: int, num_workers: int
+) -> dict[str, float]:
+    """Model states by term: weights, gradients and optimizer (arXiv 1910.02054, section 3.1)."""
+    sharding = {"zero_stage": zero_stage, "num_workers": num_workers}
+    return {
+        "weights": weight_bytes(num_parameters, width, **sharding),
+        "gradients": gradient_bytes(num_trained, width, **sharding),
+        "optimizer": optimizer_bytes(num_trained, width, **sharding),
+    }
 
 
 def process_bytes(*, on_gpu: bool, num_workers: int = 1) -> float:

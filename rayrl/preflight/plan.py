@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrl.preflight.cluster import Cluster, describe_amount
-from rayrl.preflight.memory import GIB, RoleMemory
+from rayrl.preflight.memory import GIB, TERMS, RoleMemory
 from rayrl.records import Prompt
 
 Mode = Literal["overlap", "alternate"]
@@ -148,7 +148,7 @@ def _memory_table(plan: Plan) -> list[str]:
     place = "GPU" if plan.on_gpu else "process"
     gpu_bytes = plan.cluster.gpu_bytes()
     has = "" if not plan.on_gpu else ", of unknown size" if gpu_bytes is None else f" of {gpu_bytes / GIB:.1f} GiB"
-    names = list(dict.fromkeys(name for _, role in rows for name, amount in role.memory.terms.items() if amount))
+    names = [name for name in TERMS if any(role.memory.terms.get(name) for _, role in rows)]
     header = ["memory", "role", *names, "sum"]
     has_host = any(role.memory.host for _, role in rows)
     cells = [header + (["beside it, in the node's memory"] if has_host else [])]

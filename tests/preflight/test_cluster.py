@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayrl.config import load_config
 from rayrl.errors import ConfigError, ResourceError
 from rayrl.preflight import Cluster, check, render_plan
 from rayrl.preflight.autoscaling import SETTING, find_node_types, growth_of, growth_of_kuberay
@@ -150,3 +151,19 @@ def test_our_kubernetes_clusters_say_what_may_come(file, kind):
     cluster = Cluster(nodes=(), node_types=growth.node_types, most_workers=growth.most_workers)
     assert cluster.most("GPU") == 8 * groups["gpu"]["maxReplicas"] and cluster.largest("GPU") == 8
     assert growth_of_kuberay(resource | {"spec": spec | {"enableInTreeAutoscaling": False}}).node_types == ()
+
+
+@pytest.mark.parametrize("file", ["raycluster.yaml", "rayjob.yaml"])
+def test_the_first_run_on_kubernetes_asks_for_no_gpu(file, tmp_path):
+    """The group of GPUs may grow, and is not waited for: the documented first run is on CPUs."""
+    documents = list(yaml.safe_load_all((KUBERAY / file).read_text()))
+    (document,) = [document for document in documents if document["kind"] in ("RayCluster", "RayJob")]
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    growth = growth_of_kuberay({"metadata": {"name": "rayrl", "namespace": "rayrl"}, "spec": spec})
+    cluster = Cluster(nodes=({HEAD: 1.0, "CPU": 0.0},), node_types=growth.node_types, most_workers=growth.most_workers)
+    entrypoint = yaml.safe_load_all((KUBERAY / "rayjob.yaml").read_text())
+    command = next(job["spec"]["entrypoint"] for job in entrypoint if job["kind"] == "RayJob").split()
+    config = load_config(KUBERAY.parents[1] / command[2], [*command[3:], f"run_dir={tmp_path / 'run'}"])
+    plan = check(config, cluster=cluster)
+    assert cluster.most("GPU") > 0 and not plan.on_gpu
+    assert not any(stage.num_gpus for stage in plan.stages)
