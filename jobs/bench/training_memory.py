@@ -209,7 +209,7 @@ HEADER = (
 
 def cases(device: str) -> list[Case]:
     """List the rows: sizes and ZeRO stages, then bfloat16, checkpointing and adapters."""
-    sizes = [(512, 8), (768, 8), (1024, 8)] if device == "cpu" else [(1024, 16), (2048, 16), (3072, 26)]
+    sizes = [(640, 8), (768, 8), (1024, 8)] if device == "cpu" else [(1024, 16), (2048, 16), (3072, 26)]
     base = Case(hidden_size=512, num_layers=8, zero_stage=0, device=device, num_workers=2 if device == "cpu" else 1)
     dtype = "float32" if device == "cpu" else "bfloat16"
     found = [
@@ -217,7 +217,7 @@ def cases(device: str) -> list[Case]:
         for hidden, layers in sizes
         for stage in range(4)
     ]
-    found += [replace(base, hidden_size=512, zero_stage=stage, dtype="bfloat16") for stage in range(4)]
+    found += [replace(base, hidden_size=640, zero_stage=stage, dtype="bfloat16") for stage in range(4)]
     found.append(replace(base, num_layers=16, gradient_checkpointing=True, micro_batch_tokens=2048))
     found.append(replace(base, hidden_size=1024, lora=True))
     return found
