@@ -51,7 +51,7 @@ def model_config(case: Case) -> Any:
     return LlamaConfig(
         vocab_size=case.vocab_size, hidden_size=case.hidden_size, intermediate_size=3 * case.hidden_size,
         num_hidden_layers=case.num_layers, num_attention_heads=num_heads, num_key_value_heads=num_heads // 2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )  # fmt: skip
 
 

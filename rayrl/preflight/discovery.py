@@ -18,6 +18,8 @@ LIMITS_UNKNOWN = (
 def find_cluster() -> Cluster:
     """Ask the Ray cluster that RAY_ADDRESS names for its nodes; look at this machine if it names none.
 
+    Nodes with GPUs are asked for their memory and compute capability, where they tell them (`rayrl.preflight.gpus`).
+
     Raises:
         ResourceError: the cluster does not answer.
     """

@@ -112,14 +112,15 @@ def bucket_bytes(num_trained: float, width: int, *, zero_stage: int, on_gpu: boo
     return (1 if zero_stage == 1 else 2) * bucket * width
 
 
-def step_bytes(num_trained: float, width: int, *, zero_stage: int, num_workers: int) -> float:
+def step_bytes(num_trained: float, width: int, *, zero_stage: int, num_workers: int, on_gpu: bool) -> float:
     """4 P, from ZeRO-1 on 4 P / N: the gradients in float32 that the optimizer's step reads.
 
-    float32 without ZeRO needs no copy of them.
+    float32 without ZeRO needs no copy of them. On a CPU torch's Adam makes two temporaries of the size of a tensor, and
+    from ZeRO-1 on a worker's whole part is one tensor.
     """
     if zero_stage == 0:
         return 0.0 if width == 4 else 4 * num_trained
-    return 4 * num_trained / num_workers
+    return (1 if on_gpu else 3) * 4 * num_trained / num_workers
 
 
 def optimizer_bytes(num_trained: float, width: int, *, zero_stage: int, num_workers: int) -> float:
@@ -223,7 +224,7 @@ def trainer_memory(
     host = 0.0
     if on_gpu and settings.cpu_offload and stage > 0:
         # The optimizer's gradients go with its state, and under ZeRO-3 so do the shards of the weights.
-        host = both["optimizer"] + step_bytes(num_networks * num_trained, width, **sharding)
+        host = both["optimizer"] + step_bytes(num_networks * num_trained, width, on_gpu=on_gpu, **sharding)
         states["optimizer"] = both["optimizer"] = 0.0
         if stage == 3:
             shard = shape.num_parameters * width / num_workers
@@ -236,7 +237,7 @@ def trainer_memory(
     # whole from the beginning, and a CPU's is filled meanwhile.
     freed = num_networks * activations + logits
     buckets = bucket_bytes(num_networks * num_trained, width, zero_stage=stage, on_gpu=on_gpu)
-    step = step_bytes(num_networks * num_trained, width, **sharding)
+    step = step_bytes(num_networks * num_trained, width, on_gpu=on_gpu, **sharding)
     during_backward = buckets if on_gpu else buckets - freed
     terms = {
         **states,

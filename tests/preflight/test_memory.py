@@ -85,7 +85,14 @@ def test_states_are_sharded_as_in_the_zero_paper(stage, weights, gradients, opti
 
 def test_float32_needs_no_copy_without_zero():
     assert optimizer_bytes(10, 4, zero_stage=0, num_workers=1) == 80
-    assert step_bytes(10, 4, zero_stage=0, num_workers=1) == 0 and step_bytes(10, 2, zero_stage=0, num_workers=1) == 40
+    whole = {"zero_stage": 0, "num_workers": 1, "on_gpu": False}
+    assert step_bytes(10, 4, **whole) == 0 and step_bytes(10, 2, **whole) == 40
+
+
+def test_a_step_on_a_cpu_has_temporaries_of_a_workers_part():
+    sharding = {"zero_stage": 1, "num_workers": 2}
+    assert step_bytes(10, 2, on_gpu=True, **sharding) == 20
+    assert step_bytes(10, 2, on_gpu=False, **sharding) == 60
 
 
 def test_buckets_are_whole_on_gpus_only():
