@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart rlp-quickstart test check test-slow test-faults chaos dashboard-tools test-dashboard bench lock
+.PHONY: install quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench lock
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,15 @@ test: check
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
 
+# One GPU, about ten minutes, no vLLM; DEVICE=cpu runs the same checks on a small model.
+DEVICE ?= cuda
+test-gpu:
+	$(BIN)/python -m jobs.bench.one_gpu --device $(DEVICE)
+
+# Engines and trainings on one GPU or more, with vLLM's CUDA build.
+test-gpu-cluster:
+	$(BIN)/python -m pytest -m gpu -q
+
 # Every fault of a cluster, in every stage; only root, with iproute2, can give nodes networks of their own.
 test-faults: install
 	$(BIN)/python -m pytest -m faults -q
@@ -55,6 +64,7 @@ test-dashboard: install
 
 bench: install
 	for bench in k_center generation dpo startup swap memory ppo replicas scale oracle; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
+	$(BIN)/python -m jobs.bench.training_memory
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \

@@ -43,11 +43,11 @@ class Clock(TrainerCallback):
 class Theirs:
     """TRL's trainer on the same tokens, given in the columns its own preparation makes."""
 
-    def __init__(self, path: str, pairs: list[Any], batch_size: int, micro_batch: int):
+    def __init__(self, path: str, pairs: list[Any], batch_size: int, micro_batch: int, *, use_cpu: bool = True):
         self.accumulation = batch_size // micro_batch
         arguments = TrlConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, num_train_epochs=1,
-            gradient_accumulation_steps=self.accumulation, gradient_checkpointing=False, bf16=False, use_cpu=True,
+            gradient_accumulation_steps=self.accumulation, gradient_checkpointing=False, bf16=False, use_cpu=use_cpu,
             lr_scheduler_type="constant", precompute_ref_log_probs=True, report_to=[], save_strategy="no",
             disable_tqdm=True, dataloader_pin_memory=False, max_length=None, logging_steps=10_000,
             learning_rate=1e-5,

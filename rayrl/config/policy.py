@@ -25,7 +25,7 @@ class PolicyConfig(Table):
     revision: str | None = None
     """Commit, tag or branch of a hub id; None is its main branch."""
     dtype: Dtype = "auto"
-    """"auto" is bfloat16 where the accelerator has it, else float32."""
+    """"auto" is bfloat16 on GPUs that have it, else float32: models made in bfloat16 overflow in float16."""
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
     """"auto" is chat when the tokenizer has a chat template."""
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -34,6 +34,17 @@ class PolicyConfig(Table):
     """Context in tokens; None is the model's own."""
     trust_remote_code: bool = False
     """Run model and tokenizer code that comes with the weights."""
+
+    def resolved_dtype(self, *, on_gpu: bool, has_bfloat16: bool = True) -> Literal["float32", "bfloat16"]:
+        """Return the dtype of engines and trainings.
+
+        Args:
+            on_gpu: whether they run on GPUs.
+            has_bfloat16: whether all of these GPUs compute in bfloat16.
+        """
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if on_gpu and has_bfloat16 else "float32"
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -41,6 +41,9 @@ class RunConfig(Table):
     """The algorithm that the tables below are for: jobs/proxy_dpo.py or jobs/rlp.py runs it."""
     seed: int = Field(default=0, ge=0)
     """All random draws follow from it."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where engines and trainings run: "auto" is on GPUs if the cluster has, or may get, one. It is science, since
+    `policy.dtype = "auto"` follows it."""
     reuse: Operation[str | None] = None
     """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
     rounds: int = Field(default=1, gt=0)

@@ -17,6 +17,8 @@ CPU_BATCHED_TOKENS = 8192
 """Tokens in one forward pass of a CPU engine; a longer context raises it."""
 WORKER_EXTENSION = "rayrl.engines.worker.WorkerExtension"
 """Class whose methods vLLM adds to its workers."""
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a process that uses no GPU, also where the machine has some: Ray leaves them visible."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
     if not on_gpu:
         # On CPU the model runs inside the process of vLLM's core. A worker process of its own would bind its threads,
         # and two engines that bind threads share core 0.
-        variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        variables |= {"OMP_NUM_THREADS": str(config.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **NO_GPUS}
     return variables
 
 

@@ -12,12 +12,12 @@ from typing import ClassVar
 import ray
 from ray.exceptions import RayError
 
-from rayrl.config import RunConfig, SpgConfig
+from rayrl.config import SpgConfig
 from rayrl.engines.embedder import Embedder
 from rayrl.engines.entailment import MAX_CONCURRENCY, EntailmentModel, EntailmentSpec
 from rayrl.engines.generator import Generator
 from rayrl.engines.serving import Serving
-from rayrl.engines.start import EngineSpec
+from rayrl.engines.start import NO_GPUS, EngineSpec
 from rayrl.errors import RayRLError
 from rayrl.fleets.control import Driver
 from rayrl.fleets.fleet import Fleet, start_fleet, start_replicas
@@ -41,6 +41,7 @@ class Services:
         mode: "overlap" keeps fleets alive during trainings; "alternate" stops them for each training.
         reference: source of DPO's reference log-probabilities, "generation" or "pass" (a pass before the first step).
         on_gpu: whether engines and trainings take GPUs, which an autoscaler may still bring; None looks at the cluster.
+        dtype: of engines and trainings; None follows the device.
         control: the driver's side of the run's control, for operators to see and resize the fleets; None for a run
             without a control.
     """
@@ -49,14 +50,21 @@ class Services:
     embedder_class: ClassVar[type[Serving]] = Embedder
 
     def __init__(
-        self, run: Run, *, mode: str, reference: str, on_gpu: bool | None = None, control: Driver | None = None
+        self,
+        run: Run,
+        *,
+        mode: str,
+        reference: str,
+        on_gpu: bool | None = None,
+        dtype: str | None = None,
+        control: Driver | None = None,
     ):
         self.run = run
         self.mode = mode
         self.reference = reference
         # One answer for the whole run: nodes may come and go, but engines and trainings must agree on device and dtype.
         self.on_gpu = ray.cluster_resources().get("GPU", 0) > 0 if on_gpu is None else on_gpu
-        self.dtype = resolve_dtype(run.config, self.on_gpu)
+        self.dtype = dtype or run.config.policy.resolved_dtype(on_gpu=self.on_gpu)
         self._control = control
         self._fleets: dict[str, Fleet] = {}
         self._timed: set[str] = set()
@@ -202,13 +210,6 @@ def fleet_name(use: FleetUse, checkpoint: Checkpoint) -> str:
     return f"sentences-{checkpoint.version}-{use.pooling}"
 
 
-def resolve_dtype(config: RunConfig, on_gpu: bool) -> str:
-    """Return the dtype of engines and trainings: the config's, or for "auto" bfloat16 on GPUs and float32 on CPUs."""
-    if config.policy.dtype != "auto":
-        return config.policy.dtype
-    return "bfloat16" if on_gpu else "float32"
-
-
 def start_entailment(name: str, spec: EntailmentSpec, *, num_replicas: int, num_gpus: float) -> Fleet:
     """Start a fleet of entailment replicas, after checking the labels of their model.
 
@@ -225,6 +226,9 @@ def start_entailment(name: str, spec: EntailmentSpec, *, num_replicas: int, num_
     options = {
         "num_gpus": num_gpus if spec.on_gpu else 0,
         "max_concurrency": MAX_CONCURRENCY,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}},
+        "runtime_env": {
+            "env_vars": {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+            | ({} if spec.on_gpu else NO_GPUS)
+        },
     }
     return start_replicas(name, Replicas(replica=EntailmentModel, spec=spec, options=options), num_replicas)

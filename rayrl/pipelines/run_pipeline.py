@@ -67,7 +67,9 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         ends.callback(end_oracle_pool, oracle)
         driver.show("oracle", "oracle", oracle)
         try_out(run, oracle, plan.test_prompts)
-        services = Services(run, mode=plan.mode, reference=plan.reference, on_gpu=plan.on_gpu, control=driver)
+        services = Services(
+            run, mode=plan.mode, reference=plan.reference, on_gpu=plan.on_gpu, dtype=plan.dtype, control=driver
+        )
         ends.callback(services.stop)
         ends.enter_context(tracked(run))
         pipeline(run, services, oracle)

@@ -1,7 +1,7 @@
 """Checks before work starts: refusals of a run that cannot end well, and the plan of what the run will do.
 
 Loads no torch, vllm or transformers, and ray only to ask a running cluster, so that `--plan` takes under two
-seconds. What only shows at run time, such as a model too large for its GPU, is not known here.
+seconds. Memory is estimated (`rayrl.preflight.memory`), and refused where the size of a GPU is known.
 """
 
 from rayrl.preflight.check import check

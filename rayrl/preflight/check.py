@@ -4,6 +4,7 @@ Starts no actor and writes nothing. The checks themselves are in the modules bes
 """
 
 from rayrl.config import RunConfig
+from rayrl.errors import ConfigError, ResourceError
 from rayrl.models.judge_prompt import Rubric, load_rubric
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.clustering_models import inspect_clustering_models
@@ -17,6 +18,7 @@ from rayrl.preflight.plan_warnings import plan_warnings
 from rayrl.preflight.ppo_settings import check_room, check_transfer, check_warmup
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.ready_made_reward_model import inspect_reward_model
+from rayrl.preflight.resources import resolved_dtype
 from rayrl.preflight.run_folder import check_disk, check_run_folder
 from rayrl.preflight.stage_plans import plan_stages
 from rayrl.preflight.workload import describe_rounds, ledger_budgets, num_test_questions, plan_workload
@@ -41,6 +43,7 @@ def check(
         cluster = find_cluster()
     elif isinstance(cluster, dict):
         cluster = Cluster(nodes=(cluster,))
+    cluster = on_device(config, cluster)
     # What is cheapest to read comes first; what runs the user's code or uses the network comes last.
     check_run_folder(config)
     rubric = load_rubric(config.rubric)
@@ -60,7 +63,7 @@ def check(
     )
     if config.pipeline == "rlp":
         check_warmup(config, workload.num_prompts)
-    planned = plan_stages(config, cluster, _copy_bytes(config, model, cluster))
+    planned = plan_stages(config, cluster, model)
     disk = check_disk(config, model, workload.num_responses)
     judge_prompts = inspect_judge_prompts(config, rubric, model, pool)
     if contact_oracle:
@@ -72,6 +75,7 @@ def check(
         run_dir=config.run_dir,
         stages=planned.stages,
         cluster=cluster,
+        dtype=resolved_dtype(config, cluster),
         mode=planned.mode,
         reference=planned.reference,
         num_prompts=workload.num_prompts,
@@ -96,6 +100,7 @@ def check(
             cost=cost,
             judge_prompts=judge_prompts,
             disk=disk,
+            stages=planned.stages,
         ),
         num_test_questions=num_test_questions(config),
         operation=operation_by_table(config),
@@ -112,13 +117,27 @@ def operation_by_table(config: RunConfig) -> dict[str, tuple[str, ...]]:
     return {table: tuple(settings) for table, settings in names.items()}
 
 
-def _copy_bytes(config: RunConfig, model: ModelFacts, cluster: Cluster) -> int:
-    """Memory of one copy of the policy's weights in the nodes' memory; 0 if they go to GPUs, or are unknown."""
-    if cluster.most("GPU") > 0:
-        return 0
-    # "auto" is float32 on CPUs.
-    width = 4 if config.policy.dtype in ("auto", "float32") else 2
-    return width * (model.num_parameters or 0)
+def on_device(config: RunConfig, cluster: Cluster) -> Cluster:
+    """Return the cluster as the run's device has it.
+
+    Raises:
+        ResourceError: the run is to use GPUs, and there are none.
+        ConfigError: it is to compute in bfloat16, which the GPUs do not have.
+    """
+    if config.device == "cpu":
+        return cluster.without_gpus()
+    if config.device == "gpu" and cluster.most("GPU") == 0:
+        remark = f"; {cluster.remark}" if cluster.remark else ""
+        raise ResourceError(
+            'device must be "cpu" or "auto" on a cluster without GPUs, got "gpu"; change it, or use a cluster that has '
+            f"GPUs{remark}"
+        )
+    if cluster.most("GPU") > 0 and config.policy.dtype == "bfloat16" and not cluster.has_bfloat16():
+        raise ConfigError(
+            'policy.dtype must be "float32" or "auto" on GPUs of a compute capability below 8.0, which have no '
+            'bfloat16, got "bfloat16"; change it, or use newer GPUs'
+        )
+    return cluster
 
 
 def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: Cluster, *, online: bool) -> PairFacts | None:

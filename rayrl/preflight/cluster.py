@@ -6,10 +6,16 @@ A plan compares the needs of every stage with these numbers. Finding out what a 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 HEAD = "node:__internal_head__"
 """A resource that only the head has."""
+GPU_BYTES = "gpu_bytes"
+"""Entry of a node beside its resources: memory of one of its GPUs, which Ray does not count. Absent is unknown."""
+COMPUTE_CAPABILITY = "compute_capability"
+"""Entry of a node beside its resources: CUDA's compute capability of its GPUs. Absent is unknown."""
+BFLOAT16_SINCE = 8.0
+"""Compute capability from which GPUs compute in bfloat16, and vLLM accepts it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,28 @@ class Cluster:
                 amounts.append(kind.resources.get(resource, 0))
         return max(amounts, default=0)
 
+    def gpu_bytes(self) -> float | None:
+        """Memory of the largest GPU that there is, or may be; None if that of some GPU is not known."""
+        sizes = [kind.get(GPU_BYTES) for kind in self._kinds_with_gpus()]
+        known = [size for size in sizes if size is not None]
+        return max(known) if known and len(known) == len(sizes) else None
+
+    def has_bfloat16(self) -> bool:
+        """Return whether no GPU is known to lack bfloat16."""
+        return all(kind.get(COMPUTE_CAPABILITY, math.inf) >= BFLOAT16_SINCE for kind in self._kinds_with_gpus())
+
+    def without_gpus(self) -> "Cluster":
+        """The same nodes as a run that uses no GPU sees them."""
+        node_types = tuple(replace(kind, resources=_without_gpus(kind.resources)) for kind in self.node_types)
+        return replace(self, nodes=tuple(_without_gpus(node) for node in self.nodes), node_types=node_types)
+
+    def _kinds_with_gpus(self) -> list[Mapping[str, float]]:
+        """The nodes with GPUs that are there, and the kinds of them that may be added."""
+        kinds = [*self.nodes]
+        if self.most_workers > 0:
+            kinds += [kind.resources for kind in self.node_types if kind.most > 0]
+        return [kind for kind in kinds if kind.get("GPU", 0) > 0]
+
     def memory(self) -> float:
         """Bytes of memory there may be, objects included; infinite if the memory of some node is not known."""
         for resources in (*self.nodes, *(kind.resources for kind in self.node_types)):
@@ -73,6 +101,10 @@ class Cluster:
                 return math.inf
         # Ray subtracts its object store from a node's memory; engines and workers may have both.
         return self.most("memory") + self.most("object_store_memory")
+
+
+def _without_gpus(resources: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in resources.items() if name != "GPU"}
 
 
 def _total(resource: str, nodes: Iterable[Mapping[str, float]]) -> float:

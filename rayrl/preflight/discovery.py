@@ -2,10 +2,12 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from rayrl.errors import ResourceError
 from rayrl.preflight.cluster import Cluster
+from rayrl.preflight.gpus import facts_of_accelerator, facts_of_this_machine, gpu_facts
 
 LIMITS_UNKNOWN = (
     "if it grows by itself, this process cannot see to what: name the autoscaler's config in RAYRL_AUTOSCALING_CONFIG, "
@@ -16,13 +18,16 @@ LIMITS_UNKNOWN = (
 def find_cluster() -> Cluster:
     """Ask the Ray cluster that RAY_ADDRESS names for its nodes; look at this machine if it names none.
 
+    Nodes with GPUs are asked for their memory and compute capability, where they tell them (`rayrl.preflight.gpus`).
+
     Raises:
         ResourceError: the cluster does not answer.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         gpus, memory = float(_num_local_gpus()), float(_local_memory())
-        return Cluster(nodes=({"CPU": float(os.cpu_count() or 1), "GPU": gpus, "memory": memory},))
+        node = {"CPU": float(os.cpu_count() or 1), "GPU": gpus, "memory": memory}
+        return Cluster(nodes=(node | (facts_of_this_machine() if gpus else {}),))
     # Only here: ray takes seconds to import, and a plan for this machine needs none of it.
     import ray
 
@@ -32,7 +37,8 @@ def find_cluster() -> Cluster:
     try:
         if connects_here:
             ray.init(address, log_to_driver=False)
-        nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        nodes = tuple(node["Resources"] | gpu_facts(node) for node in alive)
         growth = find_node_types()
     except ConnectionError as error:
         raise ResourceError(
@@ -43,7 +49,11 @@ def find_cluster() -> Cluster:
             ray.shutdown()
     if growth is None:
         return Cluster(nodes=nodes, remark=LIMITS_UNKNOWN)
-    return Cluster(nodes=nodes, node_types=growth.node_types, most_workers=growth.most_workers)
+    node_types = tuple(
+        replace(kind, resources={**kind.resources, **facts_of_accelerator(kind.resources)})
+        for kind in growth.node_types
+    )
+    return Cluster(nodes=nodes, node_types=node_types, most_workers=growth.most_workers)
 
 
 def _num_local_gpus() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import LightTokenizer, load_light_tokenizer
 from rayrl.errors import ConfigError
+from rayrl.preflight.memory import ModelShape
 from rayrl.runs import storage
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -23,6 +24,7 @@ class ModelFacts:
     num_parameters: int | None = None
     max_model_len: int | None = None
     tokenizer: LightTokenizer | None = None
+    shape: ModelShape | None = None
 
 
 def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> ModelFacts:
@@ -47,6 +49,7 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
         num_parameters=None if weights_bytes is None else weights_bytes // width,
         max_model_len=_max_model_len(policy, config),
         tokenizer=load_light_tokenizer(folder),
+        shape=model_shape(config, None if weights_bytes is None else weights_bytes // width),
     )
 
 
@@ -80,6 +83,43 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
             ) from None
         return None
     return folder if storage.exists(storage.join(folder, "config.json")) else None
+
+
+def model_shape(config: dict[str, Any], num_parameters: int | None) -> ModelShape | None:
+    """Read the sizes of a language model from its config.json; None if it lacks one of them.
+
+    Args:
+        config: of the language model.
+        num_parameters: of the weights; None counts them from the sizes.
+    """
+
+    def first(*names: str) -> int | None:
+        # Older architectures have names of their own for these settings.
+        return next((config[name] for name in names if config.get(name)), None)
+
+    hidden, layers = first("hidden_size", "n_embd"), first("num_hidden_layers", "n_layer")
+    heads, vocab = first("num_attention_heads", "n_head"), first("vocab_size")
+    if hidden is None or layers is None or heads is None or vocab is None:
+        return None
+    head_dim = first("head_dim") or hidden // heads
+    kv_size = (first("num_key_value_heads") or heads) * head_dim
+    # A mixture of experts keeps the activations of the experts that a token passes.
+    dense = first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    experts = (first("num_experts_per_tok") or 0) * (first("moe_intermediate_size") or dense)
+    intermediate = experts or dense
+    if num_parameters is None:
+        layer = hidden * (2 * heads * head_dim + 2 * kv_size + 3 * dense)
+        num_matrices = 1 if config.get("tie_word_embeddings") else 2
+        num_parameters = layers * layer + num_matrices * vocab * hidden
+    return ModelShape(
+        num_parameters=num_parameters,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        attention_size=heads * head_dim,
+        kv_size=kv_size,
+        vocab_size=vocab,
+    )
 
 
 def _check_head_dim(config: dict[str, Any], path: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrl.preflight.cluster import Cluster, describe_amount
+from rayrl.preflight.memory import GIB, TERMS, RoleMemory
 from rayrl.records import Prompt
 
 Mode = Literal["overlap", "alternate"]
@@ -24,6 +25,18 @@ class Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuShare:
+    """A fleet with several replicas on a GPU."""
+
+    role: str
+    num_replicas: int
+    fraction: float
+    """Of a GPU that Ray gives to a replica."""
+    memory_share: float
+    """Of a GPU's memory that a replica asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Needs:
     """Reservations of a training, of a fleet, or of all that runs at the same time."""
 
@@ -32,8 +45,10 @@ class Needs:
     num_gpus: float = 0
     num_cpus: int = 0
     """Reserved CPUs: one per training worker; engines reserve none unless their config says so."""
-    num_copies: int = 0
-    """Of the policy's weights that its engines and workers hold in the nodes' memory, at least."""
+    memory: tuple[RoleMemory, ...] = ()
+    """Estimates by role; none where the model's sizes are not known."""
+    gpu_shares: tuple[GpuShare, ...] = ()
+    """Fleets whose replicas may be together on one GPU."""
     whole: tuple[Whole, ...] = ()
     setting: str = ""
     """The setting to lower when the cluster has too little."""
@@ -58,6 +73,8 @@ class Plan:
     stages: tuple[StagePlan, ...]
     """Those of the first round, and those before and after all rounds."""
     cluster: Cluster
+    """As the run's device has it: without GPUs where that is "cpu"."""
+    dtype: str
     mode: Mode
     reference: ReferenceSource
     num_prompts: int
@@ -113,6 +130,7 @@ def render_plan(plan: Plan) -> str:
     for stage in plan.stages:
         row = f"{stage.name:<{name_width}}{stage.what:<{what_width}}{stage.actors}{_amounts(stage)}"
         lines.append(row.rstrip())  # a stage of the driver alone reserves nothing
+    lines += _memory_table(plan)
     if plan.operation:
         lines += ["", "may change between two starts of the run, and repeats no work:"]
         lines += [f"  {table:<14}{', '.join(names)}" for table, names in plan.operation.items()]
@@ -120,6 +138,31 @@ def render_plan(plan: Plan) -> str:
         lines.append("")
         lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    """Estimated memory by stage and role, term by term."""
+    rows = [(stage.name, role) for stage in plan.stages for role in stage.memory]
+    if not rows:
+        return ["", "memory: not estimated, since the policy's config.json is not on this machine, or lacks sizes"]
+    place = "GPU" if plan.on_gpu else "process"
+    gpu_bytes = plan.cluster.gpu_bytes()
+    has = "" if not plan.on_gpu else ", of unknown size" if gpu_bytes is None else f" of {gpu_bytes / GIB:.1f} GiB"
+    names = [name for name in TERMS if any(role.memory.terms.get(name) for _, role in rows)]
+    header = ["memory", "role", *names, "sum"]
+    has_host = any(role.memory.host for _, role in rows)
+    cells = [header + (["beside it, in the node's memory"] if has_host else [])]
+    for stage, role in rows:
+        terms = [_gib(role.memory.terms.get(name, 0)) for name in names]
+        host = [_gib(role.memory.host)] if has_host else []
+        cells.append([stage, f"{role.num_processes} x {role.role}", *terms, _gib(role.memory.total), *host])
+    widths = [2 + max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    table = ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return ["", f"estimated GiB of one {place}{has}, in {plan.dtype}:", *table]
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f}" if num_bytes else "-"
 
 
 def _facts(plan: Plan) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Warnings of a plan: what a user should know of a run that can start, but may not give what is wanted."""
 
+from collections.abc import Sequence
+
 from rayrl.algorithms.pairing import PAIRS_PER_QUERY
 from rayrl.config import RunConfig
 from rayrl.preflight.cluster import Cluster
@@ -7,9 +9,11 @@ from rayrl.preflight.cost import Cost
 from rayrl.preflight.inputs import PoolFacts
 from rayrl.preflight.judge_prompts import JudgePromptFacts
 from rayrl.preflight.model import ModelFacts
+from rayrl.preflight.plan import StagePlan
 from rayrl.preflight.preferences import PairFacts
 from rayrl.preflight.run_folder import DiskFacts
 from rayrl.preflight.workload import Workload, queries_per_eval_prompt
+from rayrl.runs.stage_table import stages_of
 
 
 def plan_warnings(
@@ -23,6 +27,7 @@ def plan_warnings(
     cost: Cost | None,
     judge_prompts: JudgePromptFacts | None,
     disk: DiskFacts,
+    stages: Sequence[StagePlan],
 ) -> tuple[str, ...]:
     """Collect all warnings, those about the data first.
 
@@ -36,6 +41,7 @@ def plan_warnings(
         cost: price of the queries; None without prices.
         judge_prompts: facts of what the evaluator reads; None if nothing is known of it, or nothing read.
         disk: needed and free bytes of the run directory.
+        stages: what each stage reserves.
     """
     return (
         *_pool_warnings(config, pool, model),
@@ -45,6 +51,7 @@ def plan_warnings(
         *([] if judge_prompts is None else judge_prompts.warnings()),
         *_ppo_warnings(config),
         *_cpu_warnings(config, cluster),
+        *_gpu_warnings(config, cluster, stages),
         *disk.warnings(),
     )
 
@@ -146,3 +153,30 @@ def _cpu_warnings(config: RunConfig, cluster: Cluster) -> list[str]:
     if cluster.most("GPU") > 0 or threads <= cluster.most("CPU"):
         return []
     return [f"generators: {threads} compute threads share {cluster.most('CPU'):g} CPUs; lower threads"]
+
+
+def _gpu_warnings(config: RunConfig, cluster: Cluster, stages: Sequence[StagePlan]) -> list[str]:
+    """Warn of GPUs that no stage uses, with the settings that use all."""
+    num_gpus = int(max(cluster.has("GPU"), cluster.largest("GPU")))
+    num_used = max(stage.num_gpus for stage in stages)
+    if num_used == 0 or 2 * num_used > num_gpus:
+        return []
+    # In rlp the training, the generators and the embedders are up at the same time.
+    num_workers, num_replicas = (num_gpus // 2, num_gpus // 4) if config.pipeline == "rlp" else (num_gpus, num_gpus)
+    sections: dict[str, None] = {}
+    roles: dict[str, float] = {}
+    for stage, _ in stages_of(config):
+        if training := stage.training(config):
+            sections[training.section] = None
+        for fleet in stage.fleets(config):
+            if fleet.role != "entailment":
+                engine = config.generators if fleet.role == "generators" else config.embedders
+                roles[fleet.role] = engine.num_gpus
+    lines = [f"{section}.num_workers={num_workers}" for section in sections]
+    lines += [
+        f"{role}.num_replicas={int(num_replicas / each)}" for role, each in roles.items() if 0 < each <= num_replicas
+    ]
+    return [
+        f"the cluster has {num_gpus} GPUs, and no stage uses more than {num_used:g} at a time; to use all: "
+        f"{' '.join(lines)}"
+    ]

@@ -20,8 +20,17 @@ from rayrl.config import RunConfig
 from rayrl.errors import ConfigError
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.descriptions import describe_stage
+from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.plan import Mode, Needs, ReferenceSource, StagePlan
-from rayrl.preflight.resources import at_once, fleet_needs, lacking, require, training_needs
+from rayrl.preflight.resources import (
+    Place,
+    at_once,
+    fleet_needs,
+    lacking,
+    place_of,
+    require,
+    training_needs,
+)
 from rayrl.runs.stage_table import (
     ENTAILMENT,
     FleetUse,
@@ -64,41 +73,41 @@ class Moments:
         return [row, *(plan for plan in (*self.trainings, *self.others) if plan is not row)]
 
 
-def plan_stages(config: RunConfig, cluster: Cluster, copy_bytes: int = 0) -> StagePlans:
+def plan_stages(config: RunConfig, cluster: Cluster, model: ModelFacts | None = None) -> StagePlans:
     """Plan every stage of the run; decide the mode, and where the reference log-probabilities come from.
 
     Args:
         config: the run.
         cluster: the nodes it has, and may get.
-        copy_bytes: memory of the policy's weights in an engine or worker; 0 is unknown, or not in the nodes' memory.
+        model: facts of the policy; None estimates no memory.
 
     Raises:
         ResourceError: a stage fits in no mode; names stage, resource, need and what there is.
         ConfigError: settings that exclude each other.
     """
-    on_gpu = cluster.most("GPU") > 0
+    place = place_of(config, cluster, model or ModelFacts())
     if config.pipeline == "rlp":
-        beside = moments_beside(config, on_gpu=on_gpu)
-        _require_all(beside, cluster, copy_bytes)
+        beside = moments_beside(config, place=place)
+        _require_all(beside, cluster)
         return StagePlans(stages=_rows(config, beside), mode="overlap", reference="generation")
-    reference = _reference(config, on_gpu=on_gpu)
-    in_turn = moments_in_turn(config, on_gpu=on_gpu)
+    reference = _reference(config, place.dtype)
+    in_turn = moments_in_turn(config, place=place)
     # First in turn, whatever the mode: a stage that does not fit alone has a simpler remedy than another mode.
-    _require_all(in_turn, cluster, copy_bytes)
+    _require_all(in_turn, cluster)
     alternating = StagePlans(stages=_rows(config, in_turn), mode="alternate", reference=reference)
     if not fits_evaluator(config) or config.pseudo_label.mode == "alternate":
         return alternating
-    beside = moments_beside(config, on_gpu=on_gpu, remedy=', or set pseudo_label.mode = "alternate"')
+    beside = moments_beside(config, place=place, remedy=', or set pseudo_label.mode = "alternate"')
     overlapping = StagePlans(stages=_rows(config, beside), mode="overlap", reference=reference)
     if config.pseudo_label.mode == "overlap":
         _refuse_pass(reference)
-        _require_all(beside, cluster, copy_bytes)
+        _require_all(beside, cluster)
         return overlapping
     is_streamable = reference != "pass"
-    return overlapping if is_streamable and _fits(beside, cluster, copy_bytes) else alternating
+    return overlapping if is_streamable and _fits(beside, cluster) else alternating
 
 
-def moments_in_turn(config: RunConfig, *, on_gpu: bool) -> dict[Stage, Moments]:
+def moments_in_turn(config: RunConfig, *, place: Place) -> dict[Stage, Moments]:
     """Work out all moments if every training and every fleet of a stage has the cluster to itself."""
     found: dict[Stage, Moments] = {}
     for stage, _ in stages_of(config):
@@ -112,9 +121,9 @@ def moments_in_turn(config: RunConfig, *, on_gpu: bool) -> dict[Stage, Moments]:
             others = [fleet for fleet in fleets if fleet != ENTAILMENT]
             # Put first, so that of moments that reserve the same this one is the row: it is what the stage is about.
             fleets = [ENTAILMENT, clustering_embedders(config), *others]
-        serving = [fleet_needs(fleet, config, on_gpu=on_gpu) for fleet in fleets]
+        serving = [fleet_needs(fleet, config, place=place) for fleet in fleets]
         if training is not None:
-            workers = training_needs(training, on_gpu=on_gpu)
+            workers = training_needs(training, config, place=place)
             # Not even here do fleets make room for a training that they serve.
             beside = serving if training.samples else []
             moments.trainings.append(_moment(stage, config, [workers], beside))
@@ -125,12 +134,12 @@ def moments_in_turn(config: RunConfig, *, on_gpu: bool) -> dict[Stage, Moments]:
     return found
 
 
-def moments_beside(config: RunConfig, *, on_gpu: bool, remedy: str = "") -> dict[Stage, Moments]:
+def moments_beside(config: RunConfig, *, place: Place, remedy: str = "") -> dict[Stage, Moments]:
     """Work out all moments if fleets stay up beside what comes after them.
 
     Args:
         config: the run.
-        on_gpu: whether engines and training take GPUs.
+        place: where engines and trainings run.
         remedy: added to the settings to lower, where fleets are beside.
     """
     found: dict[Stage, Moments] = {}
@@ -142,7 +151,7 @@ def moments_beside(config: RunConfig, *, on_gpu: bool, remedy: str = "") -> dict
         return _moment(stage, config, leading, needs_of(ordered), remedy)
 
     def needs_of(fleets: Iterable[FleetUse]) -> list[Needs]:
-        return [fleet_needs(fleet, config, on_gpu=on_gpu) for fleet in fleets]
+        return [fleet_needs(fleet, config, place=place) for fleet in fleets]
 
     for stage, _ in stages_of(config):
         moments = found.setdefault(stage, Moments())
@@ -152,7 +161,7 @@ def moments_beside(config: RunConfig, *, on_gpu: bool, remedy: str = "") -> dict
         fleets = [fleet for fleet in asked if fleet != ENTAILMENT]
         started = [fleet for fleet in fleets if fleet not in up]
         if training is not None:
-            workers = training_needs(training, on_gpu=on_gpu)
+            workers = training_needs(training, config, place=place)
             # A fit asks its fleets only once it has ended: those it brings are not beside it yet.
             beside = [*up, *started] if training.samples else up
             moments.trainings.append(moment(stage, [workers], beside))
@@ -197,7 +206,7 @@ def _rows(config: RunConfig, found: dict[Stage, Moments]) -> tuple[StagePlan, ..
     return tuple(found[stage].row for stage, number in stages_of(config) if number == 1)
 
 
-def _require_all(found: dict[Stage, Moments], cluster: Cluster, copy_bytes: int) -> None:
+def _require_all(found: dict[Stage, Moments], cluster: Cluster) -> None:
     """Refuse the first stage that does not fit the cluster.
 
     Raises:
@@ -205,25 +214,24 @@ def _require_all(found: dict[Stage, Moments], cluster: Cluster, copy_bytes: int)
     """
     for moments in found.values():
         for plan in moments.row_first():
-            require(plan, cluster, copy_bytes)
+            require(plan, cluster)
 
 
-def _fits(found: dict[Stage, Moments], cluster: Cluster, copy_bytes: int) -> bool:
+def _fits(found: dict[Stage, Moments], cluster: Cluster) -> bool:
     for moments in found.values():
         for plan in moments.row_first():
-            if lacking(plan, cluster, copy_bytes) is not None:
+            if lacking(plan, cluster) is not None:
                 return False
     return True
 
 
-def _reference(config: RunConfig, *, on_gpu: bool) -> ReferenceSource:
+def _reference(config: RunConfig, dtype: str) -> ReferenceSource:
     if config.dpo.reference != "auto":
         return config.dpo.reference
     if config.dpo.ld_alpha < 1:
         return "pass"  # a pair's own weights of the tokens
     # Below float32 the engine's log-probabilities are not the trainer's.
-    is_exact = config.policy.dtype == "float32" or (config.policy.dtype == "auto" and not on_gpu)
-    return "generation" if is_exact else "pass"
+    return "generation" if dtype == "float32" else "pass"
 
 
 def _refuse_pass(reference: ReferenceSource) -> None:

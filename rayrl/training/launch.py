@@ -43,6 +43,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import TrainingConfig
+from rayrl.engines.start import NO_GPUS
 from rayrl.errors import RayRLError, StageTimeout, TrainingStopped
 from rayrl.runs.storage import (
     exists,
@@ -162,6 +163,8 @@ def fit(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
+            # Workers without a GPU of their own would still see those of the machine, and DeepSpeed would take one.
+            worker_runtime_env={} if on_gpu else {"env_vars": NO_GPUS},
             # A lost controller is `_fit_to_end`'s to restart.
             failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.NUM_KEPT),

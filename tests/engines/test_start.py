@@ -49,6 +49,11 @@ def test_threads_are_set_on_cpus_only():
     assert "OMP_NUM_THREADS" not in environment(EngineConfig(threads=3), on_gpu=True)
 
 
+def test_a_process_on_cpus_sees_no_gpu():
+    assert environment(EngineConfig(), on_gpu=False)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(EngineConfig(), on_gpu=True)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A cache of the hub with two revisions of one model."""

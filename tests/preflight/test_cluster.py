@@ -3,12 +3,12 @@
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rayrl.config import load_config
 from rayrl.errors import ConfigError, ResourceError
 from rayrl.preflight import Cluster, check, render_plan
 from rayrl.preflight.autoscaling import SETTING, find_node_types, growth_of, growth_of_kuberay
@@ -87,13 +87,17 @@ def test_a_replica_of_several_cpus_needs_them_on_one_node(tree):
     check(config, cluster=Cluster(nodes=({"CPU": 8.0},) * 2))
 
 
-def test_weights_that_no_memory_holds_are_refused(tree):
-    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**20)
+def test_processes_that_no_memory_holds_are_refused(tree):
+    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**30)
     tree |= {"generators": {"num_replicas": 4}}
-    small = {"CPU": 2.0, "memory": 3.0 * 2**20, "object_store_memory": 0.5 * 2**20}
+    small = {"CPU": 2.0, "memory": 4.0 * 2**30, "object_store_memory": 0.4 * 2**30}
     message = refusal(ResourceError, changed(tree), Cluster(nodes=(small,)))
-    assert re.search(r"stage generate \(4 generator.*needs memory: over 0.0 GiB \(the weights 4 times\), and", message)
-    check(changed(tree, policy__dtype="bfloat16"), cluster=Cluster(nodes=(small | {"CPU": 9.0},)))
+    assert message.startswith(
+        "stage generate (4 generator(s)) needs memory: about 4.6 GiB (4 x generators: weights 1.0, activations 0.0, kv"
+    )
+    assert message.endswith("has, or may get, 4.4 GiB; lower generators.num_replicas, or use a larger cluster")
+    adapters = {"policy__dtype": "bfloat16", "evaluator__lora": {}, "dpo__lora": {}}
+    check(changed(tree, **adapters), cluster=Cluster(nodes=(small | {"CPU": 9.0},)))
     check(changed(tree), cluster=Cluster(nodes=(small, small)))
     check(changed(tree), cluster=Cluster(nodes=(small, {"CPU": 2.0})))  # a node that does not say what it has
     check(changed(tree, policy__dtype="float32"), cluster=Cluster(nodes=(small | {"GPU": 9.0},)))
@@ -147,3 +151,19 @@ def test_our_kubernetes_clusters_say_what_may_come(file, kind):
     cluster = Cluster(nodes=(), node_types=growth.node_types, most_workers=growth.most_workers)
     assert cluster.most("GPU") == 8 * groups["gpu"]["maxReplicas"] and cluster.largest("GPU") == 8
     assert growth_of_kuberay(resource | {"spec": spec | {"enableInTreeAutoscaling": False}}).node_types == ()
+
+
+@pytest.mark.parametrize("file", ["raycluster.yaml", "rayjob.yaml"])
+def test_the_first_run_on_kubernetes_asks_for_no_gpu(file, tmp_path):
+    """The group of GPUs may grow, and is not waited for: the documented first run is on CPUs."""
+    documents = list(yaml.safe_load_all((KUBERAY / file).read_text()))
+    (document,) = [document for document in documents if document["kind"] in ("RayCluster", "RayJob")]
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    growth = growth_of_kuberay({"metadata": {"name": "rayrl", "namespace": "rayrl"}, "spec": spec})
+    cluster = Cluster(nodes=({HEAD: 1.0, "CPU": 0.0},), node_types=growth.node_types, most_workers=growth.most_workers)
+    entrypoint = yaml.safe_load_all((KUBERAY / "rayjob.yaml").read_text())
+    command = next(job["spec"]["entrypoint"] for job in entrypoint if job["kind"] == "RayJob").split()
+    config = load_config(KUBERAY.parents[1] / command[2], [*command[3:], f"run_dir={tmp_path / 'run'}"])
+    plan = check(config, cluster=cluster)
+    assert cluster.most("GPU") > 0 and not plan.on_gpu
+    assert not any(stage.num_gpus for stage in plan.stages)

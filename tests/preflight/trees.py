@@ -9,7 +9,13 @@ from rayrl.config import RunConfig
 from rayrl.preflight import check
 
 TWO_CPUS = {"CPU": 2.0}
-MODEL = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 1024}
+MODEL = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 1024,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+}
 MNLI = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}
 JUDGE = {"type": "http", "base_url": "http://127.0.0.1:9", "model": "m", "api_key_env": None}
 EVALUATOR = {"ppo__reward": "evaluator", "preferences": None}
