@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rayrl.config.training import TrainingConfig
+from rayrl.config.training import LoraConfig, TrainingConfig
 
 
 class DpoConfig(TrainingConfig):
@@ -20,3 +20,8 @@ class DpoConfig(TrainingConfig):
     """Divide the log-ratio of each response by its number of tokens."""
     reference: Literal["auto", "generation", "pass"] = "auto"
     """Reference log-probabilities from generation (exact in float32), or from one pass before the first step."""
+
+    @field_validator("lora")
+    @classmethod
+    def _reads_ratios(cls, lora: LoraConfig | None) -> LoraConfig | None:
+        return cls.without_dropout(lora)

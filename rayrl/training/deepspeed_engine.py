@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -19,8 +20,6 @@ from rayrl.config import TrainingConfig
 B = TypeVar("B")
 M = TypeVar("M", bound=nn.Module)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
-LEAST_SHARE = 0.1
-"""Share of the learning rate that the schedules "linear" and "cosine" end at."""
 TAG = "state"
 """DeepSpeed's name for the folder of a checkpoint inside ours."""
 
@@ -30,6 +29,8 @@ class Engine(Protocol[M_co]):
 
     @property
     def module(self) -> M_co: ...
+    @property
+    def optimizer(self) -> object: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -52,13 +53,14 @@ class Engine(Protocol[M_co]):
 
 
 def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Translate the training's settings to DeepSpeed's."""
-    zero: dict[str, int | dict[str, str]] = {"stage": training.zero_stage}
-    if training.cpu_offload and training.zero_stage >= 1:
+    """Translate the training's settings to DeepSpeed's, and add those that the user passes through."""
+    stage = training.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if training.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-        if training.zero_stage == 3:
+        if stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # A step ends where `train_step` ends it: the number of micro-batches changes from step to step.
@@ -66,17 +68,23 @@ def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": training.learning_rate,
-                "weight_decay": training.weight_decay,
-                "torch_adam": not torch.cuda.is_available(),
-            },
-        },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    if dtype != torch.float32 and training.grad_accum_dtype == "float32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        zero["stage"] = max(1, stage)  # stage 0 has one type for weights and gradients
+    return _merged(config, training.deepspeed)
+
+
+def _merged(config: dict[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """Add settings to a config, table by table."""
+    merged = dict(config)
+    for name, value in added.items():
+        below = merged.get(name)
+        merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 @contextmanager
@@ -108,7 +116,8 @@ def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int
     import deepspeed
 
     _avoid_compiler()
-    if training.gradient_checkpointing:
+    _cast_unsharded(model, dtype)
+    if training.checkpoints_gradients(sum(full_shape(parameter).numel() for parameter in model.parameters())):
         _checkpoint_gradients(model)
     # Gradients of a sharply peaked softmax are full of denormal numbers, on which a CPU's matrix products run several
     # times slower. Flushed, they are zero; what a step changes by them is far below float32's resolution.
@@ -122,10 +131,34 @@ def start(model: M, training: TrainingConfig, dtype: torch.dtype, num_steps: int
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],  # type: ignore[arg-type]
         config=zero_config(training, dtype),
+        optimizer=partial(new_optimizer, training=training),  # type: ignore[arg-type]
         lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
     )
     return cast("Engine[M]", engine)
+
+
+def new_optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """Make torch's own AdamW, on GPUs and CPUs: DeepSpeed's are compiled at their first use, and need a compiler."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=training.learning_rate,
+        betas=training.adam_betas,
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give heads and adapters, which are float32 when they are made, the precision of the weights that they sit on.
+
+    DeepSpeed casts them itself below ZeRO-3. There it shards what it finds, and refuses trained parameters of two
+    types. Their float32 copies, which the optimizer steps, are DeepSpeed's in either case.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
@@ -147,15 +180,16 @@ def _avoid_compiler() -> None:
 
 
 def schedule(step: int, num_steps: int, training: TrainingConfig) -> float:
-    """Return the factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to a tenth."""
+    """Return the factor of the learning rate at a step: linear warm-up, then constant, linear or cosine."""
     num_warmup = math.ceil(training.warmup_ratio * num_steps)
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
+    least = training.min_learning_rate_share
     progress = min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup))
     if training.schedule == "linear":
-        return 1.0 - (1 - LEAST_SHARE) * progress
+        return 1.0 - (1 - least) * progress
     if training.schedule == "cosine":
-        return LEAST_SHARE + (1 - LEAST_SHARE) / 2 * (1 + math.cos(math.pi * progress))
+        return least + (1 - least) / 2 * (1 + math.cos(math.pi * progress))
     return 1.0
 
 
@@ -234,7 +268,19 @@ def train_step(
         step = engine.global_steps + 1
         raise FloatingPointError(f"loss is {mean} at step {step}{where}; the last checkpoint is intact")
     engine.step()
+    _forget_gradients(engine)
     return mean
+
+
+def _forget_gradients(engine: Engine) -> None:
+    """Zero the gradients of the step that was taken, where ZeRO-3 keeps them.
+
+    DeepSpeed overwrites them in the first backward pass of the next step only: to a parameter that has no part in that
+    pass (a head, beside views that do not read it) it would add the old gradient again.
+    """
+    gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if gradients is not None:
+        gradients.zero_()
 
 
 def gather(

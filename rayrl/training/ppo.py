@@ -19,7 +19,7 @@ from rayrl.config import PpoConfig
 from rayrl.data.collate import collate
 from rayrl.metrics import meters
 from rayrl.models.actor_critic import ActorCritic
-from rayrl.models.policy import add_lora, load_policy
+from rayrl.models.policy import add_lora, load_policy, turn_off_dropout
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.ppo_job import PpoJob, num_rollouts
@@ -111,6 +111,8 @@ def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
     with zero.sharded_loading(config, dtype):
         policy = load_policy(job.m1, dtype, trust_remote_code=trust)
         value = load_policy(job.value_start, dtype, trust_remote_code=trust)
+        for network in (policy, value):  # the rollout's log-probabilities and values are read without it
+            turn_off_dropout(network)
         if config.lora:
             policy, value = add_lora(policy, config.lora), add_lora(value, config.lora)
         engine = zero.start(ActorCritic(policy, value), config, dtype, num_updates)

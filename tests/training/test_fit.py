@@ -203,7 +203,7 @@ def check_export(folder, policy):
 class Engine:
     """As much of a DeepSpeed engine as a step touches."""
 
-    world_size, global_steps, device = 1, 6, torch.device("cpu")
+    world_size, global_steps, device, optimizer = 1, 6, torch.device("cpu"), None
     stepped = False
 
     def backward(self, loss):

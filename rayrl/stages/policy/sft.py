@@ -146,7 +146,7 @@ def _examples(run: Run, counts: PromptCounts) -> Iterator[Example]:
     for prompt, response in read_seed_rows(config.seed_data, renderer, counts):
         # At least one token of the response is learnt from, however long the prompt is.
         prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)[: limit - 1]
-        response_ids = encode_response(tokenizer, response)
+        response_ids = encode_response(tokenizer, response, config.policy.prompt_format)
         room = limit - len(prompt_ids)
         yield Example(
             prompt_id=prompt.id,

@@ -180,7 +180,7 @@ class GenerativeEvaluator(Evaluator):
                 continue
             target = evaluator_target(self.rubric, judgement.score, judgement.rationale, scoring)
             # The rationale comes last where the score comes first, so cutting the end keeps the score.
-            target_ids = encode_response(tokenizer, target)[: limit - len(prompt_ids)]
+            target_ids = encode_response(tokenizer, target, self.policy.prompt_format)[: limit - len(prompt_ids)]
             rows.append(
                 {
                     "response_id": judgement.response_id,

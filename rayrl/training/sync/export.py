@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rayrl.config import PolicyConfig
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.engines.weight_folder import PROBE_FILE, PolicyProbe, Probe, ValueProbe
 from rayrl.models.reward_model import RewardModel
@@ -20,10 +21,11 @@ from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.sync.gather import Bucket, FullWeights
+from rayrl.training.sync.model_folder import complete_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PROBE_TOKENS = 300
 """Longer than any KV block: a replica that kept its prefix cache answers the probe wrongly."""
@@ -37,20 +39,18 @@ INDEX_FILE = "model.safetensors.index.json"
 def export_policy(
     engine: zero.Engine,
     policy: "PreTrainedModel | PeftModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    source: PolicyConfig | None,
     url: str,
 ) -> None:
     """Write a policy, adapters merged, and its probe to `url`. Every rank takes part; rank 0 writes.
 
-    Without a tokenizer the folder is for replicas that run already.
+    The tokenizer is that of `source`, the run's policy. Without it the folder is for replicas that run already.
     """
     probe = policy_probe(engine, policy)
-    export_folder(FullWeights(engine, policy), tokenizer, url, probe, head=None)
+    export_folder(FullWeights(engine, policy), source, url, probe, head=None)
 
 
-def export_reward_model(
-    engine: zero.Engine, reward_model: RewardModel, tokenizer: "PreTrainedTokenizerBase", url: str
-) -> None:
+def export_reward_model(engine: zero.Engine, reward_model: RewardModel, source: PolicyConfig, url: str) -> None:
     """Write the backbone as a causal language model, the head beside it, and a probe of the head's value.
 
     Every rank takes part; rank 0 writes.
@@ -58,7 +58,7 @@ def export_reward_model(
     probe = value_probe(engine, reward_model)
     head = zero.gather(engine, dict(reward_model.head.named_parameters()))
     head = {name: weight.float() for name, weight in head.items()}
-    export_folder(FullWeights(engine, reward_model.backbone), tokenizer, url, probe, head=head)
+    export_folder(FullWeights(engine, reward_model.backbone), source, url, probe, head=head)
 
 
 def policy_probe(engine: zero.Engine, policy: "PreTrainedModel | PeftModel") -> PolicyProbe:
@@ -104,7 +104,7 @@ def probe_prompt(config: "PreTrainedConfig") -> list[int]:
 
 def export_folder(
     weights: FullWeights,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    source: PolicyConfig | None,
     url: str,
     probe: Probe,
     *,
@@ -114,7 +114,7 @@ def export_folder(
 
     Args:
         weights: of the causal language model.
-        tokenizer: None leaves it out.
+        source: has the tokenizer; None leaves it out.
         url: the folder; one that is there is replaced.
         probe: the trainer's answer.
         head: weights of a scalar head, if there is one.
@@ -126,8 +126,8 @@ def export_folder(
     with storage.new_folder(url) as local:
         folder = Path(local)
         write_weights(weights, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(local)
+        if source is not None:
+            complete_folder(folder, source)
         if storage.is_local(url):
             (folder / PROBE_FILE).write_text(json.dumps(probe))
         if head is not None:
