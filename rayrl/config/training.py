@@ -37,7 +37,8 @@ class LoraConfig(Table):
     """Of the adapters' input, in SFT, evaluators and reward models; they also keep the dropout of the model's config.
     DPO and PPO train without any dropout."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the linear layers that get an adapter. "all-linear" is all but the output head; the experts of a mixture
+    are no linear layers, and stay as they are."""
 
 
 class TrainingConfig(Table):

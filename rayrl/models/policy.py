@@ -88,26 +88,28 @@ def add_lora(model: "PreTrainedModel", lora: LoraConfig) -> "PeftModel":
     """Freeze a model and add low-rank adapters to it.
 
     Raises:
-        ConfigError: a target is no linear layer, or the model has none of that name.
+        ConfigError: a target is no linear layer of the model.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import PeftModel, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    named = () if lora.target_modules == "all-linear" else tuple(lora.target_modules)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in named and not isinstance(module, torch.nn.Linear | Conv1D):
-            raise ConfigError(
-                f"lora.target_modules must name linear layers, got {name.rpartition('.')[2]}, a "
-                f"{type(module).__name__}; remove it"
-            )
+    # By name: for "all-linear", peft would also adapt the experts of a mixture, which are no linear layers.
+    linear = linear_names(model)
+    targets = linear if lora.target_modules == "all-linear" else lora.target_modules
+    others = sorted(set(targets) - set(linear))
+    if others:
+        raise ConfigError(
+            f"lora.target_modules must name linear layers of the model, got {', '.join(others)}; its linear layers are "
+            f"{', '.join(linear)}"
+        )
     adapted = get_peft_model(
         model,
         PeftLoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=targets,
             # GPT-2's layers keep their weights as (in, out).
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type="CAUSAL_LM",
@@ -115,6 +117,18 @@ def add_lora(model: "PreTrainedModel", lora: LoraConfig) -> "PeftModel":
     )
     assert isinstance(adapted, PeftModel), "only several adapters at once make a PeftMixedModel"
     return adapted
+
+
+def linear_names(model: "PreTrainedModel") -> list[str]:
+    """Return the names of a model's linear layers, as they are called in every block; the output head is left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            names.append(name.rpartition(".")[2])
+    return sorted(set(names))
 
 
 def response_logprobs(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch"]:

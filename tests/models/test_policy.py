@@ -119,7 +119,5 @@ def test_without_dropout_training_mode_reads_what_evaluation_mode_reads():
 
 
 def test_adapters_are_refused_on_what_is_no_linear_layer(tiny_policy):
-    with pytest.raises(
-        ConfigError, match=r"lora.target_modules must name linear layers, got embed_tokens, a Embedding"
-    ):
+    with pytest.raises(ConfigError, match=r"must name linear layers of the model, got embed_tokens; .* are down_proj,"):
         add_lora(tiny_policy.load(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))

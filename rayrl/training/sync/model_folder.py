@@ -23,17 +23,19 @@ _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 def complete_folder(folder: Path, policy: PolicyConfig) -> None:
     """Add to a folder of configuration and weights what its users need."""
-    _add_old_rope_names(folder / "config.json")
+    _add_old_names(folder / "config.json")
     _copy_tokenizer(policy, folder)
     _stop_at_end_of_turn(policy, folder)
 
 
-def with_old_rope_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's configuration with its rotary embedding under the names of transformers 4 too.
+def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's configuration with its rotary embedding and its experts under the names of transformers 4 too.
 
     transformers 5 writes one table, `rope_parameters`. transformers 4.57 does not know it, and would take the base of
     10,000 and no scaling, without a word. transformers 5 reads the same from both.
     """
+    if "num_local_experts" in config:
+        config = {"num_experts": config["num_local_experts"]} | config
     rope: dict[str, Any] | None = config.get("rope_parameters")
     if not rope:
         return config
@@ -53,10 +55,10 @@ def with_old_rope_names(config: dict[str, Any]) -> dict[str, Any]:
     return config | {name: value for name, value in old.items() if value is not None}
 
 
-def _add_old_rope_names(file: Path) -> None:
+def _add_old_names(file: Path) -> None:
     config: dict[str, Any] = json.loads(file.read_text())
     # As transformers writes it.
-    file.write_text(json.dumps(with_old_rope_names(config), indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(with_old_names(config), indent=2, sort_keys=True) + "\n")
 
 
 def _copy_tokenizer(policy: PolicyConfig, folder: Path) -> None:

@@ -13,12 +13,12 @@ from rayrl.records import Checkpoint
 from rayrl.training import launch
 from rayrl.training.sync.export import export_folder
 from rayrl.training.sync.gather import FullWeights
-from rayrl.training.sync.model_folder import with_old_rope_names
+from rayrl.training.sync.model_folder import with_old_names
 from tests.chat_policies import CHATML, MODEL, chat_policy
 from tests.tiny_models import FAMILIES, make_tiny_model
 from tests.training.sync.test_export import WHOLE
 
-OLD_ROPES = {
+OLD_NAMES = {
     "llama": {
         "rope_theta": 500_000.0,
         "rope_scaling": {
@@ -37,9 +37,9 @@ OLD_ROPES = {
     "gpt2": {},
     "opt": {},
     "mixtral": {"rope_theta": 1_000_000.0},
-    "qwen3_moe": {"rope_theta": 10_000.0},
+    "qwen3_moe": {"rope_theta": 10_000.0, "num_experts": 4},
 }
-"""The names under which transformers 4.57 reads each family's rotary embedding (its `configuration_*.py`)."""
+"""The names under which transformers 4.57 reads what 5 has renamed (its `configuration_*.py`)."""
 
 
 def export(folder, policy, monkeypatch):
@@ -51,12 +51,12 @@ def export(folder, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rotary_embedding_has_the_names_of_transformers_4_too(family, tmp_path, monkeypatch):
+def test_the_configuration_has_the_names_of_transformers_4_too(family, tmp_path, monkeypatch):
     source = make_tiny_model(tmp_path / "start", family)
     model = export(tmp_path / "out", PolicyConfig(path=str(source)), monkeypatch)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert OLD_ROPES[family].items() <= config.items()
-    assert ("rope_scaling" in config) == ("rope_scaling" in OLD_ROPES[family])
+    assert OLD_NAMES[family].items() <= config.items()
+    assert ("rope_scaling" in config) == ("rope_scaling" in OLD_NAMES[family])
     read = AutoConfig.from_pretrained(tmp_path / "out")
     assert getattr(read, "rope_parameters", None) == getattr(model.config, "rope_parameters", None)
     again = load_policy(Checkpoint(path=str(tmp_path / "out"), version="out"), torch.float32)
@@ -70,7 +70,7 @@ def test_a_scaled_rotary_embedding_of_some_layers_keeps_its_scale():
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    config = with_old_rope_names({"rope_parameters": rope})
+    config = with_old_names({"rope_parameters": rope})
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
 
