@@ -74,8 +74,8 @@ class TrainingConfig(Table):
     """With zero_stage 1 or higher: keep the optimizer's state in the machine's memory; with 3 the weights too."""
     grad_accum_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: precision in which the gradients of a step's micro-batches are added up. In bfloat16, small gradients
-    are lost beside the sum of many; in float32 each worker holds 2 bytes more per parameter, or per its shard of
-    them."""
+    are lost beside the sum of many; float32 takes 4 bytes more per trained parameter with zero_stage 0 and 1, and 2
+    more per trained parameter of a worker's shard with 2 and 3."""
     gradient_checkpointing: Operation[bool | None] = None
     """Compute activations again in the backward pass: less memory, more time. None does so from a billion parameters
     on."""

@@ -60,7 +60,8 @@ class Generator(ServedEngine):
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
         self._tokenizer = self.engine.get_tokenizer()
-        self._end_of_turn = end_of_turn(self._tokenizer, spec.prompt_format)
+        # vLLM's type of a tokenizer is wider than the transformers tokenizers that policies have.
+        self._end_of_turn = end_of_turn(self._tokenizer, spec.prompt_format)  # type: ignore[arg-type]
 
     async def generate(
         self, checkpoint: Checkpoint, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 8
-TIMEOUT_S = 300
+TIMEOUT_S = 800
 
 
 class Combination(NamedTuple):

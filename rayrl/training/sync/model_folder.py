@@ -41,6 +41,8 @@ def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
         return config
     has_kinds = any(isinstance(rope.get(kind), dict) for kind in _LAYER_KINDS)
     main: dict[str, Any] = (rope.get("full_attention") or {}) if has_kinds else rope
+    if config.get("model_type") == "gpt_neox":
+        return config | {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
     old: dict[str, Any] = {"rope_theta": main.get("rope_theta")}
     if has_kinds:
         old["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
@@ -50,8 +52,6 @@ def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
     if main.get("rope_type", "default") != "default":
         apart = ("rope_theta", "partial_rotary_factor")
         old["rope_scaling"] = {name: value for name, value in main.items() if name not in apart}
-    if config.get("model_type") == "gpt_neox":
-        old |= {"rotary_emb_base": old["rope_theta"], "rotary_pct": share}
     return config | {name: value for name, value in old.items() if value is not None}
 
 
