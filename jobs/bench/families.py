@@ -63,7 +63,7 @@ def row(family: str) -> tuple[str, bool]:
 
 
 def measure(family: str) -> dict[str, float]:
-    """Return the largest differences of a token's log-probability: trainer and vLLM after a step and before it, nats."""
+    """Return the largest differences of a token's log-probability, nats: trainer and vLLM, after a step and before."""
     import torch
 
     from rayrl.config import DpoConfig, LoraConfig, PolicyConfig
