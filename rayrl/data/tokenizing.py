@@ -254,6 +254,8 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: str = "auto
 
 
 def _find_end_of_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: str) -> int:
+    from jinja2 import TemplateError
+
     end_of_sequence = tokenizer.eos_token_id
     assert isinstance(end_of_sequence, int)  # load_tokenizer refused it otherwise
     if resolve_format(tokenizer, prompt_format) == "plain":
@@ -263,7 +265,7 @@ def _find_end_of_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: str) 
         rendered = cast("ChatTemplate", tokenizer).apply_chat_template(
             chat, tokenize=False, add_generation_prompt=False, strftime_now=TEMPLATE_TIME.strftime
         )
-    except Exception:  # whatever a template raises: `render` names it when it is asked for a prompt
+    except (TemplateError, *TEMPLATE_ERRORS):  # `render` names the fault when it is asked for a prompt
         return end_of_sequence
     _, found, behind = str(rendered).rpartition(_ANSWER)
     if not found:
