@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench lock
+.PHONY: install quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench bench-families lock
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,10 @@ test-dashboard: install
 bench: install
 	for bench in k_center generation dpo startup swap memory ppo replicas scale oracle; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
 	$(BIN)/python -m jobs.bench.training_memory
+
+# Every family of policies through adapters, DPO, export and vLLM; four minutes.
+bench-families: install
+	$(BIN)/python -m jobs.bench.families
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \

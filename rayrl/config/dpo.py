@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rayrl.config.training import TrainingConfig
+from rayrl.config.training import LoraConfig, TrainingConfig
 
 
 class DpoConfig(TrainingConfig):
@@ -30,6 +30,11 @@ class DpoConfig(TrainingConfig):
     reference: Literal["auto", "generation", "pass", "none"] = "auto"
     """Reference log-probabilities from generation (exact in float32), or from one pass before the first step. "none"
     trains on log-probabilities alone: with `length_normalised` and a `margin` this is SimPO (arXiv 2405.14734)."""
+
+    @field_validator("lora")
+    @classmethod
+    def _reads_ratios(cls, lora: LoraConfig | None) -> LoraConfig | None:
+        return cls.without_dropout(lora)
 
     @model_validator(mode="after")
     def _consistent(self) -> "DpoConfig":

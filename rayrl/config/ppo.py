@@ -2,12 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrl.algorithms.advantages import ADVANTAGES
 from rayrl.algorithms.kl import KL_ESTIMATORS
 from rayrl.config.table import Operation, name_in
-from rayrl.config.training import TrainingConfig
+from rayrl.config.training import LoraConfig, TrainingConfig
 
 VALUE_SETTINGS = (
     "gamma",
@@ -113,6 +113,11 @@ class PpoConfig(TrainingConfig):
     """Policy that later stages get: the last, or the one of the highest held-out reward (kept in either case)."""
     checkpoint_every: Operation[int] = Field(default=10, gt=0)
     """Rollouts between checkpoints."""
+
+    @field_validator("lora")
+    @classmethod
+    def _reads_ratios(cls, lora: LoraConfig | None) -> LoraConfig | None:
+        return cls.without_dropout(lora)
 
     @model_validator(mode="after")
     def _consistent(self) -> "PpoConfig":

@@ -32,6 +32,7 @@ class ControlTokens:
     """The control tokens of one tokenizer."""
 
     def __init__(self, tokens: Mapping[str, int], unknown: str | None = None):
+        self._tokens = dict(tokens)
         self.ids = frozenset(tokens.values())
         self.unknown_id = tokens.get(unknown) if unknown is not None else None
         # Any character that the vocabulary lacks becomes the unknown token, which steers nothing.
@@ -39,6 +40,11 @@ class ControlTokens:
         # The longest first: of two tokens that begin at the same place, a tokenizer takes the longer.
         longest_first = sorted(filter(None, tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def first(self, text: str) -> int | None:
+        """Return the id of the control token with which a text begins, or None."""
+        match = self._pattern.match(text) if self._pattern is not None else None
+        return self._tokens[match[0]] if match else None
 
     def mark(self, text: str) -> str:
         """Put marks around every control token of a text. Marks that stand in it already are removed first."""

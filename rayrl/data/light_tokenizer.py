@@ -160,8 +160,6 @@ def load_light_tokenizer(folder: str) -> LightTokenizer | None:
             f"policy.path must name a tokenizer with an end-of-sequence token, got {folder}; "
             "set eos_token in its tokenizer_config.json"
         )
-    if "pad_token" not in special_tokens and "eos_token" in special_tokens:
-        special_tokens["pad_token"] = special_tokens["eos_token"]
     return LightTokenizer(tokenizer, _chat_template(folder, settings), special_tokens)
 
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from weakref import WeakKeyDictionary
 
 from rayrl.config import PolicyConfig
 from rayrl.data.chats import Messages
@@ -38,6 +39,9 @@ TemplateValue = bool | int | float | str
 TEMPLATE_TIME = datetime(2024, 7, 26)
 """Time that a chat template is told when it asks for the time: the date that Llama's templates fall back to. With the
 real one, the same prompt would have another id every day."""
+_ANSWER = "Answer"
+"""Stands for a response, to see what a chat template writes behind it."""
+_ends: "WeakKeyDictionary[object, dict[str, int]]" = WeakKeyDictionary()
 # A template is a program of the model's makers: it raises what programs raise.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
@@ -60,7 +64,7 @@ class ChatTemplate(NamesTokens, Protocol):
 
 
 def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
-    """Load the policy's tokenizer from a folder, a URL or the hub; one without a padding token pads with EOS.
+    """Load the policy's tokenizer from a folder, a URL or the hub.
 
     Raises:
         ConfigError: the folder holds no model, or no tokenizer, or the hub does not give it; or it has no EOS token.
@@ -90,8 +94,6 @@ def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
             f"policy.path must name a tokenizer with an end-of-sequence token, got {policy.path}; "
             "set eos_token in its tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -224,8 +226,8 @@ def encode_prompts(
     return [[bos_id, *token_ids] for token_ids in prompts] if adds_bos else prompts
 
 
-def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Encode a response that continues a prompt: no BOS, EOS at the end and nowhere else."""
+def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: str = "auto") -> list[int]:
+    """Encode a response that continues a prompt: no BOS, the end of the turn at the end and nowhere else."""
     control = control_tokens(tokenizer)
     marked = control.mark(text)
 
@@ -236,8 +238,40 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int
         token_ids = encode_marked(encode, control, marked, continues=True)
     else:
         token_ids = encode_behind(encode, control, text)
-    assert isinstance(tokenizer.eos_token_id, int)  # load_tokenizer refused it otherwise
-    return [*token_ids, tokenizer.eos_token_id]
+    return [*token_ids, end_of_turn(tokenizer, prompt_format)]
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: str = "auto") -> int:
+    """Return the token that ends a response: that of the chat template, or else the end of the sequence.
+
+    Many tokenizers of base models have a template whose turns end in <|im_end|>, and <|endoftext|> as the end of the
+    sequence: a policy that learnt the latter would close no turn as the template writes the turns before it.
+    """
+    ends = _ends.setdefault(tokenizer, {})
+    if prompt_format not in ends:
+        ends[prompt_format] = _find_end_of_turn(tokenizer, prompt_format)
+    return ends[prompt_format]
+
+
+def _find_end_of_turn(tokenizer: "PreTrainedTokenizerBase", prompt_format: str) -> int:
+    from jinja2 import TemplateError
+
+    end_of_sequence = tokenizer.eos_token_id
+    assert isinstance(end_of_sequence, int)  # load_tokenizer refused it otherwise
+    if resolve_format(tokenizer, prompt_format) == "plain":
+        return end_of_sequence
+    chat: Messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        rendered = cast("ChatTemplate", tokenizer).apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=False, strftime_now=TEMPLATE_TIME.strftime
+        )
+    except (TemplateError, *TEMPLATE_ERRORS):  # `render` names the fault when it is asked for a prompt
+        return end_of_sequence
+    _, found, behind = str(rendered).rpartition(_ANSWER)
+    if not found:
+        return end_of_sequence
+    end = control_tokens(tokenizer).first(behind.strip())
+    return end_of_sequence if end is None else end
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

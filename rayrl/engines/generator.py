@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rayrl.data.tokenizing import end_of_turn
 from rayrl.engines.serving import LOADING
 from rayrl.engines.vllm_engine import EngineSpec, ServedEngine
 from rayrl.engines.weight_folder import TextReading
@@ -59,6 +60,8 @@ class Generator(ServedEngine):
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
         self._tokenizer = self.engine.get_tokenizer()
+        # vLLM's type of a tokenizer is wider than the transformers tokenizers that policies have.
+        self._end_of_turn = end_of_turn(self._tokenizer, spec.prompt_format)  # type: ignore[arg-type]
 
     async def generate(
         self, checkpoint: Checkpoint, prompts: list[list[int]], seeds: list[list[int]], sampling: Sampling
@@ -125,6 +128,8 @@ class Generator(ServedEngine):
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
+            # Besides the ends of sequence that the model's generation_config.json lists.
+            stop_token_ids=[self._end_of_turn],
             seed=seed,
             logprobs=num_candidates,
             # vLLM decodes token by token, which is slow and only needed to find a stop string.

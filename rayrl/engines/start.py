@@ -33,10 +33,19 @@ class EngineSpec:
     """Context in tokens; None is the model's own."""
     trust_remote_code: bool
     on_gpu: bool
+    prompt_format: str = "auto"
+    """Decides which token ends a response, see `rayrl.data.tokenizing.end_of_turn`."""
     pooling: str | None = None
     """None for a generation engine; "mean" or "last" for an embedding engine."""
     weight_transfer: str | None = None
     """vLLM's transfer backend over which a trainer sends weights; None if they come through folders only."""
+
+
+def revision_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the arguments of vLLM that pin a model of the hub; none for a folder."""
+    if checkpoint.revision is None:
+        return {}
+    return {"revision": checkpoint.revision, "tokenizer_revision": checkpoint.revision}
 
 
 def environment(config: EngineConfig, on_gpu: bool) -> dict[str, str]:
@@ -74,8 +83,7 @@ def engine_arguments(spec: EngineSpec, name: str) -> dict[str, Any]:
         "served_model_name": name or None,
         "worker_extension_cls": WORKER_EXTENSION,
     }
-    if spec.checkpoint.revision is not None:
-        arguments |= {"revision": spec.checkpoint.revision, "tokenizer_revision": spec.checkpoint.revision}
+    arguments |= revision_of(spec.checkpoint)
     if spec.on_gpu:
         arguments["gpu_memory_utilization"] = spec.config.gpu_memory_utilization
         if spec.config.num_ranks > 1:

@@ -190,6 +190,7 @@ class Services:
             max_model_len=config.policy.max_model_len if is_policy else None,
             trust_remote_code=config.policy.trust_remote_code,
             on_gpu=self.on_gpu,
+            prompt_format=config.policy.prompt_format,
             pooling=use.pooling,
             weight_transfer="nccl" if uses_nccl else None,
         )

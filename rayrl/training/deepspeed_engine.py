@@ -25,8 +25,6 @@ B = TypeVar("B")
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
-LEAST_SHARE = 0.1
-"""Share of the learning rate that the schedules "linear" and "cosine" end at."""
 MAX_SKIPPED_STEPS = 3
 """Steps in a row without a finite gradient that end a training: one may be a bad batch, more are a bad training."""
 REMEDY = (
@@ -50,6 +48,8 @@ class Engine(Protocol[M_co]):
 
     @property
     def module(self) -> M_co: ...
+    @property
+    def optimizer(self) -> object: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -80,13 +80,14 @@ class Engine(Protocol[M_co]):
 
 
 def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Translate the training's settings to DeepSpeed's."""
-    zero: dict[str, int | dict[str, str]] = {"stage": training.zero_stage}
-    if training.cpu_offload and training.zero_stage >= 1:
+    """Translate the training's settings to DeepSpeed's, and add those that the user passes through."""
+    stage = training.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if training.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-        if training.zero_stage == 3:
+        if stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # A step ends where `train_step` ends it: the number of micro-batches changes from step to step.
@@ -94,17 +95,23 @@ def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": training.learning_rate,
-                "weight_decay": training.weight_decay,
-                "torch_adam": not torch.cuda.is_available(),
-            },
-        },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    if dtype != torch.float32 and training.grad_accum_dtype == "float32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        zero["stage"] = max(1, stage)  # stage 0 has one type for weights and gradients
+    return _merged(config, training.deepspeed)
+
+
+def _merged(config: dict[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """Add settings to a config, table by table."""
+    merged = dict(config)
+    for name, value in added.items():
+        below = merged.get(name)
+        merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 @contextmanager
@@ -161,7 +168,8 @@ def start(
     import deepspeed
 
     _avoid_compiler()
-    if training.gradient_checkpointing:
+    _cast_unsharded(model, dtype)
+    if training.checkpoints_gradients(sum(full_shape(parameter).numel() for parameter in model.parameters())):
         _checkpoint_gradients(model)
     # Gradients of a sharply peaked softmax are full of denormal numbers, on which a CPU's matrix products run several
     # times slower. Flushed, they are zero; what a step changes by them is far below float32's resolution.
@@ -182,6 +190,7 @@ def start(
         model=model,
         model_parameters=[{"params": group.parameters, "lr": group.learning_rate} for group in dealt],  # type: ignore[arg-type]
         config=zero_config(training, dtype),
+        optimizer=partial(new_optimizer, training=training),  # type: ignore[arg-type]
         lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
     )
@@ -228,13 +237,35 @@ def start_frozen(
     import deepspeed
 
     config = zero_config(training, dtype)
-    # Without an optimizer DeepSpeed wraps a model to be read.
-    del config["optimizer"]
+    # Without an optimizer, which a config does not name, DeepSpeed wraps a model to be read.
     config["zero_optimization"] = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
     with _sharded_by(config):
         model = load()
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     return engine
+
+
+def new_optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """Make torch's own AdamW, on GPUs and CPUs: DeepSpeed's are compiled at their first use, and need a compiler."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=training.learning_rate,
+        betas=training.adam_betas,
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def _cast_unsharded(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give heads and adapters, which are float32 when they are made, the precision of the weights that they sit on.
+
+    DeepSpeed casts them itself below ZeRO-3. There it shards what it finds, and refuses trained parameters of two
+    types. Their float32 copies, which the optimizer steps, are DeepSpeed's in either case.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
@@ -256,15 +287,16 @@ def _avoid_compiler() -> None:
 
 
 def schedule(step: int, num_steps: int, training: TrainingConfig) -> float:
-    """Return the factor of the learning rate at a step: linear warm-up, then constant, linear or cosine to a tenth."""
+    """Return the factor of the learning rate at a step: linear warm-up, then constant, linear or cosine."""
     num_warmup = math.ceil(training.warmup_ratio * num_steps)
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
+    least = training.min_learning_rate_share
     progress = min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup))
     if training.schedule == "linear":
-        return 1.0 - (1 - LEAST_SHARE) * progress
+        return 1.0 - (1 - least) * progress
     if training.schedule == "cosine":
-        return LEAST_SHARE + (1 - LEAST_SHARE) / 2 * (1 + math.cos(math.pi * progress))
+        return least + (1 - least) / 2 * (1 + math.cos(math.pi * progress))
     return 1.0
 
 
@@ -380,6 +412,7 @@ def train_step(
             f"the gradient is not finite in {MAX_SKIPPED_STEPS} steps in a row, the last of them step {step}"
             f"{_named(names)}, although the loss is ({mean:.4g}); these steps were skipped; {REMEDY}"
         )
+    _forget_gradients(engine)
     return StepResult(mean, grad_norm, int(is_skipped))
 
 
@@ -400,6 +433,17 @@ def has_finite_weights(engine: Engine[nn.Module]) -> bool:
             own: Tensor = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 this rank's shard
             is_broken |= not bool(own.detach().isfinite().all())
     return max_over_ranks(is_broken, engine) == 0
+
+
+def _forget_gradients(engine: Engine) -> None:
+    """Zero the gradients of the step that was taken, where ZeRO-3 keeps them.
+
+    DeepSpeed overwrites them in the first backward pass of the next step only: to a parameter that has no part in that
+    pass (a head, beside views that do not read it) it would add the old gradient again.
+    """
+    gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if gradients is not None:
+        gradients.zero_()
 
 
 def gather(

@@ -13,9 +13,8 @@ from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.preference import desensitised_weights, dpo_loss, mean_nll
 from rayrl.config import DpoConfig
 from rayrl.data.collate import TokenBatch, collate
-from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
-from rayrl.models.policy import CausalLM, add_lora, load_policy, response_token_logprobs
+from rayrl.models.policy import CausalLM, add_lora, load_policy, response_token_logprobs, turn_off_dropout
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -93,6 +92,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
     torch.manual_seed(job.seed)
     with zero.sharded_loading(dpo, job.torch_dtype):
         policy = load_policy(job.start, job.torch_dtype, trust_remote_code=job.policy.trust_remote_code)
+        turn_off_dropout(policy)  # the reference has none either
         if dpo.lora:
             policy = add_lora(policy, dpo.lora)
         engine = zero.start(policy, dpo, job.torch_dtype, num_steps(job.num_rows, dpo, dpo.batch_size))
@@ -133,7 +133,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )
-    export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
+    export_policy(engine, policy, job.policy, job.checkpoint_url)
 
 
 def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from rayrl.algorithms.batching import micro_batches
 from rayrl.config import EvaluatorConfig
 from rayrl.data.collate import TokenBatch
-from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
 from rayrl.models.reward_model import Pooling
 from rayrl.records import Checkpoint
@@ -90,7 +89,7 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )
-    export_reward_model(engine, evaluator, load_tokenizer(job.policy), job.checkpoint_url)
+    export_reward_model(engine, evaluator, job.policy, job.checkpoint_url)
 
 
 def collated(rows: list[ScoredRow], max_tokens: int) -> list[MicroBatch]:

@@ -21,7 +21,7 @@ from rayrl.data.batches import share
 from rayrl.data.collate import collate
 from rayrl.metrics import meters
 from rayrl.models.actor_critic import Actor, ActorCritic
-from rayrl.models.policy import add_lora, load_policy
+from rayrl.models.policy import add_lora, load_policy, turn_off_dropout
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.ppo_job import PpoJob
@@ -108,6 +108,9 @@ def start(job: PpoJob) -> tuple[zero.Engine[Actor], nn.Module | None]:
     with zero.sharded_loading(config, dtype):
         policy = load_policy(job.m1, dtype, trust_remote_code=trust)
         value = load_policy(job.value_start, dtype, trust_remote_code=trust) if config.trains_value else None
+        for network in (policy, value):  # the rollout's log-probabilities and values are read without it
+            if network is not None:
+                turn_off_dropout(network)
         if config.lora:
             policy = add_lora(policy, config.lora)
             value = None if value is None else add_lora(value, config.lora)

@@ -16,7 +16,6 @@ from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.preference import bradley_terry_loss
 from rayrl.config import LoraConfig, TrainingConfig
 from rayrl.data.collate import TokenBatch, collate
-from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
 from rayrl.models.multiview import MultiViewRewardModel
 from rayrl.models.policy import add_lora, load_policy
@@ -131,7 +130,7 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )
-    export_reward_model(engine, reward_model, load_tokenizer(job.policy), job.checkpoint_url)
+    export_reward_model(engine, reward_model, job.policy, job.checkpoint_url)
 
 
 class StepLosses:

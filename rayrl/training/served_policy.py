@@ -7,7 +7,6 @@ import math
 import time
 
 from rayrl.data.blocks import BlockTable
-from rayrl.data.tokenizing import load_tokenizer
 from rayrl.models.actor_critic import Actor
 from rayrl.records import Checkpoint, HeldOutAnswer, to_table
 from rayrl.runs import storage
@@ -104,7 +103,7 @@ class ServedPolicy:
         return sample(job.fleet, self._served, prompts, job.sampling, job.rewards, step=self._step, seed=seed, k=k)
 
     def _export(self, url: str) -> None:
-        export_policy(self._engine, self._policy, load_tokenizer(self._job.policy), url)
+        export_policy(self._engine, self._policy, self._job.policy, url)
 
     def _weights_folder(self, step: int) -> str:
         return f"{self._job.sync_url}/{step}"

@@ -13,7 +13,6 @@ from torch import Tensor
 from rayrl.algorithms.batching import micro_batches
 from rayrl.config import TrainingConfig
 from rayrl.data.collate import TokenBatch, collate
-from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
 from rayrl.models.policy import add_lora, load_policy, response_logprobs
 from rayrl.records import Checkpoint
@@ -76,7 +75,7 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )
-    export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
+    export_policy(engine, policy, job.policy, job.checkpoint_url)
 
 
 def collated(rows: list[SftRow], max_tokens: int) -> list[TokenBatch]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rayrl.config import HttpOracleConfig, RunConfig, ScriptedOracleConfig, load_config
+from rayrl.config import HttpOracleConfig, RunConfig, ScriptedOracleConfig, TrainingConfig, load_config
 from rayrl.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.toml"))
@@ -83,6 +83,18 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
         ("oracle.type=human", "oracle.type: must be one of"),
         ("oracle.function=judge", "string should match pattern"),
         ("labels=none", "labels: "),
+        ("sft.cpu_offload=true", "sft.cpu_offload: must be false with zero_stage = 0, got true"),
+        (
+            "dpo.deepspeed.gradient_clipping=0.5",
+            "dpo.deepspeed: must leave gradient_clipping to max_grad_norm, got 0.5",
+        ),
+        (
+            "dpo.deepspeed.zero_optimization.stage=2",
+            "dpo.deepspeed: must leave zero_optimization.stage to zero_stage, got 2; remove it, and set zero_stage",
+        ),
+        ("dpo.lora.dropout=0.1", "dpo.lora: must have dropout = 0 here, got 0.1"),
+        ("ppo.lora.dropout=0.1", "ppo.lora: must have dropout = 0 here, got 0.1"),
+        ("sft.adam_betas=[0.9, 1.0]", "sft.adam_betas: must be two numbers from 0 to below 1, got [0.9, 1.0]"),
     ],
 )
 def test_wrong_values_are_refused_with_rule_and_value(small, override, message):
@@ -343,3 +355,17 @@ def test_the_types_of_an_oracle_are_named(tmp_path, oracle, message):
     with pytest.raises(ConfigError) as refused:
         load_config(path)
     assert message in str(refused.value)
+
+
+def test_gradients_are_checkpointed_from_a_billion_parameters_unless_the_setting_says_otherwise():
+    sizes = (10**9 - 1, 10**9)
+    assert [TrainingConfig().checkpoints_gradients(size) for size in sizes] == [False, True]
+    for always in (False, True):
+        training = TrainingConfig(gradient_checkpointing=always)
+        assert [training.checkpoints_gradients(size) for size in sizes] == [always, always]
+
+
+def test_settings_of_deepspeed_are_passed_through(small):
+    override = "sft.deepspeed={zero_optimization={reduce_bucket_size=1000}, communication_data_type='fp32'}"
+    passed = {"zero_optimization": {"reduce_bucket_size": 1000}, "communication_data_type": "fp32"}
+    assert load_config(small, [override]).sft.deepspeed == passed

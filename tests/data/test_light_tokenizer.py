@@ -84,10 +84,10 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused_by_both(tmp_path):
             load()
 
 
-def test_both_pad_with_the_end_of_sequence(tmp_path):
+def test_neither_makes_up_a_padding_token(tmp_path):
     policy = chat_policy(tmp_path / "m", "{{ pad_token }}" + CHATML, without=["pad_token"])
     for tokenizer in both(policy):
-        assert render(tokenizer, "auto", FJORD) == "</s>" + RENDERED
+        assert render(tokenizer, "auto", FJORD) == RENDERED
 
 
 def test_a_template_gets_the_variables_of_the_config(tmp_path):

@@ -9,6 +9,7 @@ from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import load_light_tokenizer
 from rayrl.data.tokenizing import encode_prompt, encode_prompts, encode_response, load_tokenizer, render, resolve_format
 from rayrl.errors import ConfigError, DataError
+from tests.chat_policies import CHATML, CHATML_TOKENS, chat_policy
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
 TEMPLATE = (
@@ -138,3 +139,42 @@ def test_folders_without_config_or_tokenizer_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"policy.path must name a model with a tokenizer"):
         load_tokenizer(PolicyConfig(path=str(tmp_path)))
+
+
+LLAMA3 = (
+    "{% for m in messages %}<|header|>{{ m['role'] }}<|end_header|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant<|end_header|>\n\n{% endif %}"
+)
+ZEPHYR = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {{ eos_token }}\n{% endfor %}"
+NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+NO_ASSISTANT = "{% for m in messages %}{{ m['content'] if m['role'] == 'user' else 1 / 0 }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "end"),
+    [
+        (CHATML, CHATML_TOKENS, "<|im_end|>"),
+        (LLAMA3, ("<|header|>", "<|end_header|>", "<|eot_id|>"), "<|eot_id|>"),
+        (ZEPHYR, (), "</s>"),
+        (NO_END, (), "</s>"),
+        (NO_ASSISTANT, (), "</s>"),
+        (None, (), "</s>"),
+    ],
+    ids=["chatml", "llama3", "zephyr", "no end", "no assistant", "plain"],
+)
+def test_a_response_ends_as_the_template_ends_a_turn(tmp_path, template, tokens, end):
+    policy = chat_policy(tmp_path / "m", template, tokens=tokens)
+    tokenizer = load_tokenizer(policy)
+    token_ids = encode_response(tokenizer, "A sea inlet.")
+    assert tokenizer.convert_ids_to_tokens(token_ids[-1:]) == [end]
+    assert end not in tokenizer.convert_ids_to_tokens(token_ids[:-1])
+    assert encode_response(tokenizer, "A sea inlet.", "plain") == [*token_ids[:-1], tokenizer.eos_token_id]
+
+
+def test_a_turn_that_was_learnt_is_the_turn_that_the_template_writes(tmp_path):
+    tokenizer = load_tokenizer(chat_policy(tmp_path / "m", CHATML))
+    chat = [{"role": "user", "content": "What is a fjord?"}]
+    prompt = encode_prompt(tokenizer, render(tokenizer, "chat", chat))
+    learnt = prompt + encode_response(tokenizer, "A sea inlet.")
+    whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "A sea inlet."}], tokenize=False)
+    assert tokenizer.decode(learnt, skip_special_tokens=False) == whole.rstrip()

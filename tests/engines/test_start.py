@@ -1,10 +1,13 @@
 """Arguments of vLLM's engines, and the folders that they load."""
 
+import asyncio
+
 import pytest
 from huggingface_hub import constants
 
 from rayrl.config import EngineConfig
-from rayrl.engines.start import CPU_BATCHED_TOKENS, EngineSpec, engine_arguments, environment
+from rayrl.engines.generator import Generator, Sampling
+from rayrl.engines.start import CPU_BATCHED_TOKENS, EngineSpec, engine_arguments, environment, revision_of
 from rayrl.engines.weight_folder import is_hub_id, weights_folder
 from rayrl.records import Checkpoint
 
@@ -26,6 +29,8 @@ def test_a_revision_holds_for_weights_and_tokenizer():
     arguments = engine_arguments(spec(), "fleet")
     assert (arguments["model"], arguments["served_model_name"]) == ("some/model", "fleet")
     assert (arguments["revision"], arguments["tokenizer_revision"]) == ("pinned", "pinned")
+    # The benchmark's engine, which reads a policy by other arguments otherwise, is given these.
+    assert revision_of(HUB).items() <= arguments.items()
     newest = engine_arguments(spec(Checkpoint(path="some/model", version="v")), "")
     assert not {"revision", "tokenizer_revision"} & newest.keys()
     assert newest["served_model_name"] is None
@@ -75,3 +80,28 @@ def test_a_swap_loads_the_pinned_or_else_the_newest_revision_of_a_hub_id(hub):
 def test_a_folder_has_no_revision(tmp_path):
     assert weights_folder(Checkpoint(path=str(tmp_path), version="v", revision="pinned")) == str(tmp_path)
     assert [is_hub_id(path) for path in ("some/model", str(tmp_path), "s3://bucket/model")] == [True, False, False]
+
+
+class Asked(Exception):
+    """Carries the parameters of a request that is not made."""
+
+
+class Asking(Generator):
+    """A replica without an engine."""
+
+    version = "v"
+
+    def __init__(self, end_of_turn):
+        self._end_of_turn = end_of_turn
+
+    async def _finish(self, token_ids, params):
+        raise Asked(params)
+
+
+def test_generation_stops_at_the_end_of_a_turn_besides_the_ends_that_the_model_lists():
+    with pytest.raises(Asked) as asked:
+        asyncio.run(Asking(9)._sample([1, 2], 0, Sampling(temperature=1.0, max_tokens=8), 0))
+    (params,) = asked.value.args
+    assert params.stop_token_ids == [9]
+    params.update_from_generation_config({"eos_token_id": [2, 5]}, 2)
+    assert params.all_stop_token_ids == {2, 5, 9}

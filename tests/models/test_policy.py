@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from huggingface_hub import constants
+from transformers import GptOssConfig, OPTConfig, OPTForCausalLM
 
-from rayrl.config import LoraConfig
+from rayrl.config import LoraConfig, PolicyConfig
 from rayrl.data.collate import collate
-from rayrl.models.policy import add_lora, response_logprobs
+from rayrl.data.tokenizing import context_length, load_tokenizer
+from rayrl.errors import ConfigError
+from rayrl.models.policy import add_lora, attention_of, load_policy, response_logprobs, turn_off_dropout
+from rayrl.records import Checkpoint
+from tests.tiny_models import make_tiny_model
 
 PROMPTS = [[1, 20, 30, 40], [1, 50], [1, 60, 70, 80, 90, 100]]
 RESPONSES = [[5, 6], [7, 8, 9, 2], [2]]
@@ -50,3 +56,68 @@ def test_gradients_reach_the_adapters(tiny_policy):
 
 def plain_layers(model):
     return model.config.num_hidden_layers
+
+
+def test_the_pinned_revision_of_a_hub_id_is_loaded(tmp_path, monkeypatch):
+    repository = tmp_path / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    for seed, (revision, commit) in enumerate((("main", "a" * 40), ("pinned", "b" * 40))):
+        (repository / "refs" / revision).write_text(commit)
+        make_tiny_model(repository / "snapshots" / commit, seed=seed)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    name = "model.layers.0.mlp.up_proj.weight"
+    for revision, commit in ((None, "a" * 40), ("main", "a" * 40), ("pinned", "b" * 40)):
+        loaded = load_policy(Checkpoint(path="some/model", version="v", revision=revision), torch.float32)
+        there = load_policy(Checkpoint(path=str(repository / "snapshots" / commit), version="v"), torch.float32)
+        assert torch.equal(loaded.get_parameter(name), there.get_parameter(name))
+    (repository / "snapshots" / ("a" * 40) / "config.json").unlink()
+    (repository / "snapshots" / ("a" * 40) / "tokenizer.json").unlink()
+    policy = PolicyConfig(path="some/model", revision="pinned")
+    assert context_length(policy) == 256
+    assert load_tokenizer(policy).eos_token == "</s>"
+
+
+def test_the_attention_is_the_one_that_computes_the_models_config(tmp_path):
+    models = {
+        family: load_policy(
+            Checkpoint(path=str(make_tiny_model(tmp_path / family, family)), version="v"), torch.float32
+        )
+        for family in ("llama", "gemma2")
+    }
+    assert {family: model.config._attn_implementation for family, model in models.items()} == {
+        "llama": "sdpa",
+        "gemma2": "eager",  # torch's fused attention has no soft cap
+    }
+    assert attention_of(GptOssConfig()) is None
+
+
+def test_the_soft_cap_of_attention_counts(tmp_path):
+    model = load_policy(Checkpoint(path=str(make_tiny_model(tmp_path / "m", "gemma2")), version="v"), torch.float32)
+    batch = collate(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        capped = response_logprobs(model, batch)
+        model.set_attn_implementation("sdpa")
+        assert (response_logprobs(model, batch) - capped).abs().max() > 1e-3
+
+
+def opt(**settings):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 4}
+    return OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, **settings))
+
+
+def test_without_dropout_training_mode_reads_what_evaluation_mode_reads():
+    model = opt(dropout=0.2, attention_dropout=0.2, layerdrop=0.5)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = collate(PROMPTS, RESPONSES)
+    expected = response_logprobs(model.eval(), batch)
+    assert (response_logprobs(model.train(), batch) - expected).abs().max() > 1e-3
+    turn_off_dropout(model)
+    torch.testing.assert_close(response_logprobs(model.train(), batch), expected)
+    assert model.training
+    assert (model.config.dropout, model.config.layerdrop) == (0.2, 0.5), "the exported config is the model's own"
+
+
+def test_adapters_are_refused_on_what_is_no_linear_layer(tiny_policy):
+    with pytest.raises(ConfigError, match=r"must name linear layers of the model, got embed_tokens; .* are down_proj,"):
+        add_lora(tiny_policy.load(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))

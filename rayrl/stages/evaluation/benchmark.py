@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from rayrl.engines.start import environment
+from rayrl.engines.start import environment, revision_of
 from rayrl.errors import ConfigError
 from rayrl.fleets.services import Services
 from rayrl.records import Checkpoint
@@ -48,7 +48,9 @@ def benchmark(run: Run, services: Services, policies: Mapping[str, Checkpoint]) 
     options = config.evaluate.lm_eval.model_dump()
     results: dict[str, Results] = {}
     for name, policy in policies.items():
-        results[name] = ray.get(task.remote(policy.path, arguments, options, config.seed), timeout=TIMEOUT_S)
+        results[name] = ray.get(
+            task.remote(policy.path, arguments | revision_of(policy), options, config.seed), timeout=TIMEOUT_S
+        )
     return results
 
 

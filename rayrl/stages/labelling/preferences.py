@@ -82,7 +82,9 @@ def _tokenised_pairs(
         if room < 1:
             cut["num_too_long"] += 1
             continue
-        whole_chosen, whole_rejected = (encode_response(tokenizer, answer.text) for answer in (chosen, rejected))
+        whole_chosen, whole_rejected = (
+            encode_response(tokenizer, answer.text, policy.prompt_format) for answer in (chosen, rejected)
+        )
         chosen_ids, rejected_ids = whole_chosen[:room], whole_rejected[:room]
         if chosen_ids == rejected_ids:
             cut["num_same_when_cut"] += 1

@@ -162,6 +162,6 @@ def _examples(run: Run, rows: PromptCounts, cut: Counter[str]) -> Iterator[Examp
         if room < 1:
             cut["num_too_long"] += 1
             continue
-        response_ids = encode_response(tokenizer, response)
+        response_ids = encode_response(tokenizer, response, config.policy.prompt_format)
         cut["num_truncated"] += len(response_ids) > room
         yield Example(prompt_id=prompt.id, prompt_token_ids=prompt_ids, response_token_ids=response_ids[:room])

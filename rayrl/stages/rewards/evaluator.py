@@ -189,7 +189,7 @@ class GenerativeEvaluator(Evaluator):
             tokenizer, self.policy, self.rubric, judgement.prompt, judgement.response, scoring
         )
         target = evaluator_target(self.rubric, judgement.score, judgement.rationale, scoring)
-        target_ids = encode_response(tokenizer, target)
+        target_ids = encode_response(tokenizer, target, self.policy.prompt_format)
         # The rationale comes last where the score comes first, so cutting the end keeps the score. Elsewhere a cut
         # would teach reviews without a score.
         needed = min(len(target_ids), MIN_TARGET_TOKENS) if scoring == "score_first" else len(target_ids)

@@ -108,7 +108,7 @@ def seed_responses(run: Run) -> list[Sampled]:
             Response(
                 id=f"seed-{prompt.id}-{len(responses)}",
                 text=text,
-                token_ids=encode_response(tokenizer, text),
+                token_ids=encode_response(tokenizer, text, config.policy.prompt_format),
                 seed=0,
                 policy_version="seed data",
                 # Not measured: the policy did not write it, and is not trained on it.

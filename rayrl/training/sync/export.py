@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayrl.algorithms.preference import token_logprobs
+from rayrl.config import PolicyConfig
+from rayrl.data.tokenizing import load_tokenizer
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.engines.weight_folder import RECORD_FILE, TextReading, WeightRecord
 from rayrl.engines.weight_sums import INDEX_FILE, Sums, TensorSums, grouped, named_sums
@@ -22,6 +24,7 @@ from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.sync.gather import Bucket, FullWeights
+from rayrl.training.sync.model_folder import complete_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,28 +50,27 @@ TEXT = (
 def export_policy(
     engine: zero.Engine,
     policy: "PreTrainedModel | PeftModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    source: PolicyConfig | None,
     url: str,
 ) -> None:
     """Write a policy, adapters merged, and its record to `url`. Every rank takes part; rank 0 writes.
 
-    Without a tokenizer the folder is for replicas that run already, and its record holds no reading of a text.
+    The tokenizer is that of `source`, the run's policy. Without it the folder is for replicas that run already, and its
+    record holds no reading of a text.
     """
-    text = None if tokenizer is None else read_policy_text(engine, policy, tokenizer)
-    export_folder(FullWeights(engine, policy), tokenizer, url, text, head=None)
+    text = None if source is None else read_policy_text(engine, policy, load_tokenizer(source))
+    export_folder(FullWeights(engine, policy), source, url, text, head=None)
 
 
-def export_reward_model(
-    engine: zero.Engine, reward_model: RewardModel, tokenizer: "PreTrainedTokenizerBase", url: str
-) -> None:
+def export_reward_model(engine: zero.Engine, reward_model: RewardModel, source: PolicyConfig, url: str) -> None:
     """Write the backbone as a causal language model, the head beside it, and the record of the backbone.
 
     Every rank takes part; rank 0 writes.
     """
-    text = read_value_text(engine, reward_model, tokenizer)
+    text = read_value_text(engine, reward_model, load_tokenizer(source))
     head = zero.gather(engine, dict(reward_model.head.named_parameters()))
     head = {name: weight.float() for name, weight in head.items()}
-    export_folder(FullWeights(engine, reward_model.backbone), tokenizer, url, text, head=head)
+    export_folder(FullWeights(engine, reward_model.backbone), source, url, text, head=head)
 
 
 def read_policy_text(
@@ -107,7 +109,7 @@ def text_tokens(model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedToke
 
 def export_folder(
     weights: FullWeights,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    source: PolicyConfig | None,
     url: str,
     text: TextReading | None,
     *,
@@ -117,7 +119,7 @@ def export_folder(
 
     Args:
         weights: of the causal language model.
-        tokenizer: None leaves it out.
+        source: has the tokenizer; None leaves it out.
         url: the folder; one that is there is replaced.
         text: the trainer's reading of a text, if replicas shall report how far they are from it.
         head: weights of a scalar head, if there is one.
@@ -129,8 +131,8 @@ def export_folder(
     with storage.new_folder(url) as local:
         folder = Path(local)
         sums = write_weights(weights, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(local)
+        if source is not None:
+            complete_folder(folder, source)
         record = WeightRecord(dtype=str(weights.base.dtype).removeprefix("torch."), sums=sums, text=text)
         if storage.is_local(url):
             (folder / RECORD_FILE).write_text(json.dumps(record))

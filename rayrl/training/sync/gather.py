@@ -63,9 +63,13 @@ def merge_adapters(model: nn.Module, bucket: Bucket) -> Bucket:
         if is_adapted:
             a = bucket[f"{stem}.lora_A.default.weight"]
             b = bucket[f"{stem}.lora_B.default.weight"]
-            scaling: float = model.get_submodule(stem).scaling["default"]  # type: ignore[index]
+            layer = model.get_submodule(stem)
+            scaling: float = layer.scaling["default"]  # type: ignore[index]
+            change = scaling * b.float() @ a.float()
+            if layer.fan_in_fan_out:  # the weight is (in, out), as in GPT-2
+                change = change.T
             # In float32: in bfloat16 a small change of a large weight would be rounded away.
-            weight = (weight.float() + scaling * b.float() @ a.float()).to(weight.dtype)
+            weight = (weight.float() + change).to(weight.dtype)
         merged[plain_name] = weight
     return merged
 
