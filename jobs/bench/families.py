@@ -54,7 +54,8 @@ def row(family: str) -> tuple[str, bool]:
         timeout=TIMEOUT_S,
     )
     if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        reason = errors[-1].strip() if errors else f"exit {done.returncode}"
         return f"| {family} | - | - | - | {reason[:200]} |", False
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])[family]
     passed = max(found["export"], found["swapped"]) < TOLERANCE < found["moved"]
