@@ -81,7 +81,7 @@ def measure(case: Case, rank: int, rendezvous: str) -> int:
     """Train two steps as one of the case's workers; return the peak's bytes in the second."""
     import torch
     import torch.distributed as dist
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from rayrl.config import DpoConfig, LoraConfig
     from rayrl.models.policy import add_lora
@@ -101,9 +101,10 @@ def measure(case: Case, rank: int, rendezvous: str) -> int:
     )
     before = resident(case.device)
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(model_config(case))
-    model.to(dtype)
-    engine = zero.start(add_lora(model, training.lora) if training.lora else model, training, dtype, 100)
+    with zero.sharded_loading(training, dtype):
+        # As a trainer's: under ZeRO-3 no worker ever has the whole model.
+        model: Any = AutoModelForCausalLM.from_config(model_config(case), dtype=dtype)
+        engine = zero.start(add_lora(model, training.lora) if training.lora else model, training, dtype, 100)
     del model
     engine.train()
     draw = torch.Generator().manual_seed(rank)
