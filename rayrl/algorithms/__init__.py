@@ -16,7 +16,7 @@ themselves, whose modules therefore load neither torch nor scipy. They repeat th
 | -log sigma(beta (h_w - h_l))                        | 2305.18290, Eq. 7   | `preference.sigmoid_loss`     |
 | (h_w - h_l - 1 / (2 beta))^2                        | 2310.12036, Eq. 17  | `preference.ipo_loss`         |
 | -log sigma(r_w - r_l)                               | 2203.02155, Eq. 1   | `preference.bradley_terry_loss` |
-| log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.sequence_logprobs` |
+| log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.token_logprobs`    |
 | k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `kl.KL_ESTIMATORS`            |
 | c (1 + e n / horizon), e = clip(KL / KL* - 1)       | 1909.08593, 2.2     | `ppo.adapted_kl_coef`         |
 | r_t = -c KL_t, + the score at the last t            | 1909.08593, Eq. 2   | `ppo.shaped_rewards`          |

@@ -6,7 +6,6 @@ arrive as plain numbers: obtaining them, and keeping them fixed while the policy
 
 from typing import Protocol
 
-import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -84,25 +83,14 @@ def bradley_terry_loss(
 
 
 def token_logprobs(
-    logits: Float[Tensor, "batch seq vocab"], token_ids: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq"]:
+    logits: Float[Tensor, "*tokens vocab"], token_ids: Int[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
     """Compute log pi(y_t) = z_t[y_t] - logsumexp z_t of each token, nats, in float32.
 
-    `logits[:, t]` predicts `token_ids[:, t]`: the caller has shifted them.
+    `logits[..., t, :]` predicts `token_ids[..., t]`: the caller has shifted them.
     """
     # log_softmax would keep a second tensor of the logits' size for the backward pass; this difference keeps none.
     # (Logits in half precision are widened first, which costs one copy all the same.)
-    token_logits = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()  # (batch, seq)
-    normalizers = logits.float().logsumexp(-1)  # (batch, seq)
+    token_logits = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
+    normalizers = logits.float().logsumexp(-1)
     return token_logits - normalizers
-
-
-def sequence_logprobs(
-    logits: Float[Tensor, "batch seq vocab"],
-    token_ids: Int[Tensor, "batch seq"],
-    response_mask: Shaped[Tensor, "batch seq"],
-) -> Float[Tensor, "batch"]:
-    """Sum the log-probabilities of the tokens under the mask; see `token_logprobs`."""
-    # `where`, not a product with the mask: a padded position may hold -inf or NaN.
-    kept = torch.where(response_mask.bool(), token_logprobs(logits, token_ids), 0.0)
-    return kept.sum(-1)

@@ -1,6 +1,7 @@
 """Direct preference optimisation (arXiv 2305.18290) of M1 on the pseudo-labelled pairs."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, TypedDict
@@ -8,13 +9,14 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from rayrl.algorithms.batching import micro_batches
+from rayrl.algorithms.batching import allocated_tokens, micro_batches
 from rayrl.algorithms.preference import dpo_loss
 from rayrl.config import DpoConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.metrics import meters
-from rayrl.models.policy import CausalLM, add_lora, load_policy, response_logprobs
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import TokenLogprobs, add_lora, load_policy
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -90,8 +92,10 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         policy = load_policy(job.start, job.torch_dtype, trust_remote_code=job.policy.trust_remote_code)
         if dpo.lora:
             policy = add_lora(policy, dpo.lora)
-        engine = zero.start(policy, dpo, job.torch_dtype, num_steps(job.num_rows, dpo, dpo.batch_size))
-    references = reference_pass(engine, job, data) if job.reference == "pass" else {}
+        schedule_steps = num_steps(job.num_rows, dpo, dpo.batch_size)
+        engine = zero.start(TokenLogprobs(policy), dpo, job.torch_dtype, schedule_steps)
+    packed = is_packed(policy)
+    references = reference_pass(engine, job, data, packed) if job.reference == "pass" else {}
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
@@ -105,11 +109,11 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         for step in steps(engine, dpo, job.seed, data):
             started = time.monotonic()
             rows = [with_references(row, references) for row in step.rows]
-            batches = [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens)]
+            batches = [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens, packed)]
             margins.clear()
             loss = zero.train_step(engine, batches, summed_loss, len(rows), idle, row_names(rows))
             num_tokens = sum(batch.tokens.num_tokens for batch in batches)
-            num_padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
+            num_allocated = sum(allocated_tokens(batch.tokens.lengths, is_packed=packed) for batch in batches)
             meters.TRAINING_TOKENS.add(num_tokens, stage=job.stage)
             step_margins = torch.cat(margins)
             log(
@@ -119,16 +123,18 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
                 reward_accuracy=(step_margins > 0).float().mean(),
                 learning_rate=engine.get_lr()[0],
                 num_tokens=num_tokens,
-                padding_share=1 - num_tokens / max(1, num_padded),
+                padding_share=1 - num_tokens / max(1, num_allocated),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )
     export_policy(engine, policy, load_tokenizer(job.policy), job.checkpoint_url)
 
 
-def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
+def pair_losses(
+    token_logprobs: Callable[[TokenBatch], Tensor], batch: PairBatch, dpo: DpoConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of each pair, and the implicit rewards of both sides, (B,) each."""
-    chosen, rejected = response_logprobs(model, batch.tokens).chunk(2)
+    chosen, rejected = token_logprobs(batch.tokens).sum(-1).chunk(2)
     chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
     # IPO is on mean log-ratios, as its authors read their paper and TRL has it.
     normalised = dpo.length_normalised or dpo.loss == "ipo"
@@ -142,13 +148,14 @@ def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tens
     )
 
 
-def collated(rows: list[PairRow], max_tokens: int) -> list[PairBatch]:
-    """Collate pairs in micro-batches of similar length, each at most `max_tokens` with its padding."""
-    lengths: list[int] = []
+def collated(rows: list[PairRow], max_tokens: int, packed: bool) -> list[PairBatch]:
+    """Collate pairs in micro-batches, each of at most `max_tokens` with its padding, if there is any."""
+    lengths: list[list[int]] = []
     for row in rows:
-        longer = max(len(row["chosen_token_ids"]), len(row["rejected_token_ids"]))
-        lengths.append(2 * (len(row["prompt_token_ids"]) + longer))  # a pair is two rows
-    return [pair_batch([rows[i] for i in indices]) for indices in micro_batches(lengths, max_tokens)]
+        responses = row["chosen_token_ids"], row["rejected_token_ids"]
+        lengths.append([len(row["prompt_token_ids"]) + len(response) for response in responses])
+    batches = micro_batches(lengths, max_tokens, is_packed=packed)
+    return [pair_batch([rows[i] for i in indices]) for indices in batches]
 
 
 def pair_batch(rows: list[PairRow]) -> PairBatch:
@@ -168,7 +175,7 @@ def _references(rows: list[PairRow], side: Literal["chosen_reference_logprob", "
     return torch.tensor([row[side] for row in rows], dtype=torch.float32)
 
 
-def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow]) -> dict[str, References]:
+def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow], packed: bool) -> dict[str, References]:
     """Read M1's log-probabilities of every pair of this rank, by the pair's name. All ranks take part.
 
     They are read once, before the first step, and kept beside the fit: when a worker restarts, the policy is no longer
@@ -185,12 +192,12 @@ def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow])
         chunk = list(islice(rows, job.dpo.batch_size))
         if zero.max_over_ranks(len(chunk), engine) == 0:
             break
-        batches = collated(chunk, job.dpo.micro_batch_tokens)
+        batches = collated(chunk, job.dpo.micro_batch_tokens, packed)
         # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read idle ones beside the others.
         for i in range(int(zero.max_over_ranks(len(batches), engine))):
             batch = (batches[i] if i < len(batches) else pair_batch([IDLE_PAIR])).to(engine.device)
             with torch.no_grad():
-                chosen, rejected = response_logprobs(engine, batch.tokens).chunk(2)
+                chosen, rejected = engine(batch.tokens).sum(-1).chunk(2)
             for pair, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
                 references[pair] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}
     storage.write_json(url, references)

@@ -7,18 +7,19 @@ the trainer learns from them for a few passes, and the replicas take the new wei
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayrl.algorithms import ppo
 from rayrl.config import PpoConfig
 from rayrl.data.collate import collate
 from rayrl.metrics import meters
 from rayrl.models.actor_critic import ActorCritic
+from rayrl.models.packing import is_packed
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
@@ -26,6 +27,9 @@ from rayrl.training.ppo_job import PpoJob, num_rollouts
 from rayrl.training.rollout import Experience, MicroBatch, PromptRow, TokenTargets, evaluate_rollout
 from rayrl.training.served_policy import ServedPolicy
 from rayrl.training.steps import checkpoint, rank_batches, rank_share, rank_zero_log, restore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WATCHED: tuple[str, ...] = ("policy_loss", "value_loss", "clip_fraction", "approximate_kl")
 """Means per token that the curve shows of an update."""
@@ -95,14 +99,14 @@ def train_ppo(job: PpoJob, data: launch.Rows[PromptRow]) -> None:
     checkpoint(engine, step, kl_coef=kl_coef, best_reward=served.best_reward)
 
 
-def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
+def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], "PreTrainedModel | None"]:
     """Start the engine around policy and value, and the frozen M1.
 
     With adapters there is no M1 of its own: it is the policy without them.
     """
     config, dtype, trust = job.ppo, job.torch_dtype, job.policy.trust_remote_code
     torch.manual_seed(job.seed)
-    reference: nn.Module | None = None
+    reference: PreTrainedModel | None = None
     if not config.lora:
         # Before the others: under ZeRO-3 those are sharded as they load, and M1 stays whole on every rank.
         reference = frozen(load_policy(job.m1, dtype, trust_remote_code=trust))
@@ -114,10 +118,10 @@ def start(job: PpoJob) -> tuple[zero.Engine[ActorCritic], nn.Module | None]:
         if config.lora:
             policy, value = add_lora(policy, config.lora), add_lora(value, config.lora)
         engine = zero.start(ActorCritic(policy, value), config, dtype, num_updates)
-    return engine, None if reference is None else reference.to(engine.device)
+    return engine, None if reference is None else reference.to(engine.device)  # type: ignore[arg-type]
 
 
-def frozen(model: nn.Module) -> nn.Module:
+def frozen(model: "PreTrainedModel") -> "PreTrainedModel":
     """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 
@@ -148,6 +152,7 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
     config = job.ppo
     share = rank_share(config.batch_size)
     num_batches = int(zero.max_over_ranks(-(-len(experience) // share), engine))
+    packed = is_packed(engine.module.policy)
     idle = idle_micro_batch(engine.device)
     sums: dict[str, float] = dict.fromkeys(("num_tokens", *WATCHED), 0.0)
 
@@ -165,7 +170,7 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
             rows = order[n * share : (n + 1) * share]
             batches = [
                 (tokens.to(engine.device), targets)
-                for tokens, targets in experience.micro_batches(rows, config.micro_batch_tokens)
+                for tokens, targets in experience.micro_batches(rows, config.micro_batch_tokens, packed)
             ]
             num_response_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in batches)
             names = [experience.ids[i] for i in rows]
@@ -179,9 +184,7 @@ def learn(engine: zero.Engine[ActorCritic], experience: Experience, job: PpoJob,
 
 def idle_micro_batch(device: torch.device) -> MicroBatch:
     """Make a micro-batch without loss, for a rank that has no response while other ranks still work."""
-    tokens = collate([[0]], [[0]])
-    tokens = replace(tokens, response_mask=torch.zeros_like(tokens.response_mask))
-    return tokens.to(device), TokenTargets.zeros(1, 1)
+    return collate([[0]], [[]]).to(device), TokenTargets.zeros(1, 0)
 
 
 def token_losses(

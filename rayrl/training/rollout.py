@@ -21,13 +21,15 @@ from rayrl.data.collate import TokenBatch, collate
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.fleets.fleet import Fleet
 from rayrl.models.actor_critic import ActorCritic
-from rayrl.models.policy import CausalLM, response_token_logprobs
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import response_token_logprobs
 from rayrl.models.served_reward import ServedReward
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, drawn_seed
 from rayrl.training import deepspeed_engine as zero
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class PromptRow(TypedDict):
@@ -170,10 +172,10 @@ class Experience:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def micro_batches(self, indices: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-        """Yield the given responses in batches of similar length, with their targets."""
-        lengths = [len(self.prompts[i]) + len(self.responses[i]) for i in indices]
-        for batch in micro_batches(lengths, max_tokens):
+    def micro_batches(self, indices: Sequence[int], max_tokens: int, packed: bool) -> Iterator[MicroBatch]:
+        """Yield the given responses in batches of at most `max_tokens`, with their targets."""
+        lengths = [[len(self.prompts[i]) + len(self.responses[i])] for i in indices]
+        for batch in micro_batches(lengths, max_tokens, is_packed=packed):
             rows = [indices[n] for n in batch]
             tokens = collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
             yield tokens, self.targets.rows(rows, tokens.response_ids.shape[1])
@@ -189,7 +191,7 @@ class TokenReadings(NamedTuple):
 
 def evaluate_rollout(
     engine: zero.Engine[ActorCritic],
-    reference: CausalLM | None,
+    reference: "PreTrainedModel | None",
     rollout: Rollout,
     config: PpoConfig,
     kl_coef: float,
@@ -268,7 +270,7 @@ def normalised_advantages(
 
 def read_tokens(
     engine: zero.Engine[ActorCritic],
-    reference: CausalLM | None,
+    reference: "PreTrainedModel | None",
     prompts: list[list[int]],
     responses: list[list[int]],
     max_tokens: int,
@@ -277,8 +279,8 @@ def read_tokens(
     engine.eval()
     width = max(map(len, responses), default=1)
     read = torch.zeros(3, len(responses), width)
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    batches = micro_batches(lengths, max_tokens)
+    lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
+    batches = micro_batches(lengths, max_tokens, is_packed=is_packed(engine.module.policy))
     with torch.no_grad():
         # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read a dummy beside the others.
         for n in range(int(zero.max_over_ranks(len(batches), engine))):
@@ -297,7 +299,7 @@ def read_tokens(
     return TokenReadings(*read)
 
 
-def _reference_logprobs(actor_critic: ActorCritic, reference: CausalLM | None, tokens: TokenBatch) -> Tensor:
+def _reference_logprobs(actor_critic: ActorCritic, reference: "PreTrainedModel | None", tokens: TokenBatch) -> Tensor:
     if reference is not None:
         return response_token_logprobs(reference, tokens)
     policy: PeftModel = actor_critic.policy  # type: ignore[assignment]  # without a reference it has adapters

@@ -15,7 +15,7 @@ import torch
 from rayrl.config import UmlConfig
 from rayrl.data.batches import optimizer_batches
 from rayrl.data.blocks import BlockTable
-from rayrl.data.collate import TokenBatch, collate
+from rayrl.data.collate import TokenBatch, sequence_batch
 from rayrl.records import Row, content_id, drawn_seed
 
 
@@ -68,10 +68,11 @@ def view_batches(views: Views, seed: int, rank: int, num_ranks: int, *, skip: in
             first, second = two_views(row, views.max_tokens, seed, epoch)
             first_views.append(first)
             second_views.append(second)
-        sequences = first_views + second_views
-        # The last token as a response: then all sequences end in the same column.
-        tokens = collate([view[:-1] for view in sequences], [view[-1:] for view in sequences])
-        yield ViewBatch(tokens, views.uml.weight, drawn_seed("codes", str(seed), str(step), str(rank)))
+        yield ViewBatch(
+            sequence_batch(first_views + second_views),
+            views.uml.weight,
+            drawn_seed("codes", str(seed), str(step), str(rank)),
+        )
 
 
 def prompts_with_views(table: BlockTable) -> Iterator[Row]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rayrl.data.collate import sequence_batch
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.engines.weight_folder import PROBE_FILE, PolicyProbe, Probe, ValueProbe
 from rayrl.models.reward_model import RewardModel
@@ -88,9 +89,7 @@ def value_probe(engine: zero.Engine, reward_model: RewardModel) -> ValueProbe:
     prompt = probe_prompt(reward_model.backbone.config)
     engine.eval()
     with torch.no_grad():
-        tokens = torch.tensor([prompt], device=engine.device)
-        positions = torch.arange(len(prompt), device=engine.device)[None]
-        value = engine(tokens, torch.ones_like(tokens), positions).item()
+        value = engine(sequence_batch([prompt]).to(engine.device)).item()
     return {"prompt_token_ids": prompt, "value": value}
 
 
