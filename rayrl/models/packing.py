@@ -79,7 +79,7 @@ def _outputs_by_token(model: "Backbone", batch: Sequences, read: Callable[..., T
         is_real = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]  # (B, T)
         return read(input_ids=rows, use_cache=False)[is_real]
     ids, positions = batch.input_ids[None], batch.position_ids[None]
-    if causal_lm(model).config._attn_implementation.startswith("flash_attention"):
+    if (causal_lm(model).config._attn_implementation or "").startswith("flash_attention"):
         return read(input_ids=ids, position_ids=positions, use_cache=False)[0]
     _use_sequence_attention(causal_lm(model))
     return read(

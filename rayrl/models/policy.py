@@ -160,7 +160,7 @@ def has_known_head(model: "PreTrainedModel") -> bool:
         head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]
         hooks = [
             body.register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state)),
-            head.register_forward_hook(lambda _module, inputs, output: seen.extend((inputs[0], output))),
+            head.register_forward_hook(lambda _module, inputs, output: seen.extend([inputs[0], output])),
         ]
         with torch.no_grad():
             # Several tokens: one alone may be a padding token, whose embedding is zero, and so are its logits.

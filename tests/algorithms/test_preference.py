@@ -92,6 +92,17 @@ def test_token_logprobs_are_log_softmaxs(dtype):
     torch.testing.assert_close(token_logprobs(logits[0], token_ids[0]), expected[0])
 
 
+def test_the_gradient_of_token_logprobs_is_autograds():
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, 4, 11, generator=generator)).requires_grad_()
+    token_ids = torch.randint(11, (3, 4), generator=generator)
+    weights = torch.randn(3, 4, generator=generator)
+    by_definition = logits.log_softmax(-1).gather(-1, token_ids[..., None]).squeeze(-1)
+    (expected,) = torch.autograd.grad((weights * by_definition).sum(), logits)
+    (found,) = torch.autograd.grad((weights * token_logprobs(logits, token_ids)).sum(), logits)
+    torch.testing.assert_close(found, expected)
+
+
 def test_wrong_shapes_are_refused_in_tests():
     with pytest.raises(jaxtyping.TypeCheckError):
         dpo_loss(logps(0), logps(1, batch=5), beta=0.1)
