@@ -1,5 +1,7 @@
 """Logits in chunks under ZeRO-3: the head's weights are gathered for all chunks, in the backward pass too."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ STEPS = 2
 
 def losses_of(rank, world_size, stage, lora, rendezvous, path, results):
     """Train on this rank's share of the batches, with logits of 4 tokens at a time."""
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     policy_module.LOGIT_BYTES = 4 * 4 * 768
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
