@@ -24,8 +24,10 @@ from hardware import hardware
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rayrl.algorithms.batching import allocated_tokens
 from rayrl.config import DpoConfig
-from rayrl.models.policy import load_policy
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import TokenLogprobs, load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training.dpo import IDLE_PAIR, PairBatch, collated, pair_batch, pair_losses
@@ -94,7 +96,9 @@ class Ours:
         self.config = DpoConfig(
             learning_rate=1e-5, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, schedule="constant"
         )
-        self.engine = zero.start(load(path), self.config, torch.float32, 1000)
+        policy = load(path)
+        self.packed = is_packed(policy)
+        self.engine = zero.start(TokenLogprobs(policy), self.config, torch.float32, 1000)
         self.engine.train()
         self.idle = pair_batch([IDLE_PAIR])
 
@@ -106,13 +110,13 @@ class Ours:
         size = self.config.batch_size
         for start in range(0, len(self.pairs), size):
             rows = self.pairs[start : start + size]
-            batches = collated(rows, self.config.micro_batch_tokens)
+            batches = collated(rows, self.config.micro_batch_tokens, self.packed)
             zero.train_step(self.engine, batches, self.loss, size, self.idle)
             if start == 0:
                 started = time.perf_counter()
                 continue
-            num_tokens += sum(int(batch.tokens.attention_mask.sum()) for batch in batches)
-            num_padded += sum(batch.tokens.attention_mask.numel() for batch in batches)
+            num_tokens += sum(batch.tokens.num_tokens for batch in batches)
+            num_padded += sum(allocated_tokens(batch.tokens.lengths, is_packed=self.packed) for batch in batches)
         return time.perf_counter() - started, num_tokens, num_padded
 
 

@@ -18,7 +18,7 @@ the last three.
 | the same, unbiased under flipped labels             | arXiv 2403.00409    | `preference.robust_loss`      |
 | (h_w - h_l - 1 / (2 beta))^2                        | 2310.12036, Eq. 17  | `preference.ipo_loss`         |
 | -log sigma(r_w - r_l)                               | 2203.02155, Eq. 1   | `preference.bradley_terry_loss` |
-| log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.sequence_logprobs` |
+| log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.token_logprobs`    |
 | sum_t w_t log pi(y_t), w = 1 to |y'|, then alpha    | 2409.06411, Eq. 10  | `preference.desensitised_weights` |
 | -log pi(y_w) / |y_w|                                | 2404.19733, Eq. 1   | `preference.mean_nll`         |
 | min(1, exp(m_w + m_l))                              | 2406.11827, Eq. 4   | `preference.on_policy_weights` |

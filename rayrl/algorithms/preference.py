@@ -4,7 +4,7 @@ Losses are per pair: averaging over micro-batches and ranks is left to the train
 arrive as plain numbers: obtaining them, and keeping them fixed while the policy moves, is left to the caller.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -142,25 +142,31 @@ def bradley_terry_loss(
 
 
 def token_logprobs(
-    logits: Float[Tensor, "batch seq vocab"], token_ids: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq"]:
+    logits: Float[Tensor, "*tokens vocab"], token_ids: Int[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
     """Compute log pi(y_t) = z_t[y_t] - logsumexp z_t of each token, nats, in float32.
 
-    `logits[:, t]` predicts `token_ids[:, t]`: the caller has shifted them.
+    `logits[..., t, :]` predicts `token_ids[..., t]`: the caller has shifted them.
     """
-    # log_softmax would keep a second tensor of the logits' size for the backward pass; this difference keeps none.
-    # (Logits in half precision are widened first, which costs one copy all the same.)
-    token_logits = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()  # (batch, seq)
-    normalizers = logits.float().logsumexp(-1)  # (batch, seq)
-    return token_logits - normalizers
+    return _TokenLogprobs.apply(logits, token_ids)  # type: ignore[no-any-return]
 
 
-def sequence_logprobs(
-    logits: Float[Tensor, "batch seq vocab"],
-    token_ids: Int[Tensor, "batch seq"],
-    response_mask: Shaped[Tensor, "batch seq"],
-) -> Float[Tensor, "batch"]:
-    """Sum the log-probabilities of the tokens under the mask; see `token_logprobs`."""
-    # `where`, not a product with the mask: a padded position may hold -inf or NaN.
-    kept = torch.where(response_mask.bool(), token_logprobs(logits, token_ids), 0.0)
-    return kept.sum(-1)
+class _TokenLogprobs(torch.autograd.Function):
+    """`token_logprobs` with the gradient (onehot(y_t) - softmax z_t) g_t in one tensor of the logits' size.
+
+    Autograd's own gradient of the same formula takes three of them, and as many passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token_ids: Tensor) -> Tensor:
+        normalizers = logits.float().logsumexp(-1)
+        ctx.save_for_backward(logits, token_ids, normalizers)
+        return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float() - normalizers
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, token_ids, normalizers = ctx.saved_tensors
+        gradient = gradients[0].unsqueeze(-1)
+        logits_gradient = (logits.float() - normalizers.unsqueeze(-1)).exp_().mul_(-gradient)
+        logits_gradient.scatter_add_(-1, token_ids.unsqueeze(-1), gradient)
+        return logits_gradient.to(logits.dtype), None

@@ -64,7 +64,8 @@ class TrainingConfig(Table):
     batch_size: int = Field(default=64, gt=0)
     """Samples (or pairs) per optimizer step, over all workers."""
     micro_batch_tokens: Operation[int] = Field(default=8192, gt=0)
-    """Tokens, padding included, in one forward pass of one worker."""
+    """Tokens, padding included where a model needs it, in one forward pass of one worker. A sample
+    that is longer has a pass of its own."""
     num_workers: Operation[int] = Field(default=1, gt=0)
     """Training processes, one per GPU where there are GPUs."""
     zero_stage: Operation[Literal[0, 1, 2, 3]] = 0

@@ -26,10 +26,10 @@ class ArrowRow(NamedTuple):
     """One row of an Arrow table. It becomes Python's lists, of five times its size, when its batch is due."""
 
     table: pa.Table
-    index: int
+    row: int
 
     def read(self) -> dict[str, Any]:
-        return self.table.slice(self.index, 1).to_pylist()[0]
+        return self.table.slice(self.row, 1).to_pylist()[0]
 
 
 def optimizer_batches(

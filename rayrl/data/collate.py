@@ -1,14 +1,14 @@
-"""Tensors of one micro-batch from rows of tokens.
+"""Tensors of one micro-batch from rows of tokens: sequences one behind the other, without padding.
 
-Prompts are padded on the left and responses on the right, so that every response starts in the same column and the
-model computes logits for response positions only (`logits_to_keep`).
+Whether a model reads them so or padded is decided in `rayrl.models.packing`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PAD_ID = 0
 """Any id does: padding is masked wherever it is read."""
@@ -16,47 +16,54 @@ PAD_ID = 0
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Prompts and responses of one micro-batch; B sequences, P prompt columns, R response columns."""
+    """Prompts with their responses: B sequences of N tokens in all, M of them in responses, R in the longest one."""
 
-    input_ids: Int[Tensor, "B P+R"]
-    attention_mask: Int[Tensor, "B P+R"]
-    position_ids: Int[Tensor, "B P+R"]
+    input_ids: Int[Tensor, "N"]
+    position_ids: Int[Tensor, "N"]
+    """From 0 in each sequence."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
     response_ids: Int[Tensor, "B R"]
+    """Padded on the right."""
     response_mask: Bool[Tensor, "B R"]
+    predicting: Int[Tensor, "M"]
+    """Place in `input_ids` of the token before each response token, in the order of `response_mask`."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in it, padding left out."""
-        return int(self.attention_mask.sum())
+        return len(self.input_ids)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-            response_ids=self.response_ids.to(device),
-            response_mask=self.response_mask.to(device),
+        return replace(
+            self, **{name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         )
 
 
 def collate(prompts: list[list[int]], responses: list[list[int]]) -> TokenBatch:
-    """Pad prompts left and responses right."""
-    longest_prompt = max(map(len, prompts))
-    longest_response = max(map(len, responses))
-    id_rows: list[list[int]] = []
-    mask_rows: list[list[int]] = []
+    """Join prompts and responses to sequences.
+
+    Log-probabilities of a response need a prompt of at least one token, which predicts the response's first.
+    """
+    ids: list[int] = []
+    lengths: list[int] = []
+    predicting: list[Tensor] = []
     for prompt, response in zip(prompts, responses, strict=True):
-        num_left = longest_prompt - len(prompt)
-        num_right = longest_response - len(response)
-        id_rows.append([PAD_ID] * num_left + prompt + response + [PAD_ID] * num_right)
-        mask_rows.append([0] * num_left + [1] * (len(prompt) + len(response)) + [0] * num_right)
-    input_ids = torch.tensor(id_rows)
-    attention_mask = torch.tensor(mask_rows)
+        # A token is predicted at the place before its own; the response's last token predicts nothing that is read.
+        first = len(ids) + len(prompt) - 1
+        predicting.append(torch.arange(first, first + len(response)))
+        lengths.append(len(prompt) + len(response))
+        ids += prompt + response
+    rows = [torch.tensor(response, dtype=torch.int64) for response in responses]
     return TokenBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        # Positions count real tokens only; left padding comes out as -1, which no embedding table has.
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        response_ids=input_ids[:, longest_prompt:],
-        response_mask=attention_mask[:, longest_prompt:].bool(),
+        input_ids=torch.tensor(ids),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        lengths=tuple(lengths),
+        response_ids=pad_sequence(rows, batch_first=True, padding_value=PAD_ID),
+        response_mask=pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True),
+        predicting=torch.cat(predicting),
     )
+
+
+def sequence_batch(sequences: list[list[int]]) -> TokenBatch:
+    """Collate whole sequences, for models that read no response."""
+    return collate(sequences, [[] for _ in sequences])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int8
 
-from rayrl.algorithms.batching import micro_batches
+from rayrl.algorithms.batching import padded_batches
 from rayrl.algorithms.clustering import ENTAILMENT
 from rayrl.data.tokenizing import as_ordinary_text
 from rayrl.engines.serving import ReplicaStatus
@@ -128,7 +128,7 @@ class EntailmentModel:
         if full:
             whole = self._encode([pairs[number] for number in full], cut=False)["input_ids"]
             truncated[full] = [len(tokens) > self._max_tokens for tokens in whole]
-        for batch in micro_batches(lengths, BATCH_TOKENS[self._device]):
+        for batch in padded_batches(lengths, BATCH_TOKENS[self._device]):
             rows = {name: [values[number] for number in batch] for name, values in encoded.items()}
             inputs = self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
             with torch.inference_mode():

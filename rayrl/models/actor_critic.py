@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rayrl.models.policy import PaddedResponses, response_token_logprobs
-from rayrl.models.scalar_head import last_hidden_states, zero_head
+from rayrl.models.packing import hidden_states
+from rayrl.models.policy import Responses, on_responses, response_token_logprobs
+from rayrl.models.scalar_head import zero_head
 
 if TYPE_CHECKING:
-    from rayrl.models.scalar_head import Backbone
+    from rayrl.models.packing import Backbone
 
 
 class TokenValues(NamedTuple):
-    """Outputs of the networks for each response token; padding holds arbitrary numbers."""
+    """Outputs of the networks for each response token; 0 on padding."""
 
     logprobs: Float[Tensor, "batch seq"]
     """log pi(y_t | x, y_<t), nats."""
@@ -31,7 +32,7 @@ class Actor(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, batch: PaddedResponses) -> TokenValues:
+    def forward(self, batch: Responses) -> TokenValues:
         """Read the response tokens of a micro-batch."""
         return TokenValues(response_token_logprobs(self.policy, batch), None)
 
@@ -49,10 +50,9 @@ class ActorCritic(Actor):
         for network in (self.policy, self.value_backbone):
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
-    def forward(self, batch: PaddedResponses) -> TokenValues:
+    def forward(self, batch: Responses) -> TokenValues:
         """Read the response tokens of a micro-batch with both networks."""
-        num_response = batch.response_ids.shape[1]
-        hidden = last_hidden_states(self.value_backbone, batch.input_ids, batch.attention_mask, batch.position_ids)
-        # The state from which token t is chosen ends at token t - 1, which is one column to the left.
-        before = hidden[:, -num_response - 1 : -1]
-        return TokenValues(response_token_logprobs(self.policy, batch), self.value_head(before).squeeze(-1))
+        # The state from which token t is chosen ends at token t - 1.
+        before = hidden_states(self.value_backbone, batch)[batch.predicting]
+        values = on_responses(self.value_head(before).squeeze(-1), batch.response_mask)
+        return TokenValues(response_token_logprobs(self.policy, batch), values)

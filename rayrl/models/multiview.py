@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rayrl.algorithms.information import UML_OBJECTIVES, Gaussian, uml_loss
 from rayrl.config import UmlConfig
+from rayrl.models.packing import Sequences
 from rayrl.models.reward_model import RewardModel
 from rayrl.models.view_networks import Critic, GaussianEncoder
 
@@ -33,26 +34,19 @@ class MultiViewRewardModel(nn.Module):
         return [*self.encoder.parameters(), *self.critic.parameters()]
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        view_seed: int | None = None,
-        skl_weight: float = 0.0,
+        self, batch: Sequences, view_seed: int | None = None, skl_weight: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the rewards of a batch; or (loss, mi, skl) of a batch of first views, then second ones.
 
         Args:
-            input_ids: tokens.
-            attention_mask: 0 on padding.
-            position_ids: positions of the tokens, padding left out.
+            batch: the sequences.
             view_seed: draws the codes of two views; None asks for rewards.
             skl_weight: of the divergence, at this step of the training.
         """
         if view_seed is None:
-            return self.reward_model(input_ids, attention_mask, position_ids)
+            return self.reward_model(batch)
         assert self.uml is not None
-        views = self.reward_model.pooled(input_ids, attention_mask, position_ids)
+        views = self.reward_model.pooled(batch)
         codes = self.encoder(views)
         first_mu, second_mu = codes.mu.chunk(2)
         first_sigma, second_sigma = codes.sigma.chunk(2)

@@ -1,43 +1,42 @@
 """Policy: a causal language model, its low-rank adapters, and the log-probabilities that it gives to responses."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from rayrl.algorithms.preference import sequence_logprobs, token_logprobs
+from rayrl.algorithms.batching import LOGIT_BYTES
+from rayrl.algorithms.preference import token_logprobs
 from rayrl.config import LoraConfig
 from rayrl.errors import ConfigError
+from rayrl.models.packing import Sequences, all_logits, causal_lm, hidden_states
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-CausalLM = Callable[..., Any]
-"""A causal language model as transformers makes it, with adapters or without, or an engine around one. Called with
-tokens it returns an output that has `logits`."""
+    from rayrl.models.packing import Backbone
+
+logger = logging.getLogger(__name__)
 
 
-class PaddedResponses(Protocol):
-    """Prompts and responses of one micro-batch: the part of `rayrl.data.collate.TokenBatch` that models read.
+class Responses(Sequences, Protocol):
+    """Prompts and responses of one micro-batch: the part of `rayrl.data.collate.TokenBatch` that a policy reads."""
 
-    All responses start in the same column, behind their prompts.
-    """
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def attention_mask(self) -> Tensor: ...
-    @property
-    def position_ids(self) -> Tensor: ...
     @property
     def response_ids(self) -> Tensor: ...
     @property
     def response_mask(self) -> Tensor: ...
+    @property
+    def predicting(self) -> Tensor: ...
 
 
 def load_policy(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "PreTrainedModel":
@@ -131,25 +130,117 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
     return sorted(set(names))
 
 
-def response_logprobs(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch"]:
-    """Return log p(response | prompt) of each row, summed over the response's tokens, nats."""
-    return sequence_logprobs(_response_logits(model, batch), batch.response_ids, batch.response_mask)
+class TokenLogprobs(nn.Module):
+    """A policy as the module that an engine trains: its output is the responses' log-probabilities, not logits."""
+
+    def __init__(self, policy: "Backbone"):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: Responses) -> Float[Tensor, "batch seq"]:
+        return response_token_logprobs(self.policy, batch)
 
 
-def response_token_logprobs(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch seq"]:
-    """Return log pi(y_t | x, y_<t) of each response token, nats; padding holds arbitrary numbers."""
-    return token_logprobs(_response_logits(model, batch), batch.response_ids)
+def response_logprobs(model: "Backbone", batch: Responses) -> Float[Tensor, "batch"]:
+    """Return log p(response | prompt) of each sequence, summed over the response's tokens, nats."""
+    return response_token_logprobs(model, batch).sum(-1)
 
 
-def _response_logits(model: CausalLM, batch: PaddedResponses) -> Float[Tensor, "batch seq vocab"]:
-    """Return the logits that predict the response's tokens; no others are computed, as the vocabulary is large."""
-    num_response = batch.response_ids.shape[1]
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=num_response + 1,
-        use_cache=False,
-    ).logits
-    # A token is predicted in the column before its own; the last column predicts what follows the response.
-    return logits[:, :-1]
+def response_token_logprobs(model: "Backbone", batch: Responses) -> Float[Tensor, "batch seq"]:
+    """Return log pi(y_t | x, y_<t) of each response token, nats; 0 on padding."""
+    token_ids = batch.response_ids[batch.response_mask]  # (M,)
+    if has_known_head(causal_lm(model)):
+        logprobs = head_logprobs(causal_lm(model), hidden_states(model, batch)[batch.predicting], token_ids)
+    else:
+        logprobs = token_logprobs(all_logits(model, batch)[batch.predicting], token_ids)
+    return on_responses(logprobs, batch.response_mask)
+
+
+def on_responses(values: Float[Tensor, "tokens"], response_mask: Tensor) -> Float[Tensor, "batch seq"]:
+    """Put the values of all response tokens in the places of the mask; 0 elsewhere."""
+    return values.new_zeros(response_mask.shape).masked_scatter(response_mask, values)
+
+
+def head_logprobs(
+    model: "PreTrainedModel", states: Float[Tensor, "tokens hidden"], token_ids: Int[Tensor, "tokens"]
+) -> Float[Tensor, "tokens"]:
+    """Compute log p(token | state), nats, with at most `LOGIT_BYTES` of logits at a time.
+
+    More tokens than that are computed in chunks, whose logits are computed again in the backward pass.
+    """
+    config = model.config.get_text_config()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]  # every causal language model has one
+    compute_logits = head.forward
+    chunk_size = max(1, LOGIT_BYTES // (4 * config.vocab_size))
+
+    def chunk_logprobs(states: Tensor, token_ids: Tensor) -> Tensor:
+        return token_logprobs(finished_logits(compute_logits(states), config), token_ids)
+
+    def all_logprobs(states: Tensor) -> Tensor:
+        if len(states) <= chunk_size:
+            return chunk_logprobs(states, token_ids)
+        chunks = zip(states.split(chunk_size), token_ids.split(chunk_size), strict=True)
+        return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+
+    # All chunks in one call of the head: under ZeRO-3 its weights are gathered by hooks around that call and around its
+    # backward pass, once for all of them.
+    with _forward_replaced(head, all_logprobs):
+        return head(states)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = vars(module).get("forward")  # something may have replaced it already
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+_KNOWN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def has_known_head(model: "PreTrainedModel") -> bool:
+    """Return whether a model's logits are `finished_logits` of its head's output on its last hidden states.
+
+    The model itself is asked, once, on a few tokens. Under ZeRO-3 all ranks take part.
+    """
+    if model not in _KNOWN_HEADS:
+        seen: list[Tensor] = []
+        body: nn.Module = model.get_decoder()
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]
+        hooks = [
+            body.register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state)),
+            head.register_forward_hook(lambda _module, inputs, output: seen.extend((inputs[0], output))),  # type: ignore[arg-type]
+        ]
+        with torch.no_grad():
+            # Several tokens: one alone may be a padding token, whose embedding is zero, and so are its logits.
+            logits = model(input_ids=torch.arange(8, device=model.device)[None], use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        is_known = False
+        if len(seen) == 3:
+            states, head_input, head_output = seen
+            expected = finished_logits(head_output, model.config.get_text_config()).to(logits.dtype)
+            is_known = torch.equal(states, head_input) and torch.equal(expected, logits)
+        _KNOWN_HEADS[model] = is_known
+        if not _KNOWN_HEADS[model]:
+            logger.warning(
+                "%s computes its logits in a way of its own: all logits of a micro-batch are in memory at once",
+                type(model).__name__,
+            )
+    return _KNOWN_HEADS[model]
+
+
+def finished_logits(logits: Float[Tensor, "tokens vocab"], config: "PreTrainedConfig") -> Float[Tensor, "tokens vocab"]:
+    """Turn the head's output to logits, as the families do that scale or bound it."""
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    return logits

@@ -4,16 +4,18 @@ Scalar evaluators have the same form. The embedding engines serve both: they com
 is applied to it outside of the engine.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rayrl.models.scalar_head import last_hidden_states, zero_head
+from rayrl.models.packing import Sequences, hidden_states
+from rayrl.models.scalar_head import zero_head
 
 if TYPE_CHECKING:
-    from rayrl.models.scalar_head import Backbone
+    from rayrl.models.packing import Backbone
 
 Pooling = Literal["mean", "last"]
 
@@ -27,24 +29,19 @@ class RewardModel(nn.Module):
         self.pooling: Pooling = pooling
         self.head = zero_head(backbone)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Float[Tensor, "batch"]:
-        return self.head(self.pooled(input_ids, attention_mask, position_ids)).squeeze(-1)
+    def forward(self, batch: Sequences) -> Float[Tensor, "batch"]:
+        return self.head(self.pooled(batch)).squeeze(-1)
 
-    def pooled(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Float[Tensor, "batch hidden"]:
+    def pooled(self, batch: Sequences) -> Float[Tensor, "batch hidden"]:
         """Return the input of the head, in float32."""
-        hidden = last_hidden_states(self.backbone, input_ids, attention_mask, position_ids)
-        return pool(hidden.float(), attention_mask, self.pooling)
+        return pool(hidden_states(self.backbone, batch).float(), batch.lengths, self.pooling)
 
 
 def pool(
-    hidden: Float[Tensor, "batch seq hidden"], attention_mask: Tensor, pooling: Pooling
+    hidden: Float[Tensor, "tokens hidden"], lengths: Sequence[int], pooling: Pooling
 ) -> Float[Tensor, "batch hidden"]:
-    """Return the mean over real tokens, or the last real token's vector, as the embedding engines compute them."""
+    """Return each sequence's mean over tokens, or its last token's vector, as the embedding engines compute them."""
+    sequences = hidden.split(tuple(lengths))
     if pooling == "mean":
-        mask = attention_mask.to(hidden.dtype)
-        return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-    # Padding may stand on either side, so the last real token is not always in the last column.
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (attention_mask * columns).argmax(1)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return hidden[rows, last]
+        return torch.stack([states.mean(0) for states in sequences])
+    return torch.stack([states[-1] for states in sequences])

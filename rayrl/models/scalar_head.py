@@ -1,4 +1,4 @@
-"""Scalar heads on a causal language model: the last hidden states, and a linear layer that reads one number off each.
+"""Scalar heads on a causal language model: a linear layer that reads one number off each of its last hidden states.
 
 Reward models read one pooled state of a sequence, value functions the state before each token.
 """
@@ -6,15 +6,11 @@ Reward models read one pooled state of a sequence, value functions the state bef
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    Backbone = PreTrainedModel | PeftModel
+    from rayrl.models.packing import Backbone
 
 
 class Float32Linear(nn.Linear):
@@ -33,18 +29,3 @@ def zero_head(backbone: "Backbone") -> Float32Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
-
-
-def last_hidden_states(
-    backbone: "Backbone", input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
-) -> Float[Tensor, "batch seq hidden"]:
-    """Return the hidden states of the last layer."""
-    output = backbone(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        logits_to_keep=1,  # as few as the model lets one ask for: nothing reads the logits
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    return output.hidden_states[-1]

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from rayrl.algorithms.batching import LOGIT_BYTES
 from rayrl.config import LoraConfig
 
 GIB = 2**30
@@ -27,10 +28,8 @@ BUCKET_PARAMETERS = 500_000_000
 """Gradients that DeepSpeed reduces at once (`reduce_bucket_size`)."""
 LIVE_PARAMETERS = 1_000_000_000
 """Whole parameters that ZeRO-3 keeps gathered at most (`stage3_max_live_parameters`)."""
-LOGIT_TOKENS = 1024
-"""Tokens whose logits exist at the same time: log-probabilities are computed in chunks of so many."""
 LOGIT_COPIES = 3
-"""Matrices of LOGIT_TOKENS x vocabulary in float32: logits, log-softmax and gradient."""
+"""Matrices of a chunk of tokens x vocabulary in float32: logits, log-softmax and gradient."""
 ENGINE_TOKENS = 8192
 """Tokens in one forward pass of an engine (`max_num_batched_tokens`)."""
 CUDA_CONTEXT_BYTES = 3 * GIB // 4
@@ -168,8 +167,8 @@ def activation_bytes(shape: ModelShape, width: int, num_tokens: int, *, gradient
 
 
 def logit_bytes(vocab_size: int, num_tokens: int) -> float:
-    """4 LOGIT_COPIES V min(t, LOGIT_TOKENS): what the head's output takes, which is computed in chunks."""
-    return 4 * LOGIT_COPIES * vocab_size * min(num_tokens, LOGIT_TOKENS)
+    """LOGIT_COPIES min(4 V t, LOGIT_BYTES): what the head's output takes, which is computed in chunks."""
+    return LOGIT_COPIES * min(4 * vocab_size * num_tokens, LOGIT_BYTES)
 
 
 def kv_cache_bytes(shape: ModelShape, width: int, num_tokens: int) -> float:
@@ -187,6 +186,8 @@ class TrainerSettings:
     gradient_checkpointing: bool
     lora: LoraConfig | None
     micro_batch_tokens: int
+    gradient_width: int = 4
+    """Bytes of a gradient of earlier micro-batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ class Networks:
     has_value: bool = False
     """PPO: a value network of the same size, trained with the policy."""
     has_reference: bool = False
-    """PPO without adapters: a frozen M1, whole on every worker."""
+    """PPO without adapters: a frozen M1, whole on every worker, and under ZeRO-3 sharded."""
     has_logits: bool = True
     """Whether the head over the vocabulary is computed; scalar heads need none."""
 
@@ -218,9 +219,10 @@ def trainer_memory(
     num_trained = lora_parameters(shape, settings.lora) if settings.lora else shape.num_parameters
     num_networks = 2 if networks.has_value else 1
     sharding = {"zero_stage": stage, "num_workers": num_workers}
-    states = state_bytes(shape.num_parameters, num_trained, width, **sharding)
+    widths = {"width": width, "gradient_width": settings.gradient_width}
+    states = state_bytes(shape.num_parameters, num_trained, **widths, **sharding)
     # One engine trains both networks, and gathers no more parameters for two of them.
-    both = state_bytes(num_networks * shape.num_parameters, num_networks * num_trained, width, **sharding)
+    both = state_bytes(num_networks * shape.num_parameters, num_networks * num_trained, **widths, **sharding)
     host = 0.0
     if on_gpu and settings.cpu_offload and stage > 0:
         # The optimizer's gradients go with its state, and under ZeRO-3 so do the shards of the weights.
@@ -243,7 +245,7 @@ def trainer_memory(
         **states,
         "buffers": max(0.0, during_backward, 0.0 if host else step - freed),
         "value": sum(both.values()) - sum(states.values()) + (num_networks - 1) * activations,
-        "reference": shape.num_parameters * width if networks.has_reference else 0.0,
+        "reference": weight_bytes(shape.num_parameters, width, **sharding) if networks.has_reference else 0.0,
         "activations": activations,
         "logits": logits,
         "process": process_bytes(on_gpu=on_gpu, num_workers=num_workers),
@@ -252,13 +254,13 @@ def trainer_memory(
 
 
 def state_bytes(
-    num_parameters: float, num_trained: float, width: int, *, zero_stage: int, num_workers: int
+    num_parameters: float, num_trained: float, *, width: int, gradient_width: int, zero_stage: int, num_workers: int
 ) -> dict[str, float]:
     """Model states by term: weights, gradients and optimizer (arXiv 1910.02054, section 3.1)."""
     sharding = {"zero_stage": zero_stage, "num_workers": num_workers}
     return {
         "weights": weight_bytes(num_parameters, width, **sharding),
-        "gradients": gradient_bytes(num_trained, width, **sharding),
+        "gradients": gradient_bytes(num_trained, gradient_width, **sharding),
         "optimizer": optimizer_bytes(num_trained, width, **sharding),
     }
 

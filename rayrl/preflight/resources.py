@@ -106,7 +106,7 @@ def _training_memory(training: Training, config: RunConfig, place: Place) -> tup
         return ()
     is_scalar = training.section == "evaluator" and config.evaluator.type == "scalar"
     networks = Networks(
-        has_value=training.samples,
+        has_value=training.samples and config.ppo.trains_value,
         has_reference=training.samples and training.settings.lora is None,
         has_logits=training.section != "reward_model" and not is_scalar,
     )
@@ -137,13 +137,17 @@ def _trainer_settings(training: TrainingConfig, place: Place) -> TrainerSettings
         # A worker's rows may be fewer than fill a micro-batch. A pair has two of them.
         num_rows = 2 * math.ceil(training.batch_size / training.num_workers)
         num_tokens = min(num_tokens, num_rows * place.max_model_len)
+    is_widened = place.width < 4 and training.grad_accum_dtype == "float32"
+    num_parameters = 0 if place.shape is None else place.shape.num_parameters
     return TrainerSettings(
         num_workers=training.num_workers,
-        zero_stage=training.zero_stage,
+        # DeepSpeed adds gradients up in another precision than the weights' from ZeRO-1 on.
+        zero_stage=max(1, training.zero_stage) if is_widened else training.zero_stage,
         cpu_offload=training.cpu_offload,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=training.checkpoints_gradients(num_parameters),
         lora=training.lora,
         micro_batch_tokens=num_tokens,
+        gradient_width=4 if is_widened else place.width,
     )
 
 

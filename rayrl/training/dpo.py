@@ -9,12 +9,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rayrl.algorithms.batching import micro_batches
+from rayrl.algorithms.batching import allocated_tokens, micro_batches
 from rayrl.algorithms.preference import desensitised_weights, dpo_loss, mean_nll
 from rayrl.config import DpoConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.metrics import meters
-from rayrl.models.policy import CausalLM, add_lora, load_policy, response_token_logprobs, turn_off_dropout
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import TokenLogprobs, add_lora, load_policy, turn_off_dropout
 from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -95,14 +96,13 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         turn_off_dropout(policy)  # the reference has none either
         if dpo.lora:
             policy = add_lora(policy, dpo.lora)
-        engine = zero.start(policy, dpo, job.torch_dtype, num_steps(job.num_rows, dpo, dpo.batch_size))
+        schedule_steps = num_steps(job.num_rows, dpo, dpo.batch_size)
+        engine = zero.start(TokenLogprobs(policy), dpo, job.torch_dtype, schedule_steps)
+    packed = is_packed(policy)
     pairs: Callable[[], Iterator[pa.Table]] = data
     if job.reference == "pass":
-        references = reference_pass(engine, job, data)
-
-        def pairs() -> Iterator[pa.Table]:
-            return (with_references(table, references) for table in data())
-
+        references = reference_pass(engine, job, data, packed)
+        pairs = lambda: (with_references(table, references) for table in data())  # noqa: E731
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
@@ -115,11 +115,11 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
     with rank_zero_log(job.run_url, job.stage) as log:
         for step in steps(engine, dpo, job.seed, pairs):
             started = time.monotonic()
-            batches = [batch.to(engine.device) for batch in collated(step.rows, dpo.micro_batch_tokens)]
+            batches = [batch.to(engine.device) for batch in collated(step.rows, dpo.micro_batch_tokens, packed)]
             margins.clear()
             taken = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
             num_tokens = sum(batch.tokens.num_tokens for batch in batches)
-            num_padded = sum(batch.tokens.attention_mask.numel() for batch in batches)
+            num_allocated = sum(allocated_tokens(batch.tokens.lengths, is_packed=packed) for batch in batches)
             meters.TRAINING_TOKENS.add(num_tokens, stage=job.stage)
             step_margins = torch.cat(margins)
             log(
@@ -129,17 +129,19 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
                 reward_accuracy=(step_margins > 0).float().mean(),
                 learning_rate=engine.get_lr()[0],
                 num_tokens=zero.sum_over_ranks(num_tokens, engine),
-                padding_share=1 - num_tokens / max(1, num_padded),
+                padding_share=1 - num_tokens / max(1, num_allocated),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
             )
     export_policy(engine, policy, job.policy, job.checkpoint_url)
 
 
-def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
+def pair_losses(
+    token_logprobs: Callable[[TokenBatch], Tensor], batch: PairBatch, dpo: DpoConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of each pair, and the implicit rewards of both sides, (B,) each."""
-    token_logprobs = response_token_logprobs(model, batch.tokens)  # (2 B, R)
-    chosen, rejected = side_logprobs(token_logprobs, batch.tokens.response_mask, dpo.ld_alpha)
+    logprobs = token_logprobs(batch.tokens)  # (2 B, R)
+    chosen, rejected = side_logprobs(logprobs, batch.tokens.response_mask, dpo.ld_alpha)
     if dpo.reference != "none":
         chosen, rejected = chosen - batch.reference_chosen, rejected - batch.reference_rejected
     chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
@@ -154,27 +156,27 @@ def pair_losses(model: CausalLM, batch: PairBatch, dpo: DpoConfig) -> tuple[Tens
     )
     if dpo.nll_coef > 0:
         chosen_mask, _ = batch.tokens.response_mask.chunk(2)
-        chosen_logprobs, _ = token_logprobs.chunk(2)
+        chosen_logprobs, _ = logprobs.chunk(2)
         losses = losses + dpo.nll_coef * mean_nll(chosen_logprobs, chosen_mask)
     return losses, chosen_rewards, rejected_rewards
 
 
-def side_logprobs(token_logprobs: Tensor, response_mask: Tensor, ld_alpha: float) -> tuple[Tensor, Tensor]:
+def side_logprobs(logprobs: Tensor, response_mask: Tensor, ld_alpha: float) -> tuple[Tensor, Tensor]:
     """Sum the log-probabilities of the chosen and of the rejected responses' tokens, (2 B, R) -> (B,) each."""
     chosen_mask, rejected_mask = response_mask.chunk(2)
     weights = torch.cat(desensitised_weights(chosen_mask, rejected_mask, ld_alpha))
-    # `where`, not the product alone: a padded position may hold -inf or NaN.
-    chosen, rejected = torch.where(response_mask, weights * token_logprobs, 0.0).sum(1).chunk(2)
+    chosen, rejected = (weights * logprobs).sum(1).chunk(2)
     return chosen, rejected
 
 
-def collated(rows: list[PairRow], max_tokens: int) -> list[PairBatch]:
-    """Collate pairs in micro-batches of similar length, each at most `max_tokens` with its padding."""
-    lengths: list[int] = []
+def collated(rows: list[PairRow], max_tokens: int, packed: bool) -> list[PairBatch]:
+    """Collate pairs in micro-batches, each of at most `max_tokens` with its padding, if there is any."""
+    lengths: list[list[int]] = []
     for row in rows:
-        longer = max(len(row["chosen_token_ids"]), len(row["rejected_token_ids"]))
-        lengths.append(2 * (len(row["prompt_token_ids"]) + longer))  # a pair is two rows
-    return [pair_batch([rows[i] for i in indices]) for indices in micro_batches(lengths, max_tokens)]
+        responses = row["chosen_token_ids"], row["rejected_token_ids"]
+        lengths.append([len(row["prompt_token_ids"]) + len(response) for response in responses])
+    batches = micro_batches(lengths, max_tokens, is_packed=packed)
+    return [pair_batch([rows[i] for i in indices]) for indices in batches]
 
 
 def pair_batch(rows: list[PairRow]) -> PairBatch:
@@ -194,7 +196,7 @@ def _references(rows: list[PairRow], side: Side) -> Tensor:
     return torch.tensor([row[side] for row in rows], dtype=torch.float32)
 
 
-def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow]) -> dict[str, References]:
+def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow], packed: bool) -> dict[str, References]:
     """Read M1's log-probabilities of every pair, by the pair's name. All ranks take part.
 
     They are read once, before the first step, and kept beside the fit: when a worker restarts, the policy is no longer
@@ -210,13 +212,13 @@ def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow])
     engine.eval()
     references: dict[str, References] = {}
     for rows in rank_batches(data, epochs=1, batch_size=job.dpo.batch_size, seed=job.seed, skip=0):
-        batches = collated(rows, job.dpo.micro_batch_tokens)
+        batches = collated(rows, job.dpo.micro_batch_tokens, packed)
         # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read idle ones beside the others.
         for i in range(int(zero.max_over_ranks(len(batches), engine))):
             batch = (batches[i] if i < len(batches) else pair_batch([IDLE_PAIR])).to(engine.device)
             with torch.no_grad():
-                token_logprobs = response_token_logprobs(engine, batch.tokens)
-            chosen, rejected = side_logprobs(token_logprobs, batch.tokens.response_mask, job.dpo.ld_alpha)
+                logprobs = engine(batch.tokens)
+            chosen, rejected = side_logprobs(logprobs, batch.tokens.response_mask, job.dpo.ld_alpha)
             if i < len(batches):
                 for pair, c, r in zip(batch.names, chosen.tolist(), rejected.tolist(), strict=True):
                     references[pair] = {"chosen_reference_logprob": c, "rejected_reference_logprob": r}

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
 from rayrl.config import EvaluatorConfig
-from rayrl.data.collate import TokenBatch
+from rayrl.data.collate import TokenBatch, sequence_batch
 from rayrl.metrics import meters
+from rayrl.models.packing import is_packed
 from rayrl.models.reward_model import Pooling
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.job import TrainingJob
-from rayrl.training.reward_model import new_reward_model, sequence_batch
+from rayrl.training.reward_model import new_reward_model
 from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
 from rayrl.training.sync.export import export_reward_model
 
@@ -64,13 +65,14 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
         torch.nn.init.constant_(evaluator.head.bias, job.mean_score)
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
         engine = zero.start(evaluator, training, job.torch_dtype, schedule_steps)
+    packed = is_packed(evaluator.backbone)
     engine.train()
     # For a rank without rows while other ranks still work.
     idle = sequence_batch([[0]]).to(engine.device), torch.zeros(1, device=engine.device)
 
     def summed_loss(micro_batch: MicroBatch) -> Tensor:
         tokens, scores = micro_batch
-        predicted = engine(tokens.input_ids, tokens.attention_mask, tokens.position_ids)  # (B,)
+        predicted = engine(tokens)  # (B,)
         return (predicted - scores).square().sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
@@ -78,7 +80,7 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
             started = time.monotonic()
             batches = [
                 (tokens.to(engine.device), scores.to(engine.device))
-                for tokens, scores in collated(step.rows, training.micro_batch_tokens)
+                for tokens, scores in collated(step.rows, training.micro_batch_tokens, packed)
             ]
             taken = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
             meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
@@ -92,10 +94,11 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
     export_reward_model(engine, evaluator, job.policy, job.checkpoint_url)
 
 
-def collated(rows: list[ScoredRow], max_tokens: int) -> list[MicroBatch]:
-    """Collate rows in micro-batches of similar length, each at most `max_tokens` with its padding."""
+def collated(rows: list[ScoredRow], max_tokens: int, packed: bool) -> list[MicroBatch]:
+    """Collate rows in micro-batches, each of at most `max_tokens` with its padding, if there is any."""
+    lengths = [[len(row["token_ids"])] for row in rows]
     batches: list[MicroBatch] = []
-    for indices in micro_batches([len(row["token_ids"]) for row in rows], max_tokens):
+    for indices in micro_batches(lengths, max_tokens, is_packed=packed):
         tokens = sequence_batch([rows[i]["token_ids"] for i in indices])
         scores = torch.tensor([rows[i]["score"] for i in indices], dtype=torch.float32)
         batches.append((tokens, scores))

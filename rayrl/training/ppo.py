@@ -7,9 +7,7 @@ the trainer learns from them for a few passes, and the replicas take the new wei
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,17 +19,14 @@ from rayrl.data.batches import share
 from rayrl.data.collate import collate
 from rayrl.metrics import meters
 from rayrl.models.actor_critic import Actor, ActorCritic
-from rayrl.models.policy import add_lora, load_policy, turn_off_dropout
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import TokenLogprobs, add_lora, load_policy, turn_off_dropout
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
 from rayrl.training.ppo_job import PpoJob
 from rayrl.training.rollout import Experience, MicroBatch, PromptRow, TokenTargets, evaluate_rollout
 from rayrl.training.served_policy import ServedPolicy
 from rayrl.training.steps import checkpoint, rank_batches, rank_zero_log, restore
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 WATCHED: tuple[str, ...] = ("loss", "policy_loss", "clip_fraction", "approximate_kl")
 """Means per token that the curve shows of an update; with a value function also its loss."""
@@ -123,7 +118,7 @@ def start(job: PpoJob) -> tuple[zero.Engine[Actor], nn.Module | None]:
 
 
 def load_reference(job: PpoJob) -> nn.Module | None:
-    """Load the frozen M1, whole into the machine's memory, or sharded by ZeRO-3 as the policy is.
+    """Load the frozen M1's log-probabilities, whole into the machine's memory, or sharded by ZeRO-3 as the policy is.
 
     With adapters there is none: the reference is the policy without them.
     """
@@ -131,9 +126,9 @@ def load_reference(job: PpoJob) -> nn.Module | None:
     if config.lora:
         return None
 
-    def load() -> "PreTrainedModel":
+    def load() -> TokenLogprobs:
         m1 = load_policy(job.m1, dtype, trust_remote_code=job.policy.trust_remote_code)
-        return m1.eval().requires_grad_(False)
+        return TokenLogprobs(m1).eval().requires_grad_(False)
 
     if config.zero_stage != 3:
         return load()
@@ -185,6 +180,7 @@ def learn(engine: zero.Engine[Actor], experience: Experience, job: PpoJob, step:
         step: number of the rollout; draws the order with the seed.
     """
     config = job.ppo
+    packed = is_packed(engine.module.policy)
     idle = idle_micro_batch(engine.device)
     taken: list[zero.StepResult] = []
     # With their names from the start: a rollout without a response takes no step.
@@ -204,7 +200,7 @@ def learn(engine: zero.Engine[Actor], experience: Experience, job: PpoJob, step:
             rows = share(order[start : start + config.batch_size], launch.rank(), launch.world_size())
             batches = [
                 (tokens.to(engine.device), targets)
-                for tokens, targets in experience.micro_batches(rows, config.micro_batch_tokens)
+                for tokens, targets in experience.micro_batches(rows, config.micro_batch_tokens, packed)
             ]
             num_response_tokens = sum(int(tokens.response_mask.sum()) for tokens, _ in batches)
             names = [experience.ids[i] for i in rows]
@@ -220,9 +216,7 @@ def learn(engine: zero.Engine[Actor], experience: Experience, job: PpoJob, step:
 
 def idle_micro_batch(device: torch.device) -> MicroBatch:
     """Make a micro-batch without loss, for a rank that has no response while other ranks still work."""
-    tokens = collate([[0]], [[0]])
-    tokens = replace(tokens, response_mask=torch.zeros_like(tokens.response_mask))
-    return tokens.to(device), TokenTargets.zeros(1, 1)
+    return collate([[0]], [[]]).to(device), TokenTargets.zeros(1, 0)
 
 
 def token_losses(

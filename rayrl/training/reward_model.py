@@ -15,9 +15,10 @@ from torch import Tensor
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.preference import bradley_terry_loss
 from rayrl.config import LoraConfig, TrainingConfig
-from rayrl.data.collate import TokenBatch, collate
+from rayrl.data.collate import TokenBatch, sequence_batch
 from rayrl.metrics import meters
 from rayrl.models.multiview import MultiViewRewardModel
+from rayrl.models.packing import is_packed
 from rayrl.models.policy import add_lora, load_policy
 from rayrl.models.reward_model import Pooling, RewardModel
 from rayrl.records import Checkpoint
@@ -96,6 +97,7 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
             branch = zero.ParameterGroup(parameters=model.branch(), learning_rate=job.views.uml.learning_rate)
             groups.append(branch)
         engine = zero.start(model, training, job.torch_dtype, schedule_steps, groups)
+    packed = is_packed(reward_model.backbone)
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     losses = StepLosses(engine, idle)
@@ -103,7 +105,7 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
     with rank_zero_log(job.run_url, job.stage) as log:
         for step in steps(engine, training, job.seed, data):
             started = time.monotonic()
-            batches: list[PairBatch | ViewBatch] = [*collated(step.rows, training.micro_batch_tokens)]
+            batches: list[PairBatch | ViewBatch] = [*collated(step.rows, training.micro_batch_tokens, packed)]
             if job.views:
                 if views is None:  # at the first step after a start, which is not always step 1
                     views = view_batches(
@@ -145,15 +147,8 @@ class StepLosses:
 
     def summed_loss(self, batch: PairBatch | ViewBatch) -> Tensor:
         """Return the sum of a micro-batch's losses, as `train_step` takes it."""
-        tokens = batch.tokens
         if isinstance(batch, ViewBatch):
-            loss, mi, skl = self.model(
-                tokens.input_ids,
-                tokens.attention_mask,
-                tokens.position_ids,
-                view_seed=batch.seed,
-                skl_weight=batch.skl_weight,
-            )
+            loss, mi, skl = self.model(batch.tokens, view_seed=batch.seed, skl_weight=batch.skl_weight)
             self._view_statistics = {
                 "view_loss": loss.detach(),
                 "mi": mi,
@@ -161,7 +156,7 @@ class StepLosses:
                 "skl_weight": torch.tensor(batch.skl_weight),
             }
             return batch.weight * loss
-        rewards = self.model(tokens.input_ids, tokens.attention_mask, tokens.position_ids)
+        rewards = self.model(batch.tokens)
         chosen, rejected = rewards.chunk(2)
         losses = batch.weights * bradley_terry_loss(chosen, rejected)
         if batch is not self.idle:  # which has two equal responses
@@ -201,10 +196,11 @@ def new_reward_model(
     return RewardModel(add_lora(backbone, lora) if lora else backbone, pooling)
 
 
-def collated(rows: list[SequencePairRow], max_tokens: int) -> list[PairBatch]:
-    """Collate pairs in micro-batches of similar length, each at most `max_tokens` with its padding."""
-    lengths = [2 * max(len(row["chosen_token_ids"]), len(row["rejected_token_ids"])) for row in rows]
-    return [pair_batch([rows[i] for i in indices]) for indices in micro_batches(lengths, max_tokens)]
+def collated(rows: list[SequencePairRow], max_tokens: int, packed: bool) -> list[PairBatch]:
+    """Collate pairs in micro-batches, each of at most `max_tokens` with its padding, if there is any."""
+    lengths = [[len(row["chosen_token_ids"]), len(row["rejected_token_ids"])] for row in rows]
+    batches = micro_batches(lengths, max_tokens, is_packed=packed)
+    return [pair_batch([rows[i] for i in indices]) for indices in batches]
 
 
 def pair_batch(rows: list[SequencePairRow]) -> PairBatch:
@@ -213,11 +209,3 @@ def pair_batch(rows: list[SequencePairRow]) -> PairBatch:
     rejected = [row["rejected_token_ids"] for row in rows]
     weights = torch.tensor([row.get("weight", 1.0) for row in rows], dtype=torch.float32)
     return PairBatch(tokens=sequence_batch(chosen + rejected), weights=weights)
-
-
-def sequence_batch(sequences: list[list[int]]) -> TokenBatch:
-    """Collate whole sequences, so that all end in the same column.
-
-    A sequence's last token is given as its response, since prompts are padded on the left.
-    """
-    return collate([sequence[:-1] for sequence in sequences], [sequence[-1:] for sequence in sequences])

@@ -25,7 +25,8 @@ from rayrl.data.collate import TokenBatch, collate
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.fleets.fleet import Fleet
 from rayrl.models.actor_critic import Actor, ActorCritic
-from rayrl.models.policy import CausalLM, response_token_logprobs
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import response_token_logprobs
 from rayrl.models.served_reward import AbstentionReason, Reasons, ServedReward
 from rayrl.records import Checkpoint, HeldOutAnswer, Scored, drawn_seed
 from rayrl.training import deepspeed_engine as zero
@@ -216,10 +217,10 @@ class Experience:
             sums={name: sum(part.sums[name] for part in parts) for name in parts[0].sums},
         )
 
-    def micro_batches(self, indices: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-        """Yield the given responses in batches of similar length, with their targets."""
-        lengths = [len(self.prompts[i]) + len(self.responses[i]) for i in indices]
-        for batch in micro_batches(lengths, max_tokens):
+    def micro_batches(self, indices: Sequence[int], max_tokens: int, packed: bool) -> Iterator[MicroBatch]:
+        """Yield the given responses in batches of at most `max_tokens`, with their targets."""
+        lengths = [[len(self.prompts[i]) + len(self.responses[i])] for i in indices]
+        for batch in micro_batches(lengths, max_tokens, is_packed=packed):
             rows = [indices[n] for n in batch]
             tokens = collate([self.prompts[i] for i in rows], [self.responses[i] for i in rows])
             yield tokens, self.targets.rows(rows, tokens.response_ids.shape[1])
@@ -246,7 +247,8 @@ def evaluate_rollout(
 
     Args:
         engine: the DeepSpeed engine around the networks.
-        reference: the frozen M1, or None to read it from the policy without its adapters.
+        reference: the frozen M1's log-probabilities (`TokenLogprobs`), or None to read them from the policy without its
+            adapters.
         rollout: this rank's share.
         config: estimator, discounts, scaling.
         kl_coef: reward taken per nat and token.
@@ -364,7 +366,7 @@ def _scaled(engine: zero.Engine, rewards: Tensor, mask: Tensor) -> Tensor:
 
 def read_tokens(
     engine: zero.Engine[Actor],
-    reference: CausalLM | None,
+    reference: nn.Module | None,
     prompts: list[list[int]],
     responses: list[list[int]],
     max_tokens: int,
@@ -374,8 +376,8 @@ def read_tokens(
     width = max(map(len, responses), default=1)
     trains_value = isinstance(engine.module, ActorCritic)
     read = torch.zeros(3 if trains_value else 2, len(responses), width)
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    batches = micro_batches(lengths, max_tokens)
+    lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
+    batches = micro_batches(lengths, max_tokens, is_packed=is_packed(engine.module.policy))
     with torch.no_grad():
         # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read a dummy beside the others.
         for n in range(int(zero.max_over_ranks(len(batches), engine))):
@@ -395,9 +397,9 @@ def read_tokens(
     return TokenReadings(read[0], read[1], read[2] if trains_value else None)
 
 
-def _reference_logprobs(actor: Actor, reference: CausalLM | None, tokens: TokenBatch) -> Tensor:
+def _reference_logprobs(actor: Actor, reference: nn.Module | None, tokens: TokenBatch) -> Tensor:
     if reference is not None:
-        return response_token_logprobs(reference, tokens)
+        return reference(tokens)
     policy: PeftModel = actor.policy  # type: ignore[assignment]  # without a reference it has adapters
     with policy.disable_adapter():
         return response_token_logprobs(policy, tokens)

@@ -14,7 +14,8 @@ from rayrl.algorithms.batching import micro_batches
 from rayrl.config import TrainingConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.metrics import meters
-from rayrl.models.policy import add_lora, load_policy, response_logprobs
+from rayrl.models.packing import is_packed
+from rayrl.models.policy import TokenLogprobs, add_lora, load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
@@ -51,17 +52,18 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
         if training.lora:
             policy = add_lora(policy, training.lora)
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
-        engine = zero.start(policy, training, job.torch_dtype, schedule_steps)
+        engine = zero.start(TokenLogprobs(policy), training, job.torch_dtype, schedule_steps)
+    packed = is_packed(policy)
     engine.train()
     idle = collate([[0]], [[0]]).to(engine.device)  # for a rank without rows while other ranks still work
 
     def summed_loss(batch: TokenBatch) -> Tensor:
-        return -response_logprobs(engine, batch).sum()
+        return -engine(batch).sum()
 
     with rank_zero_log(job.run_url, job.stage) as log:
         for step in steps(engine, training, job.seed, data):
             started = time.monotonic()
-            batches = [batch.to(engine.device) for batch in collated(step.rows, training.micro_batch_tokens)]
+            batches = [batch.to(engine.device) for batch in collated(step.rows, training.micro_batch_tokens, packed)]
             # The mean is over response tokens, not over examples: long responses count for more.
             num_response_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
             names = row_names(step.rows)
@@ -78,11 +80,11 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
     export_policy(engine, policy, job.policy, job.checkpoint_url)
 
 
-def collated(rows: list[SftRow], max_tokens: int) -> list[TokenBatch]:
-    """Collate rows in micro-batches of similar length, each at most `max_tokens` with its padding."""
-    lengths = [len(row["prompt_token_ids"]) + len(row["response_token_ids"]) for row in rows]
+def collated(rows: list[SftRow], max_tokens: int, packed: bool) -> list[TokenBatch]:
+    """Collate rows in micro-batches, each of at most `max_tokens` with its padding, if there is any."""
+    lengths = [[len(row["prompt_token_ids"]) + len(row["response_token_ids"])] for row in rows]
     batches: list[TokenBatch] = []
-    for indices in micro_batches(lengths, max_tokens):
+    for indices in micro_batches(lengths, max_tokens, is_packed=packed):
         prompts = [rows[i]["prompt_token_ids"] for i in indices]
         responses = [rows[i]["response_token_ids"] for i in indices]
         batches.append(collate(prompts, responses))

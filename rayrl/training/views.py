@@ -17,7 +17,7 @@ from rayrl.algorithms.information import warmed_up
 from rayrl.config import UmlConfig
 from rayrl.data.batches import optimizer_batches, share
 from rayrl.data.blocks import BlockTable
-from rayrl.data.collate import TokenBatch, collate
+from rayrl.data.collate import TokenBatch, sequence_batch
 from rayrl.records import Row, content_id, drawn_seed
 
 BUFFER_ROWS = 1024
@@ -91,11 +91,8 @@ def view_batches(
             first, second = two_views(row, views.max_tokens, seed, epoch)
             first_views.append(first)
             second_views.append(second)
-        sequences = first_views + second_views
-        # The last token as a response: then all sequences end in the same column.
-        tokens = collate([view[:-1] for view in sequences], [view[-1:] for view in sequences])
         yield ViewBatch(
-            tokens,
+            sequence_batch(first_views + second_views),
             weight=uml.weight * len(own_rows) / batch_size,
             seed=drawn_seed("codes", str(seed), str(step), str(rank)),
             skl_weight=uml.skl_weight * warmed_up(step / num_steps, start=uml.skl_start, begin=begin, end=end),

@@ -3,7 +3,14 @@ import random
 
 import pytest
 
-from rayrl.algorithms.batching import BATCH_COST, micro_batches, padding_share
+from rayrl.algorithms.batching import (
+    BATCH_COST,
+    allocated_tokens,
+    micro_batches,
+    packed_batches,
+    padded_batches,
+    padding_share,
+)
 
 
 def padded(lengths, batches):
@@ -14,7 +21,7 @@ def padded(lengths, batches):
 def test_every_item_once_and_within_the_limit(seed):
     rng = random.Random(seed)
     lengths = [rng.randint(1, 300) for _ in range(200)]
-    batches = micro_batches(lengths, 1000)
+    batches = padded_batches(lengths, 1000)
     assert sorted(i for batch in batches for i in batch) == list(range(200))
     assert all(max(lengths[i] for i in batch) * len(batch) <= 1000 for batch in batches)
     in_order = [list(range(i, min(i + 3, 200))) for i in range(0, 200, 3)]
@@ -22,13 +29,13 @@ def test_every_item_once_and_within_the_limit(seed):
 
 
 def test_a_too_long_item_gets_its_own_batch():
-    assert micro_batches([5, 50, 5], 10) == [[0, 2], [1]]
+    assert padded_batches([5, 50, 5], 10) == [[0, 2], [1]]
 
 
 def test_edges():
-    assert micro_batches([], 10) == []
+    assert padded_batches([], 10) == []
     assert padding_share([], []) == 0.0
-    assert micro_batches([0, 0], 10) == [[0, 1]]
+    assert padded_batches([0, 0], 10) == [[0, 1]]
     assert padding_share([2, 4], [[0, 1]]) == 0.25
 
 
@@ -45,5 +52,26 @@ def test_least_padding_and_batches(seed):
         if all(lengths[batch[-1]] * len(batch) <= 1500 for batch in batches):
             cost = BATCH_COST * len(batches) + padded(lengths, batches)
             best = cost if best is None else min(best, cost)
-    batches = micro_batches(lengths, 1500)
+    batches = padded_batches(lengths, 1500)
     assert BATCH_COST * len(batches) + padded(lengths, batches) == best
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_batch_allocates_more_than_the_limit(is_packed, seed):
+    rng = random.Random(seed)
+    pairs = [[rng.randint(1, 250), rng.randint(1, 250)] for _ in range(100)]
+    batches = micro_batches(pairs, 1000, is_packed=is_packed)
+    assert sorted(i for batch in batches for i in batch) == list(range(100))
+    allocated = [
+        allocated_tokens([length for i in batch for length in pairs[i]], is_packed=is_packed) for batch in batches
+    ]
+    assert max(allocated) <= 1000
+    if is_packed:  # few batches, and none of their tokens are padding
+        assert sum(allocated) == sum(map(sum, pairs))
+        assert len(batches) <= sum(allocated) // 1000 + 2
+
+
+def test_packed_batches_are_filled_longest_first():
+    assert packed_batches([2, 9, 5, 5, 1, 20], 10) == [[5], [1, 4], [2, 3], [0]]
+    assert packed_batches([], 10) == []

@@ -10,7 +10,7 @@ from rayrl.algorithms import preference
 checked = jaxtyping.jaxtyped(typechecker=beartype)  # in tests, the shapes in the signatures are enforced
 dpo_loss = checked(preference.dpo_loss)
 bradley_terry_loss = checked(preference.bradley_terry_loss)
-sequence_logprobs = checked(preference.sequence_logprobs)
+token_logprobs = checked(preference.token_logprobs)
 
 
 def logps(seed, batch=6):
@@ -126,22 +126,24 @@ def test_bradley_terry():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sequence_logprobs_are_log_softmaxs(dtype):
+def test_token_logprobs_are_log_softmaxs(dtype):
     generator = torch.Generator().manual_seed(0)
     logits = (5 * torch.randn(3, 4, 11, generator=generator)).to(dtype)
     token_ids = torch.randint(11, (3, 4), generator=generator)
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]])
-    expected = logits.float().log_softmax(-1).gather(-1, token_ids[..., None]).squeeze(-1) * mask
-    summed = sequence_logprobs(logits, token_ids, mask)
-    torch.testing.assert_close(summed, expected.sum(1))
-    assert summed[2] == 0
+    expected = logits.float().log_softmax(-1).gather(-1, token_ids[..., None]).squeeze(-1)
+    torch.testing.assert_close(token_logprobs(logits, token_ids), expected)
+    torch.testing.assert_close(token_logprobs(logits[0], token_ids[0]), expected[0])
 
 
-def test_masked_positions_may_hold_anything():
-    logits = torch.zeros(1, 2, 5)
-    logits[0, 1] = -torch.inf
-    summed = sequence_logprobs(logits, torch.tensor([[1, 2]]), torch.tensor([[1, 0]]))
-    assert summed.item() == pytest.approx(-math.log(5))
+def test_the_gradient_of_token_logprobs_is_autograds():
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(3, 4, 11, generator=generator)).requires_grad_()
+    token_ids = torch.randint(11, (3, 4), generator=generator)
+    weights = torch.randn(3, 4, generator=generator)
+    by_definition = logits.log_softmax(-1).gather(-1, token_ids[..., None]).squeeze(-1)
+    (expected,) = torch.autograd.grad((weights * by_definition).sum(), logits)
+    (found,) = torch.autograd.grad((weights * token_logprobs(logits, token_ids)).sum(), logits)
+    torch.testing.assert_close(found, expected)
 
 
 def test_wrong_shapes_are_refused_in_tests():

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayrl.algorithms.preference import bradley_terry_loss, dpo_loss, sequence_logprobs
+from rayrl.algorithms.preference import bradley_terry_loss, dpo_loss, token_logprobs
 
 with warnings.catch_warnings():
     # TRL warns of a vLLM that it has not been tried with (nothing here uses it), and torch's own modules, which it
@@ -94,11 +94,16 @@ def test_dpo_loss_is_trls(dpo_trainer, theirs, ours):
     mask = batch["completion_mask"][:, 1:]
     with torch.no_grad():
         sides = [
-            sequence_logprobs(
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1],
-                batch["input_ids"][:, 1:],
-                mask,
-            ).chunk(2)
+            torch.where(
+                mask.bool(),
+                token_logprobs(
+                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1],
+                    batch["input_ids"][:, 1:],
+                ),
+                0.0,
+            )
+            .sum(-1)
+            .chunk(2)
             for model in (dpo_trainer.model, dpo_trainer.ref_model)
         ]
     if theirs in ("ipo", "sigmoid_norm"):

@@ -111,7 +111,7 @@ def exported(folder, pooling="last", dtype=torch.float32):
 def rewards(model, sequences):
     batch = sequence_batch(sequences)
     with torch.no_grad():
-        return model(batch.input_ids, batch.attention_mask, batch.position_ids).tolist()
+        return model(batch).tolist()
 
 
 def accuracy(model, seed):
@@ -253,8 +253,11 @@ def drawn(views, skip, num, rank=0, num_ranks=1):
 
 def first_tokens(batch):
     """Which prompt every row of a batch belongs to."""
-    rows = zip(batch.tokens.input_ids.tolist(), batch.tokens.attention_mask.tolist(), strict=True)
-    return [next(t for t, m in zip(tokens[1:], mask[1:], strict=True) if m and t != 1) for tokens, mask in rows]
+    return [next(token for token in row if token != 1) for row in token_rows(batch)]
+
+
+def token_rows(batch):
+    return [row.tolist() for row in batch.tokens.input_ids.split(batch.tokens.lengths)]
 
 
 def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path):
@@ -265,7 +268,7 @@ def test_views_are_pairs_of_one_prompt_and_different_prompts_per_batch(tmp_path)
         half = len(prompts) // 2
         assert prompts[:half] == prompts[half:]
         assert len(set(prompts)) == half > 1
-        rows = batch.tokens.input_ids.tolist()
+        rows = token_rows(batch)
         assert all(one != other for one, other in zip(rows[:half], rows[half:], strict=True))
         assert half == 4  # the other 3 of an epoch's 7 prompts are left out
     seen = {prompt for batch in drawn(views, 0, 20) for prompt in first_tokens(batch)}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from rayrl.algorithms.preference import token_logprobs
 from rayrl.config import PolicyConfig
+from rayrl.data.collate import sequence_batch
 from rayrl.data.tokenizing import load_tokenizer
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.engines.weight_folder import RECORD_FILE, TextReading, WeightRecord
@@ -94,9 +95,7 @@ def read_value_text(
     token_ids = text_tokens(reward_model.backbone, tokenizer)
     engine.eval()
     with torch.no_grad():
-        tokens = torch.tensor([token_ids], device=engine.device)
-        positions = torch.arange(len(token_ids), device=engine.device)[None]
-        value = engine(tokens, torch.ones_like(tokens), positions).item()
+        value = engine(sequence_batch([token_ids]).to(engine.device)).item()
     engine.train()
     return {"token_ids": token_ids, "value": value}
 

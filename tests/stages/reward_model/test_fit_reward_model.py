@@ -185,7 +185,7 @@ def trainers_values(checkpoint, sequences):
     model.head.load_state_dict(load_file(f"{checkpoint.path}/head/head.safetensors"))
     batch = sequence_batch(sequences)
     with torch.no_grad():
-        return model(batch.input_ids, batch.attention_mask, batch.position_ids).tolist()
+        return model(batch).tolist()
 
 
 @pytest.fixture(scope="module")
