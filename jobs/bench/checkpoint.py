@@ -72,6 +72,7 @@ def main() -> None:
         engine = start(arguments.millions)
         waits: list[float] = []
         copies: list[float] = []
+        num_bytes = 0
         writes: list[float] = []
         for step in range(arguments.repeats):
             waits.append(at_once(engine, run_folder, step))

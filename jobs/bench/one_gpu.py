@@ -69,9 +69,9 @@ def trainer_setup(trainer: str, device: str, training: Any, dtype: Any) -> tuple
 
     from rayrl.algorithms.preference import bradley_terry_loss
     from rayrl.config import DpoConfig, PpoConfig
-    from rayrl.data.collate import collate
+    from rayrl.data.collate import collate, sequence_batch
     from rayrl.models.actor_critic import ActorCritic
-    from rayrl.models.policy import load_policy, response_logprobs
+    from rayrl.models.policy import TokenLogprobs, load_policy
     from rayrl.records import Checkpoint
     from rayrl.training import deepspeed_engine as zero
     from rayrl.training.dpo import IDLE_PAIR, pair_batch, pair_losses
@@ -88,7 +88,7 @@ def trainer_setup(trainer: str, device: str, training: Any, dtype: Any) -> tuple
         elif trainer == "ppo":
             network = ActorCritic(load_policy(start, dtype), load_policy(start, dtype))
         else:
-            network = load_policy(start, dtype)
+            network = TokenLogprobs(load_policy(start, dtype))
         engine = zero.start(network, training, dtype, 100)
     engine.train()
     draw = torch.Generator().manual_seed(0)
@@ -99,10 +99,11 @@ def trainer_setup(trainer: str, device: str, training: Any, dtype: Any) -> tuple
 
     prompts, responses = [tokens(16) for _ in range(num_rows)], [tokens(48) for _ in range(num_rows)]
     batch: Any = collate(prompts, responses).to(engine.device)
+    sequences: Any = sequence_batch([prompts[i] + responses[i] for i in range(num_rows)]).to(engine.device)
     scores = torch.arange(num_rows, dtype=torch.float32, device=engine.device)
     match trainer:
         case "sft":
-            return engine, batch, lambda batch: -response_logprobs(engine, batch).sum(), 48 * num_rows
+            return engine, batch, lambda batch: -engine(batch).sum(), 48 * num_rows
         case "dpo":
             pairs = [
                 IDLE_PAIR
@@ -111,29 +112,29 @@ def trainer_setup(trainer: str, device: str, training: Any, dtype: Any) -> tuple
             ]
             pair: Any = pair_batch(pairs).to(engine.device)  # type: ignore[arg-type]
             with torch.no_grad():
-                chosen, rejected = response_logprobs(engine, pair.tokens).chunk(2)
+                chosen, rejected = engine(pair.tokens).sum(-1).chunk(2)
             pair.reference_chosen.copy_(chosen)
             pair.reference_rejected.copy_(rejected)
             return engine, pair, lambda batch: pair_losses(engine, batch, DpoConfig())[0].sum(), num_rows
         case "reward_model":
 
             def preference(batch: Any) -> Any:
-                rewards = engine(batch.input_ids, batch.attention_mask, batch.position_ids)
-                return bradley_terry_loss(*rewards.chunk(2)).sum()
+                return bradley_terry_loss(*engine(batch).chunk(2)).sum()
 
-            return engine, batch, preference, num_rows // 2
+            return engine, sequences, preference, num_rows // 2
         case "scalar":
 
             def squared(batch: Any) -> Any:
-                return (engine(batch.input_ids, batch.attention_mask, batch.position_ids) - scores).square().sum()
+                return (engine(batch) - scores).square().sum()
 
-            return engine, batch, squared, num_rows
+            return engine, sequences, squared, num_rows
         case _:
             targets = TokenTargets.zeros(num_rows, 48)
             with torch.no_grad():
                 now = engine(batch)
             targets.logprobs.copy_(now.logprobs)
             targets.importance.fill_(1.0)
+            assert targets.returns is not None
             targets.returns.fill_(1.0)
             targets.advantages.fill_(0.0)
             return engine, (batch, targets), lambda both: token_losses(engine, both, PpoConfig())[0], 48 * num_rows
@@ -151,12 +152,12 @@ def check_trainer(trainer: str, stage: int, device: str) -> str:
     engine, batch, summed_loss, num = trainer_setup(trainer, device, training, torch.bfloat16)
 
     def step() -> float:
-        return zero.train_step(engine, [batch], summed_loss, num, batch)
+        return zero.train_step(engine, [batch], summed_loss, num, batch).loss
 
     losses = [step() for _ in range(NUM_STEPS)]
     assert all(map(math.isfinite, losses)), losses
     with tempfile.TemporaryDirectory() as folder:
-        zero.save(engine, folder, {"step": float(NUM_STEPS)})
+        zero.save(engine, folder, {"step": float(NUM_STEPS)})()
         before = [step() for _ in range(2)]
         assert zero.load(engine, folder)["step"] == NUM_STEPS
         after = [step() for _ in range(2)]
@@ -180,7 +181,7 @@ def check_adam(device: str) -> str:
     for offload in (False, True):
         training = TrainingConfig(zero_stage=2, cpu_offload=offload, learning_rate=LEARNING_RATE, warmup_ratio=0.0)
         engine, batch, summed_loss, num = trainer_setup("sft", device, training, torch.bfloat16)
-        curves.append([zero.train_step(engine, [batch], summed_loss, num, batch) for _ in range(NUM_STEPS)])
+        curves.append([zero.train_step(engine, [batch], summed_loss, num, batch).loss for _ in range(NUM_STEPS)])
         dist.barrier()
     worst = max(abs(a - b) for a, b in zip(*curves, strict=True))
     assert worst < 2e-2, curves
@@ -219,7 +220,7 @@ def check_trl(device: str) -> str:
 
     from jobs.bench.dpo_trl import Theirs
     from rayrl.config import DpoConfig
-    from rayrl.models.policy import load_policy
+    from rayrl.models.policy import TokenLogprobs, load_policy
     from rayrl.records import Checkpoint
     from rayrl.training import deepspeed_engine as zero
     from rayrl.training.dpo import IDLE_PAIR, pair_batch, pair_losses
@@ -238,8 +239,8 @@ def check_trl(device: str) -> str:
     theirs.round()
     start_process_group(device)
     training = DpoConfig(learning_rate=1e-5, schedule="constant", warmup_ratio=0.0, batch_size=4)
-    model: Any = load_policy(Checkpoint(path=folder, version="random"), torch.float32)
-    engine = zero.start(model, training, torch.float32, 100)
+    model = load_policy(Checkpoint(path=folder, version="random"), torch.float32)
+    engine: Any = zero.start(TokenLogprobs(model), training, torch.float32, 100)
     engine.train()
     batch = pair_batch(pairs).to(engine.device)
 
@@ -250,7 +251,7 @@ def check_trl(device: str) -> str:
     before = loss_of(engine)
     zero.train_step(engine, [batch], lambda pairs: pair_losses(engine, pairs, training)[0].sum(), 4, batch)
     their_model: Any = theirs.trainer.model
-    ours, trl = loss_of(engine), loss_of(their_model.to(engine.device))
+    ours, trl = loss_of(engine), loss_of(TokenLogprobs(their_model.to(engine.device)))
     assert before - ours > 0 and abs(ours - trl) < 0.05 * (before - ours), (before, ours, trl)
     return f"loss {before:.5f} -> {ours:.5f}, TRL {trl:.5f}"
 

@@ -194,7 +194,7 @@ def start(
         lr_scheduler=scheduler,  # type: ignore[arg-type]
         dist_init_required=False,
     )
-    engine.skipped_in_a_row = 0
+    engine.skipped_in_a_row = 0  # type: ignore[assignment]  # the engine is a torch module, which types attributes
     # Without ZeRO and in float32, DeepSpeed leaves clipping to torch: a gradient that is not finite would turn all
     # weights into NaN, and its norm is nowhere to be read.
     engine.clip_fp32_gradients = partial(_clip_or_skip, engine)

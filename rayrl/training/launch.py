@@ -345,7 +345,7 @@ def report(metrics: dict[str, float], save: Callable[[str], Callable[[], None]])
     step, fit_url = int(metrics["step"]), _fit_url.get()
     own_rank, num_ranks = rank(), world_size()
     # Ray Train wants its own filesystem back: another thread's is not equal to it.
-    context = ray.train.get_context().get_storage()
+    context: Any = ray.train.get_context().get_storage()
     context._check_validation_file()  # refuses a local path that this node does not share with the driver's
     what = f"the checkpoint of step {step}"
     # The random end keeps a repeated step from writing into an older folder.
