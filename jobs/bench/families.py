@@ -69,7 +69,7 @@ def measure(family: str) -> dict[str, float]:
 
     from rayrl.config import DpoConfig, LoraConfig, PolicyConfig
     from rayrl.engines.weight_folder import with_tied_head
-    from rayrl.models.policy import add_lora, load_policy, turn_off_dropout
+    from rayrl.models.policy import TokenLogprobs, add_lora, load_policy, turn_off_dropout
     from rayrl.records import Checkpoint
     from rayrl.training.dpo import pair_batch, pair_losses
     from rayrl.training.sync.export import write_weights
@@ -99,7 +99,7 @@ def measure(family: str) -> dict[str, float]:
         }
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
         for _ in range(2):  # after one step only half of each adapter has moved
-            losses, _, _ = pair_losses(policy, pair_batch([pair]), DpoConfig())
+            losses, _, _ = pair_losses(TokenLogprobs(policy), pair_batch([pair]), DpoConfig())
             losses.sum().backward()
             optimizer.step()
         after = token_logprobs(policy, text)

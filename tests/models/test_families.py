@@ -5,7 +5,7 @@ import torch
 
 from rayrl.config import DpoConfig, LoraConfig
 from rayrl.data.collate import collate
-from rayrl.models.policy import add_lora, load_policy, response_logprobs, turn_off_dropout
+from rayrl.models.policy import TokenLogprobs, add_lora, load_policy, response_logprobs, turn_off_dropout
 from rayrl.records import Checkpoint
 from rayrl.training.dpo import pair_batch, pair_losses
 from rayrl.training.sync.gather import merge_adapters
@@ -75,12 +75,12 @@ def test_a_step_of_dpo_starts_at_no_margin_and_makes_one(folder):
     ]
     batch, dpo = pair_batch(rows), DpoConfig()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    losses, _, _ = pair_losses(model, batch, dpo)
+    losses, _, _ = pair_losses(TokenLogprobs(model), batch, dpo)
     assert losses.tolist() == pytest.approx([0.6931] * 3, abs=1e-3)
     losses.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     optimizer.step()
     with torch.no_grad():
-        after, chosen, rejected = pair_losses(model, batch, dpo)
+        after, chosen, rejected = pair_losses(TokenLogprobs(model), batch, dpo)
     assert after.mean() < losses.mean() - 0.01
     assert (chosen - rejected).mean() > 0

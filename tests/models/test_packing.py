@@ -84,7 +84,11 @@ def assert_plain(model):
     found, gradients = with_gradients(model, response_logprobs(model, collate(PROMPTS, RESPONSES)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+        if theirs is None:  # it is frozen
+            assert mine is None
+            continue
+        scale = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +118,9 @@ def test_gradient_checkpoints_change_nothing(family):
     assert_plain(model)
 
 
-def test_adapters_are_trained_the_head_among_them(monkeypatch):
+def test_adapters_are_trained(monkeypatch):
     monkeypatch.setattr(policy_module, "LOGIT_BYTES", 5 * 4 * VOCAB)
-    model = add_lora(make("llama"), LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "lm_head"]))
+    model = add_lora(make("llama"), LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

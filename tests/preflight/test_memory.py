@@ -127,6 +127,9 @@ def test_ppo_holds_a_value_network_and_a_reference():
     states = sum(alone.terms[name] for name in ("weights", "gradients", "optimizer", "activations"))
     gathered = 2 * LIVE_PARAMETERS  # once for both networks
     assert both.terms["value"] == pytest.approx(states - gathered)
+    assert both.terms["reference"] == alone.terms["weights"], "sharded and gathered as the policy is"
+    whole = replace(SETTINGS, zero_stage=1)
+    both = trainer_memory(SHAPE, whole, Networks(has_value=True, has_reference=True), width=2, on_gpu=True)
     assert both.terms["reference"] == 2 * SHAPE.num_parameters
 
 
@@ -168,7 +171,7 @@ def test_a_training_that_no_gpu_holds_is_refused_with_what_would_help(tree):
         planned(tree, gpus(8))
     message = str(refused.value)
     assert message.startswith("stage fit_evaluator (1 worker(s), ZeRO-0) needs GPU memory: about ")
-    assert "for each 1 x trainer: weights 14.2, gradients 14.2, optimizer 85.1" in message
+    assert "for each 1 x trainer: weights 14.2, gradients 28.4, optimizer 85.1" in message
     assert "and the largest GPU has 80.0 GiB; set " in message and "evaluator.lora = { rank = 16 }" in message
     large = {"num_workers": 8, "zero_stage": 3, "gradient_checkpointing": True}
     small = tree | {"evaluator": large, "dpo": large}

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from rayrl.algorithms import preference
 from rayrl.config import DpoConfig
 from rayrl.data.collate import collate
-from rayrl.models.policy import response_token_logprobs
+from rayrl.models.policy import TokenLogprobs, response_token_logprobs
 from rayrl.training.dpo import pair_batch, pair_losses
 
 PAIRS = [([5, 6, 7], [8, 9, 10, 11], [12, 13]), ([4], [9], [10, 12, 14, 5, 6])]
@@ -72,7 +72,7 @@ def test_the_loss_of_a_batch_is_that_of_its_pairs(model, settings):
     dpo = DpoConfig(**settings)
     batch = pair_batch(rows())
     with torch.no_grad():
-        losses, chosen_rewards, rejected_rewards = pair_losses(model, batch, dpo)
+        losses, chosen_rewards, rejected_rewards = pair_losses(TokenLogprobs(model), batch, dpo)
         assert losses.tolist() == pytest.approx(by_hand(model, dpo), rel=1e-5, abs=1e-5)
     assert chosen_rewards.shape == rejected_rewards.shape == (2,)
 

@@ -8,6 +8,7 @@ from rayrl.algorithms.advantages import group_mean, group_normalised, rloo
 from rayrl.config import PpoConfig
 from rayrl.engines.generator import Continuation, Sampling
 from rayrl.models.actor_critic import Actor, ActorCritic
+from rayrl.models.policy import TokenLogprobs
 from rayrl.records import Checkpoint, drawn_seed
 from rayrl.training.rollout import Rollout, evaluate_rollout, group_numbers, on_device, response_seeds, sample
 
@@ -30,7 +31,7 @@ class EchoFleet:
 
 
 class Lengths:
-    def score(self, items):
+    def score(self, items, reasons=None):
         return [float(item.token_ids[-2]) for item in items]
 
 
@@ -84,7 +85,7 @@ def evaluated(networks, rewards=REWARDS, **settings):
         generate_s=0.0,
         reward_s=0.0,
     )
-    return evaluate_rollout(Alone(model), reference, rollout, config, KL_COEF)
+    return evaluate_rollout(Alone(model), TokenLogprobs(reference), rollout, config, KL_COEF)
 
 
 def test_k_responses_to_each_prompt_are_scored_one_by_one():

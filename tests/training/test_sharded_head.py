@@ -39,7 +39,7 @@ def losses_of(rank, world_size, stage, lora, rendezvous, path, results):
     losses = []
     for _ in range(STEPS + 1):
         mine = BATCHES[rank::world_size]
-        losses.append(zero.train_step(engine, mine, lambda batch: -engine(batch).sum(), len(mine), BATCHES[0]))
+        losses.append(zero.train_step(engine, mine, lambda batch: -engine(batch).sum(), len(mine), BATCHES[0]).loss)
     if rank == 0:
         torch.save(losses, results)
 

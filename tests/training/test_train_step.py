@@ -2,6 +2,7 @@
 
 import math
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class Engine:
     """As much of a DeepSpeed engine as a step touches."""
 
     world_size, global_steps, device, skipped_in_a_row = 1, 6, torch.device("cpu"), 0
-    stepped = False
+    stepped, optimizer = False, None
 
     def __init__(self, grad_norm=1.5):
         self.grad_norm = grad_norm
@@ -133,7 +134,8 @@ def test_a_checkpoint_is_of_the_step_at_which_it_was_copied(
     process_group, tmp_path, monkeypatch, stage, dtype, is_memory_full
 ):
     if is_memory_full:  # then it is written at once
-        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
+        full = psutil.virtual_memory()._replace(available=100)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: full)
     training = SftConfig(zero_stage=stage, learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
     with zero.sharded_loading(training, dtype):
         engine = zero.start(nn.Linear(4, 4).to(dtype), training, dtype, 10)
