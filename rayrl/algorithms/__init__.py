@@ -21,7 +21,7 @@ the last three.
 | log pi(y, x) = sum_t (z_t[y_t] - logsumexp z_t)     | definition          | `preference.token_logprobs`    |
 | sum_t w_t log pi(y_t), w = 1 to |y'|, then alpha    | 2409.06411, Eq. 10  | `preference.desensitised_weights` |
 | -log pi(y_w) / |y_w|                                | 2404.19733, Eq. 1   | `preference.mean_nll`         |
-| min(1, exp(m_w + m_l))                              | 2406.11827, Eq. 4   | `preference.on_policy_weights` |
+| min(1, exp(m_w + m_l))                              | arXiv 2406.11827    | `preference.on_policy_weights` |
 | k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d          | Schulman, kl-approx | `kl.KL_ESTIMATORS`            |
 | c (1 + e n / horizon), e = clip(KL / KL* - 1)       | 1909.08593, 2.2     | `ppo.adapted_kl_coef`         |
 | r_t = -c KL_t, + the score at the last t            | 1909.08593, Eq. 2   | `ppo.shaped_rewards`          |

@@ -121,15 +121,17 @@ def mean_nll(
 
 
 def on_policy_weights(chosen: Float[Tensor, "batch"], rejected: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-    """Weigh pairs by how likely the policy is to write both responses: WPO (arXiv 2406.11827, Eq. 4), detached.
+    """Weigh pairs by how likely the policy is to write both responses: WPO with sampled alignment (arXiv 2406.11827).
 
     w = min(1, exp(m_w + m_l)), where m is the mean over a response's tokens of log pi(y_t) - log sum_v pi(v)^2: a
-    token's log-probability beside the one expected of a sample (the paper's "sampled alignment"). Responses of the
-    policy itself have weights near 1.
+    token's log-probability beside that of a sample. Responses of the policy itself have weights near 1.
 
     Args:
         chosen: m of the chosen responses.
         rejected: m of the rejected ones.
+
+    Returns:
+        The weight of each pair, without a gradient.
     """
     return (chosen + rejected).detach().exp().clamp(max=1.0)
 
@@ -149,6 +151,12 @@ def token_logprobs(
     `logits[..., t, :]` predicts `token_ids[..., t]`: the caller has shifted them.
     """
     return _TokenLogprobs.apply(logits, token_ids)  # type: ignore[no-any-return]
+
+
+def log_collisions(logits: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:
+    """Compute log sum_v pi(v)^2 = logsumexp 2 z - 2 logsumexp z, nats: how likely two samples are the same token."""
+    logits = logits.float()
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rayrl.algorithms.batching import LOGIT_BYTES
-from rayrl.algorithms.preference import token_logprobs
+from rayrl.algorithms.preference import log_collisions, token_logprobs
 from rayrl.config import LoraConfig
 from rayrl.errors import ConfigError
 from rayrl.models.packing import Sequences, all_logits, causal_lm, hidden_states
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rayrl.models.packing import Backbone
 
 logger = logging.getLogger(__name__)
+
+ReadLogits = Callable[[Tensor, Tensor], Tensor]
+"""(logits of tokens, the tokens) -> what is read of each, such as its log-probability."""
 
 
 class Responses(Sequences, Protocol):
@@ -137,8 +140,12 @@ class TokenLogprobs(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, batch: Responses) -> Float[Tensor, "batch seq"]:
-        return response_token_logprobs(self.policy, batch)
+    def forward(self, batch: Responses, *, with_collisions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `response_token_logprobs`; on demand with `log_collisions` beside them, (batch, seq) each."""
+        if not with_collisions:
+            return response_token_logprobs(self.policy, batch)
+        logprobs, collisions = _read_responses(self.policy, batch, _logprobs_and_collisions).unbind(-1)
+        return on_responses(logprobs, batch.response_mask), on_responses(collisions, batch.response_mask)
 
 
 def response_logprobs(model: "Backbone", batch: Responses) -> Float[Tensor, "batch"]:
@@ -148,12 +155,19 @@ def response_logprobs(model: "Backbone", batch: Responses) -> Float[Tensor, "bat
 
 def response_token_logprobs(model: "Backbone", batch: Responses) -> Float[Tensor, "batch seq"]:
     """Return log pi(y_t | x, y_<t) of each response token, nats; 0 on padding."""
+    return on_responses(_read_responses(model, batch, token_logprobs), batch.response_mask)
+
+
+def _read_responses(model: "Backbone", batch: Responses, read: ReadLogits) -> Tensor:
+    """Read the logits of all M response tokens, (M, *)."""
     token_ids = batch.response_ids[batch.response_mask]  # (M,)
     if has_known_head(causal_lm(model)):
-        logprobs = head_logprobs(causal_lm(model), hidden_states(model, batch)[batch.predicting], token_ids)
-    else:
-        logprobs = token_logprobs(all_logits(model, batch)[batch.predicting], token_ids)
-    return on_responses(logprobs, batch.response_mask)
+        return read_head(causal_lm(model), hidden_states(model, batch)[batch.predicting], token_ids, read)
+    return read(all_logits(model, batch)[batch.predicting], token_ids)
+
+
+def _logprobs_and_collisions(logits: Tensor, token_ids: Tensor) -> Float[Tensor, "tokens 2"]:
+    return torch.stack([token_logprobs(logits, token_ids), log_collisions(logits.detach())], -1)
 
 
 def on_responses(values: Float[Tensor, "tokens"], response_mask: Tensor) -> Float[Tensor, "batch seq"]:
@@ -161,30 +175,36 @@ def on_responses(values: Float[Tensor, "tokens"], response_mask: Tensor) -> Floa
     return values.new_zeros(response_mask.shape).masked_scatter(response_mask, values)
 
 
-def head_logprobs(
-    model: "PreTrainedModel", states: Float[Tensor, "tokens hidden"], token_ids: Int[Tensor, "tokens"]
-) -> Float[Tensor, "tokens"]:
-    """Compute log p(token | state), nats, with at most `LOGIT_BYTES` of logits at a time.
+def read_head(
+    model: "PreTrainedModel", states: Float[Tensor, "tokens hidden"], token_ids: Int[Tensor, "tokens"], read: ReadLogits
+) -> Tensor:
+    """Read the logits that predict some tokens, with at most `LOGIT_BYTES` of logits at a time.
 
-    More tokens than that are computed in chunks, whose logits are computed again in the backward pass.
+    More tokens than that are read in chunks, whose logits are computed again in the backward pass.
+
+    Args:
+        model: has the head.
+        states: its last hidden states before the tokens.
+        token_ids: the tokens.
+        read: what is read, such as `token_logprobs`; one row for each token.
     """
     config = model.config.get_text_config()
     head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]  # every causal language model has one
     compute_logits = head.forward
     chunk_size = max(1, LOGIT_BYTES // (4 * config.vocab_size))
 
-    def chunk_logprobs(states: Tensor, token_ids: Tensor) -> Tensor:
-        return token_logprobs(finished_logits(compute_logits(states), config), token_ids)
+    def read_chunk(states: Tensor, token_ids: Tensor) -> Tensor:
+        return read(finished_logits(compute_logits(states), config), token_ids)
 
-    def all_logprobs(states: Tensor) -> Tensor:
+    def read_all(states: Tensor) -> Tensor:
         if len(states) <= chunk_size:
-            return chunk_logprobs(states, token_ids)
+            return read_chunk(states, token_ids)
         chunks = zip(states.split(chunk_size), token_ids.split(chunk_size), strict=True)
-        return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([checkpoint(read_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
     # All chunks in one call of the head: under ZeRO-3 its weights are gathered by hooks around that call and around its
     # backward pass, once for all of them.
-    with _forward_replaced(head, all_logprobs):
+    with _forward_replaced(head, read_all):
         return head(states)
 
 

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from rayrl.algorithms.batching import allocated_tokens, micro_batches
-from rayrl.algorithms.preference import desensitised_weights, dpo_loss, mean_nll
+from rayrl.algorithms.preference import desensitised_weights, dpo_loss, mean_nll, on_policy_weights
 from rayrl.config import DpoConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.metrics import meters
@@ -136,15 +136,26 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
     export_policy(engine, policy, job.policy, job.checkpoint_url)
 
 
-def pair_losses(
-    token_logprobs: Callable[[TokenBatch], Tensor], batch: PairBatch, dpo: DpoConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of each pair, and the implicit rewards of both sides, (B,) each."""
-    logprobs = token_logprobs(batch.tokens)  # (2 B, R)
-    chosen, rejected = side_logprobs(logprobs, batch.tokens.response_mask, dpo.ld_alpha)
+def pair_losses(policy: Callable[..., Any], batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each pair, and the implicit rewards of both sides, (B,) each.
+
+    Args:
+        policy: a `TokenLogprobs`, or an engine around one.
+        batch: the pairs.
+        dpo: the loss.
+    """
+    mask = batch.tokens.response_mask
+    weights: Tensor | float = 1.0
+    if dpo.weighting == "on_policy":
+        logprobs, collisions = policy(batch.tokens, with_collisions=True)  # (2 B, R) each
+        chosen_mean, rejected_mean = (-mean_nll(logprobs - collisions, mask)).chunk(2)
+        weights = on_policy_weights(chosen_mean, rejected_mean)
+    else:
+        logprobs = policy(batch.tokens)
+    chosen, rejected = side_logprobs(logprobs, mask, dpo.ld_alpha)
     if dpo.reference != "none":
         chosen, rejected = chosen - batch.reference_chosen, rejected - batch.reference_rejected
-    chosen_length, rejected_length = batch.tokens.response_mask.sum(1).chunk(2)
+    chosen_length, rejected_length = mask.sum(1).chunk(2)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen,
         rejected,
@@ -154,10 +165,10 @@ def pair_losses(
         margin=dpo.margin,
         lengths=(chosen_length, rejected_length) if dpo.length_normalised else None,
     )
+    losses = weights * losses
     if dpo.nll_coef > 0:
-        chosen_mask, _ = batch.tokens.response_mask.chunk(2)
-        chosen_logprobs, _ = logprobs.chunk(2)
-        losses = losses + dpo.nll_coef * mean_nll(chosen_logprobs, chosen_mask)
+        nll, _ = mean_nll(logprobs, mask).chunk(2)
+        losses = losses + dpo.nll_coef * nll
     return losses, chosen_rewards, rejected_rewards
 
 

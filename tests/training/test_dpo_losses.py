@@ -1,5 +1,7 @@
 """DPO's loss of a padded batch of pairs, against the same computed pair by pair from the policy's log-probabilities."""
 
+import math
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -38,6 +40,16 @@ def alone(model, prompt, response):
     return response_token_logprobs(model, collate([prompt], [response]))[0]
 
 
+def on_policy_weight(model, prompt, *responses):
+    exponent = 0.0
+    for response in responses:
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+        probabilities = logits.softmax(-1)
+        own = probabilities.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        exponent += (own.log() - probabilities.square().sum(-1).log()).mean().item()
+    return min(1.0, math.exp(exponent))
+
+
 def by_hand(model, dpo):
     losses = []
     for (prompt, chosen, rejected), references in zip(PAIRS, REFERENCES, strict=True):
@@ -51,7 +63,8 @@ def by_hand(model, dpo):
             means.append(logprobs.mean())
         difference = (sums[0] - sums[1] - dpo.margin / dpo.beta).unsqueeze(0)
         loss = preference.PREFERENCE_LOSSES[dpo.loss](difference, beta=dpo.beta, label_smoothing=dpo.label_smoothing)
-        losses.append(loss.item() - dpo.nll_coef * means[0].item())
+        weight = on_policy_weight(model, prompt, chosen, rejected) if dpo.weighting == "on_policy" else 1.0
+        losses.append(weight * loss.item() - dpo.nll_coef * means[0].item())
     return losses
 
 
@@ -64,9 +77,10 @@ def by_hand(model, dpo):
         {"loss": "ipo", "length_normalised": True},
         {"nll_coef": 0.5},
         {"ld_alpha": 0.3},
+        {"weighting": "on_policy"},
         {"reference": "none", "length_normalised": True, "margin": 0.5, "beta": 2.0},
     ],
-    ids=["dpo", "robust", "ipo", "normalised ipo", "rpo", "ld-dpo", "simpo"],
+    ids=["dpo", "robust", "ipo", "normalised ipo", "rpo", "ld-dpo", "wpo", "simpo"],
 )
 def test_the_loss_of_a_batch_is_that_of_its_pairs(model, settings):
     dpo = DpoConfig(**settings)
