@@ -145,8 +145,8 @@ def test_usd_are_held_for_both_responses(server, location):
     prices = {"usd_per_1m_input": 1000.0, "usd_per_1m_output": 1000.0, "max_tokens": 20}
     server.plan = lambda index, question: Reply(text="Better: tie", usage=(len(question) // 4, 20))
     with opened(http(server, budget_usd=10.0, **prices), location) as pool:
-        answers = asyncio.run(pool.compare([item(i) for i in range(60)], "label"))
-        spent = pool.summary()["label"].cost_usd
+        answers = asyncio.run(pool.compare([item(i) for i in range(60)], "evaluate"))
+        spent = pool.summary()["evaluate"].cost_usd
     assert [a.status for a in answers].count("scored") == server.num_asked < 60
     assert sum(a.cost_usd for a in answers) == pytest.approx(spent) and 0 < spent <= 10.0
     with sqlite3.connect(location) as db:
