@@ -29,6 +29,7 @@ the last three.
 | A_i = R_i - sum_{j != i} R_j / (k - 1)              | arXiv 2402.14740    | `advantages.rloo`             |
 | A_i = R_i - mean_j R_j                              | 2503.20783, 3.2     | `advantages.group_mean`       |
 | A_i = (R_i - mean_j R_j) / std_j R_j                | 2402.03300, 4.1.2   | `advantages.group_normalised` |
+| stop after `patience` losses in a row >= the lowest | Prechelt 1998       | `early_stopping.EarlyStopping` |
 | max(-A rho, -A clip(rho, 1 - eps, 1 + eps))         | 1707.06347, Eq. 7   | `ppo.policy_loss`             |
 | the same, 1 + eps_high in place of 1 + eps          | 2503.14476, 3.1     | `ppo.policy_loss`             |
 | min(pi_old / pi_sampler, cap)                       | 1802.01561, 4.1     | `ppo.truncated_importance`    |

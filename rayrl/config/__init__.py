@@ -32,12 +32,13 @@ from rayrl.config.select import SelectConfig
 from rayrl.config.sft import SftConfig
 from rayrl.config.table import Table
 from rayrl.config.tracking import MlflowConfig, WandbConfig
-from rayrl.config.training import LoraConfig, TrainingConfig
+from rayrl.config.training import EvaluatedTrainingConfig, LoraConfig, TrainingConfig
 
 __all__ = [
     "DataConfig",
     "DpoConfig",
     "EngineConfig",
+    "EvaluatedTrainingConfig",
     "EvaluatorConfig",
     "FailoverEndpoint",
     "GenerateConfig",

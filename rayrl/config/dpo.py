@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayrl.config.training import LoraConfig, TrainingConfig
+from rayrl.config.training import EvaluatedTrainingConfig, LoraConfig
 
 
-class DpoConfig(TrainingConfig):
+class DpoConfig(EvaluatedTrainingConfig):
     """M1 -> M2 by direct preference optimisation (arXiv 2305.18290)."""
 
     loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
@@ -30,6 +30,10 @@ class DpoConfig(TrainingConfig):
     reference: Literal["auto", "generation", "pass", "none"] = "auto"
     """Reference log-probabilities from generation (exact in float32), or from one pass before the first step. "none"
     trains on log-probabilities alone: with `length_normalised` and a `margin` this is SimPO (arXiv 2405.14734)."""
+
+    holdout: float = Field(default=0.05, gt=0, lt=1)
+    """evaluate_every: share of the prompts whose pairs are kept back for the evaluations. All pairs are then made
+    before the first step, also in mode `overlap`."""
 
     @field_validator("lora")
     @classmethod

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayrl.config.training import TrainingConfig
+from rayrl.config.training import EvaluatedTrainingConfig
 
 
-class EvaluatorConfig(TrainingConfig):
+class EvaluatorConfig(EvaluatedTrainingConfig):
     """The proxy: trained on the paid judgements, it scores all other responses."""
 
     type: Literal["generative", "scalar"] = "generative"

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayrl.config.training import TrainingConfig
+from rayrl.config.training import EvaluatedTrainingConfig
 
 
-class RewardModelConfig(TrainingConfig):
+class RewardModelConfig(EvaluatedTrainingConfig):
     """r: Bradley-Terry on the last token's hidden state, from M1."""
 
     path: str | None = None

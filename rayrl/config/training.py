@@ -135,3 +135,23 @@ class TrainingConfig(Table):
         if self.gradient_checkpointing is None:
             return num_parameters >= CHECKPOINTED_PARAMETERS
         return self.gradient_checkpointing
+
+
+class EvaluatedTrainingConfig(TrainingConfig):
+    """Settings of a training that can be evaluated on held-out rows along the way. PPO has its own evaluations."""
+
+    evaluate_every: int | None = Field(default=None, gt=0)
+    """Steps between two evaluations: the mean loss of the rows of the held-out prompts (`holdout`), without dropout;
+    the last step is evaluated, too. None evaluates never."""
+    patience: int | None = Field(default=None, gt=0)
+    """Evaluations in a row without a lower loss after which the training stops. The model that is written is then the
+    one of the lowest loss, also where the training does not stop early. None writes the last."""
+
+    @field_validator("patience")
+    @classmethod
+    def _patience_needs_evaluations(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and info.data.get("evaluate_every") is None:
+            raise ValueError(
+                f"must be left out without evaluate_every, got {patience}: it counts evaluations; set evaluate_every"
+            )
+        return patience

@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "legend.frameon": False,
 }
-CURVES = ("loss", "validation_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "kl")
+CURVES = ("loss", "eval_loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "kl")
 """Drawn first, in this order; then any other metric but those that say how, not what, was learned."""
 UNPLOTTED = (
     "step",

@@ -46,6 +46,11 @@ class FitMetrics(StageMetrics):
     final_loss: float
     """Mean of the last ten steps."""
     fit_s: float
+    eval_loss: float | None = None
+    """Loss of the written weights on the held-out rows; None without evaluations. With `patience` it is the lowest of
+    all evaluations, and so a little lower than on other rows."""
+    best_step: int | None = None
+    """With `patience`: the step whose weights were written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,16 +4,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 
-from rayrl.config import TrainingConfig
+from rayrl.config import DpoConfig, EvaluatedTrainingConfig, SftConfig, TrainingConfig
 from rayrl.data.blocks import BlockTable, stream_blocks
+from rayrl.errors import DataError
 from rayrl.fleets.services import Services
-from rayrl.metrics.curves import read_metrics
+from rayrl.metrics.curves import CurveRow, read_metrics
 from rayrl.metrics.progress import progress_bars
 from rayrl.records import content_id
 from rayrl.runs import storage
@@ -38,6 +40,48 @@ def drawn_holdout(prompt_ids: Collection[str], share: float, seed: int) -> froze
     return frozenset(drawn[:num_held_out])
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Rows on which a training is evaluated along the way."""
+
+    prompts: frozenset[str] = frozenset()
+    """Prompts all of whose rows are held out."""
+    table: BlockTable | None = None
+    num_rows: int = 0
+
+
+def hold_out(run: Run, stage: Stage, rows: BlockTable, training: SftConfig | DpoConfig) -> HeldOut:
+    """Hold out the rows of a share of the prompts, if the training is evaluated; the table of rows must be complete.
+
+    Raises:
+        DataError: the rows have fewer than two prompts.
+    """
+    if training.evaluate_every is None:
+        return HeldOut()
+    found: set[str] = set()
+    for block in rows.blocks():
+        found.update(block["prompt_id"].to_pylist())
+    if len(found) < 2:
+        raise DataError(
+            f"{stage.name}.evaluate_every needs rows of at least 2 prompts, one of them to evaluate on, got "
+            f"{len(found)}; give more data, or leave {stage.name}.evaluate_every out"
+        )
+    prompts = drawn_holdout(found, training.holdout, run.seed)
+    table = BlockTable(run.folder(stage, "held_out"), rows.num_blocks)
+    num_rows = 0
+    for number, block in enumerate(rows.blocks()):
+        _, held_out = split(block, prompts)
+        table.write(number, held_out)
+        num_rows += held_out.num_rows
+    return HeldOut(prompts=prompts, table=table, num_rows=num_rows)
+
+
+def split(rows: pa.Table, held_out: frozenset[str]) -> tuple[pa.Table, pa.Table]:
+    """Split rows into those of all other prompts and those of the held-out ones."""
+    is_held_out = np.array([prompt_id in held_out for prompt_id in rows["prompt_id"].to_pylist()], dtype=bool)
+    return rows.filter(pa.array(~is_held_out)), rows.filter(pa.array(is_held_out))
+
+
 class Job(Protocol):
     """A training job, as far as this module has to know it."""
 
@@ -55,6 +99,7 @@ def stream_of(
     seed: int,
     compute: Callable[[int], pa.Table] | None = None,
     concurrency: int = STREAM_CONCURRENCY,
+    without: frozenset[str] = frozenset(),
 ) -> ray.data.Dataset:
     """Stream a table's rows, block by block in an order drawn by the seed; the training shuffles and deals them.
 
@@ -63,12 +108,14 @@ def stream_of(
         seed: draws the order of the blocks.
         compute: makes a block that is not there yet; it is made once, and read in later epochs.
         concurrency: blocks in flight.
+        without: prompts whose rows are held out.
     """
     order = np.random.default_rng(seed).permutation(table.num_blocks)
 
     def read(position: int) -> pa.Table:
         number = int(order[position])
-        return table.memoised(number, compute) if compute else table.read(number)
+        block = table.memoised(number, compute) if compute else table.read(number)
+        return split(block, without)[0] if without else block
 
     return stream_blocks(table.num_blocks, read, concurrency=concurrency, name="train")
 
@@ -117,12 +164,38 @@ def fit_stage(
     run.record_time(f"fit:{stage.name}", seconds)
     # PPO logs the policy that it starts from as step 0.
     curve = [row for row in read_metrics(run.curve(stage)) if row["step"] > 0]
+    written = written_evaluation(curve, training)
     return FitMetrics(
         num_steps=len(curve),
         first_loss=curve[0]["loss"],
         final_loss=float(np.mean([row["loss"] for row in curve[-LAST_STEPS:]])),
         fit_s=seconds,
+        eval_loss=written["eval_loss"] if written else None,
+        best_step=written["step"] if written and chooses_best(training) else None,
     )
+
+
+def chooses_best(training: TrainingConfig) -> bool:
+    """Return whether a training writes the weights of its best evaluation."""
+    return isinstance(training, EvaluatedTrainingConfig) and training.patience is not None
+
+
+def written_evaluation(curve: list[CurveRow], training: TrainingConfig) -> CurveRow | None:
+    """Find the evaluation of the written weights: with `patience` the first of the lowest loss, else the last.
+
+    None without evaluations; one whose loss was not finite does not count.
+    """
+    evaluated = [row for row in curve if row.get("eval_loss") is not None]
+    if not evaluated:
+        return None
+    return min(evaluated, key=lambda row: row["eval_loss"]) if chooses_best(training) else evaluated[-1]
+
+
+def losses_of(fitted: FitMetrics) -> str:
+    """Write where the loss went, for a stage's summary."""
+    held_out = "" if fitted.eval_loss is None else f", {fitted.eval_loss:.3f} on held-out rows"
+    best = "" if fitted.best_step is None else f" at step {fitted.best_step}, which is kept"
+    return f"loss {fitted.first_loss:.3f} -> {fitted.final_loss:.3f}{held_out}{best}"
 
 
 def fit_folder(training: TrainingConfig) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, TypedDict
 
 import pyarrow as pa
@@ -20,7 +21,8 @@ from rayrl.records import Checkpoint
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.job import TrainingJob
+from rayrl.training.evaluation import Evaluation
+from rayrl.training.job import EvaluatedJob
 from rayrl.training.steps import num_steps, rank_batches, rank_zero_log, row_names, steps
 from rayrl.training.sync.export import export_policy
 
@@ -46,7 +48,7 @@ class PairRow(References):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoJob(TrainingJob):
+class DpoJob(EvaluatedJob):
     """Rows are `PairRow`s."""
 
     start: Checkpoint
@@ -100,9 +102,11 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         engine = zero.start(TokenLogprobs(policy), dpo, job.torch_dtype, schedule_steps)
     packed = is_packed(policy)
     pairs: Callable[[], Iterator[pa.Table]] = data
+    held_out: Callable[[], Iterator[pa.Table]] = job.held_out_tables
     if job.reference == "pass":
         references = reference_pass(engine, job, data, packed)
         pairs = lambda: (with_references(table, references) for table in data())  # noqa: E731
+        held_out = lambda: (with_references(table, references) for table in job.held_out_tables())  # noqa: E731
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
@@ -112,10 +116,25 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         margins.append((chosen_rewards - rejected_rewards).detach())
         return losses.sum()
 
+    def on_device(rows: list[PairRow]) -> list[PairBatch]:
+        return [batch.to(engine.device) for batch in collated(rows, dpo.micro_batch_tokens, packed)]
+
+    evaluation = Evaluation(
+        job=job,
+        training=dpo,
+        num_steps=schedule_steps,
+        tables=held_out,
+        engine=engine,
+        collated=on_device,
+        summed_loss=lambda batch: pair_losses(engine, batch, dpo)[0].sum(),
+        weight=lambda batch: len(batch.names),
+        idle=idle,
+        export=lambda: export_policy(engine, policy, job.policy, job.checkpoint_url),
+    )
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step in steps(engine, dpo, job.seed, pairs):
+        for step in steps(engine, dpo, job.seed, pairs, evaluation.stopping):
             started = time.monotonic()
-            batches = [batch.to(engine.device) for batch in collated(step.rows, dpo.micro_batch_tokens, packed)]
+            batches = on_device(step.rows)
             margins.clear()
             taken = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
             num_tokens = sum(batch.tokens.num_tokens for batch in batches)
@@ -132,8 +151,9 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
                 padding_share=1 - num_tokens / max(1, num_allocated),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
+                **evaluation.after(step.number),
             )
-    export_policy(engine, policy, job.policy, job.checkpoint_url)
+    evaluation.finish()
 
 
 def pair_losses(policy: Callable[..., Any], batch: PairBatch, dpo: DpoConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +242,8 @@ def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow],
         return storage.read_json(url) if is_dealing else {}
     engine.eval()
     references: dict[str, References] = {}
-    for rows in rank_batches(data, epochs=1, batch_size=job.dpo.batch_size, seed=job.seed, skip=0):
+    all_pairs = lambda: chain(data(), job.held_out_tables())  # noqa: E731
+    for rows in rank_batches(all_pairs, epochs=1, batch_size=job.dpo.batch_size, seed=job.seed, skip=0):
         batches = collated(rows, job.dpo.micro_batch_tokens, packed)
         # Under ZeRO-3 a forward pass is a collective: ranks with fewer batches read idle ones beside the others.
         for i in range(int(zero.max_over_ranks(len(batches), engine))):

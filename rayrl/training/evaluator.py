@@ -19,7 +19,8 @@ from rayrl.models.reward_model import Pooling
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.job import TrainingJob
+from rayrl.training.evaluation import Evaluation
+from rayrl.training.job import EvaluatedJob
 from rayrl.training.reward_model import new_reward_model
 from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
 from rayrl.training.sync.export import export_reward_model
@@ -38,7 +39,7 @@ class ScoredRow(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalarJob(TrainingJob):
+class ScalarJob(EvaluatedJob):
     """Rows are `ScoredRow`s."""
 
     start: Checkpoint
@@ -75,13 +76,28 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
         predicted = engine(tokens)  # (B,)
         return (predicted - scores).square().sum()
 
+    def on_device(rows: list[ScoredRow]) -> list[MicroBatch]:
+        return [
+            (tokens.to(engine.device), scores.to(engine.device))
+            for tokens, scores in collated(rows, training.micro_batch_tokens, packed)
+        ]
+
+    evaluation = Evaluation(
+        job=job,
+        training=training,
+        num_steps=schedule_steps,
+        tables=job.held_out_tables,
+        engine=engine,
+        collated=on_device,
+        summed_loss=summed_loss,
+        weight=lambda micro_batch: len(micro_batch[1]),
+        idle=idle,
+        export=lambda: export_reward_model(engine, evaluator, job.policy, job.checkpoint_url),
+    )
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step in steps(engine, training, job.seed, data):
+        for step in steps(engine, training, job.seed, data, evaluation.stopping):
             started = time.monotonic()
-            batches = [
-                (tokens.to(engine.device), scores.to(engine.device))
-                for tokens, scores in collated(step.rows, training.micro_batch_tokens, packed)
-            ]
+            batches = on_device(step.rows)
             taken = zero.train_step(engine, batches, summed_loss, len(step.rows), idle, row_names(step.rows))
             meters.TRAINING_TOKENS.add(sum(tokens.num_tokens for tokens, _ in batches), stage=job.stage)
             log(
@@ -90,8 +106,9 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
                 learning_rate=engine.get_lr()[0],
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
+                **evaluation.after(step.number),
             )
-    export_reward_model(engine, evaluator, job.policy, job.checkpoint_url)
+    evaluation.finish()
 
 
 def collated(rows: list[ScoredRow], max_tokens: int, packed: bool) -> list[MicroBatch]:

@@ -4,11 +4,14 @@ A job is a picklable record. The weights that a training starts from are a check
 settings, which stay as the user wrote them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 
 from rayrl.config import PolicyConfig
+from rayrl.data.blocks import BlockTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +35,16 @@ class TrainingJob:
     def torch_dtype(self) -> torch.dtype:
         """Precision of the weights."""
         return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedJob(TrainingJob):
+    """A job whose training can be evaluated along the way."""
+
+    held_out: BlockTable | None = None
+    """Rows that are evaluated and not trained on; None evaluates never."""
+
+    def held_out_tables(self) -> Iterator[pa.Table]:
+        """Read the held-out rows, one block in memory at a time."""
+        if self.held_out is not None:
+            yield from self.held_out.blocks()

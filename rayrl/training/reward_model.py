@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
 from rayrl.algorithms.preference import bradley_terry_loss
-from rayrl.config import LoraConfig, TrainingConfig
+from rayrl.config import EvaluatedTrainingConfig, LoraConfig
 from rayrl.data.collate import TokenBatch, sequence_batch
 from rayrl.metrics import meters
 from rayrl.models.multiview import MultiViewRewardModel
@@ -24,7 +24,8 @@ from rayrl.models.reward_model import Pooling, RewardModel
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.job import TrainingJob
+from rayrl.training.evaluation import Evaluation
+from rayrl.training.job import EvaluatedJob
 from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
 from rayrl.training.sync.export import export_reward_model
 from rayrl.training.views import ViewBatch, Views, view_batches
@@ -43,12 +44,12 @@ class SequencePairRow(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelJob(TrainingJob):
+class RewardModelJob(EvaluatedJob):
     """Rows are `SequencePairRow`s."""
 
     start: Checkpoint
     """M1: the backbone starts there."""
-    training: TrainingConfig
+    training: EvaluatedTrainingConfig
     pooling: Pooling
     random_head: bool = False
     """Start the head at N(0, 1 / (hidden size + 1)), drawn by the seed, not at zero: the members of an ensemble differ
@@ -102,8 +103,24 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     losses = StepLosses(engine, idle)
     views: Iterator[ViewBatch] | None = None
+
+    def held_out(rows: list[SequencePairRow]) -> list[PairBatch]:
+        return [batch.to(engine.device) for batch in collated(rows, training.micro_batch_tokens, packed)]
+
+    evaluation = Evaluation(
+        job=job,
+        training=training,
+        num_steps=schedule_steps,
+        tables=job.held_out_tables,
+        engine=engine,
+        collated=held_out,
+        summed_loss=lambda batch: pair_losses(engine, batch)[0].sum(),
+        weight=lambda batch: len(batch.weights),
+        idle=idle,
+        export=lambda: export_reward_model(engine, reward_model, job.policy, job.checkpoint_url),
+    )
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step in steps(engine, training, job.seed, data):
+        for step in steps(engine, training, job.seed, data, evaluation.stopping):
             started = time.monotonic()
             batches: list[PairBatch | ViewBatch] = [*collated(step.rows, training.micro_batch_tokens, packed)]
             if job.views:
@@ -131,8 +148,9 @@ def train_reward_model(job: RewardModelJob, data: launch.Rows[SequencePairRow]) 
                 learning_rate=engine.get_lr()[0],
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
+                **evaluation.after(step.number),
             )
-    export_reward_model(engine, reward_model, job.policy, job.checkpoint_url)
+    evaluation.finish()
 
 
 class StepLosses:
@@ -156,11 +174,9 @@ class StepLosses:
                 "skl_weight": torch.tensor(batch.skl_weight),
             }
             return batch.weight * loss
-        rewards = self.model(batch.tokens)
-        chosen, rejected = rewards.chunk(2)
-        losses = batch.weights * bradley_terry_loss(chosen, rejected)
+        losses, margins = pair_losses(self.model, batch)
         if batch is not self.idle:  # which has two equal responses
-            self._margins.append((chosen - rejected).detach())
+            self._margins.append(margins.detach())
             self._pair_losses.append(losses.detach())
         return losses.sum()
 
@@ -181,6 +197,12 @@ class StepLosses:
             "pair_loss": losses.mean(),
             **self._view_statistics,
         }
+
+
+def pair_losses(model: Callable[..., Any], batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """Return the weighted loss of each pair, and by how much its chosen side is ahead, (B,) each."""
+    chosen, rejected = model(batch.tokens).chunk(2)
+    return batch.weights * bradley_terry_loss(chosen, rejected), chosen - rejected
 
 
 def new_reward_model(

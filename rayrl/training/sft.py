@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rayrl.algorithms.batching import micro_batches
-from rayrl.config import TrainingConfig
+from rayrl.config import EvaluatedTrainingConfig
 from rayrl.data.collate import TokenBatch, collate
 from rayrl.metrics import meters
 from rayrl.models.packing import is_packed
@@ -19,7 +19,8 @@ from rayrl.models.policy import TokenLogprobs, add_lora, load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
-from rayrl.training.job import TrainingJob
+from rayrl.training.evaluation import Evaluation
+from rayrl.training.job import EvaluatedJob
 from rayrl.training.steps import num_steps, rank_zero_log, row_names, steps
 from rayrl.training.sync.export import export_policy
 
@@ -35,12 +36,12 @@ class SftRow(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftJob(TrainingJob):
+class SftJob(EvaluatedJob):
     """Rows are `SftRow`s."""
 
     start: Checkpoint
     """Weights to start from."""
-    training: TrainingConfig
+    training: EvaluatedTrainingConfig
 
 
 def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
@@ -60,10 +61,25 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
     def summed_loss(batch: TokenBatch) -> Tensor:
         return -engine(batch).sum()
 
+    def on_device(rows: list[SftRow]) -> list[TokenBatch]:
+        return [batch.to(engine.device) for batch in collated(rows, training.micro_batch_tokens, packed)]
+
+    evaluation = Evaluation(
+        job=job,
+        training=training,
+        num_steps=schedule_steps,
+        tables=job.held_out_tables,
+        engine=engine,
+        collated=on_device,
+        summed_loss=summed_loss,
+        weight=lambda batch: int(batch.response_mask.sum()),
+        idle=idle,
+        export=lambda: export_policy(engine, policy, job.policy, job.checkpoint_url),
+    )
     with rank_zero_log(job.run_url, job.stage) as log:
-        for step in steps(engine, training, job.seed, data):
+        for step in steps(engine, training, job.seed, data, evaluation.stopping):
             started = time.monotonic()
-            batches = [batch.to(engine.device) for batch in collated(step.rows, training.micro_batch_tokens, packed)]
+            batches = on_device(step.rows)
             # The mean is over response tokens, not over examples: long responses count for more.
             num_response_tokens = sum(int(batch.response_mask.sum()) for batch in batches)
             names = row_names(step.rows)
@@ -76,8 +92,9 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
                 num_tokens=zero.sum_over_ranks(num_response_tokens, engine),
                 seconds=time.monotonic() - started,
                 waited_s=step.waited_s,
+                **evaluation.after(step.number),
             )
-    export_policy(engine, policy, job.policy, job.checkpoint_url)
+    evaluation.finish()
 
 
 def collated(rows: list[SftRow], max_tokens: int, packed: bool) -> list[TokenBatch]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import pyarrow as pa
 from torch import Tensor, nn
 
+from rayrl.algorithms.early_stopping import EarlyStopping
 from rayrl.config import TrainingConfig
 from rayrl.data.batches import deal, optimizer_batches
 from rayrl.errors import TrainingStopped
@@ -50,17 +51,28 @@ def rank_batches(
 
 
 def steps(
-    engine: zero.Engine[nn.Module], training: TrainingConfig, seed: int, data: Callable[[], Iterable[pa.Table]]
+    engine: zero.Engine[nn.Module],
+    training: TrainingConfig,
+    seed: int,
+    data: Callable[[], Iterable[pa.Table]],
+    stopping: EarlyStopping,
 ) -> Iterator[Step[Any]]:
-    """Yield the steps after the last checkpoint, until the rows of all epochs are used.
+    """Yield the steps after the last checkpoint, until the rows of all epochs are used or `stopping` ends them.
 
-    The caller takes one optimizer step per item. After `checkpoint_every` of them, and at the end, the state is saved
-    on every rank.
+    The caller takes one optimizer step per item, and counts the evaluations in `stopping`, whose state is kept in the
+    checkpoints. After `checkpoint_every` steps, and at the end, the state is saved on every rank.
     """
-    number = int(restore(engine).get("step", 0))
+    noted = restore(engine)
+    number = int(noted.get("step", 0))
+    stopping.best_loss = noted.get("best_loss", stopping.best_loss)
+    stopping.num_worse = int(noted.get("num_worse", stopping.num_worse))
     saved: int | None = None
     batches = rank_batches(data, epochs=training.epochs, batch_size=training.batch_size, seed=seed, skip=number)
-    while True:
+
+    def save() -> None:
+        checkpoint(engine, number, best_loss=stopping.best_loss, num_worse=stopping.num_worse)
+
+    while not stopping.is_over:
         asked = time.monotonic()
         rows = next(batches, None)
         if rows is None:
@@ -69,11 +81,11 @@ def steps(
         number += 1
         yield Step(number, rows, waited_s)
         if number % training.checkpoint_every == 0:
-            checkpoint(engine, number)
+            save()
             saved = number
     # The end is not always a multiple of `checkpoint_every`.
     if number != saved:
-        checkpoint(engine, number)
+        save()
 
 
 def restore(engine: zero.Engine) -> dict[str, float]:

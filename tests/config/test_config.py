@@ -84,6 +84,8 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
         ("oracle.function=judge", "string should match pattern"),
         ("labels=none", "labels: "),
         ("sft.cpu_offload=true", "sft.cpu_offload: must be false with zero_stage = 0, got true"),
+        ("sft.patience=2", "sft.patience: must be left out without evaluate_every, got 2: it counts evaluations"),
+        ("ppo.patience=2", "ppo.patience: unknown key"),
         (
             "dpo.deepspeed.gradient_clipping=0.5",
             "dpo.deepspeed: must leave gradient_clipping to max_grad_norm, got 0.5",

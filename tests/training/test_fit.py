@@ -39,11 +39,11 @@ def tokens(generator, low, high):
     return torch.randint(3, 700, (length,), generator=generator).tolist()
 
 
-def write_pairs(folder, model):
-    """Pairs with M1's exact reference log-probabilities."""
-    generator = torch.Generator().manual_seed(0)
+def write_pairs(folder, model, first=0):
+    """Pairs with M1's exact reference log-probabilities, numbered from `first` on."""
+    generator = torch.Generator().manual_seed(first)
     rows = []
-    for n in range(NUM_ROWS):
+    for n in range(first, first + NUM_ROWS):
         prompt, chosen, rejected = tokens(generator, 3, 12), tokens(generator, 2, 20), tokens(generator, 2, 20)
         with torch.no_grad():
             references = response_logprobs(model, collate([prompt, prompt], [chosen, rejected])).tolist()
@@ -68,7 +68,7 @@ def write(folder, rows):
     return table
 
 
-def run_dpo(folder, table, policy, dpo, reference="generation", on_gpu=False):
+def run_dpo(folder, table, policy, dpo, reference="generation", on_gpu=False, held_out=None):
     job = DpoJob(
         stage="dpo",
         run_url=str(folder),
@@ -80,6 +80,7 @@ def run_dpo(folder, table, policy, dpo, reference="generation", on_gpu=False):
         dtype="bfloat16" if on_gpu else "float32",
         seed=0,
         num_rows=NUM_ROWS,
+        held_out=held_out,
     )
     fit(train_dpo, job, dpo, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=on_gpu)
     return read_metrics(f"{folder}/metrics/dpo.jsonl")
@@ -92,19 +93,23 @@ def weights(folder):
 @pytest.mark.slow
 def test_zero3_on_two_workers_is_zero0_on_one(ray_cluster, tiny_policy, tmp_path):
     table = write_pairs(tmp_path / "pairs", tiny_policy.load())
+    held_out = write_pairs(tmp_path / "held_out", tiny_policy.load(), first=NUM_ROWS)
     whole = {"batch_size": 2 * NUM_ROWS, "epochs": 3, "learning_rate": 1e-4, "micro_batch_tokens": 128}
-    one = run_dpo(tmp_path / "one", table, tiny_policy, DpoConfig(**whole))
+    whole["evaluate_every"] = 2
+    one = run_dpo(tmp_path / "one", table, tiny_policy, DpoConfig(**whole), held_out=held_out)
     sharded = DpoConfig(**whole, num_workers=2, zero_stage=3)
-    two = run_dpo(tmp_path / "two", table, tiny_policy, sharded, reference="pass")
+    two = run_dpo(tmp_path / "two", table, tiny_policy, sharded, reference="pass", held_out=held_out)
     assert [row["step"] for row in two] == [1, 2, 3]
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
     assert one[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert one[2]["loss"] < one[0]["loss"] - 0.01
+    assert ["eval_loss" in row for row in two] == [False, True, True]
+    assert [row["eval_loss"] for row in two[1:]] == pytest.approx([row["eval_loss"] for row in one[1:]], abs=1e-4)
     alone = weights(tmp_path / "one")
     for name, weight in weights(tmp_path / "two").items():
         torch.testing.assert_close(weight, alone[name], atol=2e-4, rtol=0)
     passed = json.loads((tmp_path / "two/stages/dpo/references.json").read_text())
-    rows = [row for block in table.blocks() for row in block.to_pylist()]
+    rows = [row for blocks in (table, held_out) for block in blocks.blocks() for row in block.to_pylist()]
     assert passed.keys() == {f"{row['chosen_id']}/{row['rejected_id']}" for row in rows}  # unequal ranks: none dropped
     for row in rows:
         reference = passed[f"{row['chosen_id']}/{row['rejected_id']}"]
@@ -112,7 +117,7 @@ def test_zero3_on_two_workers_is_zero0_on_one(ray_cluster, tiny_policy, tmp_path
         assert reference["rejected_reference_logprob"] == pytest.approx(row["rejected_reference_logprob"], abs=1e-3)
 
 
-def sft_fit(folder, table, policy, training, loop=train_sft):
+def sft_fit(folder, table, policy, training, loop=train_sft, held_out=None):
     job = SftJob(
         stage="sft",
         run_url=str(folder),
@@ -123,13 +128,14 @@ def sft_fit(folder, table, policy, training, loop=train_sft):
         dtype="float32",
         seed=0,
         num_rows=NUM_ROWS,
+        held_out=held_out,
     )
     fit(loop, job, training, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=False, name="mine-sft")
     return read_metrics(f"{folder}/metrics/sft.jsonl")
 
 
-def write_examples(folder, num_blocks=3):
-    generator = torch.Generator().manual_seed(1)
+def write_examples(folder, num_blocks=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     names = ("prompt_token_ids", "response_token_ids")
     rows = [{name: tokens(generator, 3, 20) for name in names} | {"prompt_id": f"e{n}"} for n in range(NUM_ROWS)]
     if num_blocks == 3:
@@ -185,6 +191,32 @@ def test_a_killed_worker_resumes_where_it_was_and_lora_is_exported_merged(ray_cl
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-4)
     check_first_loss(undisturbed[0], table, tiny_policy.load())
     check_export(tmp_path / "b", tiny_policy)
+
+
+def test_a_training_stops_early_and_writes_the_weights_of_its_best_evaluation(ray_cluster, tiny_policy, tmp_path):
+    table, held_out = write_examples(tmp_path / "examples"), write_examples(tmp_path / "held_out", seed=2)
+    training = SftConfig(
+        **{"batch_size": 5, "epochs": 10, "learning_rate": 1e-2, "num_workers": 2, "zero_stage": 2},
+        **{"evaluate_every": 2, "patience": 2, "micro_batch_tokens": 64},
+    )
+    curve = sft_fit(tmp_path, table, tiny_policy, training, held_out=held_out)
+    losses = {row["step"]: row["eval_loss"] for row in curve if "eval_loss" in row}
+    assert list(losses) == list(range(2, curve[-1]["step"] + 1, 2))
+    assert len(curve) < 3 * 10
+    best = min(losses, key=lambda step: losses[step])
+    assert best == curve[-1]["step"] - 2 * 2
+
+    rows = [row for block in held_out.blocks() for row in block.to_pylist()]
+    batch = collate([r["prompt_token_ids"] for r in rows], [r["response_token_ids"] for r in rows])
+    written = load_policy(Checkpoint(path=f"{tmp_path}/checkpoint", version="fitted"), torch.float32).eval()
+    with torch.no_grad():
+        loss = -response_logprobs(written, batch).sum() / batch.response_mask.sum()
+    assert loss.item() == pytest.approx(losses[best], abs=1e-4)
+
+    # Started again, the fit finds that it was over, and leaves the weights alone.
+    exported = (tmp_path / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    assert sft_fit(tmp_path, table, tiny_policy, training, held_out=held_out) == curve
+    assert (tmp_path / "checkpoint" / "model.safetensors").stat().st_mtime_ns == exported
 
 
 def check_first_loss(first, table, model):

@@ -96,6 +96,7 @@ def fit_model(folder, policy, training, views=None, pooling="last", dtype="float
         seed=3,
         num_rows=NUM_PAIRS,
         views=views,
+        held_out=write_blocks(folder / "held_out", pair_rows(13, seed=1), 5),
     )
     fit(train_reward_model, job, training, stream_of(table, 0), storage=f"{folder}/fit", on_gpu=False)
     return read_metrics(f"{folder}/metrics/reward_model.jsonl")
@@ -174,9 +175,12 @@ def test_a_killed_worker_resumes_with_the_same_pairs_and_views(with_uml, tiny_po
 @pytest.mark.slow
 def test_zero3_on_two_workers_learns(ray_cluster, tiny_policy, tmp_path):
     views = Views(table=view_table(tmp_path / "views"), uml=UML, batch_size=4, max_tokens=512)
-    training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3)
+    training = RewardModelConfig(**TRAINING, num_workers=2, zero_stage=3, evaluate_every=6)
     curve = fit_model(tmp_path, tiny_policy, training, views)
     assert len(curve) == 3 * NUM_PAIRS / 12
+    evaluated = {row["step"]: row["eval_loss"] for row in curve if "eval_loss" in row}
+    assert list(evaluated) == [6, 12, 18]
+    assert evaluated[18] < evaluated[6] < 0.7
     check_learnt(tmp_path, curve, "last", torch.float32, 1e-4)
 
 

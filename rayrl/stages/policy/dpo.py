@@ -13,7 +13,7 @@ from rayrl.records import Checkpoint
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import DpoMetrics, FitMetrics
 from rayrl.runs.stage_table import DPO
-from rayrl.stages.fitting import LAST_STEPS, fit_stage, stream_of
+from rayrl.stages.fitting import LAST_STEPS, HeldOut, fit_stage, hold_out, losses_of, stream_of
 from rayrl.stages.proxy.pseudo_label import Pairs, finish_pairs
 from rayrl.training.dpo import DpoJob, train_dpo
 
@@ -45,6 +45,10 @@ def dpo(run: Run, services: Services, policy: Checkpoint, pairs: Pairs) -> Check
             "pseudo_label.min_margin or raise select.budget"
         )
     started = time.monotonic()
+    held_out = HeldOut()
+    if config.dpo.evaluate_every is not None:
+        pairs = finish_pairs(run, pairs)  # nothing can be held out of pairs that are not made
+        held_out = hold_out(run, DPO, pairs.table, config.dpo)
     job = DpoJob(
         stage=DPO.name,
         run_url=run.url,
@@ -55,10 +59,13 @@ def dpo(run: Run, services: Services, policy: Checkpoint, pairs: Pairs) -> Check
         reference=services.reference,
         dtype=services.dtype,
         seed=run.seed,
-        num_rows=pairs.num_done or pairs.num_planned,
+        num_rows=(pairs.num_done or pairs.num_planned) - held_out.num_rows,
+        held_out=held_out.table,
     )
     concurrency = CALLS_PER_REPLICA * config.generators.most
-    stream = stream_of(pairs.table, run.seed, pairs.blocks.pair_block, concurrency=concurrency)
+    stream = stream_of(
+        pairs.table, run.seed, pairs.blocks.pair_block, concurrency=concurrency, without=held_out.prompts
+    )
     fitted = fit_stage(run, services, DPO, train_dpo, job, config.dpo, stream)
     pairs = finish_pairs(run, pairs)
     metrics = _metrics(run, fitted)
@@ -68,8 +75,7 @@ def dpo(run: Run, services: Services, policy: Checkpoint, pairs: Pairs) -> Check
         since=started,
         num_rows=pairs.num_done or 0,
         metrics=metrics,
-        summary=f"{metrics.num_steps} steps, loss {metrics.first_loss:.3f} -> {metrics.final_loss:.3f}, "
-        f"reward accuracy {metrics.reward_accuracy:.2f}",
+        summary=f"{metrics.num_steps} steps, {losses_of(metrics)}, reward accuracy {metrics.reward_accuracy:.2f}",
     )
     return checkpoint
 

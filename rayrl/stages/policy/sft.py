@@ -16,7 +16,7 @@ from rayrl.records import Checkpoint, content_id
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import SftMetrics
 from rayrl.runs.stage_table import SFT
-from rayrl.stages.fitting import fit_stage, stream_of
+from rayrl.stages.fitting import fit_stage, hold_out, losses_of, stream_of
 from rayrl.training.sft import SftJob, train_sft
 
 TOKENS = pa.list_(pa.field("item", pa.int64(), nullable=False))
@@ -68,6 +68,7 @@ def sft(run: Run, services: Services) -> Checkpoint:
         return checkpoint
     started = time.monotonic()
     examples = tokenise(run)
+    held_out = hold_out(run, SFT, examples.table, config.sft)
     job = SftJob(
         stage=SFT.name,
         run_url=run.url,
@@ -77,9 +78,11 @@ def sft(run: Run, services: Services) -> Checkpoint:
         training=config.sft,
         dtype=services.dtype,
         seed=run.seed,
-        num_rows=examples.num_examples,
+        num_rows=examples.num_examples - held_out.num_rows,
+        held_out=held_out.table,
     )
-    curve = fit_stage(run, services, SFT, train_sft, job, config.sft, stream_of(examples.table, run.seed))
+    stream = stream_of(examples.table, run.seed, without=held_out.prompts)
+    curve = fit_stage(run, services, SFT, train_sft, job, config.sft, stream)
     run.finish(
         SFT,
         key,
@@ -91,8 +94,7 @@ def sft(run: Run, services: Services) -> Checkpoint:
             num_below_score=examples.rows.num_below_score,
             **examples.cut,
         ),
-        summary=f"{examples.num_examples} examples{_left_out(examples)}, "
-        f"loss {curve.first_loss:.3f} -> {curve.final_loss:.3f}",
+        summary=f"{examples.num_examples} examples{_left_out(examples)}, {losses_of(curve)}",
     )
     return checkpoint
 

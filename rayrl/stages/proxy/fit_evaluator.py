@@ -52,6 +52,9 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
     for round_judgements in judgements:
         token_ids |= round_judgements.token_ids()
     prepared = evaluator.training(run, services.dtype, training, token_ids)
+    if config.evaluator.evaluate_every is not None:
+        rows = _held_out_rows(evaluator, run, services.dtype, held_out, token_ids)
+        prepared = replace(prepared, job=replace(prepared.job, held_out=rows))
     curve = _fit(run, services, evaluator, prepared)
     validation = _validate(services, evaluator, held_out, token_ids)
     rank = validation.spearman
@@ -102,6 +105,26 @@ def split(judgements: list[Judgement], holdout: float, seed: int) -> tuple[list[
     training = [j for j in judgements if j.prompt_id not in held_out_prompts]
     held_out = [j for j in judgements if j.prompt_id in held_out_prompts]
     return training, held_out
+
+
+def _held_out_rows(
+    evaluator: Evaluator, run: Run, dtype: str, held_out: list[Judgement], token_ids: Mapping[ResponseKey, list[int]]
+) -> BlockTable:
+    """Write the held-out judgements as rows of the training, for its evaluations.
+
+    Raises:
+        DataError: nothing can be learnt from them, and so nothing be evaluated.
+    """
+    try:
+        rows = evaluator.training(run, dtype, held_out, token_ids).rows
+    except DataError as error:
+        raise DataError(
+            f"evaluator.evaluate_every has nothing to evaluate on in the held-out judgements: {error}; raise "
+            "evaluator.holdout, or leave evaluator.evaluate_every out"
+        ) from None
+    table = BlockTable(run.folder(FIT_EVALUATOR, "held_out"), 1)
+    table.write(0, pa.Table.from_pylist(rows))
+    return table
 
 
 def _fit(run: Run, services: Services, evaluator: Evaluator, training: EvaluatorTraining) -> FitMetrics:

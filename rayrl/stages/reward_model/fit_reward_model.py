@@ -12,18 +12,19 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import context_length
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
-from rayrl.records import Checkpoint, content_id, drawn_seed
+from rayrl.records import Checkpoint, content_id, drawn_seed, to_table
 from rayrl.runs import storage
 from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import FitMetrics, RewardModelMetrics
 from rayrl.runs.stage_table import FIT_REWARD_MODEL, Stage
 from rayrl.stages.artifacts import Preferences, Responses
-from rayrl.stages.fitting import fit_stage, stream_of
-from rayrl.stages.reward_model.training_data import PairWeights, TrainingData, training_data
+from rayrl.stages.fitting import fit_stage, losses_of, stream_of
+from rayrl.stages.reward_model.training_data import PairWeights, TrainingData, TrainingPair, training_data
 from rayrl.stages.reward_model.validation import finish_reward_model, measure_reward_models, with_standards
 from rayrl.stages.rewards.reward_models import RewardModels
 from rayrl.training.reward_model import RewardModelJob, train_reward_model
@@ -85,6 +86,8 @@ def fit_reward_model(
         started = time.monotonic()
         data = training_data(run, stage, preferences, weights)
         job = _job(run, services, m1, data, views)
+        if config.evaluate_every is not None:
+            job = replace(job, held_out=_held_out_rows(run, stage, data))
         curves: list[FitMetrics | None] = []
         for i, (member, fit) in enumerate(zip(members, fits, strict=True)):
             if fit is None:
@@ -147,6 +150,22 @@ def _job(run: Run, services: Services, m1: Checkpoint, data: TrainingData, views
     )
 
 
+def _held_out_rows(run: Run, stage: Stage[RewardModelMetrics], data: TrainingData) -> BlockTable:
+    """Write the rows of the held-out pairs, for the evaluations of all members.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not data.held_out_rows:
+        raise DataError(
+            "reward_model.evaluate_every has no held-out pair to evaluate on: both sides of each are the same up to "
+            "the context; raise policy.max_model_len or reward_model.holdout, or leave reward_model.evaluate_every out"
+        )
+    table = BlockTable(run.folder(stage, "held_out"), 1)
+    table.write(0, to_table(data.held_out_rows, TrainingPair))
+    return table
+
+
 def _views(run: Run, responses: Responses) -> Views:
     """Make views of the samples, and refuse too few of them here rather than in the workers."""
     num_needed = 2 * run.config.reward_model.num_workers
@@ -175,5 +194,5 @@ def _fit_member(
         since=started,
         num_rows=data.num_rows,
         metrics=fit,
-        summary=f"{data.num_rows} pairs, loss {fit.first_loss:.3f} -> {fit.final_loss:.3f}",
+        summary=f"{data.num_rows} pairs, {losses_of(fit)}",
     )

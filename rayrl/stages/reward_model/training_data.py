@@ -58,6 +58,8 @@ class TrainingData:
     num_left_out: int
     """Pairs of held-out prompts, and pairs whose sides are the same up to the context."""
     held_out: list[PreferencePair]
+    held_out_rows: list[TrainingPair]
+    """The same as training rows, without pairs whose sides are the same up to the context."""
 
 
 def training_data(
@@ -77,6 +79,7 @@ def training_data(
         max_tokens=context_length(run.config.policy),
     )
     rows, num_rows = training.write(run.folder(stage, "table"))
+    validated = list(islice(held_out_pairs(pairs, held_out), NUM_VALIDATED))
     if num_rows == 0:
         raise DataError(
             f"{stage.name} has no pair to train on: the prompts fill the context of {training.max_tokens} tokens, so "
@@ -86,7 +89,8 @@ def training_data(
         rows=rows,
         num_rows=num_rows,
         num_left_out=sum(source.num_pairs for source in preferences) - num_rows,
-        held_out=list(islice(held_out_pairs(pairs, held_out), NUM_VALIDATED)),
+        held_out=validated,
+        held_out_rows=[row for pair in validated if (row := training.row(pair, weight=1.0)) is not None],
     )
 
 
@@ -128,9 +132,8 @@ class TrainingRows:
                 continue
             # By lookup, not by position; a pair without a weight of its own is a mistake and fails here.
             weight = 1.0 if weights is None else weights[pair.chosen_id, pair.rejected_id]
-            row = self._row(pair, weight)
-            # Sides that differ only beyond the context teach nothing.
-            if row.chosen_token_ids != row.rejected_token_ids:
+            row = self.row(pair, weight)
+            if row is not None:
                 rows.append(row)
         return to_table(rows, TrainingPair)
 
@@ -142,12 +145,17 @@ class TrainingRows:
             number -= source.num_blocks
         raise IndexError(number)
 
-    def _row(self, pair: PreferencePair, weight: float) -> TrainingPair:
+    def row(self, pair: PreferencePair, weight: float) -> TrainingPair | None:
+        """Make the row of a pair; None for sides that differ only beyond the context, which teach nothing."""
+        chosen = (pair.prompt_token_ids + pair.chosen_token_ids)[: self.max_tokens]
+        rejected = (pair.prompt_token_ids + pair.rejected_token_ids)[: self.max_tokens]
+        if chosen == rejected:
+            return None
         return TrainingPair(
             chosen_id=pair.chosen_id,
             rejected_id=pair.rejected_id,
-            chosen_token_ids=(pair.prompt_token_ids + pair.chosen_token_ids)[: self.max_tokens],
-            rejected_token_ids=(pair.prompt_token_ids + pair.rejected_token_ids)[: self.max_tokens],
+            chosen_token_ids=chosen,
+            rejected_token_ids=rejected,
             weight=weight,
         )
 
