@@ -45,12 +45,12 @@ def adapted(model):
 
 
 def merged_by_peft(policy):
-    return dict(adapted(policy.load()).merge_and_unload().named_parameters(remove_duplicate=False))
+    return dict(adapted(policy.load()).merge_and_unload().named_parameters())
 
 
 def test_merge_adapters_is_pefts(tiny_policy):
     model = adapted(tiny_policy.load())
-    state = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
     merged = merge_adapters(model, state)
     expected = merged_by_peft(tiny_policy)
     assert merged.keys() == expected.keys()
@@ -92,7 +92,7 @@ def test_a_layer_and_its_adapters_lie_in_one_bucket():
 def test_a_small_model_is_one_file_as_transformers_writes_it(tiny_policy, tmp_path):
     model = tiny_policy.load()
     write_weights(FullWeights(WHOLE, model), tmp_path / "ours")
-    state = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.save_pretrained(tmp_path / "theirs", state_dict=state)
     assert [file.name for file in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
     for file in (tmp_path / "theirs").iterdir():
@@ -157,8 +157,8 @@ def test_a_policy_sharded_over_two_workers_is_written_and_served_in_shards(gener
 def test_a_tied_head_is_written_once_as_the_embedding(tiny_policy, tmp_path):
     model = tiny_policy.load()
     assert model.config.tie_word_embeddings
-    export_folder(FullWeights(WHOLE, model), None, str(tmp_path / "exported"), None, head=None)
-    written = load_file(tmp_path / "exported" / "model.safetensors")
+    write_weights(FullWeights(WHOLE, model), tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
     # vLLM's Gemma-2 refuses a file with a head of its own.
     assert written.keys() == dict(model.named_parameters()).keys()
     assert "lm_head.weight" not in written
