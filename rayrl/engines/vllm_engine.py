@@ -19,7 +19,6 @@ Scheduling is not done here: vLLM batches requests, and Ray restarts processes.
 import asyncio
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -35,7 +34,6 @@ from rayrl.engines.weight_folder import (
     read_record,
     wait_for_folder,
     weights_folder,
-    with_tied_head,
 )
 from rayrl.engines.weight_sums import Sums, difference, joined
 from rayrl.errors import StageTimeout, WeightSyncError
@@ -183,9 +181,7 @@ class ServedEngine(Serving):
         sums = await asyncio.to_thread(expected_sums, folder, self.spec.dtype)
 
         async def load() -> None:
-            with tempfile.TemporaryDirectory() as scratch:
-                weights = await asyncio.to_thread(with_tied_head, folder, Path(scratch))
-                await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
 
         await self._replace(checkpoint, sums, load)
         record = read_record(folder)
@@ -222,6 +218,7 @@ class ServedEngine(Serving):
         meters.show_state("swapping", self.labels)
         await self.engine.pause_generation(mode="keep", clear_cache=False)
         await load()
+        await self.engine.collective_rpc("pack_tied_heads")
         # The cache holds keys and values of the old weights, and a reload keeps it. Requests that are running read all
         # of their tokens again, with the new weights.
         is_reset = await self.engine.reset_prefix_cache(reset_running_requests=True)

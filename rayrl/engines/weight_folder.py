@@ -1,4 +1,4 @@
-"""Weight folders as vLLM reloads them: complete, on this machine, and with every name that vLLM looks for.
+"""Weight folders as vLLM reloads them: complete, and on this machine.
 
 Also the record that a trainer writes beside the weights: their sums, with which a replica compares what it serves
 before it answers. Writing these folders is the trainer's work (`rayrl.training.sync`).
@@ -97,29 +97,3 @@ def weights_folder(checkpoint: Checkpoint) -> str:
 
     weights = ["*.safetensors", "*.json"]
     return snapshot_download(checkpoint.path, revision=checkpoint.revision, allow_patterns=weights)
-
-
-def with_tied_head(folder: Path, scratch: Path) -> Path:
-    """Return the folder, or one of links in `scratch` that also holds the tied output head under its own name.
-
-    vLLM on CPU keeps a packed copy of a tied head, and a reload renews the copy only from a weight of that name.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    embedding = None
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            names = set(opened.keys())
-            if "lm_head.weight" in names:
-                return folder
-            if "model.embed_tokens.weight" in names:
-                embedding = opened.get_tensor("model.embed_tokens.weight")
-    if embedding is None:
-        return folder
-    for file in folder.iterdir():
-        # An index lists the weights' files, and vLLM would skip the file added below, which is not in the list.
-        if not file.name.endswith(".index.json"):
-            (scratch / file.name).symlink_to(file.resolve())
-    save_file({"lm_head.weight": embedding}, scratch / "tied-head.safetensors")
-    return scratch

@@ -13,6 +13,9 @@ from rayrl.runs import storage
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes that vLLM 0.32.0's CPU attention has (`CPUAttentionBackend.get_supported_head_sizes`)."""
 
+CPU_MISREAD_FAMILIES = {"gpt_neox": "GPT-NeoX"}
+"""Families of which vLLM 0.32.0 computes other log-probabilities on CPUs than the trainer (jobs/bench/RESULTS.md)."""
+
 _BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -33,7 +36,7 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
     Nothing is known of a model on the hub that is not in the cache yet, unless `online`.
 
     Raises:
-        ConfigError: no model folder, no safetensors, a head_dim or context the engine cannot have.
+        ConfigError: no model folder, no safetensors, a family, head_dim or context the engine cannot have.
     """
     folder = model_folder(policy.path, policy.revision, online=online, setting="policy.path")
     if folder is None:
@@ -41,6 +44,7 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
     config = storage.read_json(storage.join(folder, "config.json"))
     config |= config.get("text_config") or {}  # a multimodal model nests its language model
     if not has_gpu:
+        _check_family(config, policy.path)
         _check_head_dim(config, policy.path)
     weights_bytes = _weights_bytes(folder, policy.path)
     width = _BYTES_PER_PARAMETER.get(config.get("dtype") or config.get("torch_dtype"), 4)
@@ -120,6 +124,16 @@ def model_shape(config: dict[str, Any], num_parameters: int | None) -> ModelShap
         kv_size=kv_size,
         vocab_size=vocab,
     )
+
+
+def _check_family(config: dict[str, Any], path: str) -> None:
+    """Refuse a model of which vLLM computes other log-probabilities without a GPU."""
+    family = CPU_MISREAD_FAMILIES.get(config.get("model_type") or "")
+    if family is not None:
+        raise ConfigError(
+            f"policy.path: without a GPU the model must not be a {family} model, of which vLLM on CPUs computes other "
+            f"log-probabilities than the trainer, got {path}; take a model of another family, or a machine with a GPU"
+        )
 
 
 def _check_head_dim(config: dict[str, Any], path: str) -> None:

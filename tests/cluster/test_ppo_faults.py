@@ -41,9 +41,9 @@ def held_out(folder):
 
 
 def flat(checkpoint):
-    """All weights, by name; tied ones once."""
+    """All weights, by name."""
     weights = load_file(checkpoint / "model.safetensors")
-    return torch.cat([weights[name].flatten().double() for name in sorted(weights) if name != "lm_head.weight"])
+    return torch.cat([weights[name].flatten().double() for name in sorted(weights)])
 
 
 def assert_the_same(ours, theirs):

@@ -45,7 +45,7 @@ def long_prompt_logprob(model, prompt):
 
 def write_record(folder, model, text=None):
     """Write the record of a trainer that has this model in memory."""
-    sums = grouped(named_sums(dict(model.named_parameters(remove_duplicate=False))))
+    sums = grouped(named_sums(dict(model.named_parameters())))
     record = {"dtype": str(model.dtype).removeprefix("torch."), "sums": sums, "text": text}
     (Path(folder) / RECORD_FILE).write_text(json.dumps(record))
 

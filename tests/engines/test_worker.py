@@ -1,15 +1,27 @@
-"""The sums that a worker reports are those of the weights that its kernels multiply with."""
+"""The sums that a worker reports are those of the weights that its kernels multiply with, also after a reload."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("vllm")
+from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from rayrl.engines.weight_sums import grouped, joined, named_sums, tensor_sums
-from rayrl.engines.worker import parameter_sums, rank_sums
+from rayrl.engines.worker import pack_tied_heads, parameter_sums, rank_sums
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM packs weights on CPUs only")
 
@@ -49,6 +61,47 @@ def test_a_layer_that_is_not_packed_again_keeps_the_sums_of_its_old_weight():
     layer.weight = linear(torch.bfloat16, 1).weight
     layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.packed_weight_sums != old
+
+
+@needs_cpu
+def test_a_tied_head_multiplies_with_the_embedding_as_it_is_after_a_reload():
+    layers = {}
+    for name, kind in {"embed_tokens": VocabParallelEmbedding, "lm_head": ParallelLMHead}.items():
+        layers[name] = kind.__new__(kind)
+        nn.Module.__init__(layers[name])
+        layers[name].quant_method = UnquantizedEmbeddingMethod()
+    embedding, head = layers["embed_tokens"], layers["lm_head"]
+    embedding.weight = head.weight = linear(torch.float32, 0).weight
+    for layer in layers.values():
+        layer.quant_method.process_weights_after_loading(layer)
+    new = linear(torch.float32, 1).weight
+    embedding.weight.data.copy_(new)  # as a reload does, which packs only the embedding
+    embedding.quant_method.process_weights_after_loading(embedding)
+
+    model = nn.ModuleDict(layers)
+    assert parameter_sums(model)["lm_head.packed_weight"] != tensor_sums(new), "the check of a swap would show it"
+    pack_tied_heads(model)
+    assert torch.equal(head.cpu_linear(torch.eye(64), head.weight, None).T, new)
+    assert parameter_sums(model)["lm_head.packed_weight"] == tensor_sums(new)
+
+
+@needs_cpu
+def test_experts_are_packed_at_each_load():
+    experts = CPUUnquantizedExperts.__new__(CPUUnquantizedExperts)
+    experts.moe_config = SimpleNamespace(intermediate_size_per_partition=32, activation=MoEActivation.SILU)
+    method = SimpleNamespace(unquantized_backend=UnquantizedMoeBackend.CPU, moe_kernel=None)
+    method._init_moe_kernel = lambda _: setattr(method, "moe_kernel", SimpleNamespace(fused_experts=experts))
+    layer = nn.Module()
+    layer.moe_config, layer.activation = experts.moe_config, MoEActivation.SILU
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loaded = {"w13_weight": torch.randn(2, 64, 32), "w2_weight": torch.randn(2, 32, 32)}
+        for name, weight in loaded.items():
+            setattr(layer, name, nn.Parameter(weight.clone(), requires_grad=False))
+        UnquantizedFusedMoEMethod._setup_kernel(method, layer, w13=layer.w13_weight, w2=layer.w2_weight)
+        for name, weight in loaded.items():
+            packed = cpu_prepack_moe_weight(weight, experts.isa)
+            assert torch.equal(getattr(layer, name), packed) and not torch.equal(packed, weight)
 
 
 def test_a_head_that_several_ranks_hold_counts_once():

@@ -1,6 +1,7 @@
 """Policies that no engine can serve."""
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_a_hub_model_that_is_not_here_is_unknown_to_the_plan(tree, monkeypatch):
 def test_a_head_dim_only_gpus_have_is_refused_without_one(tree, tmp_path):
     config = changed(tree, policy__path=save_model(tmp_path / "small", num_attention_heads=8))
     assert "head_dim must be one of 32, 64, 80" in refusal(ConfigError, config)
+    check(config, cluster={"CPU": 8.0, "GPU": 2.0})
+
+
+def test_a_family_that_vllm_misreads_on_cpus_is_refused_without_a_gpu(tree, tmp_path):
+    config = changed(tree, policy__path=save_model(tmp_path / "neox"))
+    file = tmp_path / "neox" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "gpt_neox"}))
+    assert "must not be a GPT-NeoX model" in refusal(ConfigError, config)
     check(config, cluster={"CPU": 8.0, "GPU": 2.0})
 
 

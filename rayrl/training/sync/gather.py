@@ -91,8 +91,8 @@ class FullWeights:
         self._is_adapted = isinstance(model, PeftModel)
         self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
         """The transformers model, whose names the weights have."""
-        # A tied head is listed under both of its names: replicas may look for either.
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        # A tied head comes once, as the embedding. vLLM's classes of some families know no other name of it.
+        self._parameters = dict(model.named_parameters())
         sizes = {name: zero.full_shape(p).numel() * p.element_size() for name, p in self._parameters.items()}
         self._buckets = split_into_buckets(sizes, max_bytes)
 

@@ -59,7 +59,7 @@ class Trained:
             for parameter in self.model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         self.checkpoint = Checkpoint(path=str(folder), version=f"trained-{seed}")
-        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named = dict(self.model.named_parameters())
         self.sums = grouped(named_sums(named))
         sizes = {name: weight.numel() * weight.element_size() for name, weight in named.items()}
         buckets = split_into_buckets(sizes, 200_000)
