@@ -89,11 +89,12 @@ def measure(family: str) -> dict[str, float]:
         start, exported = (Path(scratch) / name for name in ("start", "exported"))
         exported.mkdir()
         make_tiny_model(start, family)
-        model = load_policy(Checkpoint(path=str(start), version="start"), torch.float32)
+        checkpoint = Checkpoint(path=str(start), version="start")
+        model = load_policy(checkpoint, torch.float32)
         turn_off_dropout(model)
         text = tokens(NUM_TOKENS)
         before = token_logprobs(model, text)
-        policy = add_lora(model, LoraConfig(rank=4, alpha=8))
+        policy = add_lora(model, LoraConfig(rank=4, alpha=8), checkpoint)
         pair: Any = {
             **{"chosen_id": "a", "rejected_id": "b", "prompt_token_ids": tokens(10)},
             **{"chosen_token_ids": tokens(20), "rejected_token_ids": tokens(20)},

@@ -85,6 +85,7 @@ def measure(case: Case, rank: int, rendezvous: str) -> int:
 
     from rayrl.config import DpoConfig, LoraConfig
     from rayrl.models.policy import TokenLogprobs, add_lora
+    from rayrl.records import Checkpoint
     from rayrl.training import deepspeed_engine as zero
     from rayrl.training.dpo import IDLE_PAIR, PairBatch, pair_batch, pair_losses
 
@@ -104,8 +105,9 @@ def measure(case: Case, rank: int, rendezvous: str) -> int:
     with zero.sharded_loading(training, dtype):
         # As a trainer's: under ZeRO-3 no worker ever has the whole model.
         model: Any = AutoModelForCausalLM.from_config(model_config(case), dtype=dtype)
-        policy = add_lora(model, training.lora) if training.lora else model
-        engine: Any = zero.start(TokenLogprobs(policy), training, dtype, 100)
+        if training.lora:
+            model = add_lora(model, training.lora, Checkpoint(path="", version="untrained"))
+        engine: Any = zero.start(TokenLogprobs(model), training, dtype, 100)
     del model
     engine.train()
     draw = torch.Generator().manual_seed(rank)

@@ -26,7 +26,8 @@ class SeedDataConfig(DataConfig):
     """Supervised seed data: prompts with responses."""
 
     response_column: str = "response"
-    """Ignored with `messages_column`: there the assistant's turn at the end is the response."""
+    """Ignored with `messages_column`: there the assistant's turn at the end is the response, and with
+    `sft.turns = "all"` SFT learns from its earlier turns too."""
     score_column: str | None = None
     """A column of numbers to filter rows by."""
     min_score: float | None = None

@@ -184,11 +184,17 @@ def _check_answers(config: RunConfig) -> None:
 
 
 def _check_seed_data(config: RunConfig) -> None:
-    """Refuse a run that uses seed data and names none."""
+    """Refuse a run that uses seed data and names none, or learns from turns that its seed data does not have."""
     if config.seed_data is None and (config.sft.enabled or config.generate.source == "seed"):
         raise ValueError(
             "seed_data is missing: sft and the off-policy control need it; add a [seed_data] table "
             "or set sft.enabled = false"
+        )
+    is_chat = config.seed_data is not None and config.seed_data.messages_column is not None
+    if config.sft.enabled and config.sft.turns == "all" and not is_chat:
+        raise ValueError(
+            'sft.turns must be "last" for seed data without chats, got "all": such a row has one turn; leave it out, '
+            "or set seed_data.messages_column"
         )
 
 

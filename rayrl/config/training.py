@@ -28,7 +28,7 @@ DECIDED_ELSEWHERE = {
 
 
 class LoraConfig(Table):
-    """Low-rank adapters instead of full fine-tuning; merged when the model is written."""
+    """Low-rank adapters instead of full fine-tuning; merged when the model is written, and kept beside it."""
 
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)

@@ -224,6 +224,16 @@ def split_reply(messages: Messages) -> tuple[Messages, str]:
     return messages[:end], "\n\n".join(filter(None, map(content_of, turn)))
 
 
+def split_turns(messages: Messages) -> list[tuple[Messages, str]]:
+    """Split a chat at each turn of the assistant, in order, as `split_reply` does at the last one."""
+    ends = [
+        end
+        for end, message in enumerate(messages, 1)
+        if message["role"] == "assistant" and (end == len(messages) or messages[end]["role"] != "assistant")
+    ]
+    return [split_reply(messages[:end]) for end in ends]
+
+
 def conversation_text(messages: Messages) -> str:
     """Write a chat as plain text: the whole conversation, for judges, evaluators and people.
 

@@ -8,9 +8,10 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rayrl.config import DataConfig, ReferenceAnswersConfig, SeedDataConfig
-from rayrl.data.chats import Messages, content_of, conversation_text, lone_text, read_chat, split_reply
+from rayrl.data.chats import Messages, content_of, conversation_text, lone_text, read_chat, split_reply, split_turns
 from rayrl.data.control_tokens import has_control_tokens
 from rayrl.data.rows import SourceRow, read_rows, require_columns, rows_with
 from rayrl.errors import DataError
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 Render = Callable[[str | Messages], str]
+Turns = Literal["last", "all"]
+"""Turns of the assistant in a chat that are responses."""
 
 UNREAD_COLUMNS = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
 """Columns that published chats have beside their messages, and that no prompt is made of."""
@@ -44,6 +47,9 @@ class PromptCounts:
     """Rows without a prompt (or, in seed data, without a response)."""
     num_duplicate: int = 0
     num_below_score: int = 0
+    num_skipped_turns: int = 0
+    """Turns of the assistant in kept rows that are no responses: empty, calling a tool, or before any text of the
+    user."""
     num_with_control_tokens: int = 0
     """Prompts whose texts hold control tokens of the policy's tokenizer; it reads those as ordinary text."""
     unread_columns: Counter[str] = field(default_factory=Counter[str])
@@ -65,7 +71,11 @@ def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None
     counts = counts if counts is not None else PromptCounts()
     # Ids, which are hashes of the rendered texts: the texts themselves would take as much memory as the file.
     seen: set[str] = set()
-    for prompt, _ in _prompts_and_responses(config, None, render, counts):
+    for where, ((source, _),) in _split_rows(config, None, counts):
+        prompt = prompt_of(source, render, where)
+        if prompt is None:
+            counts.num_empty += 1
+            continue
         if prompt.id in seen:
             counts.num_duplicate += 1
             continue
@@ -76,28 +86,40 @@ def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None
 
 
 def read_seed_rows(
-    config: SeedDataConfig, render: Render, counts: PromptCounts | None = None
+    config: SeedDataConfig, render: Render, counts: PromptCounts | None = None, *, turns: Turns = "last"
 ) -> Iterator[tuple[Prompt, str]]:
-    """Yield supervised (prompt, response) pairs; with `score_column`, those that score at least `min_score`.
+    """Yield supervised (prompt, response) pairs; with `score_column`, those of rows that score at least `min_score`.
 
-    Of chat messages the last one must be the assistant's: it is the response.
+    Args:
+        config: source of the rows.
+        render: see `read_prompts`.
+        counts: filled while iterating; it counts rows.
+        turns: of a chat, the response is the assistant's turn at its end, which it must have; or each turn of the
+            assistant is a response of its own, and its prompt is the chat before it.
 
     Raises:
         DataError: see `read_prompts`; also a score that is no number.
     """
     counts = counts if counts is not None else PromptCounts()
-    for prompt, response in _prompts_and_responses(config, config.response_column, render, counts):
-        if not response.strip():
+    for where, split in _split_rows(config, config.response_column, counts, turns):
+        pairs = [
+            (prompt, response)
+            for source, response in split
+            if response.strip() and (prompt := prompt_of(source, render, where)) is not None
+        ]
+        if not pairs:
             counts.num_empty += 1
             continue
         counts.num_kept += 1
-        yield prompt, response
+        counts.num_skipped_turns += len(split) - len(pairs)
+        yield from pairs
 
 
 def read_reference_answers(config: ReferenceAnswersConfig, render: Render) -> Iterator[tuple[Prompt, str]]:
     """Yield the (prompt, answer) pairs of a table of reference answers; rows without an answer are left out."""
-    for prompt, answer in _prompts_and_responses(config, config.response_column, render, PromptCounts()):
-        if answer.strip():
+    for where, ((source, answer),) in _split_rows(config, config.response_column, PromptCounts()):
+        prompt = prompt_of(source, render, where)
+        if prompt is not None and answer.strip():
             yield prompt, answer
 
 
@@ -111,10 +133,13 @@ def columns_of(config: DataConfig) -> list[str]:
     return columns
 
 
-def _prompts_and_responses(
-    config: DataConfig, response_column: str | None, render: Render, counts: PromptCounts
-) -> Iterator[tuple[Prompt, str]]:
-    """Yield (prompt, response or "") of every row that has a prompt and scores enough."""
+def _split_rows(
+    config: DataConfig, response_column: str | None, counts: PromptCounts, turns: Turns = "last"
+) -> Iterator[tuple[str, list[tuple[str | Messages, str]]]]:
+    """Yield the name of every row that scores enough, with its (source of a prompt, response or "").
+
+    It is one pair, or with all turns one for each turn of the assistant.
+    """
     rows = rows_with(config.path, config.split, columns_of(config))
     for number, row in enumerate(itertools.islice(rows, config.limit), 1):
         where = f"{config.path}, row {number}"
@@ -122,18 +147,16 @@ def _prompts_and_responses(
         if isinstance(config, SeedDataConfig) and not _scores_enough(row, config, where):
             counts.num_below_score += 1
             continue
-        source: str | Messages
+        split: list[tuple[str | Messages, str]]
         if config.messages_column is not None:
             counts.unread_columns.update(column for column in UNREAD_COLUMNS if row.get(column))
-            source, response = split_reply(read_chat(row.get(config.messages_column), where))
+            chat = read_chat(row.get(config.messages_column), where)
+            split = [*split_turns(chat)] if turns == "all" else [split_reply(chat)]
         else:
             source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
             response = text_cell(row.get(response_column), response_column, where) if response_column else ""
-        prompt = prompt_of(source, render, where)
-        if prompt is None:
-            counts.num_empty += 1
-            continue
-        yield prompt, response
+            split = [(source, response)]
+        yield where, split
 
 
 def prompt_of(source: str | Messages, render: Render, where: str) -> Prompt | None:

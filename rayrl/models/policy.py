@@ -86,8 +86,8 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def add_lora(model: "PreTrainedModel", lora: LoraConfig) -> "PeftModel":
-    """Freeze a model and add low-rank adapters to it.
+def add_lora(model: "PreTrainedModel", lora: LoraConfig, base: Checkpoint) -> "PeftModel":
+    """Freeze a model and add low-rank adapters to it. `base` is the checkpoint that it was loaded from.
 
     Raises:
         ConfigError: a target is no linear layer of the model.
@@ -118,6 +118,9 @@ def add_lora(model: "PreTrainedModel", lora: LoraConfig) -> "PeftModel":
         ),
     )
     assert isinstance(adapted, PeftModel), "only several adapters at once make a PeftMixedModel"
+    # By default the name is that of the folder that transformers read, a local copy of the checkpoint.
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.path, base.revision
     return adapted
 
 

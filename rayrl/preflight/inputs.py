@@ -139,9 +139,11 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
     if config.seed_data is None:
         return None
     counts = PromptCounts()
-    for _ in read_seed_rows(config.seed_data, renderer(config, model), counts):
+    are_asked_about = config.generate.source == "seed"
+    turns = "last" if are_asked_about else config.sft.turns
+    for _ in read_seed_rows(config.seed_data, renderer(config, model), counts, turns=turns):
         # One usable row shows that SFT has something to learn; the number matters only for queries.
-        if config.generate.source != "seed":
+        if not are_asked_about:
             break
     if counts.num_kept == 0:
         raise DataError(

@@ -654,7 +654,7 @@ def _training(facts: RunFacts) -> Section | None:
     if sft is not None and sft.num_truncated + sft.num_too_long:
         notes.append(
             f"{SFT.name}: {number(sft.num_truncated)} responses cut to the context, and "
-            f"{number(sft.num_too_long)} rows left out because their prompts fill it."
+            f"{number(sft.num_too_long)} examples left out because their prompts fill it."
         )
     dpo = run.last(DPO)
     if dpo is not None:

@@ -62,7 +62,12 @@ class SftMetrics(FitMetrics):
     num_truncated: int
     """Examples whose response was cut to the context."""
     num_too_long: int = 0
-    """Rows left out because their prompts fill the context."""
+    """Examples left out because their prompts fill the context."""
+    num_used_rows: int = 0
+    """Rows with a response to learn from. An example is a row, or with `sft.turns = "all"` a turn of the assistant."""
+    num_skipped_turns: int = 0
+    """Turns of the assistant in these rows that are no examples: empty, calling a tool, or before any text of the
+    user."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
         policy = load_policy(job.start, job.torch_dtype, trust_remote_code=job.policy.trust_remote_code)
         turn_off_dropout(policy)  # the reference has none either
         if dpo.lora:
-            policy = add_lora(policy, dpo.lora)
+            policy = add_lora(policy, dpo.lora, job.start)
         schedule_steps = num_steps(job.num_rows, dpo, dpo.batch_size)
         engine = zero.start(TokenLogprobs(policy), dpo, job.torch_dtype, schedule_steps)
     packed = is_packed(policy)

@@ -107,8 +107,8 @@ def start(job: PpoJob) -> tuple[zero.Engine[Actor], nn.Module | None]:
             if network is not None:
                 turn_off_dropout(network)
         if config.lora:
-            policy = add_lora(policy, config.lora)
-            value = None if value is None else add_lora(value, config.lora)
+            policy = add_lora(policy, config.lora, job.m1)
+            value = None if value is None else add_lora(value, config.lora, job.value_start)
         networks = Actor(policy) if value is None else ActorCritic(policy, value)
         groups = parameter_groups(networks, config)
         engine = zero.start(networks, config, dtype, config.num_updates(job.num_rows), groups)

@@ -215,7 +215,7 @@ def new_reward_model(
 ) -> RewardModel:
     """Put a checkpoint's backbone, with adapters if the training has any, under an untrained head."""
     backbone = load_policy(start, dtype, trust_remote_code=trust_remote_code)
-    return RewardModel(add_lora(backbone, lora) if lora else backbone, pooling)
+    return RewardModel(add_lora(backbone, lora, start) if lora else backbone, pooling)
 
 
 def collated(rows: list[SequencePairRow], max_tokens: int, packed: bool) -> list[PairBatch]:

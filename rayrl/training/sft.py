@@ -51,7 +51,7 @@ def train_sft(job: SftJob, data: launch.Rows[SftRow]) -> None:
     with zero.sharded_loading(training, job.torch_dtype):
         policy = load_policy(job.start, job.torch_dtype, trust_remote_code=job.policy.trust_remote_code)
         if training.lora:
-            policy = add_lora(policy, training.lora)
+            policy = add_lora(policy, training.lora, job.start)
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
         engine = zero.start(TokenLogprobs(policy), training, job.torch_dtype, schedule_steps)
     packed = is_packed(policy)

@@ -146,6 +146,10 @@ def test_what_may_be_a_key_is_not_shown(small, override, field):
         ),
         (["sft.enabled=true"], "seed_data is missing"),
         (['generate.source="seed"'], "seed_data is missing"),
+        (
+            ["sft.enabled=true", 'sft.turns="all"', 'seed_data={path="x"}'],
+            'sft.turns must be "last" for seed data without',
+        ),
         (['labels="direct"'], 'labels = "direct" pairs only paid responses, so select.unit must be "prompt"'),
         (['evaluator={type="scalar", loss="bradley_terry"}'], 'evaluator.loss = "bradley_terry" needs pairs'),
         (['select.unit="prompt"', "select.budget=3"], "select.budget must be at least generate.k (4)"),

@@ -9,6 +9,7 @@ from rayrl.data.collate import collate
 from rayrl.models import policy as policy_module
 from rayrl.models.packing import hidden_states, is_packed
 from rayrl.models.policy import add_lora, has_known_head, response_logprobs
+from rayrl.records import Checkpoint
 
 PROMPTS = [[1, 20, 30, 40], [1, 50], [1, 60, 70, 80, 90, 11, 12, 13, 14, 15, 16]]
 RESPONSES = [[5, 6], [7, 8, 9, 2, 21, 22, 23, 24, 25], [2]]
@@ -120,7 +121,8 @@ def test_gradient_checkpoints_change_nothing(family):
 
 def test_adapters_are_trained(monkeypatch):
     monkeypatch.setattr(policy_module, "LOGIT_BYTES", 5 * 4 * VOCAB)
-    model = add_lora(make("llama"), LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "down_proj"]))
+    lora = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "down_proj"])
+    model = add_lora(make("llama"), lora, Checkpoint(path="made-up", version="tiny"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

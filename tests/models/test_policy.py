@@ -33,7 +33,7 @@ def test_response_logprobs_are_those_of_the_unpadded_sequence(tiny_policy):
 
 def test_lora_changes_nothing_before_training_and_trains_only_adapters(tiny_policy):
     plain = tiny_policy.load()
-    model = add_lora(tiny_policy.load(), LoraConfig(rank=4, alpha=8))
+    model = add_lora(tiny_policy.load(), LoraConfig(rank=4, alpha=8), tiny_policy.checkpoint)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all(".lora_" in name for name in trained)
@@ -47,7 +47,7 @@ def test_lora_changes_nothing_before_training_and_trains_only_adapters(tiny_poli
 
 
 def test_gradients_reach_the_adapters(tiny_policy):
-    model = add_lora(tiny_policy.load(), LoraConfig(rank=4, alpha=8, target_modules=["q_proj"]))
+    model = add_lora(tiny_policy.load(), LoraConfig(rank=4, alpha=8, target_modules=["q_proj"]), tiny_policy.checkpoint)
     response_logprobs(model, collate(PROMPTS, RESPONSES)).sum().backward()
     norms = {n: p.grad.abs().sum().item() for n, p in model.named_parameters() if "lora_B" in n}
     assert len(norms) == plain_layers(model)
@@ -120,4 +120,4 @@ def test_without_dropout_training_mode_reads_what_evaluation_mode_reads():
 
 def test_adapters_are_refused_on_what_is_no_linear_layer(tiny_policy):
     with pytest.raises(ConfigError, match=r"must name linear layers of the model, got embed_tokens; .* are down_proj,"):
-        add_lora(tiny_policy.load(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+        add_lora(tiny_policy.load(), LoraConfig(target_modules=["q_proj", "embed_tokens"]), tiny_policy.checkpoint)

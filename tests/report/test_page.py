@@ -99,7 +99,7 @@ def test_a_finished_run_shows_everything(run_dir):
         "answers of M2 ranked 64",
         "strategy k_center candidates 4,800 selected 128 covering radius at the end 0.1237",
         "everything up to the end of DPO 5 min 56 s",
-        "sft: 2 responses cut to the context, and 1 rows left out because their prompts fill it.",
+        "sft: 2 responses cut to the context, and 1 examples left out because their prompts fill it.",
         "dpo: 5,210 tokens per second, 6.0% padding.",
         "engine:generate 2 34.2",
         "small fox and its friend number 63",
@@ -457,7 +457,7 @@ def test_win_rates_against_references_say_what_they_compare(rlp_run_dir, by, exp
     edit_metrics(rlp_run_dir, EVALUATE, references=None)
     text = report(rlp_run_dir).text
     assert "against references" not in text and "the references" not in text
-    assert "scores of single answers. KL is" in text
+    assert "scores of single answers. Answers are sampled at temperature" in text
 
 
 def test_a_policy_that_said_nothing_has_no_kl(rlp_run_dir):

@@ -31,9 +31,10 @@ def losses_of(rank, world_size, stage, lora, rendezvous, path, results):
     training = SftConfig(zero_stage=stage, learning_rate=1e-3, lora=lora, gradient_checkpointing=True)
     torch.manual_seed(0)
     with zero.sharded_loading(training, torch.float32):
-        policy = load_policy(Checkpoint(path=path, version="m1"), torch.float32)
+        m1 = Checkpoint(path=path, version="m1")
+        policy = load_policy(m1, torch.float32)
         if lora:
-            policy = add_lora(policy, lora)
+            policy = add_lora(policy, lora, m1)
         engine = zero.start(TokenLogprobs(policy), training, torch.float32, STEPS)
     engine.train()
     losses = []

@@ -1,4 +1,10 @@
-"""Stage sft: M0 -> M1 on the seed data."""
+"""Stage sft: M0 -> M1 on the seed data.
+
+With `sft.turns = "all"` each turn of the assistant is an example of its own, whose prompt is the chat before it. One
+sequence for a whole chat with a mask over its tokens would read the earlier turns once, not once for each later turn.
+But many chat templates write a turn otherwise once others follow it (they drop its thoughts, say), and the policy would
+learn to continue texts that it is never asked to continue.
+"""
 
 import time
 from collections import Counter
@@ -8,7 +14,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
-from rayrl.data.reading import PromptCounts, read_seed_rows
+from rayrl.data.reading import PromptCounts, Turns, read_seed_rows
 from rayrl.data.tokenizing import context_length, encode_prompt, encode_response, load_tokenizer, renderer_of
 from rayrl.errors import DataError
 from rayrl.fleets.services import Services
@@ -32,7 +38,7 @@ ROWS_PER_BLOCK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One tokenised row of the seed data."""
+    """One tokenised response of the seed data, and the prompt before it."""
 
     prompt_id: str
     prompt_token_ids: list[int]
@@ -47,7 +53,7 @@ class Examples:
     num_examples: int
     rows: PromptCounts
     cut: Counter[str]
-    """How many rows the context is too short for: `num_truncated` responses cut to it, `num_too_long` rows left out."""
+    """How many examples the context is too short for: `num_truncated` responses cut to it, `num_too_long` left out."""
 
 
 def base_policy(run: Run) -> Checkpoint:
@@ -92,15 +98,26 @@ def sft(run: Run, services: Services) -> Checkpoint:
             **asdict(curve),
             num_empty=examples.rows.num_empty,
             num_below_score=examples.rows.num_below_score,
+            num_used_rows=examples.rows.num_kept,
+            num_skipped_turns=examples.rows.num_skipped_turns,
             **examples.cut,
         ),
-        summary=f"{examples.num_examples} examples{_left_out(examples)}, {losses_of(curve)}",
+        summary=f"{counted(examples, config.sft.turns)}{_left_out(examples)}, {losses_of(curve)}",
     )
     return checkpoint
 
 
+def counted(examples: Examples, turns: Turns) -> str:
+    """Write how many examples there are; with all turns, of how many chats, and how many turns are none."""
+    if turns == "last":
+        return f"{examples.num_examples} examples"
+    num = examples.rows.num_skipped_turns
+    skipped = f" ({num} more are empty, call a tool, or answer nothing)" if num else ""
+    return f"{examples.num_examples} examples, the assistant's turns in {examples.rows.num_kept} chats{skipped}"
+
+
 def _left_out(examples: Examples) -> str:
-    """Write how many rows were left out because their prompts fill the context; empty if none was."""
+    """Write how many examples were left out because their prompts fill the context; empty if none was."""
     num = examples.cut["num_too_long"]
     return f" ({num} left out: their prompts fill the context)" if num else ""
 
@@ -148,7 +165,7 @@ def tokenise(run: Run) -> Examples:
 
 
 def _examples(run: Run, rows: PromptCounts, cut: Counter[str]) -> Iterator[Example]:
-    """Yield rows with their responses cut to the context, without those whose prompts fill it.
+    """Yield examples with their responses cut to the context, without those whose prompts fill it.
 
     A prompt is never cut: a chat would lose the header of the assistant's turn, and the response would follow a text
     that the policy is never asked to continue.
@@ -158,7 +175,7 @@ def _examples(run: Run, rows: PromptCounts, cut: Counter[str]) -> Iterator[Examp
     tokenizer = load_tokenizer(config.policy)
     limit = context_length(config.policy)
     renderer = renderer_of(tokenizer, config.policy)
-    for prompt, response in read_seed_rows(config.seed_data, renderer, rows):
+    for prompt, response in read_seed_rows(config.seed_data, renderer, rows, turns=config.sft.turns):
         prompt_ids = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)
         room = limit - len(prompt_ids)
         if room < 1:

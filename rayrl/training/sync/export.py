@@ -4,6 +4,7 @@ The record holds the sums of the weights in the trainer's memory, with which a r
 what it then serves, and the trainer's reading of a text. The difference to the replica's reading is reported.
 """
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER_FOLDER = "adapter"
+"""Below the model folder's own files: vLLM loads every safetensors file at the top of it."""
 MAX_TEXT_TOKENS = 256
 """Of the text that trainer and replicas read."""
 TEXT = (
@@ -56,8 +59,8 @@ def export_policy(
 ) -> None:
     """Write a policy, adapters merged, and its record to `url`. Every rank takes part; rank 0 writes.
 
-    The tokenizer is that of `source`, the run's policy. Without it the folder is for replicas that run already, and its
-    record holds no reading of a text.
+    The tokenizer is that of `source`, the run's policy. Without it the folder is for replicas that run already: its
+    record holds no reading of a text, and adapters are not written beside the merged weights.
     """
     text = None if source is None else read_policy_text(engine, policy, load_tokenizer(source))
     export_folder(FullWeights(engine, policy), source, url, text, head=None)
@@ -118,11 +121,12 @@ def export_folder(
 
     Args:
         weights: of the causal language model.
-        source: has the tokenizer; None leaves it out.
+        source: has the tokenizer; None leaves out it and the folder of the adapters.
         url: the folder; one that is there is replaced.
         text: the trainer's reading of a text, if replicas shall report how far they are from it.
         head: weights of a scalar head, if there is one.
     """
+    adapter = {} if source is None or weights.adapted is None else weights.gather_adapter()
     if launch.rank() != 0:
         for _ in weights.gather():  # rank 0 cannot gather alone
             pass
@@ -132,6 +136,8 @@ def export_folder(
         sums = write_weights(weights, folder)
         if source is not None:
             complete_folder(folder, source)
+        if adapter and weights.adapted is not None:
+            write_adapter(weights.adapted, adapter, folder / ADAPTER_FOLDER)
         record = WeightRecord(dtype=str(weights.base.dtype).removeprefix("torch."), sums=sums, text=text)
         if storage.is_local(url):
             (folder / RECORD_FILE).write_text(json.dumps(record))
@@ -142,6 +148,28 @@ def export_folder(
         # A local folder is renamed into place whole. On an object store the files arrive one by one, and replicas that
         # wait for the folder wait for this one.
         storage.write_json(storage.join(url, RECORD_FILE), record)
+
+
+def write_adapter(model: "PeftModel", weights: Bucket, folder: Path) -> None:
+    """Write adapters in a folder that `PeftModel.from_pretrained` loads onto the checkpoint that they were trained on.
+
+    Args:
+        model: has the adapters, and their settings.
+        weights: of the adapters, whole, under their names in memory.
+        folder: a new one.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    folder.mkdir()
+    # Otherwise peft asks the hub whether the vocabulary has grown; embeddings are never trained beside adapters.
+    state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
+    assert isinstance(config, LoraConfig)
+    config.inference_mode = True
+    # In order: peft keeps the names as a set, and the file would differ from run to run.
+    config.target_modules = sorted(config.target_modules or [])
+    config.save_pretrained(str(folder))
 
 
 def write_weights(weights: FullWeights, folder: Path) -> Sums:

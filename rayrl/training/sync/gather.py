@@ -87,8 +87,8 @@ class FullWeights:
         from peft import PeftModel
 
         self._engine = engine
-        self._model = model
-        self._is_adapted = isinstance(model, PeftModel)
+        self.adapted = model if isinstance(model, PeftModel) else None
+        """The model with its adapters, if it has any."""
         self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
         """The transformers model, whose names the weights have."""
         # A tied head comes once, as the embedding. vLLM's classes of some families know no other name of it.
@@ -106,6 +106,18 @@ class FullWeights:
             parameters = {name: self._parameters[name] for name in names}
             # Yielded without a name of its own here, which would keep it in memory while the next one is gathered.
             yield self._merged(zero.gather(self._engine, parameters, device))
+
+    def gather_adapter(self) -> Bucket:
+        """Copy the weights of the adapters alone, under their names in memory, to rank 0; empty elsewhere.
+
+        All ranks take part.
+        """
+        adapter: Bucket = {}
+        for names in self._buckets:
+            parameters = {name: self._parameters[name] for name in names if ".lora_" in name}
+            if parameters:
+                adapter |= zero.gather(self._engine, parameters)
+        return adapter
 
     def sums(self, device: torch.device | str = "cpu") -> Sums:
         """Return the sums of the weights on rank 0, and none elsewhere. All ranks take part; it gathers all buckets."""
@@ -133,4 +145,4 @@ class FullWeights:
         return revert_weight_conversion(self.base, bucket)
 
     def _merged(self, bucket: Bucket) -> Bucket:
-        return merge_adapters(self._model, bucket) if self._is_adapted else bucket
+        return bucket if self.adapted is None else merge_adapters(self.adapted, bucket)

@@ -52,7 +52,10 @@ def test_a_rollout_keeps_the_reasons_of_its_abstentions():
 def test_the_manifest_counts_abstentions_by_their_reasons():
     times = dict.fromkeys(["seconds", "generate_s", "reward_s", "train_s", "sync_s"], 1.0)
     counts = {"num_responses": 10, "num_abstained": 6, "num_too_long": 1, "num_timed_out": 4}
-    curve = [{"step": 0}, *({"step": n, "reward": 1.0, "kl": 0.1} | times | counts for n in (1, 2))]
+    curve = [
+        {"step": 0},
+        *({"step": n, "reward": 1.0, "kl": 0.1, "sampler_difference": 0.0} | times | counts for n in (1, 2)),
+    ]
     fitted = FitMetrics(num_steps=2, first_loss=1.0, final_loss=1.0, fit_s=2.0)
     found = summarise(curve, fitted, PpoConfig())
     assert (found.num_responses, found.num_abstained, found.num_too_long, found.num_timed_out) == (20, 12, 2, 8)

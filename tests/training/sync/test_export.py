@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from rayrl.config import LoraConfig, PolicyConfig, TrainingConfig
@@ -25,6 +26,7 @@ from rayrl.training.sync.gather import FullWeights, merge_adapters, split_into_b
 from tests.training.test_fit import stream_of, write_examples
 
 LORA = LoraConfig(rank=4, alpha=6)
+BASE = Checkpoint(path="an-org/a-model", revision="v2", version="base")
 SMALL = 200_000
 """Bytes: the tiny policy's embedding is larger, its layers are smaller."""
 WHOLE = SimpleNamespace(
@@ -36,7 +38,7 @@ WHOLE = SimpleNamespace(
 def adapted(model):
     """With adapters that do something, the same in every process."""
     torch.manual_seed(0)
-    model = add_lora(model, LORA)
+    model = add_lora(model, LORA, BASE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -114,6 +116,36 @@ def test_one_bucket_is_held_at_a_time_and_known_before_it_is_gathered(tiny_polic
     assert sorted(names) == sorted(merged_by_peft(tiny_policy))
 
 
+def assert_adapter_is_the_trained_one(tiny_policy, folder):
+    """peft loads the adapter onto the base model, which then has the log-probabilities of the adapted model."""
+    adapter = folder / "adapter"
+    assert {file.name for file in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (BASE.path, BASE.revision)
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (LORA.rank, LORA.alpha, True)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    tokens = torch.tensor([text_tokens(tiny_policy.load(), load_tokenizer(PolicyConfig(path=tiny_policy.path)))])
+    loaded = PeftModel.from_pretrained(tiny_policy.load(), adapter).eval()
+    trained, plain = adapted(tiny_policy.load()).eval(), tiny_policy.load()
+    with torch.no_grad():
+        ours, theirs, before = (model(tokens).logits.log_softmax(-1) for model in (trained, loaded, plain))
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, before, atol=1e-2)
+
+
+def test_adapters_are_written_beside_the_merged_weights(tiny_policy, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "rank", lambda: 0)
+    model, policy = adapted(tiny_policy.load()), PolicyConfig(path=tiny_policy.path)
+    export_folder(FullWeights(WHOLE, model), policy, f"{tmp_path}/model", None, head=None)
+    assert_adapter_is_the_trained_one(tiny_policy, tmp_path / "model")
+    assert [file.name for file in (tmp_path / "model").glob("*.safetensors")] == ["model.safetensors"]
+    assert model.peft_config["default"].inference_mode is False, "the model in training stays as it was"
+    export_folder(FullWeights(WHOLE, model), None, f"{tmp_path}/for replicas", None, head=None)
+    export_folder(FullWeights(WHOLE, tiny_policy.load()), policy, f"{tmp_path}/plain", None, head=None)
+    assert not (tmp_path / "for replicas" / "adapter").exists()
+    assert not (tmp_path / "plain" / "adapter").exists()
+
+
 def export_in_shards(job, rows):
     """A worker's loop: no training, only a policy in shards and its export."""
     training = TrainingConfig(num_workers=2, zero_stage=3)
@@ -121,7 +153,7 @@ def export_in_shards(job, rows):
         policy = adapted(load_policy(Checkpoint(path=job["path"], version="tiny"), torch.float32))
         engine = zero.start(policy, training, torch.float32, 1)
     weights = FullWeights(engine, engine.module, max_bytes=SMALL)
-    export_folder(weights, None, job["url"], None, head=None)
+    export_folder(weights, PolicyConfig(path=job["path"]), job["url"], None, head=None)
 
 
 def shards(folder):
@@ -151,6 +183,7 @@ def test_a_policy_sharded_over_two_workers_is_written_and_served_in_shards(gener
     model = load_policy(Checkpoint(path=job["url"], version="in shards"), torch.float32)  # reads the index
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(model.get_parameter(q_proj).detach(), merged_by_peft(tiny_policy)[q_proj].detach())
+    assert_adapter_is_the_trained_one(tiny_policy, tmp_path / "model")
     generators.adopt(Checkpoint(path=job["url"], version="in shards"))  # proves itself by the sums
 
 
