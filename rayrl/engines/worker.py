@@ -101,7 +101,7 @@ def _pack_experts_on_each_load() -> None:
         if layer.w13_weight is w13:  # vLLM puts new parameters there when it packs
             method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
-    UnquantizedFusedMoEMethod._setup_kernel = packing_set_up  # type: ignore[method-assign]
+    UnquantizedFusedMoEMethod._setup_kernel = packing_set_up  # type: ignore[assignment]
 
 
 if current_platform.is_cpu():
