@@ -77,8 +77,8 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_and_the_earlier_one_goes
         sft_fit(tmp_path, table, FullDisk(limit_bytes=200_000))
     assert [name[:19] for name in checkpoints.whole(f"{tmp_path}/fit/fit")] == ["checkpoint_00000002"]
     sft_fit(tmp_path, table)
-    steps = steps_logged(tmp_path)  # training may have gone on a little while the checkpoint of step 4 was written
-    assert steps[:4] == [1, 2, 3, 4] and steps[-5:] == [3, 4, 5, 6, 7] and len(steps) <= 11, "from step 2 on"
+    steps = steps_logged(tmp_path)  # training may have gone on while the checkpoint of step 4 was written
+    assert steps[:4] == [1, 2, 3, 4] and steps[-5:] == [3, 4, 5, 6, 7] and len(steps) <= 7 + 5, "from step 2 on"
     assert_same_weights(weights(tmp_path), weights(folder))
 
 
