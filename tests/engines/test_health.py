@@ -103,6 +103,9 @@ class ForgetfulCore(Core):
     async def pause_generation(self, **_):
         pass
 
+    async def collective_rpc(self, method):
+        assert method == "pack_tied_heads"
+
     async def reset_prefix_cache(self, **_):
         return False
 
