@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,37 +140,40 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def use_folder(fit_url: str) -> None:
-    """Make Ray Train's functions of this process write a fit's checkpoints to a folder that both ranks see."""
+    """Write a fit's checkpoints to a folder that both ranks see, at once: without a cluster there is no controller."""
     import torch.distributed as dist
     from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 
-    from rayrl.training import launch
+    from rayrl.training import checkpoints, launch
 
     class SharedFolder(LocalTrainFnUtils):
-        def report(self, metrics, checkpoint=None, checkpoint_dir_name=None, **options):
-            if checkpoint is not None:
-                name = self.broadcast_from_rank_zero(checkpoint_dir_name)
-                shutil.copytree(checkpoint.path, f"{fit_url}/{name}", dirs_exist_ok=True)
-            dist.barrier()
-
         def broadcast_from_rank_zero(self, data):
             values = [data]
             dist.broadcast_object_list(values, 0)
             return values[0]
 
+    def report(metrics, save):
+        step = int(metrics["step"])
+        with tempfile.TemporaryDirectory() as part:
+            save(part)()
+            checkpoints.seal(part, step, dist.get_rank(), dist.get_world_size())
+            shutil.copytree(part, f"{fit_url}/{checkpoints.PREFIX}{step:08d}", dirs_exist_ok=True)
+        dist.barrier()
+
     set_train_fn_utils(
         SharedFolder("fit", world_size=dist.get_world_size(), world_rank=dist.get_rank(), local_world_size=2)
     )
     launch._fit_url.set(fit_url)
+    launch.report = report
 
 
 def train_rows(folder: Path, policy: str, combination: Combination) -> None:
-    """Run a trainer's own loop over this rank's half of some rows."""
+    """Run a trainer's own loop over some rows, which rank 0 deals."""
+    import pyarrow as pa
     import torch
 
     from rayrl.config import DpoConfig, EvaluatorConfig, PolicyConfig, RewardModelConfig, SftConfig, UmlConfig
     from rayrl.records import Checkpoint
-    from rayrl.training import launch
     from rayrl.training.dpo import DpoJob, train_dpo
     from rayrl.training.evaluator import ScalarJob, train_scalar
     from rayrl.training.reward_model import RewardModelJob, train_reward_model
@@ -220,14 +224,17 @@ def train_rows(folder: Path, policy: str, combination: Combination) -> None:
             views = None
             if combination.trainer == "views":
                 views = Views(
-                    table=view_table(folder), uml=UmlConfig(batch_size=4, z_dim=8, hidden_dim=32), max_tokens=64
+                    table=view_table(folder),
+                    uml=UmlConfig(batch_size=4, z_dim=8, hidden_dim=32),
+                    batch_size=4,
+                    max_tokens=64,
                 )
             training = RewardModelConfig(**settings)
             loop = train_reward_model
             job = RewardModelJob(training=training, pooling="last", random_head=True, views=views, **common)
         case other:
             raise ValueError(other)
-    loop(job, lambda: iter(rows[launch.rank() :: 2]))
+    loop(job, lambda: iter([pa.Table.from_pylist(rows)]))
 
 
 def view_table(folder: Path):
@@ -250,9 +257,10 @@ def train_ppo(folder: Path, policy: str, combination: Combination) -> None:
     from rayrl.config import PolicyConfig, PpoConfig
     from rayrl.engines.generator import Continuation, Sampling
     from rayrl.records import Checkpoint
+    from rayrl.training import deepspeed_engine as zero
     from rayrl.training import launch, ppo
     from rayrl.training.ppo_job import PpoJob
-    from rayrl.training.rollout import Rollout, evaluate_rollout
+    from rayrl.training.rollout import Experience, Rollout, evaluate_rollout
     from rayrl.training.steps import checkpoint, restore
     from rayrl.training.sync.export import export_policy
 
@@ -286,7 +294,7 @@ def train_ppo(folder: Path, policy: str, combination: Combination) -> None:
             step=0, prompts=prompts, continuations=continuations, rewards=rewards, generate_s=0.0, reward_s=0.0
         )
         experience = evaluate_rollout(engine, reference, rollout, config, 0.02)
-        ppo.learn(engine, experience, job, step)
+        ppo.learn(engine, Experience.joined(zero.gathered(experience)), job, step)
         checkpoint(engine, step)
     export_policy(engine, engine.module.policy, job.policy, job.checkpoint_url)
 
