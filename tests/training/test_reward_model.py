@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rayrl.config import EvaluatorConfig, LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
@@ -145,7 +144,7 @@ def test_the_branch_is_trained_and_not_exported(with_uml, tiny_policy):
     assert all(math.isfinite(row["mi"]) and row["skl"] >= 0 for row in curve)
     assert all(row["loss"] != pytest.approx(row["pair_loss"], abs=1e-3) for row in curve)
     names = load_file(folder / "checkpoint" / "model.safetensors").keys()
-    assert set(names) == set(tiny_policy.load().state_dict())
+    assert set(names) == set(tiny_policy.load().state_dict()) - {"lm_head.weight"}  # tied to the embedding
     assert load_file(folder / "checkpoint/head/head.safetensors").keys() == {"weight", "bias"}
 
 
@@ -302,15 +301,8 @@ def test_ranks_share_the_prompts_and_no_batch_is_of_one_prompt(tmp_path):
     views = Views(table=view_table(tmp_path), uml=UML, batch_size=4, max_tokens=512)
     for whole, *shares in zip(drawn(views, 0, 6), *(drawn(views, 0, 6, rank, 2) for rank in range(2)), strict=True):
         assert sorted(prompt for part in shares for prompt in first_tokens(part)) == sorted(first_tokens(whole))
-        assert all(len(part.tokens.input_ids) == 4 for part in shares)
+        assert all(len(part.tokens.lengths) == 4 for part in shares)
         assert sum(part.weight for part in shares) == pytest.approx(whole.weight) == pytest.approx(UML.weight)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")  # of DeepSpeed and torch, where they are imported here

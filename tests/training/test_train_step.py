@@ -5,7 +5,6 @@ import math
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from rayrl.config import SftConfig
@@ -69,14 +68,6 @@ def test_skipped_steps_end_a_training_only_in_a_row():
         assert train_step(engine, [1.0], torch.tensor, 1, 0.0).num_skipped == (not math.isfinite(norm))
     with pytest.raises(TrainingStopped, match="3 steps in a row, the last of them step 7 on rows a, although the loss"):
         train_step(engine, [1.0], torch.tensor, 1, 0.0, ["a"])
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rendezvous")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/file", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
