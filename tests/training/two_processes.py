@@ -49,8 +49,8 @@ def train_all(folder: Path, policy: str, combinations: list[Combination]) -> dic
     ranks = []
     for rank in ("0", "1"):
         environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        output = (folder / f"rank{rank}.txt").open("w")
-        ranks.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=output))
+        with (folder / f"rank{rank}.txt").open("w") as output:
+            ranks.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=output))
     try:
         codes = [process.wait(TIMEOUT_S) for process in ranks]
     finally:
