@@ -23,5 +23,5 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether the training has to stop."""
+        """True once so many evaluations in a row were no better that the training has to stop."""
         return self.patience is not None and self.num_worse >= self.patience

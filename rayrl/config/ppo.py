@@ -163,7 +163,7 @@ class PpoConfig(TrainingConfig):
 
     @property
     def trains_value(self) -> bool:
-        """Whether a value function is trained beside the policy."""
+        """True if the advantages read a value function, which is then trained beside the policy."""
         return ADVANTAGES[self.advantages].reads_values
 
     @property

@@ -105,8 +105,7 @@ def train_dpo(job: DpoJob, data: launch.Rows[PairRow]) -> None:
     held_out: Callable[[], Iterator[pa.Table]] = job.held_out_tables
     if job.reference == "pass":
         references = reference_pass(engine, job, data, packed)
-        pairs = lambda: (with_references(table, references) for table in data())  # noqa: E731
-        held_out = lambda: (with_references(table, references) for table in job.held_out_tables())  # noqa: E731
+        pairs, held_out = all_with_references(data, references), all_with_references(held_out, references)
     engine.train()
     idle = pair_batch([IDLE_PAIR]).to(engine.device)
     margins: list[Tensor] = []  # of one step; on a rank without pairs those of the idle pair
@@ -261,6 +260,13 @@ def reference_pass(engine: zero.Engine, job: DpoJob, data: launch.Rows[PairRow],
         references |= part
     storage.write_json(url, references)
     return references
+
+
+def all_with_references(
+    tables: Callable[[], Iterator[pa.Table]], references: dict[str, References]
+) -> Callable[[], Iterator[pa.Table]]:
+    """Make a source of pairs one of the same pairs with the log-probabilities of the pass."""
+    return lambda: (with_references(table, references) for table in tables())
 
 
 def with_references(pairs: pa.Table, references: dict[str, References]) -> pa.Table:
