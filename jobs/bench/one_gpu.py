@@ -218,7 +218,7 @@ def check_trl(device: str) -> str:
     """Take one DPO step in float32 here and in TRL, from the same weights: the same loss afterwards."""
     import torch
 
-    from jobs.bench.dpo_trl import Theirs
+    from jobs.bench.trl_trainers import Theirs
     from rayrl.config import DpoConfig
     from rayrl.models.policy import TokenLogprobs, load_policy
     from rayrl.records import Checkpoint
@@ -235,7 +235,7 @@ def check_trl(device: str) -> str:
         IDLE_PAIR | {"prompt_token_ids": tokens(16), "chosen_token_ids": tokens(32), "rejected_token_ids": tokens(40)}
         for _ in range(4)
     ]
-    theirs = Theirs(folder, pairs, 4, 4, use_cpu=device == "cpu")
+    theirs = Theirs("dpo", folder, pairs, 4, 4, use_cpu=device == "cpu")
     theirs.round()
     start_process_group(device)
     training = DpoConfig(learning_rate=1e-5, schedule="constant", warmup_ratio=0.0, batch_size=4)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs.bench.hardware import hardware
 
@@ -37,6 +37,8 @@ class Case:
     dtype: str = "float32"
     gradient_checkpointing: bool = False
     lora: bool = False
+    quantization: Literal["nf4"] | None = None
+    """Of the weights under adapters."""
     num_workers: int = 2
     vocab_size: int = 1000
     micro_batch_tokens: int = 512
@@ -69,7 +71,7 @@ def estimate(case: Case) -> dict[str, float]:
         zero_stage=case.zero_stage,
         cpu_offload=False,
         gradient_checkpointing=case.gradient_checkpointing,
-        lora=LoraConfig() if case.lora else None,
+        lora=LoraConfig(quantization=case.quantization) if case.lora else None,
         micro_batch_tokens=case.micro_batch_tokens,
     )
     on_gpu = case.device == "cuda"
@@ -79,9 +81,13 @@ def estimate(case: Case) -> dict[str, float]:
 
 def measure(case: Case, rank: int, rendezvous: str) -> int:
     """Train two steps as one of the case's workers; return the peak's bytes in the second."""
+    # These libraries are part of the process, and not of what a model takes.
+    import bitsandbytes  # noqa: F401
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
     import torch
     import torch.distributed as dist
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     from rayrl.config import DpoConfig, LoraConfig
     from rayrl.models.policy import TokenLogprobs, add_lora
@@ -98,7 +104,7 @@ def measure(case: Case, rank: int, rendezvous: str) -> int:
         zero_stage=case.zero_stage,  # type: ignore[arg-type]
         gradient_checkpointing=case.gradient_checkpointing,
         micro_batch_tokens=case.micro_batch_tokens,
-        lora=LoraConfig() if case.lora else None,
+        lora=LoraConfig(quantization=case.quantization) if case.lora else None,
     )
     before = resident(case.device)
     torch.manual_seed(0)
@@ -197,6 +203,7 @@ def row(case: Case) -> tuple[str, float]:
     total, found = sum(terms.values()), measured(case)
     error = total / found - 1
     changes = ", checkpointing" * case.gradient_checkpointing + ", LoRA" * case.lora
+    changes += "" if case.quantization is None else f", {case.quantization}"
     cells = [
         f"{case.hidden_size} x {case.num_layers}{changes}", case.dtype, str(case.zero_stage),
         *(f"{terms[name] / MIB:.0f}" for name in TERMS),
@@ -224,6 +231,7 @@ def cases(device: str) -> list[Case]:
     found += [replace(base, hidden_size=640, zero_stage=stage, dtype="bfloat16") for stage in range(4)]
     found.append(replace(base, num_layers=16, gradient_checkpointing=True, micro_batch_tokens=2048))
     found.append(replace(base, hidden_size=1024, lora=True))
+    found.append(replace(base, hidden_size=1024, lora=True, quantization="nf4"))
     return found
 
 

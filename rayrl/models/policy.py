@@ -16,6 +16,7 @@ from rayrl.algorithms.preference import log_collisions, token_logprobs
 from rayrl.config import LoraConfig
 from rayrl.errors import ConfigError
 from rayrl.models.packing import Sequences, all_logits, causal_lm, hidden_states
+from rayrl.models.quantization import quantize
 from rayrl.records import Checkpoint
 from rayrl.runs.storage import local_folder
 
@@ -87,7 +88,9 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
 
 
 def add_lora(model: "PreTrainedModel", lora: LoraConfig, base: Checkpoint) -> "PeftModel":
-    """Freeze a model and add low-rank adapters to it. `base` is the checkpoint that it was loaded from.
+    """Freeze a model, in 4 bits if they are asked for, and add low-rank adapters to it.
+
+    `base` is the checkpoint that it was loaded from.
 
     Raises:
         ConfigError: a target is no linear layer of the model.
@@ -105,6 +108,8 @@ def add_lora(model: "PreTrainedModel", lora: LoraConfig, base: Checkpoint) -> "P
             f"lora.target_modules must name linear layers of the model, got {', '.join(others)}; its linear layers are "
             f"{', '.join(linear)}"
         )
+    if lora.quantization is not None:
+        quantize(model, linear)
     adapted = get_peft_model(
         model,
         PeftLoraConfig(

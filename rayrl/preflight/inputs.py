@@ -25,6 +25,7 @@ from rayrl.oracles.keys import read_secret
 from rayrl.preflight.model import ModelFacts
 from rayrl.records import Prompt
 from rayrl.runs import storage
+from rayrl.runs.stage_table import stages_of
 
 _MEASURED_PROMPTS = 2000
 """Prompts that are tokenised: the longest of the pool, in characters. A pool this small is measured whole."""
@@ -175,6 +176,7 @@ def inspect_others(config: RunConfig) -> None:
         raise ConfigError(
             f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}; correct it, or leave it out"
         )
+    _inspect_quantization(config)
     if config.pipeline == "rlp" and config.ppo.function is not None:
         check_module(config.ppo.function, "ppo.function")
     _inspect_oracle(config)
@@ -192,6 +194,18 @@ def _inspect_oracle(config: RunConfig) -> None:
         raise ConfigError(missing)
     for table in oracle.tables():
         require_columns(table.path, table.columns)
+
+
+def _inspect_quantization(config: RunConfig) -> None:
+    """Refuse weights in 4 bits without the package that has them."""
+    for stage, _ in stages_of(config):
+        training = stage.training(config)
+        lora = None if training is None else training.settings.lora
+        if lora is not None and lora.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f'lora.quantization = "{lora.quantization}" ({stage.name}) needs the package bitsandbytes, which is '
+                'not installed here; pip install "rayrl[qlora]", or leave it out'
+            )
 
 
 def _inspect_tracking(config: RunConfig) -> None:

@@ -36,6 +36,9 @@ CUDA_CONTEXT_BYTES = 3 * GIB // 4
 """CUDA's context with the kernels of torch and cuBLAS, on GPUs of compute capability 8.0 and 9.0."""
 NCCL_BYTES = GIB // 2
 """Channels of NCCL between the workers of one training."""
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""A parameter in 4 bits, with its share of a scale of 8 bits per 64 of them, and of one of 32 bits per 256 scales
+(QLoRA, arXiv 2305.14314, section 3)."""
 CPU_PROCESS_BYTES = 3 * GIB // 4
 """A process without a model: Python, torch, transformers and DeepSpeed, or vLLM."""
 
@@ -142,6 +145,12 @@ def lora_parameters(shape: ModelShape, lora: LoraConfig) -> float:
     return lora.rank * sides * shape.num_layers
 
 
+def linear_parameters(shape: ModelShape) -> float:
+    """Count L (2 h a + 2 h k + 3 h i): the weights of the linear layers, the output head left out."""
+    h = shape.hidden_size
+    return shape.num_layers * h * (2 * shape.attention_size + 2 * shape.kv_size + 3 * shape.intermediate_size)
+
+
 def layer_activation_bytes(shape: ModelShape, width: int) -> float:
     """Bytes per token that one layer keeps for its backward pass (after arXiv 2205.05198, section 4.1).
 
@@ -223,6 +232,10 @@ def trainer_memory(
     states = state_bytes(shape.num_parameters, num_trained, **widths, **sharding)
     # One engine trains both networks, and gathers no more parameters for two of them.
     both = state_bytes(num_networks * shape.num_parameters, num_networks * num_trained, **widths, **sharding)
+    if settings.lora is not None and settings.lora.quantization is not None:
+        saved = linear_parameters(shape) * (width - NF4_BYTES)
+        states["weights"] -= saved
+        both["weights"] -= num_networks * saved
     host = 0.0
     if on_gpu and settings.cpu_offload and stage > 0:
         # The optimizer's gradients go with its state, and under ZeRO-3 so do the shards of the weights.

@@ -90,7 +90,7 @@ def training_needs(training: Training, config: RunConfig, *, place: Place) -> Ne
     """Needs of the workers of one training."""
     settings = training.settings
     num_workers = settings.num_workers
-    lora = ", LoRA" if settings.lora is not None else ""
+    lora = "" if settings.lora is None else ", LoRA" if settings.lora.quantization is None else ", QLoRA"
     return Needs(
         actors=f"{num_workers} worker(s), ZeRO-{settings.zero_stage}{lora}",
         num_gpus=num_workers if place.on_gpu else 0,
@@ -166,6 +166,8 @@ def _smaller(settings: TrainerSettings, place: Place) -> list[dict[str, Any]]:
         changes.append({"zero_stage": 3, "cpu_offload": True})
     if settings.lora is None:
         changes.append({"lora": LoraConfig()})
+    if num_workers == 1 and (settings.lora is None or settings.lora.quantization is None):
+        changes.append({"zero_stage": min(settings.zero_stage, 2), "lora": LoraConfig(quantization="nf4")})
     together = {name: value for change in changes for name, value in change.items()}
     return [*changes, together] if len(changes) > 1 else changes
 
@@ -173,7 +175,8 @@ def _smaller(settings: TrainerSettings, place: Place) -> list[dict[str, Any]]:
 def toml(value: object) -> str:
     """Write a setting's value as a config has it."""
     if isinstance(value, LoraConfig):
-        return f"{{ rank = {value.rank} }}"
+        quantization = "" if value.quantization is None else f', quantization = "{value.quantization}"'
+        return f"{{ rank = {value.rank}{quantization} }}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

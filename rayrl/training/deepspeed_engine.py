@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rayrl.config import TrainingConfig
 from rayrl.errors import TrainingStopped
+from rayrl.models.quantization import dequantized, dequantized_like
 
 B = TypeVar("B")
 T = TypeVar("T")
@@ -169,7 +170,7 @@ def start(
 
     _avoid_compiler()
     _cast_unsharded(model, dtype)
-    if training.checkpoints_gradients(sum(full_shape(parameter).numel() for parameter in model.parameters())):
+    if training.checkpoints_gradients(sum(described(parameter)[0].numel() for parameter in model.parameters())):
         _checkpoint_gradients(model)
     # Gradients of a sharply peaked softmax are full of denormal numbers, on which a CPU's matrix products run several
     # times slower. Flushed, they are zero; what a step changes by them is far below float32's resolution.
@@ -449,19 +450,23 @@ def _forget_gradients(engine: Engine) -> None:
 def gather(
     engine: Engine, parameters: Mapping[str, nn.Parameter], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Copy some parameters whole to rank 0, whatever the ZeRO stage; other ranks get nothing. All ranks take part."""
+    """Copy some parameters whole to rank 0, whatever the ZeRO stage; other ranks get nothing. All ranks take part.
+
+    Weights in 4 bits are copied as what they stand for.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
     is_sharded = engine.zero_optimization_stage() == 3
     with GatheredParameters(list(parameters.values()), enabled=is_sharded):
         if dist.is_initialized() and dist.get_rank() != 0:
             return {}
-        return {name: p.detach().to(device, copy=True) for name, p in parameters.items()}
+        return {name: dequantized(p).detach().to(device, copy=True) for name, p in parameters.items()}
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter, also where this rank holds a shard of it."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+def described(parameter: nn.Parameter) -> tuple[torch.Size, torch.dtype]:
+    """Return shape and type of what `gather` makes of a parameter, also where this rank holds a shard of it."""
+    shape, dtype = dequantized_like(parameter)
+    return torch.Size(getattr(parameter, "ds_shape", shape)), dtype
 
 
 def save(engine: Engine, folder: str, position: dict[str, float]) -> Callable[[], None]:

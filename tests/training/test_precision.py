@@ -26,6 +26,8 @@ COMBINATIONS += [
     Combination("sft", 0, settings={"grad_accum_dtype": "bfloat16"}),
     Combination("sft", 3, settings={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 100_000}}}),
     Combination("views", 3, dtype="float32"),
+    Combination("dpo", 2, settings={"lora": {"rank": 4, "alpha": 8, "quantization": "nf4"}}),
+    Combination("ppo", 1, settings={"lora": {"rank": 4, "alpha": 8, "quantization": "nf4"}}),
 ]
 
 

@@ -93,7 +93,8 @@ class FullWeights:
         """The transformers model, whose names the weights have."""
         # A tied head comes once, as the embedding. vLLM's classes of some families know no other name of it.
         self._parameters = dict(model.named_parameters())
-        sizes = {name: zero.full_shape(p).numel() * p.element_size() for name, p in self._parameters.items()}
+        described = {name: zero.described(parameter) for name, parameter in self._parameters.items()}
+        sizes = {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in described.items()}
         self._buckets = split_into_buckets(sizes, max_bytes)
 
     def __len__(self) -> int:
@@ -131,8 +132,8 @@ class FullWeights:
         for names in self._buckets:
             empty: Bucket = {}
             for name in names:
-                parameter = self._parameters[name]
-                empty[name] = torch.empty(zero.full_shape(parameter), dtype=parameter.dtype, device="meta")
+                shape, dtype = zero.described(self._parameters[name])
+                empty[name] = torch.empty(shape, dtype=dtype, device="meta")
             yield self._merged(empty)
 
     def in_checkpoint_format(self, bucket: Bucket) -> Bucket:
