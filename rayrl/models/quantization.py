@@ -1,5 +1,6 @@
 """Frozen weights in 4 bits under low-rank adapters: QLoRA (arXiv 2305.14314)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,22 +25,21 @@ def quantize(model: "PreTrainedModel", layer_names: list[str]) -> None:
         model: whole on this rank; it is changed in place.
         layer_names: last parts of the layers' names, as `rayrl.models.policy.linear_names` gives them.
     """
-    import bitsandbytes as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes")  # its types are not those of torch that they are used as
     for name, layer in list(model.named_modules()):
-        is_linear = isinstance(layer, nn.Linear) and name.rpartition(".")[2] in layer_names
-        if not is_linear or layer.in_features % BLOCK != 0:
+        if not isinstance(layer, nn.Linear) or name.rpartition(".")[2] not in layer_names:
+            continue
+        if layer.in_features % BLOCK != 0:
             continue
         weight = layer.weight.detach()
-        # bitsandbytes' types are not those of torch that they are used as.
-        quantized: Any = bnb.nn.Linear4bit(
+        quantized = bnb.nn.Linear4bit(
             *(layer.in_features, layer.out_features),
             bias=layer.bias is not None,
             compute_dtype=weight.dtype,
             quant_type="nf4",
             device=torch.device("meta"),
         )
-        numbers: Any = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
+        numbers = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
         quantized.weight = numbers.to(weight.device)  # computes the numbers
         quantized.bias = layer.bias
         # Else some CPUs' layers repack their weights in evaluation, and round their scales to bfloat16.
