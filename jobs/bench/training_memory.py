@@ -68,7 +68,8 @@ def estimate(case: Case) -> dict[str, float]:
     assert shape is not None
     settings = TrainerSettings(
         num_workers=case.num_workers,
-        zero_stage=case.zero_stage,
+        # In bfloat16, gradients are added up in float32, which DeepSpeed has from stage 1 on.
+        zero_stage=max(1, case.zero_stage) if case.dtype == "bfloat16" else case.zero_stage,
         cpu_offload=False,
         gradient_checkpointing=case.gradient_checkpointing,
         lora=LoraConfig(quantization=case.quantization) if case.lora else None,
@@ -82,11 +83,14 @@ def estimate(case: Case) -> dict[str, float]:
 def measure(case: Case, rank: int, rendezvous: str) -> int:
     """Train two steps as one of the case's workers; return the peak's bytes in the second."""
     # These libraries are part of the process, and not of what a model takes.
+    import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
     import peft  # noqa: F401
     import torch
     import torch.distributed as dist
+    import transformers.integrations.deepspeed
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     from rayrl.config import DpoConfig, LoraConfig

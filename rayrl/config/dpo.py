@@ -52,4 +52,9 @@ class DpoConfig(EvaluatedTrainingConfig):
                 'dpo.reference must be "auto", "pass" or "none" with dpo.ld_alpha below 1, got "generation": '
                 "generation keeps one sum for a response, and each pair weighs the response's tokens in its own way"
             )
+        if self.is_quantized and self.reference == "generation":
+            raise ValueError(
+                'dpo.reference must be "auto", "pass" or "none" with dpo.lora.quantization, got "generation": engines '
+                "serve M1 unquantised, and the reference is M1 in 4 bits, from which the adapters start"
+            )
         return self

@@ -113,9 +113,14 @@ class TrainingConfig(Table):
             )
         return cpu_offload
 
+    @property
+    def is_quantized(self) -> bool:
+        """Return whether adapters are trained on weights in 4 bits."""
+        return self.lora is not None and self.lora.quantization is not None
+
     @model_validator(mode="after")
     def _quantized_weights_are_whole(self) -> Self:
-        if self.lora is not None and self.lora.quantization is not None and self.zero_stage == 3:
+        if self.is_quantized and self.zero_stage == 3:
             raise ValueError(
                 "zero_stage must be 0, 1 or 2 with lora.quantization, got 3: weights in 4 bits are not sharded; set "
                 "zero_stage to 2, or leave lora.quantization out"

@@ -28,6 +28,8 @@ BUCKET_PARAMETERS = 500_000_000
 """Gradients that DeepSpeed reduces at once (`reduce_bucket_size`)."""
 LIVE_PARAMETERS = 1_000_000_000
 """Whole parameters that ZeRO-3 keeps gathered at most (`stage3_max_live_parameters`)."""
+PREFETCHED_PARAMETERS = 50_000_000
+"""Parameters that ZeRO-3 gathers at once, ahead of their use (`stage3_prefetch_bucket_size`)."""
 LOGIT_COPIES = 3
 """Matrices of a chunk of tokens x vocabulary in float32: logits, log-softmax and gradient."""
 ENGINE_TOKENS = 8192
@@ -91,11 +93,12 @@ def weight_bytes(num_parameters: float, width: int, *, zero_stage: int, num_work
     """P w; under ZeRO-3 P w / N, and the parameters that are gathered for the layers at work.
 
     DeepSpeed lets go of gathered parameters only beyond LIVE_PARAMETERS, so that a small model is whole on every
-    worker while it computes.
+    worker while it computes. Those that arrive are there twice: as the parts of all workers, and joined.
     """
     if zero_stage < 3:
         return num_parameters * width
-    return num_parameters * width / num_workers + min(num_parameters, LIVE_PARAMETERS) * width
+    gathered = min(num_parameters, LIVE_PARAMETERS) + min(num_parameters, PREFETCHED_PARAMETERS)
+    return num_parameters * width / num_workers + gathered * width
 
 
 def gradient_bytes(num_trained: float, width: int, *, zero_stage: int, num_workers: int) -> float:

@@ -230,6 +230,8 @@ def _reference(config: RunConfig, dtype: str) -> ReferenceSource:
         return config.dpo.reference
     if config.dpo.ld_alpha < 1:
         return "pass"  # a pair's own weights of the tokens
+    if config.dpo.is_quantized:
+        return "pass"  # engines serve M1 unquantised
     # Below float32 the engine's log-probabilities are not the trainer's.
     return "generation" if dtype == "float32" else "pass"
 
@@ -239,7 +241,7 @@ def _refuse_pass(reference: ReferenceSource) -> None:
     if reference == "pass":
         raise ConfigError(
             'pseudo_label.mode must be "auto" or "alternate" when the reference log-probabilities '
-            'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32 or with '
-            "dpo.ld_alpha below 1), "
+            'come from a pass before the first step (dpo.reference = "pass", or "auto" below float32, with '
+            "dpo.ld_alpha below 1 or with dpo.lora.quantization), "
             'got "overlap"'
         )

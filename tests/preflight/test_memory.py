@@ -13,6 +13,7 @@ from rayrl.preflight.gpus import facts_of_accelerator, parse
 from rayrl.preflight.memory import (
     GIB,
     LIVE_PARAMETERS,
+    PREFETCHED_PARAMETERS,
     EngineSettings,
     Networks,
     TrainerSettings,
@@ -73,10 +74,10 @@ def test_sizes_are_read_from_a_models_config():
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5 + 2, 0.5, 3)]
+    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5 + 2 + 1, 0.5, 3)]
 )
 def test_states_are_sharded_as_in_the_zero_paper(stage, weights, gradients, optimizer):
-    """Figure 1 of arXiv 1910.02054 with 4 workers and K = 12; small models stay gathered under ZeRO-3."""
+    """Figure 1 of arXiv 1910.02054 with 4 workers and K = 12; small models stay gathered under ZeRO-3, beside what arrives."""
     sharding = {"zero_stage": stage, "num_workers": 4}
     assert weight_bytes(1e8, 2, **sharding) == weights * 1e8
     assert gradient_bytes(1e8, 2, **sharding) == gradients * 1e8
@@ -125,7 +126,7 @@ def test_ppo_holds_a_value_network_and_a_reference():
     alone = trainer_memory(SHAPE, SETTINGS, Networks(), width=2, on_gpu=True)
     both = trainer_memory(SHAPE, SETTINGS, Networks(has_value=True, has_reference=True), width=2, on_gpu=True)
     states = sum(alone.terms[name] for name in ("weights", "gradients", "optimizer", "activations"))
-    gathered = 2 * LIVE_PARAMETERS  # once for both networks
+    gathered = 2 * (LIVE_PARAMETERS + PREFETCHED_PARAMETERS)  # once for both networks
     assert both.terms["value"] == pytest.approx(states - gathered)
     assert both.terms["reference"] == alone.terms["weights"], "sharded and gathered as the policy is"
     whole = replace(SETTINGS, zero_stage=1)

@@ -326,3 +326,10 @@ def test_a_stage_without_room_beside_the_fleets_is_refused(rlp_tree, tmp_path, c
     found = refusal(ResourceError, changed(rlp_tree, **changes), cluster)
     assert re.search(message, found), found
     plan_of(rlp_tree, cluster, **changes | fits)
+
+
+def test_the_reference_of_a_quantised_policy_is_read_by_the_trainer(tree):
+    dpo = {"policy__dtype": "float32", "dpo__lora": {"quantization": "nf4"}, "pseudo_label__mode": "alternate"}
+    assert plan_stages(changed(tree, **dpo), LARGE).reference == "pass"
+    refused = refusal(ConfigError, changed(tree, **dpo | {"pseudo_label__mode": "overlap"}))
+    assert "dpo.lora.quantization" in refused

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from rayrl.config import LoraConfig, PolicyConfig, SftConfig
+from rayrl.config import DpoConfig, LoraConfig, PolicyConfig, SftConfig
 from rayrl.data.collate import collate
 from rayrl.models.policy import TokenLogprobs, add_lora, load_policy, response_logprobs
 from rayrl.models.quantization import BLOCK, dequantized, is_quantized
@@ -93,6 +93,11 @@ def test_training_goes_on_from_a_checkpoint_without_the_frozen_weights(process_g
     again = start()
     zero.load(again, str(tmp_path))
     assert steps(again, 2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_reference_is_the_quantised_policy():
+    with pytest.raises(ValidationError, match=r'dpo.reference must be "auto", "pass" or "none" with dpo.lora.quant'):
+        DpoConfig(lora=LORA, reference="generation")
 
 
 def test_four_bits_are_not_sharded():
