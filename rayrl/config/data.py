@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayrl.config.table import Table
+from rayrl.config.table import Place, Table
 
 
 class DataConfig(Table):
     """A file or data set of prompts: JSONL, JSON, CSV, Parquet (gzip'd too), a `save_to_disk` folder or a hub name."""
 
-    path: str
+    path: Place
     """A local path, an fsspec URL, or a hub name (`name:configuration` if the data set has several)."""
     split: str = "train"
     """Split of a data set; ignored for files."""
