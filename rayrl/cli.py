@@ -1,4 +1,4 @@
-"""Command `rayrl`: plan runs, look at them, scale and stop them. The work itself is started from jobs/.
+"""Command `rayrl`: plan and run configs, look at runs, scale and stop them.
 
 A user's mistake ends in one message on stderr and exit code 2. Heavy imports wait until a command needs them.
 """
@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayrl import __version__
 from rayrl.errors import RayRLError
+from rayrl.pipelines import command_line
 
 if TYPE_CHECKING:
     from rayrl.fleets.actors import Actor
@@ -24,9 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="rayrl",
-    help="Plan, watch, scale and stop rayrl runs.",
+    help="Plan, run, watch, scale and stop rayrl runs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
@@ -37,18 +38,49 @@ STOP_TIMEOUT_S = 120.0
 """Longest wait for a run to end."""
 
 
-@app.command()
-def plan(
-    config: Annotated[str, typer.Argument(help="The run's TOML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted settings: select.budget=64")] = None,
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="The run's TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings to change: select.budget=64")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Show the resolved config and the plan as JSON.")]
+# Flags that are not declared are given on, to be named by the one reader of these arguments.
+ANY_FLAG = {"ignore_unknown_options": True}
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"rayrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
+    del version
+
+
+@app.command(context_settings=ANY_FLAG)
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show the plan.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a config to its report; again after any interruption: it continues."""
+    _plan_or_run("run", [config, *(overrides or []), *["--plan"] * plan, *["--json"] * as_json])
+
+
+@app.command(context_settings=ANY_FLAG)
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check the config and show the stages, what they need and what they cost. Starts nothing."""
-    from rayrl.config import load_config
+    _plan_or_run("plan", [config, *(overrides or []), "--plan", *["--json"] * as_json])
 
-    resolved = load_config(config, overrides)
-    from rayrl.preflight import check, render_plan
 
-    Console().print(Text(render_plan(check(resolved))), soft_wrap=True)
+def _plan_or_run(command: str, arguments: list[str]) -> None:
+    raise typer.Exit(command_line.main(None, arguments, None, command=f"rayrl {command}"))
 
 
 @app.command()
@@ -317,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments)
     except RayRLError as error:
-        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
+        Console(stderr=True).print(Text(f"error: {error}"), soft_wrap=True)
         raise SystemExit(2) from None
 
 

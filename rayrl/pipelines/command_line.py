@@ -1,4 +1,7 @@
-"""Command line of the entry points in jobs/: plan, or run to the report. Exit code 2 for a user's mistake."""
+"""Command that plans a config or runs it to the report: `rayrl run`, and the entry points in jobs/.
+
+Exit code 2 for a user's mistake.
+"""
 
 import importlib
 import logging
@@ -6,34 +9,35 @@ import os
 import sys
 import time
 
+from rayrl import __version__
 from rayrl.config import RunConfig, load_config
-from rayrl.errors import ConfigError, RayRLError
+from rayrl.errors import RayRLError
+from rayrl.pipelines.arguments import read_arguments, usage
 
 STOPPED = 130
 """Exit code of a run that was stopped by `rayrl stop` or Ctrl-C."""
-USAGE = "usage: python jobs/{name}.py CONFIG.toml [section.key=value ...] [--plan]"
 
 
-def main(name: str, arguments: list[str], about: str | None) -> int:
-    """Run the pipeline `name`, or with --plan only say what it would do.
+def main(name: str | None, arguments: list[str], about: str | None, *, command: str | None = None) -> int:
+    """Run the pipeline of a config, or with --plan only say what it would do.
 
     Args:
-        name: module and function in rayrl/pipelines, and the config's `pipeline`.
+        name: the config's `pipeline`, where the command is for one only.
         arguments: the command line's.
         about: first lines of --help.
+        command: as the user writes it; None is the one of jobs/.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{about}\n{USAGE.format(name=name)}")
-        return 0
     try:
-        config = load_config(arguments[0], [argument for argument in arguments[1:] if argument != "--plan"])
-        if config.pipeline != name:
-            raise ConfigError(
-                f'pipeline must be "{name}" for jobs/{name}.py, got "{config.pipeline}"; '
-                f"run jobs/{config.pipeline}.py, or change it"
-            )
-        return plan(config) if "--plan" in arguments else run(config)
+        given = read_arguments(arguments)
+        if "--help" in given.flags:
+            print(f"{about}\n{usage(command or f'python jobs/{name}.py')}")
+            return 0
+        if "--version" in given.flags:
+            print(f"rayrl {__version__}")
+            return 0
+        config = load_config(given.config, list(given.overrides), pipeline=name)
+        return plan(config, as_json="--json" in given.flags) if "--plan" in given.flags else run(config)
     except RayRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,12 +46,12 @@ def main(name: str, arguments: list[str], about: str | None) -> int:
         return STOPPED
 
 
-def plan(config: RunConfig) -> int:
-    """Print the resolved config, the stages, what they need and what they cost; start nothing."""
-    from rayrl.preflight import check, render_plan
+def plan(config: RunConfig, *, as_json: bool = False) -> int:
+    """Print the stages, what they need and what they cost, or these and the resolved config as JSON; start nothing."""
+    from rayrl.preflight import check, plan_as_json, render_plan
 
-    print(config.model_dump_json(indent=2))
-    print(render_plan(check(config)))
+    decided = check(config)
+    print(plan_as_json(config, decided) if as_json else render_plan(decided))
     return 0
 
 

@@ -73,6 +73,7 @@ def check(
         name=config.name,
         pipeline=config.pipeline,
         run_dir=config.run_dir,
+        oracle=config.oracle.label(),
         stages=planned.stages,
         cluster=cluster,
         dtype=resolved_dtype(config, cluster),
