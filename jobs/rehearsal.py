@@ -8,10 +8,11 @@ import sys
 import time
 
 from jobs.oracles import quickstart
-from rayrl.config import load_config
+from rayrl.engines.simulated import SETTINGS
 from rayrl.fleets.simulated import SimulatedServices
 from rayrl.pipelines import run_pipeline as launch
 from rayrl.pipelines.command_line import main
+from rayrl.preflight import engine_settings
 
 JUDGE_S = 0.2
 
@@ -52,7 +53,5 @@ def reward(prompt: str, response: str) -> float:
 if __name__ == "__main__":
     # The one place where a pipeline gets its services.
     launch.Services = SimulatedServices  # type: ignore[misc]
-    arguments = sys.argv[1:]
-    if not arguments:
-        sys.exit(__doc__)
-    sys.exit(main(load_config(arguments[0], arguments[1:]).pipeline, arguments, __doc__ or ""))
+    engine_settings.known_arguments.update(SETTINGS)
+    sys.exit(main(None, sys.argv[1:], __doc__, command="python -m jobs.rehearsal"))

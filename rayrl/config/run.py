@@ -82,7 +82,7 @@ class RunConfig(Table):
     def _plain_name(cls, name: str) -> str:
         if not re.fullmatch(r"[\w.-]+", name):
             plain = re.sub(r"[^\w.-]+", "-", name).strip("-") or "my-run"
-            raise ValueError(f'must be letters, digits, ".", "_" and "-" got {name!r}; write "{plain}"')
+            raise ValueError(f'must be letters, digits, ".", "_" and "-", got {name!r}; write "{plain}"')
         return name
 
     @field_validator("run_dir", "reuse")

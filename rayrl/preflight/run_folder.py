@@ -172,7 +172,8 @@ def num_optimized_models(config: RunConfig) -> int:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:,.1f} {name}"
 
 
 def existing_parent(path: str) -> Path:
