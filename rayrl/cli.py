@@ -30,7 +30,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
+
+
+def _readable(place: str) -> str:
+    """Refuse a remote folder that does not answer, before a command reads it."""
+    if "://" in place:
+        from rayrl.preflight.run_folder import check_place
+
+        check_place(place, "run_dir")
+    return place
+
+
+RunDir = Annotated[str, typer.Argument(callback=_readable, help="A run directory: local, NFS or any fsspec URL.")]
 LiveRun = Annotated[str, typer.Argument(help="The name or the directory of a run that goes on.")]
 LEDGER_WIDTH = 200
 """Characters of a line that `rayrl ledger` may take."""
@@ -126,7 +137,7 @@ def status(
 
 @app.command()
 def runs(
-    folder: Annotated[str, typer.Argument(help="A folder of run directories.")] = "runs",
+    folder: Annotated[str, typer.Argument(callback=_readable, help="A folder of run directories.")] = "runs",
 ) -> None:
     """List the runs in a folder: how far they are, what they paid and what it bought."""
     from rayrl.errors import DataError, RunDirectoryError

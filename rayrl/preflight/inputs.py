@@ -22,6 +22,7 @@ from rayrl.data.reading import (
 )
 from rayrl.errors import ConfigError, DataError
 from rayrl.oracles.keys import read_secret
+from rayrl.oracles.user_modules import check_function
 from rayrl.preflight.model import ModelFacts
 from rayrl.records import Prompt
 from rayrl.runs import storage
@@ -176,7 +177,7 @@ def inspect_others(config: RunConfig) -> None:
             f"evaluate.lm_eval.include_path must be a folder, got {lm_eval.include_path}; correct it, or leave it out"
         )
     if config.pipeline == "rlp" and config.ppo.function is not None:
-        check_module(config.ppo.function, "ppo.function")
+        check_function(config.ppo.function, "ppo.function")
     _inspect_oracle(config)
 
 
@@ -187,7 +188,7 @@ def _inspect_oracle(config: RunConfig) -> None:
     for setting, source in oracle.secret_sources().items():
         read_secret(source, setting)
     for setting, function in oracle.functions().items():
-        check_module(function, setting)
+        check_function(function, setting)
     if config.asks_for_judgements and (missing := oracle.missing_to_judge()):
         raise ConfigError(missing)
     for table in oracle.tables():
@@ -222,17 +223,3 @@ def _inspect_tracking(config: RunConfig) -> None:
 
 def _has_netrc() -> bool:
     return any((Path.home() / name).is_file() for name in (".netrc", "_netrc"))
-
-
-def check_module(function: str, setting: str) -> None:
-    """Refuse a "module:function" whose module cannot be found from the working directory.
-
-    Only the top-level name is looked for: importing the user's code may take long.
-    """
-    top = function.partition(":")[0].partition(".")[0]
-    here = Path.cwd() / top
-    if not (here.is_dir() or here.with_suffix(".py").is_file() or importlib.util.find_spec(top)):
-        raise ConfigError(
-            f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}; run from the "
-            "folder that holds it, or install it"
-        )

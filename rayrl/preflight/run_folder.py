@@ -35,14 +35,11 @@ def check_run_folder(config: RunConfig) -> None:
     for setting, url in (("run_dir", config.run_dir), ("reuse", config.reuse)):
         if url is None:
             continue
-        try:
-            is_local = storage.is_local(url)
-        except (ImportError, ValueError) as error:  # fsspec: a package is missing, or the protocol is unknown
-            raise ConfigError(
-                f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}; install the "
-                "protocol's fsspec package, or correct the URL"
-            ) from None
-        if is_local and SUBMITTED in os.environ and not os.path.isabs(url.partition("://")[2] or url):
+        if (
+            is_local_place(url, setting)
+            and SUBMITTED in os.environ
+            and not os.path.isabs(url.partition("://")[2] or url)
+        ):
             raise ConfigError(
                 f"{setting} must be an absolute path inside a Ray job (its working folder is deleted), got {url}; "
                 "name a folder that every node sees, as /mnt/..., or an fsspec URL"
@@ -52,9 +49,8 @@ def check_run_folder(config: RunConfig) -> None:
             f"reuse must be another run's folder (with a config.json), got {config.reuse}; correct it, or leave reuse "
             "out"
         )
+    check_place(config.run_dir, "run_dir")
     url = storage.absolute(config.run_dir)
-    if not storage.is_local(url):
-        _check_reachable(url)
     if belongs_to(url, config):
         _check_ledger(url, config)
     if storage.is_local(url):
@@ -82,12 +78,30 @@ def _check_ledger(url: str, config: RunConfig) -> None:
     )
 
 
-def _check_reachable(url: str) -> None:
+def is_local_place(url: str, setting: str) -> bool:
+    """Return whether a folder's URL is a path of the local filesystem.
+
+    Raises:
+        ConfigError: its filesystem is unknown, or not installed.
+    """
+    try:
+        return storage.is_local(url)
+    except (ImportError, ValueError) as error:  # fsspec: a package is missing, or the protocol is unknown
+        raise ConfigError(
+            f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}; install the "
+            "protocol's fsspec package, or correct the URL"
+        ) from None
+
+
+def check_place(url: str, setting: str) -> None:
     """Refuse a remote place that does not answer, or whose bucket does not exist.
 
     Raises:
+        ConfigError: its filesystem is unknown, or not installed.
         RunDirectoryError: holds the filesystem's own message.
     """
+    if is_local_place(url, setting):
+        return
     fs, path = storage.locate(url)
     bucket = path.partition("/")[0]  # empty on filesystems without buckets
     remedy = "check the bucket's name, the endpoint (AWS_ENDPOINT_URL) and the keys, which no config holds"
@@ -95,10 +109,10 @@ def _check_reachable(url: str) -> None:
         fs.exists(path)
         found = not bucket or fs.exists(bucket)
     except Exception as error:  # every filesystem has errors of its own
-        raise RunDirectoryError(f"run_dir must be a place that can be read, got {url}: {error}; {remedy}") from None
+        raise RunDirectoryError(f"{setting} must be a place that can be read, got {url}: {error}; {remedy}") from None
     if not found:
         raise RunDirectoryError(
-            f"run_dir must be in a bucket that exists and that these keys may list, got {url}; make it, or {remedy}"
+            f"{setting} must be in a bucket that exists and that these keys may list, got {url}; make it, or {remedy}"
         )
 
 

@@ -71,7 +71,10 @@ def test_a_tracker_without_its_package_is_refused(tree, name):
 
 def test_a_function_that_is_not_there_is_refused(rlp_tree):
     message = refusal(ConfigError, changed(rlp_tree, **FUNCTION | {"ppo__function": "no_such_module:reward"}))
-    assert "ppo.function must be importable" in message and "there is no module no_such_module; run from" in message
+    assert (
+        'ppo.function must be "module:function", importable from' in message
+        and "there is no no_such_module.py" in message
+    )
 
 
 def test_benchmarks_that_cannot_run_are_refused(tree, monkeypatch):
