@@ -46,8 +46,10 @@ class OracleTable:
     setting: str
     """The setting that names it, for messages."""
     path: str
+    holds: Literal["judgements", "comparisons"]
     columns: list[str]
-    """Columns it must have."""
+    """Columns it must have: the prompt's, then that of the response and its score, or those of the two responses and
+    the preference; the last one may be the rationale's."""
 
 
 class OracleBase(Table):
@@ -303,6 +305,7 @@ class ReplayOracleConfig(OracleBase):
     comparisons_path: Place | None = None
     """Comparisons: a prompt, two responses and "first", "second" or "tie" per row."""
     prompt_column: str = "prompt"
+    """The text that a judge reads (see `rayrl.records.Prompt.text`), or, where a file has lists, a chat's messages."""
     response_column: str = "response"
     score_column: str = "score"
     first_column: str = "first"
@@ -362,11 +365,18 @@ class ReplayOracleConfig(OracleBase):
     def tables(self) -> list[OracleTable]:
         tables: list[OracleTable] = []
         if self.path is not None:
-            tables.append(OracleTable(setting="oracle.path", path=self.path, columns=self.judgement_columns))
+            tables.append(
+                OracleTable(setting="oracle.path", path=self.path, holds="judgements", columns=self.judgement_columns)
+            )
         if self.comparisons_path is not None:
             compared = self.comparisons_path
             tables.append(
-                OracleTable(setting="oracle.comparisons_path", path=compared, columns=self.comparison_columns)
+                OracleTable(
+                    setting="oracle.comparisons_path",
+                    path=compared,
+                    holds="comparisons",
+                    columns=self.comparison_columns,
+                )
             )
         return tables
 

@@ -19,6 +19,7 @@ from rayrl.preflight.engine_settings import check_engines
 from rayrl.preflight.inputs import inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.judge_prompts import inspect_judge_prompts
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
+from rayrl.preflight.oracle_tables import inspect_oracle_tables
 from rayrl.preflight.plan import Plan
 from rayrl.preflight.plan_warnings import plan_warnings
 from rayrl.preflight.ppo_settings import check_room, check_transfer, check_warmup
@@ -64,7 +65,8 @@ def check(
         model_folder(config.select.embedder, None, online=contact_oracle, setting="select.embedder")
     pool = inspect_pool(config, model)
     seed = inspect_seed_data(config, model)
-    inspect_others(config)
+    inspect_others(config, model)
+    tables = inspect_oracle_tables(config, pool.longest)
     inspect_clustering_models(config, online=contact_oracle)
     pairs = _inspect_rlp(config, model, cluster, online=contact_oracle) if config.pipeline == "rlp" else None
     workload = plan_workload(
@@ -108,6 +110,8 @@ def check(
             cluster=cluster,
             model=model,
             pool=pool,
+            seed=seed,
+            tables=tables,
             pairs=pairs,
             workload=workload,
             cost=cost,

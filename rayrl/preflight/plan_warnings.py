@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from rayrl.algorithms.pairing import PAIRS_PER_QUERY
 from rayrl.config import RunConfig
+from rayrl.data.reading import PromptCounts
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.cost import Cost
 from rayrl.preflight.inputs import PoolFacts
 from rayrl.preflight.judge_prompts import JudgePromptFacts
 from rayrl.preflight.model import ModelFacts
+from rayrl.preflight.oracle_tables import TableFacts
 from rayrl.preflight.plan import StagePlan
 from rayrl.preflight.preferences import PairFacts
 from rayrl.preflight.run_folder import DiskFacts
@@ -22,6 +24,8 @@ def plan_warnings(
     cluster: Cluster,
     model: ModelFacts,
     pool: PoolFacts,
+    seed: PromptCounts | None,
+    tables: Sequence[TableFacts],
     pairs: PairFacts | None,
     workload: Workload,
     cost: Cost | None,
@@ -36,6 +40,8 @@ def plan_warnings(
         cluster: the nodes it has, and may get.
         model: facts of the policy.
         pool: facts of the prompts.
+        seed: counts of the seed data, if there is any.
+        tables: facts of the tables that the oracle answers from.
         pairs: facts of the file of pairs, if there is one.
         workload: responses, queries and pairs.
         cost: price of the queries; None without prices.
@@ -45,6 +51,8 @@ def plan_warnings(
     """
     return (
         *_pool_warnings(config, pool, model),
+        *([] if seed is None else _seed_warnings(seed)),
+        *(warning for table in tables for warning in table.warnings()),
         *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
         *_cost_warnings(config, cost),
         *_budget_warnings(config, workload),
@@ -66,11 +74,12 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
             f"pool: {counts.num_with_control_tokens} prompts hold control tokens of the policy's tokenizer, which are "
             "read as ordinary text; if they are to open and close turns, give chats in pool.messages_column instead"
         )
-    found += [
-        f"pool: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
-        "oracle sees it"
-        for column, num_rows in counts.unread_columns.items()
-    ]
+    if counts.num_dialogues:
+        found.append(
+            f"pool: {counts.num_dialogues} prompts are whole dialogues, Human: ... Assistant: ..., with answers in "
+            f"them; to have them read as chats, name their column in pool.messages_column instead"
+        )
+    found += _table_warnings("pool", counts)
     if pool.num_cut:
         found.append(
             f"pool: {pool.num_cut} prompts (the longest has {pool.longest_tokens} tokens) leave less than "
@@ -81,6 +90,31 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
         found.append(f"policy: no tokenizer.json of {config.policy.path} here: prompt lengths are not checked")
     if model.weights_bytes is None:
         found.append("policy: its weights are not on this machine: size, disk and format are not checked")
+    return found
+
+
+def _table_warnings(name: str, counts: PromptCounts) -> list[str]:
+    """Warn of rows that were dropped, words in place of empty cells, and columns that are not read."""
+    found = [f"{name}: {counts.bad_rows.in_words()}"] if counts.bad_rows.num else []
+    if counts.num_null_words:
+        found.append(
+            f"{name}: {counts.num_null_words} prompts are but a word for an empty cell, such as nan, None or NULL; "
+            "leave those cells empty if they are"
+        )
+    found += [
+        f"{name}: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
+        "oracle sees it"
+        for column, num_rows in counts.unread_columns.items()
+    ]
+    return found
+
+
+def _seed_warnings(counts: PromptCounts) -> list[str]:
+    found = _table_warnings("seed_data", counts)
+    if counts.num_without_score:
+        found.append(
+            f"seed_data: {counts.num_without_score} rows have no score (an empty cell, or NaN) and are left out"
+        )
     return found
 
 

@@ -33,6 +33,10 @@ class PoolMetrics(StageMetrics):
     """Held-out prompts."""
     num_train_blocks: int
     num_held_out_blocks: int
+    num_bad: int = 0
+    """Rows dropped by `pool.on_bad_row`, of a broken line, a wrong cell, a refused chat or too long a prompt."""
+    first_bad: str = ""
+    """What was wrong with the first of them, with its file and row."""
     num_with_control_tokens: int = 0
     """Prompts whose texts hold control tokens of the policy's tokenizer, read as ordinary text; held-out ones too."""
 

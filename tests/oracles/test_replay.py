@@ -82,29 +82,32 @@ def test_columns_are_configurable(tmp_path):
 
 
 def test_missing_column_lists_the_columns_there_are(tmp_path):
-    with pytest.raises(DataError, match="no column rating; there are: prompt, response, score, why"):
+    with pytest.raises(
+        DataError,
+        match=r"oracle.path: .*t.csv has no column rating; the columns there are prompt, response, score, why",
+    ):
         oracle_for(write(tmp_path, "t.csv", ROWS), score_column="rating")
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("t.jsonl", b"{"),
-        ("t.json", b"nonsense"),
-        ("t.parquet", b"PAR1"),
-        ("t.jsonl.gz", b"not gzip"),
-        ("t.csv", b"\xff"),
+        ("t.jsonl", b"{", "line 1 is not JSON"),
+        ("t.json", b"nonsense", "row 1: the line is not JSON"),
+        ("t.parquet", b"PAR1", "cannot be read"),
+        ("t.jsonl.gz", b"\x1f\x8bnot gzip", "cannot be read"),
+        ("t.csv", b"\xff", "not in the encoding utf-8"),
     ],
 )
-def test_unreadable_file_is_refused(tmp_path, name, content):
+def test_unreadable_file_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match="not a readable"):
+    with pytest.raises(DataError, match=f"oracle.path: .*{message}"):
         oracle_for(str(tmp_path / name))
 
 
 def test_missing_empty_and_unknown_files_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "t.xml").write_text("<a/>")
-    for name, text in (("nowhere.jsonl", "nowhere"), ("empty.jsonl", "no judgements"), ("t.xml", "must end in")):
+    for name, text in (("nowhere.jsonl", "nowhere"), ("empty.jsonl", "is empty"), ("t.xml", "must end in")):
         with pytest.raises(DataError, match=text):
             oracle_for(str(tmp_path / name))

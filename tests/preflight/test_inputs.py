@@ -45,8 +45,15 @@ def test_prompts_that_fill_the_context_are_refused(tree, tmp_path):
     config = changed(
         tree, pool__path=save_rows(tmp_path / "long.jsonl", rows), policy__max_model_len=32, select__budget=4
     )
-    message = refusal(ConfigError, changed(config.model_dump(), evaluator__type="scalar"))
-    assert "shorter than the context of 32 tokens, but 4 of 8 are not; the longest has 51" in message
+    message = refusal(DataError, changed(config.model_dump(), evaluator__type="scalar"))
+    assert message.startswith("pool.path: a prompt must be shorter than the context of 32 tokens, but 4 of 8 are not")
+    assert "long.jsonl, row 5, with 32); the longest has 51. " in message and 'on_bad_row = "drop"' in message
+    dropping = changed(config.model_dump(), evaluator__type="scalar", pool__on_bad_row="drop", select__budget=2)
+    plan = check(dropping, cluster=TWO_CPUS)
+    assert plan.num_prompts == 2
+    assert any(
+        "pool: dropped 4 bad rows, the first of them " in w and "long.jsonl, row 5: " in w for w in plan.warnings
+    )
     save_rows(tmp_path / "long.jsonl", rows[:4])
     plan = check(changed(config.model_dump(), evaluator__type="scalar"), cluster=TWO_CPUS)
     assert any("pool: 1 prompts (the longest has 21 tokens) leave less than" in w for w in plan.warnings)
