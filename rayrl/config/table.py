@@ -42,7 +42,7 @@ class Table(BaseModel):
         plain: dict[object, object] = {}
         for name, value in cast(dict[object, object], values).items():
             field = cls.model_fields.get(str(name))
-            kinds = set() if field is None else set(kinds_of(field.annotation))
+            kinds: set[object] = set() if field is None else set(kinds_of(field.annotation))
             if Any in kinds and any(isinstance(each, float) and not math.isfinite(each) for each in _leaves(value)):
                 raise ValueError(f"{name} must hold finite numbers only, got nan or inf; write numbers")
             takes_numbers = bool(kinds & {int, float}) and not kinds & {bool, Any}

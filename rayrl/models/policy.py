@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,7 +54,7 @@ def load_policy(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
     path, revision = local_folder(checkpoint.path), checkpoint.revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         dtype=dtype,
@@ -63,6 +63,8 @@ def load_policy(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         attn_implementation=attention_of(config.get_text_config()),
         output_loading_info=True,
     )
+    model: PreTrainedModel
+    model, found = loaded
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 import ast
 import difflib
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator

@@ -16,10 +16,11 @@ from rayrl.preflight.clustering_models import inspect_clustering_models
 from rayrl.preflight.cost import estimate_cost
 from rayrl.preflight.discovery import find_cluster
 from rayrl.preflight.engine_settings import check_engines
-from rayrl.preflight.inputs import inspect_others, inspect_pool, inspect_seed_data
+from rayrl.preflight.inputs import check_held_out, inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.judge_prompts import inspect_judge_prompts
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.oracle_tables import inspect_oracle_tables
+from rayrl.preflight.places import check_places
 from rayrl.preflight.plan import Plan
 from rayrl.preflight.plan_warnings import plan_warnings
 from rayrl.preflight.ppo_settings import check_room, check_transfer, check_warmup
@@ -57,6 +58,7 @@ def check(
         check_torch()
     # What is cheapest to read comes first; what runs the user's code or uses the network comes last.
     check_run_folder(config)
+    check_places(config)
     rubric = load_rubric(config.rubric)
     model = inspect_model(config.policy, has_gpu=cluster.most("GPU") > 0, online=contact_oracle)
     check_engines(config, model)
@@ -64,6 +66,7 @@ def check(
     if config.select.embedder != "policy":
         model_folder(config.select.embedder, None, online=contact_oracle, setting="select.embedder")
     pool = inspect_pool(config, model)
+    check_held_out(config, pool.counts)
     seed = inspect_seed_data(config, model)
     inspect_others(config, model)
     tables = inspect_oracle_tables(config, pool.longest)

@@ -99,6 +99,24 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     )
 
 
+def check_held_out(config: RunConfig, counts: PromptCounts) -> None:
+    """Refuse to hold out all prompts, or more.
+
+    Raises:
+        ConfigError: says where prompts were lost.
+    """
+    if config.pool.num_eval < counts.num_kept:
+        return
+    lost = [f"pool.limit = {config.pool.limit} reads no more"] if config.pool.limit else []
+    lost += [f"{counts.num_duplicate:,} of {counts.num_rows:,} rows repeat another's"] if counts.num_duplicate else []
+    lost += [f"{counts.num_empty:,} rows are empty"] if counts.num_empty else []
+    raise ConfigError(
+        f"pool.num_eval must be below the number of prompts in the pool, {counts.num_kept:,}"
+        f"{' (' + '; '.join(lost) + ')' if lost else ''}, got {config.pool.num_eval}; hold fewer out, or add prompts"
+        f"{', or raise pool.limit' if config.pool.limit else ''}"
+    )
+
+
 def count_tokens(config: RunConfig, model: ModelFacts, rendered: list[str]) -> list[int]:
     """Count the tokens of rendered prompts; estimate them where the tokenizer is unknown."""
     if model.tokenizer is None:
@@ -180,7 +198,7 @@ def inspect_others(config: RunConfig, model: ModelFacts) -> None:
     if lm_eval.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             f"evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got {lm_eval.tasks}; "
-            'pip install "rayrl[lm-eval]", or empty the list'
+            "pip install lm_eval, or empty the list"
         )
     if lm_eval.include_path is not None and not os.path.isdir(lm_eval.include_path):
         raise ConfigError(
@@ -224,7 +242,7 @@ def _inspect_tracking(config: RunConfig) -> None:
         if tracker is not None and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"tracking.{name} needs the package {name}, which is not installed here; "
-                f'pip install "rayrl[{name}]", or leave the table out'
+                f"pip install {name}, or leave the table out"
             )
     if wandb is not None and wandb.mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
         raise ConfigError(

@@ -15,7 +15,7 @@ from rayrl.preflight.plan import StagePlan
 from rayrl.preflight.preferences import PairFacts
 from rayrl.preflight.run_folder import DiskFacts
 from rayrl.preflight.workload import Workload, queries_per_eval_prompt
-from rayrl.runs.stage_table import stages_of
+from rayrl.runs.stage_table import DPO, FIT_REWARD_MODEL, stages_of
 
 
 def plan_warnings(
@@ -56,6 +56,7 @@ def plan_warnings(
         *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
         *_cost_warnings(config, cost),
         *_budget_warnings(config, workload),
+        *_batch_warnings(config, workload),
         *([] if judge_prompts is None else judge_prompts.warnings()),
         *_ppo_warnings(config),
         *_cpu_warnings(config, cluster),
@@ -160,6 +161,12 @@ def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
             f"select.budget = {config.select.budget} is not spent whole: one pair for each of {workload.num_prompts} "
             f"prompts and whole pairs only make {workload.num_label_queries} comparisons; add prompts, or lower it"
         )
+    if config.pool.num_eval == 0:
+        spent = f", and evaluate.budget = {config.evaluate.budget} is not spent" if config.evaluate.budget else ""
+        found.append(
+            f"pool.num_eval = 0 holds no prompt out: no policy is evaluated{spent}; hold some out to learn what the "
+            "run has gained"
+        )
     per_prompt = queries_per_eval_prompt(config)
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
@@ -167,6 +174,18 @@ def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
             f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found
+
+
+def _batch_warnings(config: RunConfig, workload: Workload) -> list[str]:
+    """Warn of batches that are larger than all the pairs."""
+    learners = {DPO: config.dpo, FIT_REWARD_MODEL: config.reward_model}
+    stages = {stage for stage, _ in stages_of(config)}
+    return [
+        f"{stage.name}: batch_size = {training.batch_size:,} is more than all {workload.num_pairs:,} pairs, so that an "
+        "epoch is one optimizer step; lower it"
+        for stage, training in learners.items()
+        if stage in stages and 0 < workload.num_pairs < training.batch_size
+    ]
 
 
 def _ppo_warnings(config: RunConfig) -> list[str]:

@@ -55,7 +55,9 @@ def check_run_folder(config: RunConfig) -> None:
         _check_ledger(url, config)
     if storage.is_local(url):
         parent = existing_parent(url)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        # A filesystem without room at all, as /proc, holds no files of users.
+        is_writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and shutil.disk_usage(parent).total > 0
+        if not is_writable:
             raise RunDirectoryError(
                 f"run_dir must be a folder that can be written, got {url}: {parent} cannot be; choose another run_dir, "
                 "or give this user the right to write there"

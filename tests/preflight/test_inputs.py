@@ -70,7 +70,7 @@ def test_a_tracker_without_its_package_is_refused(tree, name):
     if importlib.util.find_spec(name) is None:
         assert refusal(ConfigError, config) == (
             f"tracking.{name} needs the package {name}, which is not installed here; "
-            f'pip install "rayrl[{name}]", or leave the table out'
+            f"pip install {name}, or leave the table out"
         )
     else:
         check(config, cluster=TWO_CPUS)
@@ -88,7 +88,7 @@ def test_benchmarks_that_cannot_run_are_refused(tree, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert refusal(ConfigError, changed(tree, evaluate__lm_eval={"tasks": ["mmlu"]})) == (
         "evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got ['mmlu']; "
-        'pip install "rayrl[lm-eval]", or empty the list'
+        "pip install lm_eval, or empty the list"
     )
     message = refusal(ConfigError, changed(tree, evaluate__lm_eval={"include_path": "/nowhere"}))
     assert message.endswith("must be a folder, got /nowhere; correct it, or leave it out")

@@ -82,7 +82,7 @@ def test_the_disk_must_hold_every_model_and_both_optimizers(rlp_tree):
 def test_what_an_earlier_attempt_wrote_needs_no_room_again(tree, monkeypatch):
     folder = Path(tree["policy"]["path"])
     grow(folder, 2**20 - (folder / "model.safetensors").stat().st_size)
-    usage = type("Usage", (), {"free": 6 * 2**20})
+    usage = type("Usage", (), {"free": 6 * 2**20, "total": 2**30})
     monkeypatch.setattr("rayrl.preflight.run_folder.shutil.disk_usage", lambda _: usage)
     config = changed(tree)  # two models and an optimizer of three
     plan = check(config, cluster=TWO_CPUS)
