@@ -263,7 +263,8 @@ def _control(run: str) -> "Actor":
     import ray
 
     from rayrl.errors import ResourceError
-    from rayrl.fleets.control import NAMESPACE, find_control
+    from rayrl.fleets.connection import NAMESPACE
+    from rayrl.fleets.control import find_control
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")

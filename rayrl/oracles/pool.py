@@ -40,7 +40,7 @@ BUDGET_EXHAUSTED = "budget exhausted"
 """Rationale of an abstention that was never asked, because nothing was left to pay with."""
 
 _START_TIMEOUT_S = 120.0
-_DRAIN_S = 5.0
+_DRAIN_S = 3.0
 """For calls under way when a run ends early."""
 _SHOW_AFTER_S = 0.2
 """Time after which a change of the load is exported."""
@@ -173,9 +173,13 @@ class OraclePool:
             has_given_up=False,
         )
 
+    def stop_asking(self) -> None:
+        """Ask nothing more; calls under way go on."""
+        self._breaker.stop("the run is ending")
+
     async def drain(self, wait_s: float) -> None:
         """Ask nothing more, wait a moment for the calls under way, and close the ledger, which then is one file."""
-        self._breaker.stop("the run is ending")
+        self.stop_asking()
         await self._idle(wait_s)
         self.close()
 
@@ -454,6 +458,12 @@ def start_oracle_pool(
     except GetTimeoutError:
         raise StageTimeout(f"waited {_START_TIMEOUT_S:g} s for the oracle pool of run {run_name!r} to start") from None
     return pool
+
+
+def stop_asking(pool: ActorHandle[OraclePool]) -> None:
+    """Keep the pool from asking anything more, from now on; returns at once."""
+    stopped: Any = pool.stop_asking
+    stopped.remote()
 
 
 def end_oracle_pool(pool: ActorHandle[OraclePool]) -> None:

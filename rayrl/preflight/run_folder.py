@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
+from rayrl.fleets.connection import SUBMITTED
 from rayrl.preflight.model import ModelFacts
 from rayrl.report.ledger_counts import num_attempts
 from rayrl.runs import storage
@@ -14,8 +15,6 @@ from rayrl.runs.run import CONFIG, belongs_to, identity, ledger_url, read_config
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, stages_of
 from rayrl.training.checkpoints import NUM_KEPT
 
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that Ray sets for the entry point of a submitted job."""
 _PPO_STAGES = (PPO, PPO_REFRESHED)
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
