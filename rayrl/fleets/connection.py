@@ -4,6 +4,7 @@ A run joins the cluster that RAY_ADDRESS names; inside a submitted job Ray sets 
 its own, whatever else goes on on the machine: Ray's own default would join any cluster that it finds there.
 """
 
+import importlib
 import logging
 import os
 import socket
@@ -79,10 +80,9 @@ def check_answers(address: str) -> None:
     failure: list[str] = []
 
     def reach() -> None:
-        from ray._raylet import GcsClient
-
         try:
-            GcsClient(address=address)
+            # Compiled code, whose names type checkers do not see.
+            importlib.import_module("ray._raylet").GcsClient(address=address)
         except Exception as error:
             failure.append(str(error))
         reached.set()

@@ -26,7 +26,7 @@ from rayrl.metrics.fleet_state import FleetState
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.breaker import Breaker
 from rayrl.oracles.build import build_oracle
-from rayrl.oracles.ledger import Ledger, Reserved
+from rayrl.oracles.ledger import Ledger, Outlook, Reserved
 from rayrl.oracles.limits import Slots
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import Question, address, call, estimate_usd, refused, reused
@@ -148,6 +148,11 @@ class OraclePool:
     def num_spent(self, keys: Sequence[str], purpose: Purpose) -> int:
         """`Ledger.num_spent`."""
         return self._ledger.num_spent(keys, purpose)
+
+    def outlook(self, questions: Sequence[Question], purpose: Purpose, stage: str) -> Outlook:
+        """`Ledger.outlook`, of questions that are to be asked."""
+        addressed = [address(each, self._oracle, self._rubric, purpose) for each in questions]
+        return self._ledger.outlook(addressed, purpose, stage)
 
     def resize(self, least: int | None, most: int | None) -> FleetState:
         """Ask so many questions at once from now on: `most`, or if that is None the number of the config.

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -34,7 +35,9 @@ def main(name: str, arguments: list[str], about: str | None) -> int:
             if stopping.exit_code is not None:
                 print(MESSAGE, file=sys.stderr, flush=True)
                 disconnect()
-                return stopping.exit_code
+                # An ordinary exit joins threads, some of which wait for answers of the cluster that has ended.
+                sys.stdout.flush()
+                os._exit(stopping.exit_code)
             if isinstance(error, RayRLError):
                 print(f"error: {error}", file=sys.stderr)
                 return 2

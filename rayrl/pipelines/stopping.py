@@ -96,5 +96,6 @@ def stoppable() -> Iterator[Stopping]:
 
 def _end_hard(exit_code: int) -> None:
     """End the process whatever it is doing; the guard does the rest."""
-    print(f"{MESSAGE} (it did not end by itself within {END_S:.0f} s)", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{MESSAGE} (it did not end by itself within {END_S:.0f} s)\n")
+    sys.stderr.flush()
     os._exit(exit_code)

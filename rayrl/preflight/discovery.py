@@ -48,9 +48,7 @@ def find_cluster() -> Cluster:
         replace(kind, resources={**kind.resources, **facts_of_accelerator(kind.resources)})
         for kind in growth.node_types
     )
-    return Cluster(
-        nodes=nodes, node_types=node_types, most_workers=growth.most_workers, name=describe_address(address)
-    )
+    return Cluster(nodes=nodes, node_types=node_types, most_workers=growth.most_workers, name=describe_address(address))
 
 
 def _num_local_gpus() -> int:
