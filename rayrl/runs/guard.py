@@ -25,8 +25,9 @@ POLL_S = 0.5
 """Time between two looks at the process."""
 GRACE_S = 2.0
 """Time in which descendants may end by themselves."""
-FOLDERS_S = 20.0
-"""Time for which the folders of a dead process are removed again: workers of a cluster that goes on may still write."""
+FOLDERS_S = 5.0
+"""Time for which folders that a process has left are removed again: workers of a cluster that goes on may still write,
+until Ray ends them."""
 
 
 @cache
@@ -113,14 +114,13 @@ def main(pid: int) -> None:
     started = _started(pid)
     folders = f"{SHARED_MEMORY}/{_folder_prefix(pid, started)}*"
     known: dict[int, str] = {}
-    had_folders = False
     while started and _started(pid) == started:
         known = {child: known[child] for child in _left(known)}
         _note_descendants([pid], known)
-        had_folders = had_folders or bool(glob.glob(folders))
         time.sleep(POLL_S)
+    left_folders = bool(glob.glob(folders))
     _end_descendants(known)
-    deadline = time.monotonic() + (FOLDERS_S if had_folders else 0.0)
+    deadline = time.monotonic() + (FOLDERS_S if left_folders else 0.0)
     while True:
         for folder in glob.glob(folders):
             shutil.rmtree(folder, ignore_errors=True)
