@@ -4,7 +4,6 @@ A user's mistake ends in one message on stderr and exit code 2. Heavy imports wa
 """
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -212,6 +211,35 @@ def ledger(
 
 
 @app.command()
+def verify(
+    run_dir: RunDir,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Let the command that started the run make what is damaged again.")
+    ] = False,
+) -> None:
+    """Read every file of a run's finished stages, and name those that are damaged; exit code 1 if any is."""
+    from rayrl.runs import storage
+    from rayrl.runs.run import read_config
+    from rayrl.runs.verification import damaged_stages, repair_stage, what_is_lost
+
+    url, config, console = storage.absolute(run_dir), read_config(run_dir), Console()
+    stages = damaged_stages(url, config)
+    for stage in stages.damaged:
+        for name, what in stage.wrong.items():
+            console.print(Text(f"{stage.folder}/{name} {what}"), soft_wrap=True)
+        console.print(Text(what_is_lost(stage)), soft_wrap=True)
+        if repair:
+            repair_stage(stage)
+    files = f"{stages.num_files} files of {stages.num_stages} finished stages"
+    if not stages.damaged:
+        console.print(Text(f"{files} are as they were written"), soft_wrap=True)
+        return
+    remedy = "removed; start the run's command again" if repair else "`rayrl verify --repair` removes what is damaged"
+    console.print(Text(f"{files} were read; {len(stages.damaged)} stages are damaged: {remedy}"), soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@app.command()
 def scale(
     run: LiveRun,
     sizes: Annotated[list[str] | None, typer.Argument(help="generators=4 embedders=1-8 oracle=32 ROLE=auto")] = None,
@@ -306,10 +334,13 @@ def _control(run: str) -> "Actor":
     import ray
 
     from rayrl.errors import ResourceError
-    from rayrl.fleets.control import NAMESPACE, find_control
+    from rayrl.fleets.connection import LOCAL, NAMESPACE, check_answers, cluster_address
+    from rayrl.fleets.control import find_control
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "auto")
+        # Without RAY_ADDRESS, the cluster that a run on this machine has started.
+        address = "auto" if cluster_address() == LOCAL else cluster_address()
+        check_answers(address)
         try:
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:

@@ -6,16 +6,16 @@ Exit code 2 for a user's mistake.
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 
 from rayrl import __version__
 from rayrl.config import RunConfig, load_config
 from rayrl.errors import RayRLError
-from rayrl.pipelines.arguments import read_arguments, usage
-
-STOPPED = 130
-"""Exit code of a run that was stopped by `rayrl stop` or Ctrl-C."""
+from rayrl.pipelines.arguments import Arguments, read_arguments, usage
+from rayrl.pipelines.stopping import MESSAGE, Stopping, stoppable
+from rayrl.runs.guard import guard_this_process
 
 
 def main(name: str | None, arguments: list[str], about: str | None, *, command: str | None = None) -> int:
@@ -28,22 +28,33 @@ def main(name: str | None, arguments: list[str], about: str | None, *, command: 
         command: as the user writes it; None is the one of jobs/.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        given = read_arguments(arguments)
-        if "--help" in given.flags:
-            print(f"{about}\n{usage(command or f'python jobs/{name}.py')}")
-            return 0
-        if "--version" in given.flags:
-            print(f"rayrl {__version__}")
-            return 0
-        config = load_config(given.config, list(given.overrides), pipeline=name)
-        return plan(config, as_json="--json" in given.flags) if "--plan" in given.flags else run(config)
-    except RayRLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues the run", file=sys.stderr)
-        return STOPPED
+    with stoppable() as stopping:
+        try:
+            given = read_arguments(arguments)
+            if "--help" in given.flags:
+                print(f"{about}\n{usage(command or f'python jobs/{name}.py')}")
+                return 0
+            if "--version" in given.flags:
+                print(f"rayrl {__version__}")
+                return 0
+            return _plan_or_run(name, given, stopping)
+        except BaseException as error:
+            # What a library raises because it was interrupted counts as the interruption.
+            if stopping.exit_code is not None:
+                print(MESSAGE, file=sys.stderr, flush=True)
+                disconnect()
+                # An ordinary exit joins threads, some of which wait for answers of the cluster that has ended.
+                sys.stdout.flush()
+                os._exit(stopping.exit_code)
+            if isinstance(error, RayRLError):
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            raise
+
+
+def _plan_or_run(name: str | None, given: Arguments, stopping: Stopping) -> int:
+    config = load_config(given.config, list(given.overrides), pipeline=name)
+    return plan(config, as_json="--json" in given.flags) if "--plan" in given.flags else run(config, stopping)
 
 
 def plan(config: RunConfig, *, as_json: bool = False) -> int:
@@ -55,25 +66,31 @@ def plan(config: RunConfig, *, as_json: bool = False) -> int:
     return 0
 
 
-def run(config: RunConfig) -> int:
-    """Check everything, connect to Ray (RAY_ADDRESS, or a cluster of its own), and run to the report."""
-    import ray
-
-    from rayrl.fleets.control import NAMESPACE
+def run(config: RunConfig, stopping: Stopping) -> int:
+    """Check everything, connect to the cluster (`rayrl.fleets.connection`), and run to the report."""
+    from rayrl.fleets.connection import connect
     from rayrl.pipelines.run_pipeline import run_pipeline
     from rayrl.preflight import check
 
     plan = check(config, contact_oracle=True)
     started = time.monotonic()
-    if not ray.is_initialized():
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
-            namespace=NAMESPACE,
-            include_dashboard=None,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+    # Before Ray starts anything that it would have to end.
+    guard_this_process()
+    try:
+        connect()
+    except SystemExit as error:  # what Ray's own handler raises until `install` replaces it
+        if error.code != signal.SIGTERM:
+            raise
+        stopping.stop(signal.SIGTERM)
+    stopping.install()
     pipeline = getattr(importlib.import_module(f"rayrl.pipelines.{config.pipeline}"), config.pipeline)
-    report = run_pipeline(config, plan, pipeline, ray_start_s=time.monotonic() - started)
+    report = run_pipeline(config, plan, pipeline, ray_start_s=time.monotonic() - started, stopping=stopping)
     print(f"report: {report}")
     return 0
+
+
+def disconnect() -> None:
+    """Leave the cluster, or end this process's own, if Ray was started at all."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

@@ -4,12 +4,12 @@ Starts no actor and writes nothing. The checks themselves are in the modules bes
 """
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError
+from rayrl.fleets.connection import LOCAL, cluster_address
 from rayrl.models.judge_prompt import Rubric, load_rubric
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.clustering_models import inspect_clustering_models
@@ -48,7 +48,7 @@ def check(
     Raises:
         ConfigError, DataError, RunDirectoryError, ResourceError: one message: field, rule, value, remedy.
     """
-    is_this_machine = cluster is None and os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+    is_this_machine = cluster is None and cluster_address() == LOCAL
     if cluster is None:
         cluster = find_cluster()
     elif isinstance(cluster, dict):

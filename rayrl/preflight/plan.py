@@ -232,7 +232,8 @@ def _rlp_facts(plan: Plan) -> dict[str, str]:
 def _cluster_fact(cluster: Cluster) -> str:
     has = f"{describe_amount(cluster.has('CPU'))} CPU, {describe_amount(cluster.has('GPU'))} GPU"
     most = f"{describe_amount(cluster.most('CPU'))} CPU, {describe_amount(cluster.most('GPU'))} GPU"
-    return f"has {has}" if most == has else f"has {has}; may grow to {most}"
+    name = f"{cluster.name}: " if cluster.name else ""
+    return f"{name}has {has}" if most == has else f"{name}has {has}; may grow to {most}"
 
 
 def _amounts(stage: StagePlan) -> str:

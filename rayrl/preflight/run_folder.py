@@ -7,15 +7,22 @@ from pathlib import Path
 
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
+from rayrl.fleets.connection import SUBMITTED
 from rayrl.preflight.model import ModelFacts
 from rayrl.report.ledger_counts import num_attempts
 from rayrl.runs import storage
-from rayrl.runs.run import CONFIG, belongs_to, identity, ledger_url, read_config
+from rayrl.runs.run import (
+    CONFIG,
+    belongs_to,
+    identity,
+    ledger_url,
+    num_label_queries,
+    read_config,
+    round_folder,
+)
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, stages_of
 from rayrl.training.checkpoints import NUM_KEPT
 
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that Ray sets for the entry point of a submitted job."""
 _PPO_STAGES = (PPO, PPO_REFRESHED)
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
@@ -53,6 +60,8 @@ def check_run_folder(config: RunConfig) -> None:
     url = storage.absolute(config.run_dir)
     if belongs_to(url, config):
         _check_ledger(url, config)
+        if config.reuse is None:
+            check_paid_answers(url, config)
     if storage.is_local(url):
         parent = existing_parent(url)
         # A filesystem without room at all, as /proc, holds no files of users.
@@ -78,6 +87,22 @@ def _check_ledger(url: str, config: RunConfig) -> None:
         f"begin anew. Set it back, or copy the old one first: rayrl ledger {url} --export {new} (only where no ledger "
         "is there yet)"
     )
+
+
+def check_paid_answers(url: str, config: RunConfig) -> None:
+    """Refuse a ledger that has lost what the run's finished stages have paid for: it would be paid for again.
+
+    Raises:
+        RunDirectoryError: names how many answers there were and are.
+    """
+    paid = sum(num_label_queries(round_folder(url, number)) for number in range(1, config.rounds + 1))
+    ledger = ledger_url(url, config)
+    held = num_attempts(ledger, identity(url))
+    if held < paid:
+        raise RunDirectoryError(
+            f"{ledger} must hold the {paid} label queries that this run has paid for, and holds {held}: it is damaged "
+            "or another file; put it back from a copy, or begin anew in another run_dir, where they are paid again"
+        )
 
 
 def is_local_place(url: str, setting: str) -> bool:

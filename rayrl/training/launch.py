@@ -96,6 +96,17 @@ _last_write: ContextVar[threading.Event | None] = ContextVar("last_write", defau
 """In a worker: set when its part of the last checkpoint is written."""
 
 
+class _Trainer(TorchTrainer):
+    """`TorchTrainer` that leaves the process's handler of SIGINT in place.
+
+    Ray Train's own would stay after the fit. It aborts nothing then, ends the process only at the third Ctrl-C, and
+    with exit code 0, as if the run had finished.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        del controller
+
+
 class Trainer(Protocol):
     """The part of a `TorchTrainer` that runs it."""
 
@@ -164,7 +175,7 @@ def fit(
     fit_url = join(storage, name)
     filesystem, path = _filesystem(storage)
     new_trainer = partial(
-        TorchTrainer,
+        _Trainer,
         _run,
         train_loop_config={"loop": loop, "job": job, "fit_url": fit_url},
         scaling_config=ScalingConfig(

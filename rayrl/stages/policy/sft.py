@@ -59,7 +59,7 @@ class Examples:
 def base_policy(run: Run) -> Checkpoint:
     """Return M0, as the config names it."""
     policy = run.config.policy
-    version = content_id("policy", policy.path, policy.revision or "")
+    version = content_id("policy", policy.path, policy.revision or "", *run.content("policy."))
     return Checkpoint(path=policy.path, version=version, revision=policy.revision)
 
 
