@@ -332,17 +332,21 @@ def _control(run: str) -> "Actor":
     is_folder = storage.exists(storage.join(storage.absolute(run), CONFIG))
     name = read_config(run).name if is_folder else run
     import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die
 
     from rayrl.errors import ResourceError
     from rayrl.fleets.connection import LOCAL, NAMESPACE, check_answers, cluster_address
     from rayrl.fleets.control import find_control
 
     if not ray.is_initialized():
-        # Without RAY_ADDRESS, the cluster that a run on this machine has started.
-        address = "auto" if cluster_address() == LOCAL else cluster_address()
-        check_answers(address)
+        address = cluster_address()
         try:
+            if address in (LOCAL, "auto"):  # the cluster that a run on this machine has started, or that it belongs to
+                address = canonicalize_bootstrap_address_or_die("auto")
+            check_answers(address)
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        except ResourceError:
+            raise
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(
                 f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or submit this command to "
