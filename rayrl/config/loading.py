@@ -177,14 +177,19 @@ def _explain(error: ValidationError) -> list[str]:
     lines: list[str] = []
     for mistake in error.errors():
         location = [str(part) for part in mistake["loc"]]
-        line = f"  {_dotted(location)}{_explain_one(mistake, location)}"
+        field = _dotted(location)
+        what = _explain_one(mistake, location)
+        # Rules between fields name their fields themselves.
+        for name in (field, field.rpartition(".")[2]):
+            what = f" {what.removeprefix(f': {name} ')}" if what.startswith(f": {name} ") else what
+        line = f"  {field}{what}" if location else f"  {what.removeprefix(': ')}"
         if line not in lines:
             lines.append(line)
     return lines
 
 
 def _explain_one(mistake: ErrorDetails, location: list[str]) -> str:
-    """Say what is wrong with the field at a place, and what to do."""
+    """Say what is wrong with the field at a place, and what to do; the text goes behind the field."""
     got = _shown(mistake["input"], location)
     match mistake["type"]:
         case "extra_forbidden":
@@ -264,7 +269,7 @@ def _dotted(location: list[str]) -> str:
             field += f"[{part}]"
         elif part not in _types_at(location[:number]) and not _PYDANTIC_TYPE.match(part):
             field += f".{part}" if field else part
-    return field or "config"
+    return field
 
 
 def _models_at(location: list[str]) -> list[type[BaseModel]]:

@@ -69,10 +69,12 @@ def plan(config: RunConfig, *, as_json: bool = False) -> int:
 def run(config: RunConfig, stopping: Stopping) -> int:
     """Check everything, connect to the cluster (`rayrl.fleets.connection`), and run to the report."""
     from rayrl.fleets.connection import connect
-    from rayrl.pipelines.run_pipeline import run_pipeline
     from rayrl.preflight import check
 
     plan = check(config, contact_oracle=True)
+    # Only here: it imports Ray, and a refusal comes before that.
+    from rayrl.pipelines.run_pipeline import run_pipeline
+
     started = time.monotonic()
     # Before Ray starts anything that it would have to end.
     guard_this_process()
