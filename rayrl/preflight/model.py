@@ -79,9 +79,18 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
     if not has_gpu:
         _check_family(config, policy.path)
         _check_head_dim(config, policy.path)
-    weights = read_weights(folder, policy.path, may_come=folder != policy.path and not _is_offline())
+    generation = storage.join(folder, "generation_config.json")
+    if storage.exists(generation):
+        read_json_file(generation)  # or else it would be found broken when the trained model is written
+    weights = read_weights(folder, policy.path, may_come=folder != policy.path)
     if weights is not None:
         check_complete(weights, config, policy.path)
+    elif _is_offline():
+        raise ConfigError(
+            f"policy.path must be a model whose weights are here, got {policy.path}, of which the hub's cache has a "
+            "part only, and HF_HUB_OFFLINE=1 forbids to ask the hub; download it once: HF_HUB_OFFLINE=0 hf download "
+            f"{policy.path}"
+        )
     num_parameters = None if weights is None else weights.num_parameters
     return ModelFacts(
         weights_bytes=None if weights is None else weights.num_bytes,
@@ -109,9 +118,8 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
             raise ConfigError(_adapter(path, setting))
         raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}; {remedy}")
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
-        raise ConfigError(
-            f"{setting} must be a model folder or a hub id, got {path}: there is no such folder; {remedy}"
-        )
+        what = "that is a file" if os.path.isfile(path) else "there is no such folder"
+        raise ConfigError(f"{setting} must be a model folder or a hub id, got {path}: {what}; {remedy}")
     from huggingface_hub import constants, snapshot_download
 
     is_offline = not online or constants.HF_HUB_OFFLINE
@@ -188,6 +196,7 @@ def _check_head_dim(config: dict[str, Any], path: str) -> None:
 
 
 def _is_offline() -> bool:
+    """Return whether the hub may not be asked."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE

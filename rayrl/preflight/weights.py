@@ -67,13 +67,13 @@ class Weights:
         return sorted(names)
 
 
-def read_weights(folder: str, path: str, *, may_come: bool) -> Weights | None:
+def read_weights(folder: str, path: str, *, may_come: bool = False) -> Weights | None:
     """Read the headers of a folder's weights; None where they are still to be downloaded.
 
     Args:
         folder: of the model.
         path: the policy's, for messages.
-        may_come: the folder is a part of a hub model whose weights a run may still download.
+        may_come: the folder is the cached part of a hub model, and a run may still download the rest.
 
     Raises:
         ConfigError: weights that are missing, cut off, damaged, or no safetensors.
@@ -171,23 +171,23 @@ def _cut(url: str, size: int, end: int | None = None) -> str:
     )
 
 
-def read_json_file(url: str) -> dict[str, Any]:
-    """Read a table from one of the policy's JSON files.
+def read_json_file(url: str, setting: str = "policy.path") -> dict[str, Any]:
+    """Read a table from one of a model's JSON files.
 
     Raises:
         ConfigError: it holds something else.
     """
     content = storage.read_bytes(url)
     if content.startswith(_LFS):
-        raise ConfigError(f"policy.path: {url} must be JSON, and is a pointer of Git LFS; get the file: git lfs pull")
+        raise ConfigError(f"{setting}: {url} must be JSON, and is a pointer of Git LFS; get the file: git lfs pull")
     try:
         table = json.loads(content)
     except ValueError as error:
         raise ConfigError(
-            f"policy.path: {url} must be JSON, and is not ({error}): it is damaged; download it again"
+            f"{setting}: {url} must be JSON, and is not ({error}): it is damaged; download it again"
         ) from None
     if not isinstance(table, dict):
-        raise ConfigError(f"policy.path: {url} must be a table in JSON, in {{}}, and is not; download it again")
+        raise ConfigError(f"{setting}: {url} must be a table in JSON, in {{}}, and is not; download it again")
     return cast(dict[str, Any], table)
 
 
