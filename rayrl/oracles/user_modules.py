@@ -114,9 +114,17 @@ def _names(statements: Iterable[ast.stmt]) -> Iterator[str]:
                     yield from _names(getattr(statement, block, []))
                 for handler in getattr(statement, "handlers", []):
                     yield from _names(handler.body)
+                heads: list[ast.AST] = [*getattr(statement, "items", []), getattr(statement, "target", ast.Pass())]
+                for head in heads:
+                    yield from _stored(head)
             case _:
-                for node in ast.walk(statement):
-                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                        yield node.id
-                    if isinstance(node, ast.Name) and node.id in ("globals", "setattr"):
-                        yield "*"
+                yield from _stored(statement)
+
+
+def _stored(part: ast.AST) -> Iterator[str]:
+    """List the variables that a part of a statement sets; "*" where it may set others by their names."""
+    for node in ast.walk(part):
+        if isinstance(node, ast.Name) and node.id in ("globals", "setattr"):
+            yield "*"
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
