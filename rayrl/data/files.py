@@ -167,18 +167,21 @@ def open_file(path: str) -> Iterator[tuple[IO[bytes], Format]]:
         try:
             raw = stack.enter_context(fsspec.open(path, "rb"))
         except FileNotFoundError:
-            raise DataError(f"{path} does not exist") from None
+            reached = " or cannot be reached" if "://" in path else ""
+            raise DataError(f"{path} does not exist{reached}") from None
         except ImportError as error:
             raise DataError(f"{path} needs a package that is not installed: {error}") from None
         except Exception as error:  # every filesystem has errors of its own, of keys and of networks
             raise DataError(
                 f"{path} cannot be opened: {type(error).__name__}: {error}; correct the path, or the access to it"
             ) from None
-        file = io.BufferedReader(raw, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+        file = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))  # pyright: ignore[reportArgumentType]
         beginning = file.peek(_PEEKED_BYTES)
         decompressed = _decompressed(file, beginning)
         if decompressed is not file:
-            file = io.BufferedReader(decompressed, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+            file = stack.enter_context(
+                io.BufferedReader(decompressed, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+            )
             beginning = file.peek(_PEEKED_BYTES)
         if beginning.startswith(_GIT_LFS):
             raise DataError(

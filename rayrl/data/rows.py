@@ -70,6 +70,11 @@ class Watch:
     columns: Sequence[str] = ()
     num_rows: Counter[str] = field(default_factory=Counter[str])
 
+    def add(self, column: str, num_rows: int) -> None:
+        """Count rows of a column that hold something."""
+        if num_rows:
+            self.num_rows[column] += num_rows
+
 
 def read_rows(
     path: str,
@@ -203,8 +208,14 @@ def _parquet_batches(file: IO[bytes], path: str, source: _Source) -> Iterator[pa
     table = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     columns = source.wanted(path, table.schema_arrow.names)
     for name in source.watched(table.schema_arrow.names):
-        source.watch.num_rows[name] += _num_filled(table.metadata, name)
+        if not _holds_nulls_alone(table.schema_arrow.field(name).type):
+            source.watch.add(name, _num_filled(table.metadata, name))
     yield from table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
+
+
+def _holds_nulls_alone(kind: pa.DataType) -> bool:
+    """Return whether a column has no values, or only lists without any; it has no statistics."""
+    return pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))
 
 
 def _num_filled(metadata: pq.FileMetaData, name: str) -> int:
@@ -250,7 +261,7 @@ def _used(
                 num_filled = sum(map(bool, column.value_lengths().to_pylist()))
             else:
                 num_filled = len(column) - column.null_count
-            watch.num_rows[name] += num_filled
+            watch.add(name, num_filled)
         used = batch.select(columns)
         for start in range(0, used.num_rows, BATCH_ROWS):
             yield used.slice(start, BATCH_ROWS)

@@ -57,6 +57,7 @@ def _read(run: Run, data: PreferenceDataConfig, key: str) -> Manifest[Preference
         num_unusable=rows.num_unusable,
         num_tied=rows.num_tied,
         num_other_prompt=rows.num_other_prompt,
+        num_bad=rows.bad_rows.num,
         **cut,
     )
     return run.finish(
