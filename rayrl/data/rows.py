@@ -103,7 +103,7 @@ def read_rows(
     number = 0
     for row in _all_rows(path, split, source):
         number += 1
-        yield row._replace(number=number)
+        yield row if row.number == number else row._replace(number=number)
     if number == 0:
         raise DataError(f"{path} is empty: at least one row is needed")
 
