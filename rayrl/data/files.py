@@ -61,8 +61,9 @@ def find_files(path: str) -> list[str] | None:
     if suffix_of(path) is not None:
         return [path]
     if is_url:
-        filesystem, root = url_to_fs(path)
-        return None if filesystem.isdir(root) else [path]
+        with access_to(path):
+            filesystem, root = url_to_fs(path)
+            return None if filesystem.isdir(root) else [path]
     if is_hub_name(path):
         return None
     raise DataError(f"{path} does not exist; give a file ({_known_suffixes()}), a pattern, a folder or a hub name")
@@ -114,10 +115,11 @@ def _known_suffixes() -> str:
 
 
 def _matching(pattern: str) -> list[str]:
-    filesystem, root = url_to_fs(pattern)
     is_url = "://" in pattern
-    found = sorted(cast("list[str]", filesystem.glob(root)))
-    files = [filesystem.unstrip_protocol(name) if is_url else name for name in found if not filesystem.isdir(name)]
+    with access_to(pattern):
+        filesystem, root = url_to_fs(pattern)
+        found = sorted(cast("list[str]", filesystem.glob(root)))
+        files = [filesystem.unstrip_protocol(name) if is_url else name for name in found if not filesystem.isdir(name)]
     if not files:
         raise DataError(f"no file matches {pattern}; correct the pattern")
     return files
@@ -157,6 +159,28 @@ def shards_in(folder: str, split: str) -> list[str]:
 
 
 @contextmanager
+def access_to(path: str) -> Iterator[None]:
+    """Turn what a filesystem raises into a refusal: each has errors of its own, of keys and of networks.
+
+    Raises:
+        DataError: names the path and the error.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        reached = " or cannot be reached" if "://" in path else ""
+        raise DataError(f"{path} does not exist{reached}") from None
+    except ImportError as error:
+        raise DataError(f"{path} needs a package that is not installed: {error}") from None
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be opened: {type(error).__name__}: {error}; correct the path, or the access to it"
+        ) from None
+
+
+@contextmanager
 def open_file(path: str) -> Iterator[tuple[IO[bytes], Format]]:
     """Open a file decompressed, and tell its format: by its first bytes, or else by its suffix.
 
@@ -164,17 +188,8 @@ def open_file(path: str) -> Iterator[tuple[IO[bytes], Format]]:
         DataError: it does not exist or cannot be opened, is a Git LFS pointer, or has no known format.
     """
     with ExitStack() as stack:
-        try:
+        with access_to(path):
             raw = stack.enter_context(fsspec.open(path, "rb"))
-        except FileNotFoundError:
-            reached = " or cannot be reached" if "://" in path else ""
-            raise DataError(f"{path} does not exist{reached}") from None
-        except ImportError as error:
-            raise DataError(f"{path} needs a package that is not installed: {error}") from None
-        except Exception as error:  # every filesystem has errors of its own, of keys and of networks
-            raise DataError(
-                f"{path} cannot be opened: {type(error).__name__}: {error}; correct the path, or the access to it"
-            ) from None
         file = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))  # pyright: ignore[reportArgumentType]
         beginning = file.peek(_PEEKED_BYTES)
         decompressed = _decompressed(file, beginning)

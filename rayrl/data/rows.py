@@ -172,7 +172,12 @@ def _file_rows(path: str, source: _Source) -> Iterator[Row]:
                 yield from _columnar_rows(file, path, format, source)
     except UnicodeDecodeError as error:
         raise files.refused_text(path, error) from None
-    except _UNREADABLE as error:
+    except DataError:
+        raise
+    except Exception as error:
+        # Filesystems behind a URL have errors of their own.
+        if "://" not in path and not isinstance(error, _UNREADABLE):
+            raise
         raise DataError(f"{path} cannot be read: {error}") from None
 
 

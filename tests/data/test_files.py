@@ -193,3 +193,23 @@ def test_large_json_lists_stream_over_the_ends_of_what_is_read(tmp_path):
     found = list(read_rows(str(path)))
     assert [row.cells for row in found] == rows[:3_000]
     assert found[1].where == f"{path}, row 2 (line 13)"
+
+
+def test_a_filesystem_that_refuses_is_named(tmp_path, monkeypatch):
+    for path in ("nonsense://bucket/pool.jsonl", "nonsense://bucket/*.jsonl", "nonsense://bucket/folder"):
+        with pytest.raises(DataError, match=r"nonsense://bucket/\S+ cannot be opened: ValueError: Protocol not known"):
+            prompts_of(path)
+
+
+def test_a_hub_data_set_is_read_by_configuration_split_and_column(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration, *, split):
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert prompts_of("user/name:config", split="test[:2]") == prompts_of("name") == BOTH
+    assert asked == [("user/name", "config", "test[:2]"), ("name", None, "train")]
+    with pytest.raises(DataError, match="user/name has no column promt; the columns there are prompt, id"):
+        prompts_of("user/name", prompt_column="promt")

@@ -211,7 +211,7 @@ def test_reference_answers(tmp_path):
     assert [(p.text, a) for p, a in read_reference_answers(ReferenceAnswersConfig(path=path), plain)] == [("a", "A")]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     def peak(num_rows):
         rows = [{"prompt": f"{i} " + "x" * 1000} for i in range(num_rows)]
