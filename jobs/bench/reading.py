@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -109,7 +110,7 @@ def read_by_datasets(path: str) -> Iterator[object]:
     import datasets
 
     builder = FORMATS[Path(path).name]
-    options = {"columns": ["prompt"]} if builder == "parquet" else {}
+    options: dict[str, Any] = {"columns": ["prompt"]} if builder == "parquet" else {}
     stream = datasets.load_dataset(builder, data_files=path, split="train", streaming=True, **options)
     return (row["prompt"] for row in stream)
 
