@@ -76,6 +76,7 @@ READ = [
     ("one-chat.json", json.dumps({"messages": [user(EGG)]}), {"messages_column": "messages"}, [EGG]),
     ("other-line-breaks.jsonl", json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), {}, ["a\u2028b\x85c"]),
     ("utf-16.jsonl", lines({"prompt": EGG}).encode("utf-16"), {"encoding": "utf-16"}, [EGG]),
+    ("joined-files.jsonl", "\ufeff" + lines({"prompt": EGG}) + "\ufeff" + lines({"prompt": RIVER}), {}, BOTH),
     # Instructions, and dialogues in one string
     (
         "alpaca.jsonl",
@@ -282,7 +283,7 @@ DROPPED = [
         lines(*({"c": [{"from": by, "value": p}]} for by, p in (("human", EGG), ("narrator", "x"), ("human", RIVER)))),
         {"messages_column": "c"},
         1,
-        "row 2: the role of a message",
+        "row 2, column c: the role of a message",
     ),
 ]
 
@@ -362,6 +363,12 @@ def test_numbers_are_read(cell, number):
     assert number_cell(cell, "score", "here") == number
 
 
+@pytest.mark.parametrize("encoding", ["utf8-mac-excel", "base64"])
+def test_an_encoding_that_is_none_is_refused(encoding):
+    with pytest.raises(ValueError, match=r'must be an encoding of text that Python knows, .*, got "'):
+        DataConfig(path="x", encoding=encoding)
+
+
 def test_text_is_text():
     check_text("plain \U0001f600 \u2028", "the prompt", "here")
     assert read_chat("Human: a\n\nAssistant: b", "here") == [user("a"), assistant("b")]
@@ -417,6 +424,6 @@ def test_bad_pairs_are_dropped_and_counted(tmp_path):
     path = saved(tmp_path, "a.jsonl", lines(good, good | {"chosen": 3}, good | {"rejected": "x"}, good) + "nonsense\n")
     found, counts = pairs_of(path, on_bad_row="drop")
     assert (found, counts.num_rows, counts.bad_rows.num) == ([("q", "x", "y")] * 2, 5, 3)
-    assert "row 2: " in counts.bad_rows.first
-    with pytest.raises(DataError, match=r'row 2: .*on_bad_row = "drop"'):
+    assert "row 2, column chosen: " in counts.bad_rows.first
+    with pytest.raises(DataError, match=r'row 2, column chosen: .*on_bad_row = "drop"'):
         pairs_of(path)

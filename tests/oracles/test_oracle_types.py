@@ -139,12 +139,14 @@ def test_each_type_lists_its_inputs():
         OracleTable(
             setting="oracle.path",
             path="a.csv",
+            encoding="utf-8",
             holds="judgements",
             columns=["prompt", "response", "score", "why"],
         ),
         OracleTable(
             setting="oracle.comparisons_path",
             path="b.csv",
+            encoding="utf-8",
             holds="comparisons",
             columns=["prompt", "first", "second", "preference", "why"],
         ),

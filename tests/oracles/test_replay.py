@@ -141,6 +141,13 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
         oracle_for(path)
 
 
+def test_a_table_in_another_encoding(tmp_path):
+    (tmp_path / "t.csv").write_bytes("prompt,response,score\nFähre?,Ja.,4\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 2 is not in the encoding utf-8.*encoding = \"cp1252\""):
+        oracle_for(str(tmp_path / "t.csv"))
+    assert ask(oracle_for(str(tmp_path / "t.csv"), encoding="cp1252"), "Fähre?", "Ja.").score == 4
+
+
 def test_a_row_that_is_none_is_refused(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(LINE) + "\nnull\n")
     with pytest.raises(DataError, match="row 2: it must be a JSON object, got null"):
