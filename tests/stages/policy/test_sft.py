@@ -135,9 +135,12 @@ def test_no_prompt_is_cut_through_the_header_of_the_assistants_turn(tmp_path):
 
 
 def test_bad_rows_are_refused_or_left_out_and_counted(tmp_path):
+    refusing, dropping = tmp_path / "refusing", tmp_path / "dropping"
+    refusing.mkdir()
+    dropping.mkdir()
     with pytest.raises(DataError, match=r"seed.jsonl, row 2: column prompt must be text, got 7 \(int\)"):
-        tokenise(run_on(tmp_path, ["Boil rice.", 7]))
-    examples = tokenise(run_on(tmp_path, ["Boil rice.", 7], on_bad_row="drop"))
+        tokenise(run_on(refusing, ["Boil rice.", 7]))
+    examples = tokenise(run_on(dropping, ["Boil rice.", 7], on_bad_row="drop"))
     assert (examples.num_examples, examples.rows.bad_rows.num) == (1, 1)
 
 
