@@ -55,9 +55,8 @@ def main() -> None:
                 assert result["num_rows"] == arguments.rows, result
                 memory = f"{result['peak_mib']:.0f} | {result['peak_mib'] - result['start_mib']:.0f}"
                 size_mib = path.stat().st_size / 2**20
-                print(
-                    f"| {name} | {size_mib:.0f} | {reader} | {result['read_s']:.1f} | {result['cpu_s']:.1f} | {memory} |"
-                )
+                seconds = f"{result['read_s']:.1f} | {result['cpu_s']:.1f}"
+                print(f"| {name} | {size_mib:.0f} | {reader} | {seconds} | {memory} |")
 
 
 def write_files(folder: Path, num_rows: int, image_bytes: int) -> None:
