@@ -1,11 +1,23 @@
 """Data settings: the files and data sets that a run reads prompts, seed data and reference answers from."""
 
-import codecs
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rayrl.config.table import Place, Table
+
+
+def _known(encoding: str) -> str:
+    try:
+        "".encode(encoding)
+    except LookupError:
+        known = 'such as "utf-8" or "cp1252"'
+        raise ValueError(f'must be an encoding of text that Python knows, {known}, got "{encoding}"') from None
+    return encoding
+
+
+Encoding = Annotated[str, AfterValidator(_known)]
+"""An encoding of text by its name in Python, such as "cp1252" or "utf-16"."""
 
 
 class DataConfig(Table):
@@ -18,8 +30,8 @@ class DataConfig(Table):
     data set has several)."""
     split: str = "train"
     """Split of a folder or data set; ignored for files."""
-    encoding: str = "utf-8"
-    """Encoding of text files, by its name in Python, such as "cp1252" or "utf-16"."""
+    encoding: Encoding = "utf-8"
+    """Encoding of text files."""
     prompt_column: str = "prompt"
     input_column: str | None = None
     """A column of texts, such as Dolly's `context`, that follow the prompt after a blank line where they are not empty.
@@ -32,16 +44,6 @@ class DataConfig(Table):
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """A row that cannot be used, of a broken line, a cell of the wrong type, a chat that the policy's template refuses,
     or (in the pool) a prompt that fills the context: "refuse" names it and stops, "drop" leaves it out and counts."""
-
-    @field_validator("encoding")
-    @classmethod
-    def _encoding_is_known(cls, encoding: str) -> str:
-        try:
-            codecs.lookup(encoding)
-        except LookupError:
-            known = 'such as "utf-8" or "cp1252"'
-            raise ValueError(f'must be an encoding that Python knows, {known}, got "{encoding}"') from None
-        return encoding
 
 
 class SeedDataConfig(DataConfig):

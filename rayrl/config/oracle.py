@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from rayrl.config.data import Encoding
 from rayrl.config.function_name import FunctionName
 from rayrl.config.http_endpoint import NOT_SHOWN, HttpEndpoint, looks_like_secret, require_plain_body
 from rayrl.config.rubric import RubricConfig
@@ -46,6 +47,7 @@ class OracleTable:
     setting: str
     """The setting that names it, for messages."""
     path: str
+    encoding: str
     holds: Literal["judgements", "comparisons"]
     columns: list[str]
     """Columns it must have: the prompt's, then that of the response and its score, or those of the two responses and
@@ -304,6 +306,8 @@ class ReplayOracleConfig(OracleBase):
     """Judgements: a prompt, a response and its score per row."""
     comparisons_path: Place | None = None
     """Comparisons: a prompt, two responses and "first", "second" or "tie" per row."""
+    encoding: Encoding = "utf-8"
+    """Encoding of either table, if it is text."""
     prompt_column: str = "prompt"
     """The text that a judge reads (see `rayrl.records.Prompt.text`), or, where a file has lists, a chat's messages."""
     response_column: str = "response"
@@ -366,7 +370,13 @@ class ReplayOracleConfig(OracleBase):
         tables: list[OracleTable] = []
         if self.path is not None:
             tables.append(
-                OracleTable(setting="oracle.path", path=self.path, holds="judgements", columns=self.judgement_columns)
+                OracleTable(
+                    setting="oracle.path",
+                    path=self.path,
+                    encoding=self.encoding,
+                    holds="judgements",
+                    columns=self.judgement_columns,
+                )
             )
         if self.comparisons_path is not None:
             compared = self.comparisons_path
@@ -374,6 +384,7 @@ class ReplayOracleConfig(OracleBase):
                 OracleTable(
                     setting="oracle.comparisons_path",
                     path=compared,
+                    encoding=self.encoding,
                     holds="comparisons",
                     columns=self.comparison_columns,
                 )

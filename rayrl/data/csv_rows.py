@@ -146,7 +146,7 @@ def find_dialect(
     candidates = [
         Dialect(separator=each, escape=escape)
         for each in ([separator] if separator else found)
-        for escape in (None, "\\")
+        for escape in ((None, "\\") if '\\"' in sample else (None,))
     ]
     # The first of equals counts; where no separator gives a needed column, the one with most columns makes the
     # clearest message.

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import IO, Literal, cast
+from typing import Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -61,8 +61,9 @@ def find_files(path: str) -> list[str] | None:
     if suffix_of(path) is not None:
         return [path]
     if is_url:
-        filesystem, root = url_to_fs(path)
-        return None if filesystem.isdir(root) else [path]
+        with access_to(path):
+            filesystem, root = url_to_fs(path)
+            return None if filesystem.isdir(root) else [path]
     if is_hub_name(path):
         return None
     raise DataError(f"{path} does not exist; give a file ({_known_suffixes()}), a pattern, a folder or a hub name")
@@ -87,8 +88,9 @@ def files_of(path: str, split: str = "train") -> list[str]:
 
 def is_saved(folder: str) -> bool:
     """Return whether `datasets` wrote a folder by save_to_disk."""
-    filesystem, root = url_to_fs(folder)
-    return any(filesystem.exists(f"{root.rstrip('/')}/{name}") for name in ("dataset_dict.json", "state.json"))
+    with access_to(folder):
+        filesystem, root = url_to_fs(folder)
+        return any(filesystem.exists(f"{root.rstrip('/')}/{name}") for name in ("dataset_dict.json", "state.json"))
 
 
 def is_on_hub(path: str) -> bool:
@@ -114,10 +116,11 @@ def _known_suffixes() -> str:
 
 
 def _matching(pattern: str) -> list[str]:
-    filesystem, root = url_to_fs(pattern)
     is_url = "://" in pattern
-    found = sorted(cast("list[str]", filesystem.glob(root)))
-    files = [filesystem.unstrip_protocol(name) if is_url else name for name in found if not filesystem.isdir(name)]
+    with access_to(pattern):
+        filesystem, root = url_to_fs(pattern)
+        found = sorted(cast("list[str]", filesystem.glob(root)))
+        files = [filesystem.unstrip_protocol(name) if is_url else name for name in found if not filesystem.isdir(name)]
     if not files:
         raise DataError(f"no file matches {pattern}; correct the pattern")
     return files
@@ -157,38 +160,62 @@ def shards_in(folder: str, split: str) -> list[str]:
 
 
 @contextmanager
-def open_file(path: str) -> Iterator[tuple[IO[bytes], Format]]:
+def access_to(path: str) -> Iterator[None]:
+    """Turn what a filesystem raises into a refusal: each has errors of its own, of keys and of networks.
+
+    Raises:
+        DataError: names the path and the error.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        reached = " or cannot be reached" if "://" in path else ""
+        raise DataError(f"{path} does not exist{reached}") from None
+    except ImportError as error:
+        raise DataError(f"{path} needs a package that is not installed: {error}") from None
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be opened: {type(error).__name__}: {error}; correct the path, or the access to it"
+        ) from None
+
+
+class OpenFile(NamedTuple):
+    """An open file, decompressed while it is read."""
+
+    content: io.BufferedReader
+    format: Format
+    is_compressed: bool
+
+
+@contextmanager
+def open_file(path: str) -> Iterator[OpenFile]:
     """Open a file decompressed, and tell its format: by its first bytes, or else by its suffix.
 
     Raises:
         DataError: it does not exist or cannot be opened, is a Git LFS pointer, or has no known format.
     """
     with ExitStack() as stack:
-        try:
+        with access_to(path):
             raw = stack.enter_context(fsspec.open(path, "rb"))
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist") from None
-        except ImportError as error:
-            raise DataError(f"{path} needs a package that is not installed: {error}") from None
-        except Exception as error:  # every filesystem has errors of its own, of keys and of networks
-            raise DataError(
-                f"{path} cannot be opened: {type(error).__name__}: {error}; correct the path, or the access to it"
-            ) from None
-        file = io.BufferedReader(raw, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+        file = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))  # pyright: ignore[reportArgumentType]
         beginning = file.peek(_PEEKED_BYTES)
         decompressed = _decompressed(file, beginning)
-        if decompressed is not file:
-            file = io.BufferedReader(decompressed, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+        if decompressed is not None:
+            file = stack.enter_context(
+                io.BufferedReader(decompressed, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+            )
             beginning = file.peek(_PEEKED_BYTES)
         if beginning.startswith(_GIT_LFS):
             raise DataError(
                 f"{path} is a Git LFS pointer, a note in place of the data; fetch the data with `git lfs pull`"
             )
-        yield cast("IO[bytes]", file), _format_of(path, beginning)
+        yield OpenFile(file, _format_of(path, beginning), is_compressed=decompressed is not None)
 
 
-def _decompressed(file: io.BufferedReader, beginning: bytes) -> object:
-    """Return a reader of the decompressed bytes; the file itself if it is not compressed."""
+def _decompressed(file: io.BufferedReader, beginning: bytes) -> object | None:
+    """Return a reader of the decompressed bytes; None if the file is not compressed."""
     if beginning.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)
     if beginning.startswith(b"BZh"):
@@ -198,7 +225,7 @@ def _decompressed(file: io.BufferedReader, beginning: bytes) -> object:
     if beginning.startswith(b"\x28\xb5\x2f\xfd"):
         # Python 3.11 has no Zstandard of its own.
         return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
-    return file
+    return None
 
 
 def _format_of(path: str, beginning: bytes) -> Format:
@@ -214,33 +241,31 @@ def _format_of(path: str, beginning: bytes) -> Format:
     raise DataError(f"{path} must end in one of {_known_suffixes()}, or hold JSON, Parquet or Arrow, or be a folder")
 
 
-def as_text(file: IO[bytes], path: str, encoding: str, *, newline: str) -> io.TextIOWrapper:
+def as_text(file: io.BufferedReader, path: str, encoding: str, *, newline: str) -> io.TextIOWrapper:
     """Read the bytes of an open file as text, without a byte order mark.
 
     Raises:
         DataError: it begins as UTF-16 does, and another encoding is set.
     """
     name = codecs.lookup(encoding).name
-    beginning = cast("io.BufferedReader", file).peek(2)
+    beginning = file.peek(2)
     if name == "utf-8" and beginning.startswith(_UTF_16):
         raise DataError(f'{path} is UTF-16 and not UTF-8; save it as UTF-8, or set encoding = "utf-16" for it')
     return io.TextIOWrapper(file, "utf-8-sig" if name == "utf-8" else encoding, newline=newline)
 
 
-def refused_text(path: str, error: UnicodeDecodeError) -> DataError:
-    """Make the refusal of a file that is not in its encoding; for UTF-8 it names the line."""
-    byte = error.object[error.start : error.start + 1].hex()
-    where = path
-    if error.encoding in ("utf-8", "utf-8-sig"):
-        with open_file(path) as (file, _):
-            for number, line in enumerate(file, 1):
+def refused_text(path: str, encoding: str, error: UnicodeError) -> DataError:
+    """Make the refusal of a file that is not in its encoding; for UTF-8 it names the line and the byte."""
+    where, reason = path, str(error)
+    if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
+        with open_file(path) as opened:
+            for number, line in enumerate(opened.content, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as of_line:
-                    where = f"{path}, line {number}"
-                    byte = line[of_line.start : of_line.start + 1].hex()
+                    where, reason = f"{path}, line {number}", f"it has the byte 0x{line[of_line.start]:02x}"
                     break
     return DataError(
-        f"{where} is not in the encoding {error.encoding.removesuffix('-sig')}: it has the byte 0x{byte}; save the "
-        'file as UTF-8, or set its encoding, such as encoding = "cp1252" for files of Windows in western Europe'
+        f"{where} is not in the encoding {encoding}: {reason}; save the file as UTF-8, or set its encoding, such as "
+        'encoding = "cp1252" for files of Windows in western Europe'
     )

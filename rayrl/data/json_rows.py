@@ -81,7 +81,8 @@ def _rows(file: io.TextIOWrapper, path: str, needed: Sequence[str] | None) -> It
 def _parse(line: str) -> Content:
     """Parse one line that should hold one object."""
     try:
-        return _as_row(json.loads(line))
+        # Files written one behind the other have byte order marks in the middle.
+        return _as_row(json.loads(line.removeprefix("\ufeff")))
     except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError too
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         return f"the line is not JSON: {reason}; got {line.strip()[:SHOWN_CHARACTERS]!r}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from rayrl.config import PreferenceDataConfig
 from rayrl.data.cells import SHOWN_CHARACTERS, check_text, number_cell
-from rayrl.data.chats import content_of, read_chat, read_list, read_message, split_reply
+from rayrl.data.chats import Messages, content_of, read_chat, read_list, read_message, split_reply
 from rayrl.data.reading import BadRows, Render, prompt_of, prompt_text, rows_of
 from rayrl.data.rows import Row, SourceRow
 from rayrl.errors import DataError
@@ -118,17 +118,22 @@ def read_pairs(
 def _prompt(cells: SourceRow, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
     if config.messages_column is None:
         return prompt_of(prompt_text(cells, config, where), render, where)
-    messages, _ = split_reply(read_chat(cells.get(config.messages_column), where))
+    messages, _ = split_reply(_chat(cells, config.messages_column, where))
     return prompt_of(messages, render, where)
+
+
+def _chat(cells: SourceRow, column: str, where: str) -> Messages:
+    return read_chat(cells.get(column), f"{where}, column {column}")
 
 
 def _replies(row: Row, config: PreferenceDataConfig) -> list[RankedReply]:
     """Read all replies of a row that have a rank, in the order of the row."""
     texts: list[tuple[str, float]] = []
     if config.replies_column is not None:
-        for cell in read_list(row.cells.get(config.replies_column), row.where):
-            message = read_message(cell, row.where, default_role="assistant")
-            texts.append((content_of(message), _rank(cell, row.where)))
+        where = f"{row.where}, column {config.replies_column}"
+        for cell in read_list(row.cells.get(config.replies_column), where):
+            message = read_message(cell, where, default_role="assistant")
+            texts.append((content_of(message), _rank(cell, where)))
     else:
         for rank, column in enumerate((config.chosen_column, config.rejected_column)):
             cell = row.cells.get(column)
@@ -149,6 +154,7 @@ def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) 
 
     A whole chat must end with the reply, since the messages before it are taken for the prompt: "" if it does not.
     """
+    where = f"{where}, column {column}"
     if _holds_whole_chats(config):
         return split_reply(read_chat(cell, where))[1]
     if isinstance(cell, str | None):
@@ -159,7 +165,7 @@ def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) 
     texts = [content_of(message) for message in chat if message["role"] == "assistant"]
     if not texts:
         shown = str(cell)[:SHOWN_CHARACTERS]
-        raise DataError(f"{where}: column {column} must hold an assistant message, got {shown}")
+        raise DataError(f"{where}: an assistant message is needed, got {shown}; add one, or remove the row")
     return texts[-1]
 
 
@@ -171,8 +177,7 @@ def _holds_whole_chats(config: PreferenceDataConfig) -> bool:
 def _differ_before_the_reply(cells: SourceRow, config: PreferenceDataConfig, where: str) -> bool:
     if not _holds_whole_chats(config):
         return False
-    chosen = read_chat(cells.get(config.chosen_column), where)
-    rejected = read_chat(cells.get(config.rejected_column), where)
+    chosen, rejected = (_chat(cells, column, where) for column in (config.chosen_column, config.rejected_column))
     return split_reply(chosen)[0] != split_reply(rejected)[0]
 
 

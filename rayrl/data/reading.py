@@ -287,7 +287,7 @@ def _parsed(config: DataConfig, counts: PromptCounts, parse: Callable[[Row], T])
 def _split_row(row: Row, config: DataConfig, response_column: str | None, turns: Turns = "last") -> Split:
     """Return what a row asks and answers: one pair, or with all turns one for each turn of the assistant."""
     if config.messages_column is not None:
-        chat = read_chat(row.cells.get(config.messages_column), row.where)
+        chat = read_chat(row.cells.get(config.messages_column), f"{row.where}, column {config.messages_column}")
         return [*split_turns(chat)] if turns == "all" else [split_reply(chat)]
     response = text_cell(row.cells.get(response_column), response_column, row.where) if response_column else ""
     return [(prompt_text(row.cells, config, row.where), response)]

@@ -7,22 +7,23 @@ This module knows no column's meaning: `reading` and `pairs` do.
 """
 
 import difflib
+import os
 import shutil
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from lzma import LZMAError
-from typing import IO, TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrl.data import files
 from rayrl.data.csv_rows import csv_rows
-from rayrl.data.files import Format
+from rayrl.data.files import OpenFile
 from rayrl.data.json_rows import json_rows
 from rayrl.errors import DataError
 
@@ -70,6 +71,11 @@ class Watch:
     columns: Sequence[str] = ()
     num_rows: Counter[str] = field(default_factory=Counter[str])
 
+    def add(self, column: str, num_rows: int) -> None:
+        """Count rows of a column that hold something."""
+        if num_rows:
+            self.num_rows[column] += num_rows
+
 
 def read_rows(
     path: str,
@@ -98,7 +104,7 @@ def read_rows(
     number = 0
     for row in _all_rows(path, split, source):
         number += 1
-        yield row._replace(number=number)
+        yield row if row.number == number else row._replace(number=number)
     if number == 0:
         raise DataError(f"{path} is empty: at least one row is needed")
 
@@ -160,27 +166,30 @@ def _all_rows(path: str, split: str, source: _Source) -> Iterator[Row]:
 
 def _file_rows(path: str, source: _Source) -> Iterator[Row]:
     try:
-        with files.open_file(path) as (file, format):
-            if format in ("json", "csv", "tsv"):
-                yield from _text_rows(file, path, format, source)
-            else:
-                yield from _columnar_rows(file, path, format, source)
-    except UnicodeDecodeError as error:
-        raise files.refused_text(path, error) from None
-    except _UNREADABLE as error:
+        with files.open_file(path) as file:
+            rows = _text_rows if file.format in ("json", "csv", "tsv") else _columnar_rows
+            yield from rows(file, path, source)
+    except UnicodeError as error:
+        raise files.refused_text(path, source.encoding, error) from None
+    except DataError:
+        raise
+    except Exception as error:
+        # Filesystems behind a URL have errors of their own.
+        if "://" not in path and not isinstance(error, _UNREADABLE):
+            raise
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def _text_rows(file: IO[bytes], path: str, format: Format, source: _Source) -> Iterator[Row]:
+def _text_rows(file: OpenFile, path: str, source: _Source) -> Iterator[Row]:
     check_columns = source.check_columns(path)
     watched = frozenset(source.watch.columns)
     # JSON may hold all line breaks but the line feed, and CSV any.
-    with files.as_text(file, path, source.encoding, newline="\n" if format == "json" else "") as text:
-        if format == "json":
+    with files.as_text(file.content, path, source.encoding, newline="\n" if file.format == "json" else "") as text:
+        if file.format == "json":
             rows = json_rows(text, path, source.needed, check_columns)
         else:
             extra = (*source.optional, *source.watch.columns)
-            rows = csv_rows(text, path, source.needed, extra, check_columns, is_tsv=format == "tsv")
+            rows = csv_rows(text, path, source.needed, extra, check_columns, is_tsv=file.format == "tsv")
         for number, (line, content) in enumerate(rows, 1):
             if watched and not isinstance(content, str):
                 source.watch.num_rows.update(name for name in watched & content.keys() if content[name])
@@ -188,23 +197,41 @@ def _text_rows(file: IO[bytes], path: str, format: Format, source: _Source) -> I
             yield Row(where, number, content)
 
 
-def _columnar_rows(file: IO[bytes], path: str, format: Format, source: _Source) -> Iterator[Row]:
-    is_compressed = path.lower().endswith(files.COMPRESSIONS)
-    # Parquet and Arrow are read at any place: a compressed file is unpacked first.
-    with tempfile.TemporaryFile() if is_compressed else nullcontext(file) as seekable:
-        if is_compressed:
-            shutil.copyfileobj(file, seekable)
-            seekable.seek(0)
-        batches = _parquet_batches if format == "parquet" else _arrow_batches
-        yield from _rows_of_batches(batches(cast("IO[bytes]", seekable), path, source), path)
+def _columnar_rows(file: OpenFile, path: str, source: _Source) -> Iterator[Row]:
+    with _at_any_place(file, path) as seekable:
+        batches = _parquet_batches if file.format == "parquet" else _arrow_batches
+        yield from _rows_of_batches(batches(seekable, path, source), path)
 
 
-def _parquet_batches(file: IO[bytes], path: str, source: _Source) -> Iterator[pa.RecordBatch]:
+@contextmanager
+def _at_any_place(file: OpenFile, path: str) -> Iterator[pa.NativeFile]:
+    """Open a file of Parquet or Arrow so that it can be read at any place: a compressed one is unpacked first."""
+    if file.is_compressed:
+        with tempfile.NamedTemporaryFile() as unpacked:
+            shutil.copyfileobj(file.content, unpacked)
+            unpacked.flush()
+            with pa.memory_map(unpacked.name) as mapped:
+                yield mapped
+    elif file.format == "arrow" and os.path.isfile(path):
+        # A batch of Arrow may be as large as the file; of a mapped one only what is used is read.
+        with pa.memory_map(path) as mapped:
+            yield mapped
+    else:
+        yield pa.PythonFile(file.content, "r")
+
+
+def _parquet_batches(file: pa.NativeFile, path: str, source: _Source) -> Iterator[pa.RecordBatch]:
     table = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     columns = source.wanted(path, table.schema_arrow.names)
     for name in source.watched(table.schema_arrow.names):
-        source.watch.num_rows[name] += _num_filled(table.metadata, name)
+        if not _holds_nulls_alone(table.schema_arrow.field(name).type):
+            source.watch.add(name, _num_filled(table.metadata, name))
     yield from table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
+
+
+def _holds_nulls_alone(kind: pa.DataType) -> bool:
+    """Return whether a column has no values, or only lists without any; it has no statistics."""
+    return pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))
 
 
 def _num_filled(metadata: pq.FileMetaData, name: str) -> int:
@@ -223,7 +250,7 @@ def _num_filled(metadata: pq.FileMetaData, name: str) -> int:
     return num_filled
 
 
-def _arrow_batches(file: IO[bytes], path: str, source: _Source) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(file: pa.NativeFile, path: str, source: _Source) -> Iterator[pa.RecordBatch]:
     beginning = file.read(6)
     file.seek(0)
     is_file = beginning == b"ARROW1"
@@ -250,7 +277,7 @@ def _used(
                 num_filled = sum(map(bool, column.value_lengths().to_pylist()))
             else:
                 num_filled = len(column) - column.null_count
-            watch.num_rows[name] += num_filled
+            watch.add(name, num_filled)
         used = batch.select(columns)
         for start in range(0, used.num_rows, BATCH_ROWS):
             yield used.slice(start, BATCH_ROWS)

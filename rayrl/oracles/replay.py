@@ -98,7 +98,7 @@ def _read_comparisons(table: OracleTable) -> Answers:
 def _rows(table: OracleTable, prompt_column: str, *, num_columns: int) -> Iterator[tuple[Row, str, str]]:
     """Yield every row with its prompt and its rationale, "" without one."""
     rationale_column = table.columns[-1] if len(table.columns) > num_columns else None
-    for row in read_rows(table.path, table.columns):
+    for row in read_rows(table.path, table.columns, encoding=table.encoding):
         cell = row.cells.get(prompt_column)
         if isinstance(cell, list):
             prompt = conversation_text(read_chat(cast("object", cell), row.where))

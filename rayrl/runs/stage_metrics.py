@@ -63,6 +63,10 @@ class SftMetrics(FitMetrics):
 
     num_empty: int
     num_below_score: int
+    num_without_score: int = 0
+    """Rows whose score is empty or NaN."""
+    num_bad: int = 0
+    """Rows dropped by `seed_data.on_bad_row`."""
     num_truncated: int
     """Examples whose response was cut to the context."""
     num_too_long: int = 0
@@ -263,6 +267,8 @@ class PairFileCounts(StageMetrics):
     num_unusable: int
     num_tied: int
     num_other_prompt: int
+    num_bad: int = 0
+    """Rows dropped by `preferences.data.on_bad_row`."""
     num_truncated: int
     num_too_long: int
     num_same_when_cut: int

@@ -190,7 +190,7 @@ def test_chats_of_a_pool_come_in_the_shapes_that_pairs_do(tmp_path, chat):
 @pytest.mark.parametrize("messages", [[{"role": "user"}], ["x"], "[broken", 3])
 def test_messages_of_the_wrong_shape_are_refused(tmp_path, messages):
     path = write(tmp_path / "a.jsonl", [{"messages": messages}])
-    with pytest.raises(DataError, match="row 1: "):
+    with pytest.raises(DataError, match="row 1, column messages: "):
         list(read_prompts(DataConfig(path=path, messages_column="messages"), plain))
 
 
@@ -211,7 +211,7 @@ def test_reference_answers(tmp_path):
     assert [(p.text, a) for p, a in read_reference_answers(ReferenceAnswersConfig(path=path), plain)] == [("a", "A")]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     def peak(num_rows):
         rows = [{"prompt": f"{i} " + "x" * 1000} for i in range(num_rows)]
