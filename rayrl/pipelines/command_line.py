@@ -10,7 +10,7 @@ import time
 from rayrl.config import RunConfig, load_config
 from rayrl.errors import ConfigError, RayRLError
 from rayrl.pipelines.stopping import MESSAGE, Stopping, stoppable
-from rayrl.runs.guard import guard_this_process
+from rayrl.runs.guard import ending_descendants, guard_this_process
 
 USAGE = "usage: python jobs/{name}.py CONFIG.toml [section.key=value ...] [--plan]"
 
@@ -90,4 +90,5 @@ def disconnect() -> None:
     """Leave the cluster, or end this process's own, if Ray was started at all."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        ray.shutdown()
+        with ending_descendants():
+            ray.shutdown()
