@@ -2,7 +2,7 @@
 
     python -m jobs.bench.stopping proxy_dpo SIGINT          # five minutes
     python -m jobs.bench.stopping rlp SIGTERM
-    python -m jobs.bench.stopping proxy_dpo SIGKILL --engines real --stages start generate fit_evaluator
+    python -m jobs.bench.stopping proxy_dpo SIGKILL --engines real --stages engines generate fit_evaluator
 
 One run is stopped again and again: at its start, and in the midst of every stage that takes long enough for it; before
 its first training, during trainings, and after them. The same command continues it. "after it" are attempts in the
@@ -101,12 +101,21 @@ def num_attempts(folder: Path) -> int:
 def under_way(folder: Path, stage: str) -> Callable[[], bool]:
     """Return what tells whether a stage is under way; a training is once its curve has begun."""
     place = folder / "stages" / stage
-    if stage == "start":
+    if stage in ("start", "engines"):
         return lambda: (folder / "timings.json").exists()
     if stage in TRAININGS:
         curves = [folder / "metrics" / f"{stage}.jsonl", folder / "metrics" / f"{stage}-0.jsonl"]
         return lambda: any(curve.exists() and curve.stat().st_size > 0 for curve in curves)
     return lambda: (place / "work.json").exists() and any(path.name != "work.json" for path in place.iterdir())
+
+
+def has_starting_engine(family: set[psutil.Process]) -> bool:
+    """Tell whether vLLM's core has just been spawned in one of these processes, and has not named itself yet."""
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            if any("spawn_main" in part for part in process.cmdline()):
+                return True
+    return False
 
 
 def stop(command: list[str], folder: Path, stage: str, number: str) -> Row:
@@ -118,7 +127,7 @@ def stop(command: list[str], folder: Path, stage: str, number: str) -> Row:
         job = subprocess.Popen([*command, f"run_dir={folder}"], env=environment, stdout=log, stderr=log)
     process, family = psutil.Process(job.pid), set[psutil.Process]()
     is_time, manifest = under_way(folder, stage), folder / "stages" / stage / "manifest.json"
-    while not (is_time() and (stage != "start" or time.monotonic() - began > 1.0)):
+    while not (is_time() and (stage != "engines" or has_starting_engine(family))):
         if manifest.exists() or job.poll() is not None or time.monotonic() - began > WAIT_S:
             break
         with contextlib.suppress(psutil.NoSuchProcess):
