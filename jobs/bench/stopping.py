@@ -2,12 +2,13 @@
 
     python -m jobs.bench.stopping proxy_dpo SIGINT          # five minutes
     python -m jobs.bench.stopping rlp SIGTERM
+    python -m jobs.bench.stopping proxy_dpo SIGKILL --stages query --continued
     python -m jobs.bench.stopping proxy_dpo SIGKILL --engines real --stages engines generate fit_evaluator
 
 One run is stopped again and again: at its start, and in the midst of every stage that takes long enough for it; before
 its first training, during trainings, and after them. The same command continues it. "after it" are attempts in the
-ledger that the signal found unmade. "left" are processes of the run and folders in shared memory: right after the end
-of a stopped run, and a minute after the end of a killed one. Simulated engines start at once; trainings, oracle,
+ledger that the signal found unmade. "left" are processes of the run and folders in shared memory: a second after the
+end of a stopped run, and a minute after the end of a killed one. Simulated engines start at once; trainings, oracle,
 cluster and signals are real.
 """
 
@@ -30,8 +31,8 @@ from jobs import rehearsal
 from jobs.bench.hardware import hardware
 
 WAIT_S = 400.0
-LEFT_S = {"SIGKILL": 60.0}
-"""Time after the end until what is left is counted, by signal; none for the others."""
+LEFT_S = {"SIGINT": 1.0, "SIGTERM": 1.0, "SIGKILL": 60.0}
+"""Time after the end until what is left is counted, by signal. The guard looks twice a second."""
 SETTINGS = {
     "proxy_dpo": ["sft.enabled=true", "seed_data.limit=200", "sft.checkpoint_every=4", "evaluate.budget=64"],
     "rlp": [
@@ -52,6 +53,13 @@ REAL = {
     "proxy_dpo": [sys.executable, "jobs/proxy_dpo.py", "jobs/configs/quickstart.toml", *rehearsal.PROXY_DPO[4:8]],
     "rlp": [sys.executable, "jobs/rlp.py", "jobs/configs/rlp_quickstart.toml"],
 }
+TURNED_DOWN = [
+    "generators.num_replicas=1", "embedders.num_replicas=1", "generators.max_num_seqs=4",
+    "evaluator.micro_batch_tokens=512",
+    "dpo.micro_batch_tokens=512",
+    "oracle.max_concurrency=1", "oracle.requests_per_minute=300",
+]  # fmt: skip
+"""Settings as after a lack of memory, and another rate limit."""
 STAGES = {
     "proxy_dpo": ["start", "pool", "sft", "generate", "select", "query", "fit_evaluator", "dpo", "evaluate"],
     "rlp": [
@@ -141,7 +149,7 @@ def stop(command: list[str], folder: Path, stage: str, number: str) -> Row:
     num_asked = num_attempts(folder)
     exit_code = job.wait(WAIT_S)
     seconds = time.monotonic() - sent
-    time.sleep(LEFT_S.get(number, 0.0))
+    time.sleep(LEFT_S[number])
     left = [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     if is_late:
         return Row(stage)
@@ -155,6 +163,17 @@ def stop(command: list[str], folder: Path, stage: str, number: str) -> Row:
     )
 
 
+def go_on(command: list[str], folder: Path) -> str:
+    """Continue a run to its end with settings turned down, and return what its ledger then holds."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with open(f"{folder}.log", "a") as log:
+        done = subprocess.run([*command, f"run_dir={folder}", *TURNED_DOWN], env=environment, stdout=log, stderr=log)
+    with contextlib.closing(sqlite3.connect(folder / "ledger.sqlite")) as db:
+        states = dict(db.execute("SELECT state, count(*) FROM attempts GROUP BY state"))
+        num_questions = db.execute("SELECT count(DISTINCT key) FROM attempts").fetchone()[0]
+    return f"exit code {done.returncode}; {num_questions} questions, attempts by state: {states}"
+
+
 def main() -> None:
     """Print the table of one pipeline and one signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,6 +181,7 @@ def main() -> None:
     parser.add_argument("signal", choices=["SIGINT", "SIGTERM", "SIGKILL"])
     parser.add_argument("--stages", nargs="*")
     parser.add_argument("--engines", choices=["simulated", "real"], default="simulated")
+    parser.add_argument("--continued", action="store_true", help="to the end, with settings turned down")
     parser.add_argument("--folder", help="of a run that is continued; None makes a new one")
     arguments = parser.parse_args()
     engines = SIMULATED if arguments.engines == "simulated" else REAL
@@ -173,6 +193,8 @@ def main() -> None:
         folder = Path(arguments.folder or f"{scratch}/run")
         for stage in arguments.stages or STAGES[arguments.pipeline]:
             print(stop(command, folder, stage, arguments.signal).line(), flush=True)
+        if arguments.continued:
+            print(f"\ncontinued with {' '.join(TURNED_DOWN)}: {go_on(command, folder)}")
 
 
 if __name__ == "__main__":

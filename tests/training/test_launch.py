@@ -1,7 +1,10 @@
 """A fit that gives up waiting for its workers, and its message."""
 
+import signal
+
 import pytest
 import ray.train
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import SftConfig
@@ -68,3 +71,17 @@ def test_a_fit_that_finds_no_room_ends(ray_cluster, tmp_path, monkeypatch):
             on_gpu=False,
             name="mine-sft",
         )
+
+
+def test_a_fit_leaves_the_handler_of_ctrl_c_in_place():
+    """Ray Train registers one in this method, which must still be the one that is left out."""
+    assert callable(TorchTrainer._register_sigint_handler)
+    before = signal.getsignal(signal.SIGINT)
+    trainer = launch._Trainer(lambda: None)
+    trainer._register_sigint_handler(None)
+    assert signal.getsignal(signal.SIGINT) == before
+    TorchTrainer._register_sigint_handler(trainer, None)
+    try:
+        assert signal.getsignal(signal.SIGINT) != before
+    finally:
+        signal.signal(signal.SIGINT, before)
