@@ -43,6 +43,12 @@ def judge(prompt: str, response: str) -> tuple[float | None, str]:
     return quickstart.judge(prompt, response)
 
 
+def compare(prompt: str, first: str, second: str) -> str:
+    """Compare like the quickstart's oracle, but take some time for it."""
+    time.sleep(JUDGE_S)
+    return quickstart.compare(prompt, first, second)
+
+
 def reward(prompt: str, response: str) -> float:
     """Reward a response for PPO by its share of short words, between 0 and 5."""
     del prompt

@@ -15,7 +15,7 @@ from rayrl.config import RunConfig, load_config
 from rayrl.errors import RayRLError
 from rayrl.pipelines.arguments import Arguments, read_arguments, usage
 from rayrl.pipelines.stopping import MESSAGE, Stopping, stoppable
-from rayrl.runs.guard import guard_this_process
+from rayrl.runs.guard import ending_descendants, guard_this_process
 
 
 def main(name: str | None, arguments: list[str], about: str | None, *, command: str | None = None) -> int:
@@ -95,4 +95,5 @@ def disconnect() -> None:
     """Leave the cluster, or end this process's own, if Ray was started at all."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        ray.shutdown()
+        with ending_descendants():
+            ray.shutdown()

@@ -1,8 +1,9 @@
 """Stop of a run by Ctrl-C, SIGTERM or `rayrl stop`: one set of signal handlers, in force from its start to its end.
 
-The first signal stops the asking at once (`first`), raises `Stopped` in the main thread, whose frames clean up, and
-begins a countdown: a process that has not ended after `END_S` ends hard, and its guard (`rayrl.runs.guard`) ends what
-it leaves. Further signals change nothing.
+The first signal stops the asking (`first`) and begins a countdown, at once and in a thread: the main thread may be
+inside a library's code for a while. In the main thread it then raises `Stopped`, whose frames clean up. A process that
+has not ended after `END_S` ends hard, and its guard (`rayrl.runs.guard`) ends what it leaves. Further signals change
+nothing.
 
 Ray sets a handler for SIGTERM when it is initialized, and one in C++ that prints a stack: `Stopping.install` is called
 again after that. Ray Train would set one for SIGINT at every fit, which `rayrl.training.launch` keeps it from.
@@ -39,6 +40,8 @@ class Stopping:
 
     def __init__(self) -> None:
         self._first: list[Callable[[], object]] = []
+        self._begin_lock = threading.Lock()
+        self._is_raised = False
         self.exit_code: int | None = None
         """Once a signal has come, 128 and its number; that of Ctrl-C for an operator's request."""
 
@@ -58,18 +61,30 @@ class Stopping:
             self._first.remove(action)
 
     def stop(self, number: int) -> NoReturn:
-        """Begin to end, and raise `Stopped`."""
-        self.exit_code = STOPPED if number == STOP_REQUEST else 128 + number
-        # Beside the main thread, which may be held up on its way out.
+        """Begin to end, if that has not begun, and raise `Stopped`."""
+        self._is_raised = True
+        self._begin(number)
+        raise Stopped
+
+    def follow(self, signals: int) -> None:
+        """Begin to end when the number of a signal arrives in a pipe. Python writes it there as the signal comes."""
+        while number := os.read(signals, 1):
+            if number[0] in _SIGNALS:
+                self._begin(number[0])
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_raised:
+            self.stop(number)
+
+    def _begin(self, number: int) -> None:
+        with self._begin_lock:
+            if self.exit_code is not None:
+                return
+            self.exit_code = STOPPED if number == STOP_REQUEST else 128 + number
         threading.Thread(target=self._act, name="stop-first", daemon=True).start()
         countdown = threading.Timer(END_S, _end_hard, [self.exit_code])
         countdown.daemon = True
         countdown.start()
-        raise Stopped
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.exit_code is None:
-            self.stop(number)
 
     def _act(self) -> None:
         for action in list(self._first):
@@ -81,10 +96,20 @@ class Stopping:
 
 @contextmanager
 def stoppable() -> Iterator[Stopping]:
-    """Let signals stop this process within the context, and give the handlers that were there back afterwards."""
+    """Let signals stop this process within the context, and give the handlers that were there back afterwards.
+
+    In another thread than the main one, where no handler can be set, nothing stops it.
+    """
     stopping = Stopping()
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _SIGNALS} if in_main_thread else {}
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    follower = threading.Thread(target=stopping.follow, args=[reading], name="stop", daemon=True)
+    follower.start()
     stopping.install()
     try:
         yield stopping
@@ -92,6 +117,10 @@ def stoppable() -> Iterator[Stopping]:
         for number, handler in before.items():
             # None is a handler that was not set from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(wakeup_before)
+        os.close(writing)
+        follower.join()
+        os.close(reading)
 
 
 def _end_hard(exit_code: int) -> None:

@@ -5,6 +5,7 @@ reads only what has been changed since; `rayrl verify` reads everything. Files o
 mark instead of a digest, and nothing of them is read.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,18 +86,16 @@ def _found(
 ) -> dict[str, FileRecord]:
     """Look at the files of a folder; of one known with this size and time, the digest is taken to be the known one."""
     known = known or {}
-    fs, path = storage.locate(url)
-    root = path.strip("/")
+    folder = Path(storage.local_folder(url)) if storage.is_local(url) else None
     found: dict[str, FileRecord] = {}
-    listed: dict[str, dict[str, Any]] = fs.find(path, detail=True) if fs.exists(path) else {}
-    for place, info in listed.items():
-        name = place.strip("/")[len(root) + 1 :]
+    for name, info in storage.listing(url).items():
         if not is_kept(name):
             continue
-        if not storage.is_local(url):
+        if folder is None:
             found[name] = FileRecord(size=info["size"], digest=mark(info))
             continue
-        status = Path(place).stat()
+        place = str(folder / name)
+        status = os.stat(place)
         record = FileRecord(size=status.st_size, digest="", mtime_ns=status.st_mtime_ns)
         before = known.get(name)
         if before is not None and replace(before, digest="") == record:

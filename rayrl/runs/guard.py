@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +46,22 @@ def guard_this_process() -> int:
     )
     started.returncode = 0  # it outlives this process, so that nothing ever waits for it
     return started.pid
+
+
+@contextmanager
+def ending_descendants(grace_s: float = GRACE_S) -> Iterator[None]:
+    """Wait, after the context, for the processes that descend from this one to end, and kill those that do not.
+
+    Within it their parents may end, such as the cluster that this process has started. Its guard stays.
+    """
+    known: dict[int, str] = {}
+    own_guard = guard_this_process()
+    _note_descendants([os.getpid()], known)
+    try:
+        yield
+    finally:
+        known.pop(own_guard, None)
+        _end_descendants(known, grace_s)
 
 
 def shared_memory_folder(name: str) -> Path:
@@ -94,9 +112,9 @@ def _left(known: dict[int, str]) -> list[int]:
     return [pid for pid, started in known.items() if started and _started(pid) == started]
 
 
-def _end_descendants(known: dict[int, str]) -> None:
+def _end_descendants(known: dict[int, str], grace_s: float) -> None:
     """Give descendants a moment to end, and kill those that do not."""
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + grace_s
     while (left := _left(known)) and time.monotonic() < deadline:
         # A process whose parent is dead still tells its own children.
         _note_descendants(left, known)
@@ -119,7 +137,7 @@ def main(pid: int) -> None:
         _note_descendants([pid], known)
         time.sleep(POLL_S)
     left_folders = bool(glob.glob(folders))
-    _end_descendants(known)
+    _end_descendants(known, GRACE_S)
     deadline = time.monotonic() + (FOLDERS_S if left_folders else 0.0)
     while True:
         for folder in glob.glob(folders):

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import ray.train
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import SftConfig
@@ -97,3 +98,17 @@ def test_a_worker_without_memory_is_told_what_to_lower():
     assert reason is not None and "(CUDA out of memory. Tried to ...); lower its micro_batch_tokens" in reason
     assert launch.why_given_up(ray.train.WorkerGroupError("bug", {0: ValueError("ours")}), 3) is None
     assert launch.why_given_up(ray.train.ControllerError(lost()), 2).startswith("a worker died (a node died), and more")
+
+
+def test_a_fit_leaves_the_handler_of_ctrl_c_in_place():
+    """Ray Train registers one in this method, which must still be the one that is left out."""
+    assert callable(TorchTrainer._register_sigint_handler)
+    before = signal.getsignal(signal.SIGINT)
+    trainer = launch._Trainer(lambda: None)
+    trainer._register_sigint_handler(None)
+    assert signal.getsignal(signal.SIGINT) == before
+    TorchTrainer._register_sigint_handler(trainer, None)
+    try:
+        assert signal.getsignal(signal.SIGINT) != before
+    finally:
+        signal.signal(signal.SIGINT, before)

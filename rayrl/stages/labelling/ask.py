@@ -129,9 +129,11 @@ def _announce(outlook: Outlook, stage: AnyStage) -> None:
             outlook.num_new,
             outlook.num_known,
         )
-    if outlook.num_earlier and outlook.num_new > outlook.num_left + outlook.num_lost:
+    # An evaluation by fewer questions is the same one, with a larger error; by half of another judge's it is not.
+    num_others = outlook.num_earlier if stage.pays == "label" else outlook.num_reworded
+    if num_others and outlook.num_new > outlook.num_left + outlook.num_lost:
         raise RunDirectoryError(
-            f"{stage.name}: {outlook.num_earlier} answers of this run were paid for other questions than it has now "
+            f"{stage.name}: {num_others} answers of this run were paid for other questions than it has now "
             f"(an input, the judge prompt or the oracle has changed since, see its log), {outlook.num_new} questions "
             f"would be asked, and its budget has {outlook.num_left} left. Nothing was asked. Set back what has "
             "changed; or choose another run_dir, with reuse = this one for the stages that stay the same and "
