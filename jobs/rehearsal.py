@@ -8,10 +8,11 @@ import sys
 import time
 
 from jobs.oracles import quickstart
-from rayrl.config import load_config
+from rayrl.engines.simulated import SETTINGS
 from rayrl.fleets.simulated import SimulatedServices
 from rayrl.pipelines import run_pipeline as launch
 from rayrl.pipelines.command_line import main
+from rayrl.preflight import engine_settings
 
 JUDGE_S = 0.2
 
@@ -42,6 +43,12 @@ def judge(prompt: str, response: str) -> tuple[float | None, str]:
     return quickstart.judge(prompt, response)
 
 
+def compare(prompt: str, first: str, second: str) -> str:
+    """Compare like the quickstart's oracle, but take some time for it."""
+    time.sleep(JUDGE_S)
+    return quickstart.compare(prompt, first, second)
+
+
 def reward(prompt: str, response: str) -> float:
     """Reward a response for PPO by its share of short words, between 0 and 5."""
     del prompt
@@ -52,7 +59,5 @@ def reward(prompt: str, response: str) -> float:
 if __name__ == "__main__":
     # The one place where a pipeline gets its services.
     launch.Services = SimulatedServices  # type: ignore[misc]
-    arguments = sys.argv[1:]
-    if not arguments:
-        sys.exit(__doc__)
-    sys.exit(main(load_config(arguments[0], arguments[1:]).pipeline, arguments, __doc__ or ""))
+    engine_settings.known_arguments.update(SETTINGS)
+    sys.exit(main(None, sys.argv[1:], __doc__, command="python -m jobs.rehearsal"))

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    # Python puts a script's own folder first on the import path, where it would hide the user's modules.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rayrl.pipelines.command_line import main as run_job
 

@@ -1,10 +1,9 @@
-"""Command `rayrl`: plan runs, look at them, scale and stop them. The work itself is started from jobs/.
+"""Command `rayrl`: plan and run configs, look at runs, scale and stop them.
 
 A user's mistake ends in one message on stderr and exit code 2. Heavy imports wait until a command needs them.
 """
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayrl import __version__
 from rayrl.errors import RayRLError
+from rayrl.pipelines import command_line
 
 if TYPE_CHECKING:
     from rayrl.fleets.actors import Actor
@@ -24,12 +25,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="rayrl",
-    help="Plan, watch, scale and stop rayrl runs.",
+    help="Plan, run, watch, scale and stop rayrl runs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-RunDir = Annotated[str, typer.Argument(help="A run directory: local, NFS or any fsspec URL.")]
+
+
+def _readable(place: str) -> str:
+    """Refuse a remote folder that does not answer, before a command reads it."""
+    if "://" in place:
+        from rayrl.preflight.run_folder import check_place
+
+        check_place(place, "run_dir")
+    return place
+
+
+RunDir = Annotated[str, typer.Argument(callback=_readable, help="A run directory: local, NFS or any fsspec URL.")]
 LiveRun = Annotated[str, typer.Argument(help="The name or the directory of a run that goes on.")]
 LEDGER_WIDTH = 200
 """Characters of a line that `rayrl ledger` may take."""
@@ -37,18 +48,49 @@ STOP_TIMEOUT_S = 120.0
 """Longest wait for a run to end."""
 
 
-@app.command()
-def plan(
-    config: Annotated[str, typer.Argument(help="The run's TOML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted settings: select.budget=64")] = None,
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="The run's TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings to change: select.budget=64")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Show the resolved config and the plan as JSON.")]
+# Flags that are not declared are given on, to be named by the one reader of these arguments.
+ANY_FLAG = {"ignore_unknown_options": True}
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"rayrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
+    del version
+
+
+@app.command(context_settings=ANY_FLAG)
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show the plan.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a config to its report; again after any interruption: it continues."""
+    _plan_or_run("run", [config, *(overrides or []), *["--plan"] * plan, *["--json"] * as_json])
+
+
+@app.command(context_settings=ANY_FLAG)
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check the config and show the stages, what they need and what they cost. Starts nothing."""
-    from rayrl.config import load_config
+    _plan_or_run("plan", [config, *(overrides or []), "--plan", *["--json"] * as_json])
 
-    resolved = load_config(config, overrides)
-    from rayrl.preflight import check, render_plan
 
-    Console().print(Text(render_plan(check(resolved))), soft_wrap=True)
+def _plan_or_run(command: str, arguments: list[str]) -> None:
+    raise typer.Exit(command_line.main(None, arguments, None, command=f"rayrl {command}"))
 
 
 @app.command()
@@ -94,7 +136,7 @@ def status(
 
 @app.command()
 def runs(
-    folder: Annotated[str, typer.Argument(help="A folder of run directories.")] = "runs",
+    folder: Annotated[str, typer.Argument(callback=_readable, help="A folder of run directories.")] = "runs",
 ) -> None:
     """List the runs in a folder: how far they are, what they paid and what it bought."""
     from rayrl.errors import DataError, RunDirectoryError
@@ -166,6 +208,35 @@ def ledger(
     for (stage, _), found in spending.items():
         for reason, num in found.abstentions.items():
             console.print(Text(f"{stage or '-'}: {num} abstained: {reason}"), soft_wrap=True)
+
+
+@app.command()
+def verify(
+    run_dir: RunDir,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Let the command that started the run make what is damaged again.")
+    ] = False,
+) -> None:
+    """Read every file of a run's finished stages, and name those that are damaged; exit code 1 if any is."""
+    from rayrl.runs import storage
+    from rayrl.runs.run import read_config
+    from rayrl.runs.verification import damaged_stages, repair_stage, what_is_lost
+
+    url, config, console = storage.absolute(run_dir), read_config(run_dir), Console()
+    stages = damaged_stages(url, config)
+    for stage in stages.damaged:
+        for name, what in stage.wrong.items():
+            console.print(Text(f"{stage.folder}/{name} {what}"), soft_wrap=True)
+        console.print(Text(what_is_lost(stage)), soft_wrap=True)
+        if repair:
+            repair_stage(stage)
+    files = f"{stages.num_files} files of {stages.num_stages} finished stages"
+    if not stages.damaged:
+        console.print(Text(f"{files} are as they were written"), soft_wrap=True)
+        return
+    remedy = "removed; start the run's command again" if repair else "`rayrl verify --repair` removes what is damaged"
+    console.print(Text(f"{files} were read; {len(stages.damaged)} stages are damaged: {remedy}"), soft_wrap=True)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -261,14 +332,21 @@ def _control(run: str) -> "Actor":
     is_folder = storage.exists(storage.join(storage.absolute(run), CONFIG))
     name = read_config(run).name if is_folder else run
     import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die
 
     from rayrl.errors import ResourceError
-    from rayrl.fleets.control import NAMESPACE, find_control
+    from rayrl.fleets.connection import LOCAL, NAMESPACE, check_answers, cluster_address
+    from rayrl.fleets.control import find_control
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "auto")
+        address = cluster_address()
         try:
+            if address in (LOCAL, "auto"):  # the cluster that a run on this machine has started, or that it belongs to
+                address = canonicalize_bootstrap_address_or_die("auto")
+            check_answers(address)
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        except ResourceError:
+            raise
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(
                 f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or submit this command to "
@@ -317,7 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments)
     except RayRLError as error:
-        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
+        Console(stderr=True).print(Text(f"error: {error}"), soft_wrap=True)
         raise SystemExit(2) from None
 
 

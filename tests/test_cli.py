@@ -101,11 +101,11 @@ def test_report_is_rebuilt(run_dir, capsys):
 
 
 def test_mistakes_get_one_message(tmp_path, capsys):
-    assert refusal(capsys, "plan", str(tmp_path / "none.toml")).startswith("config file ")
-    assert refusal(capsys, "status", str(tmp_path)).startswith("run_dir must be the folder of a run")
-    assert refusal(capsys, "report", str(tmp_path)).startswith("run_dir must be the folder of a run")
+    assert refusal(capsys, "plan", str(tmp_path / "none.toml")).startswith("error: config file ")
+    assert refusal(capsys, "status", str(tmp_path)).startswith("error: run_dir must be the folder of a run")
+    assert refusal(capsys, "report", str(tmp_path)).startswith("error: run_dir must be the folder of a run")
     refused = refusal(capsys, "runs", str(tmp_path / "none"))
-    assert refused.startswith("folder must be an existing folder")
+    assert refused.startswith("error: folder must be an existing folder")
     assert refused.endswith("; name the folder that holds your run directories\n")
 
 
@@ -113,7 +113,7 @@ def test_a_refusal_of_the_installed_command_has_no_traceback(tmp_path):
     command = [sys.executable, "-m", "rayrl.cli", "status", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert finished.stderr.startswith("run_dir must be") and "Traceback" not in finished.stderr
+    assert finished.stderr.startswith("error: run_dir must be") and "Traceback" not in finished.stderr
 
 
 def test_help_and_refusals_import_nothing_heavy(tmp_path):

@@ -25,7 +25,7 @@ from hardware import hardware
 
 from rayrl.config import EngineConfig, GenerateConfig, PolicyConfig
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.reading import read_rows
+from rayrl.data.rows import read_rows
 from rayrl.data.tokenizing import encode_prompt, load_tokenizer
 from rayrl.engines.generator import Generator, Sampling
 from rayrl.engines.start import CPU_BATCHED_TOKENS, EngineSpec, environment
@@ -39,7 +39,9 @@ SEED = 0
 def write_prompts(arguments: argparse.Namespace, folder: str, block_size: int) -> BlockTable:
     """Write the prompts in blocks, as stage `pool` does."""
     tokenizer = load_tokenizer(PolicyConfig(path=arguments.policy))
-    texts = list(dict.fromkeys(str(row["prompt"]) for row in read_rows(arguments.prompts)))[: arguments.num_prompts]
+    texts = list(dict.fromkeys(str(row.cells["prompt"]) for row in read_rows(arguments.prompts, ["prompt"])))[
+        : arguments.num_prompts
+    ]
     rows = [{"id": content_id(t), "text": t, "token_ids": encode_prompt(tokenizer, t, "plain")} for t in texts]
     blocks = [rows[start : start + block_size] for start in range(0, len(rows), block_size)]
     table = BlockTable(f"{folder}/prompts", len(blocks))

@@ -21,7 +21,7 @@ import ray
 
 from jobs import rehearsal
 from jobs.bench.hardware import hardware
-from rayrl.fleets.control import NAMESPACE
+from rayrl.fleets.connection import NAMESPACE
 from rayrl.fleets.local_cluster import LocalCluster, kill_process, wait_until
 from rayrl.fleets.local_faults import LocalRun, kill, kill_driver
 

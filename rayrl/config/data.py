@@ -1,25 +1,49 @@
 """Data settings: the files and data sets that a run reads prompts, seed data and reference answers from."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from rayrl.config.table import Table
+from rayrl.config.table import Place, Table
+
+
+def _known(encoding: str) -> str:
+    try:
+        "".encode(encoding)
+    except LookupError:
+        known = 'such as "utf-8" or "cp1252"'
+        raise ValueError(f'must be an encoding of text that Python knows, {known}, got "{encoding}"') from None
+    return encoding
+
+
+Encoding = Annotated[str, AfterValidator(_known)]
+"""An encoding of text by its name in Python, such as "cp1252" or "utf-16"."""
 
 
 class DataConfig(Table):
-    """A file or data set of prompts: JSONL, JSON, CSV, Parquet (gzip'd too), a `save_to_disk` folder or a hub name."""
+    """Prompts: a file or a pattern of files (JSONL, JSON, CSV, TSV, Parquet, Arrow; gz, zst, bz2, xz), a folder of
+    them or of `save_to_disk`, or a hub name. Only the columns that are named here are read.
+    """
 
-    path: str
-    """A local path, an fsspec URL, or a hub name (`name:configuration` if the data set has several)."""
+    path: Place
+    """A local path, an fsspec URL, a pattern such as `shards/part-*.jsonl`, or a hub name (`name:configuration` if the
+    data set has several)."""
     split: str = "train"
-    """Split of a data set; ignored for files."""
+    """Split of a folder or data set; ignored for files."""
+    encoding: Encoding = "utf-8"
+    """Encoding of text files."""
     prompt_column: str = "prompt"
+    input_column: str | None = None
+    """A column of texts, such as Dolly's `context`, that follow the prompt after a blank line where they are not empty.
+    By default Alpaca's `input` if `prompt_column` is `instruction` and the file has it; "" is no column."""
     messages_column: str | None = None
     """A column of chats in any shape that `rayrl.data.chats` reads; replaces `prompt_column`. Policy, oracle and
     evaluator read the whole chat, without the assistant's turn at its end."""
     limit: int | None = Field(default=None, gt=0)
     """Use only the first `limit` rows."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that cannot be used, of a broken line, a cell of the wrong type, a chat that the policy's template refuses,
+    or (in the pool) a prompt that fills the context: "refuse" names it and stops, "drop" leaves it out and counts."""
 
 
 class SeedDataConfig(DataConfig):

@@ -3,7 +3,7 @@
 from pydantic import Field, model_validator
 
 from rayrl.config.data import ReferenceAnswersConfig
-from rayrl.config.table import Growing, Table
+from rayrl.config.table import Growing, Place, Table
 
 MIN_DIAGNOSIS = 36
 """Least `evaluate.diagnosis_budget` above 0: 9 points x 2 answers, twice."""
@@ -14,7 +14,7 @@ class LmEvalConfig(Table):
 
     tasks: list[str] = Field(default=[])
     """Names of tasks; none runs no benchmark."""
-    include_path: str | None = None
+    include_path: Place | None = None
     """A folder with task definitions of one's own."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in each prompt; None is the task's own number."""

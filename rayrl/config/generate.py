@@ -25,3 +25,8 @@ class GenerateConfig(Table):
     """Texts that end a response."""
     block_size: int = Field(default=64, gt=0)
     """Prompts per block: the unit of work, of memoisation and of resume."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether all responses to a prompt are the same: the most probable token is taken each time."""
+        return self.temperature == 0 or self.top_k == 1

@@ -11,9 +11,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from rayrl.config.data import Encoding
+from rayrl.config.function_name import FunctionName
 from rayrl.config.http_endpoint import NOT_SHOWN, HttpEndpoint, looks_like_secret, require_plain_body
 from rayrl.config.rubric import RubricConfig
-from rayrl.config.table import Operation, Table
+from rayrl.config.table import Operation, Place, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,11 @@ class OracleTable:
     setting: str
     """The setting that names it, for messages."""
     path: str
+    encoding: str
+    holds: Literal["judgements", "comparisons"]
     columns: list[str]
-    """Columns it must have."""
+    """Columns it must have: the prompt's, then that of the response and its score, or those of the two responses and
+    the preference; the last one may be the rationale's."""
 
 
 class OracleBase(Table):
@@ -68,7 +73,7 @@ class OracleBase(Table):
     max_unreadable: Operation[int] = Field(default=8, gt=0)
     """Answers in a row that nobody can read, or calls in a row that got none, after which the oracle counts as failed
     and nothing more is asked. Those are asked again."""
-    ledger: Operation[str | None] = None
+    ledger: Operation[Place | None] = None
     """File with the account of paid questions, for several runs one after another: what one of them paid is free to
     all. None is ledger.sqlite in the run's folder."""
 
@@ -262,10 +267,10 @@ class ScriptedOracleConfig(OracleBase):
     implementation: ClassVar[str] = "rayrl.oracles.scripted:ScriptedOracle"
 
     type: Literal["scripted"] = "scripted"
-    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    function: FunctionName
     """"module:function", importable from the working directory: `judge(prompt, response) -> score` or
     `(score, rationale)`."""
-    compare_function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    compare_function: FunctionName | None = None
     """"module:function": `compare(prompt, first, second) -> "first"`, `"second"` or `"tie"`, or with a rationale
     as `function`. None compares nothing: two scores are two calls, and a comparison pays for one."""
 
@@ -297,11 +302,14 @@ class ReplayOracleConfig(OracleBase):
     is_tried_out: ClassVar[bool] = False
 
     type: Literal["replay"] = "replay"
-    path: str | None = None
+    path: Place | None = None
     """Judgements: a prompt, a response and its score per row."""
-    comparisons_path: str | None = None
+    comparisons_path: Place | None = None
     """Comparisons: a prompt, two responses and "first", "second" or "tie" per row."""
+    encoding: Encoding = "utf-8"
+    """Encoding of either table, if it is text."""
     prompt_column: str = "prompt"
+    """The text that a judge reads (see `rayrl.records.Prompt.text`), or, where a file has lists, a chat's messages."""
     response_column: str = "response"
     score_column: str = "score"
     first_column: str = "first"
@@ -361,11 +369,25 @@ class ReplayOracleConfig(OracleBase):
     def tables(self) -> list[OracleTable]:
         tables: list[OracleTable] = []
         if self.path is not None:
-            tables.append(OracleTable(setting="oracle.path", path=self.path, columns=self.judgement_columns))
+            tables.append(
+                OracleTable(
+                    setting="oracle.path",
+                    path=self.path,
+                    encoding=self.encoding,
+                    holds="judgements",
+                    columns=self.judgement_columns,
+                )
+            )
         if self.comparisons_path is not None:
             compared = self.comparisons_path
             tables.append(
-                OracleTable(setting="oracle.comparisons_path", path=compared, columns=self.comparison_columns)
+                OracleTable(
+                    setting="oracle.comparisons_path",
+                    path=compared,
+                    encoding=self.encoding,
+                    holds="comparisons",
+                    columns=self.comparison_columns,
+                )
             )
         return tables
 

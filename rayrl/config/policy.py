@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rayrl.config.table import Table
+from rayrl.config.table import Place, Table
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 RENDERING_NAMES = frozenset(
@@ -20,7 +20,7 @@ RENDERING_NAMES = frozenset(
 class PolicyConfig(Table):
     """The policy to align, M0."""
 
-    path: str
+    path: Place
     """A local folder or a hub id."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; None is its main branch."""

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayrl.algorithms.advantages import ADVANTAGES
 from rayrl.algorithms.kl import KL_ESTIMATORS
+from rayrl.config.function_name import FunctionName
 from rayrl.config.table import Operation, name_in
 from rayrl.config.training import LoraConfig, TrainingConfig
 
@@ -31,7 +32,7 @@ class PpoConfig(TrainingConfig):
 
     reward: Literal["reward_model", "evaluator", "function"] = "reward_model"
     """Source of a response's reward."""
-    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    function: FunctionName | None = None
     """reward = "function": "module:function" of (prompt, response) -> float, plain or async, found from the working
     directory. The prompt is the whole conversation as text. None abstains; an error stops the run."""
     function_timeout_s: Operation[float] = Field(default=60.0, gt=0)

@@ -14,7 +14,8 @@ class PreferenceDataConfig(DataConfig):
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
     replies_column: str | None = None
-    """A list of {"text", "rank"} per row (rank 0 is best); replaces the two columns by all ordered pairs."""
+    """A list of replies with their ranks per row (rank 0 is best) or with scores, such as {"text", "rank"} or
+    UltraFeedback's {"response", "overall_score"}; replaces the two columns by all ordered pairs."""
 
 
 class PreferencesConfig(Table):

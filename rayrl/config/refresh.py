@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rayrl.algorithms.clustering import CLUSTERINGS
-from rayrl.config.table import Operation, Table, name_in
+from rayrl.config.table import Operation, Place, Table, name_in
 
 
 class SpgConfig(Table):
@@ -17,9 +17,9 @@ class SpgConfig(Table):
     """A published definition of bidirectional entailment, or "embedding", a threshold on cosines; see
     `rayrl.algorithms.clustering`. If entailment accepts no prompt at all, the embeddings are clustered too, and the
     number of pairs they would give is reported."""
-    entailment_model: str = "microsoft/deberta-large-mnli"
+    entailment_model: Place = "microsoft/deberta-large-mnli"
     """A sequence classifier with the three MNLI labels: a folder or hub id."""
-    embedder: str | None = None
+    embedder: Place | None = None
     """embedding: a sentence-embedding model's folder or hub id; None embeds with M1."""
     threshold: float = Field(default=0.9, gt=-1, le=1)
     """embedding: cosine at or above which two responses mean the same."""

@@ -4,13 +4,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rayrl.config.table import Place
 from rayrl.config.training import EvaluatedTrainingConfig
 
 
 class RewardModelConfig(EvaluatedTrainingConfig):
     """r: Bradley-Terry on the last token's hidden state, from M1."""
 
-    path: str | None = None
+    path: Place | None = None
     """A ready-made reward model instead of a fitted r: a folder written by this stage in another run. A refresh still
     fits r^, from M1."""
     num_members: int = Field(default=1, gt=0)

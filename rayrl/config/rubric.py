@@ -4,17 +4,17 @@ import re
 
 from pydantic import field_validator, model_validator
 
-from rayrl.config.table import Table
+from rayrl.config.table import Place, Table
 
 
 class RubricConfig(Table):
     """Questions to the oracle and the evaluator: a score on an additive scale, or a comparison of two responses."""
 
-    template: str | None = None
+    template: Place | None = None
     """File with the judge prompt; `{prompt}` and `{response}` are filled in. `{prompt}`, which may be written as
     `{conversation}`, is all that the policy read: system prompt, earlier turns, tool calls and results, last message.
     None is the built-in additive rubric."""
-    pairwise_template: str | None = None
+    pairwise_template: Place | None = None
     """File with the prompt of a comparison; `{prompt}` (or `{conversation}`), `{first}` and `{second}` are filled in.
     None is the built-in comparison."""
     pattern: str | None = None

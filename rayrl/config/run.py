@@ -4,9 +4,10 @@ Rules within one table are checked by that table. Rules that need the data, the 
 `rayrl.preflight`.
 """
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.algorithms.pairing import PAIRINGS
@@ -26,16 +27,16 @@ from rayrl.config.reward_model import RewardModelConfig
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.select import SelectConfig
 from rayrl.config.sft import SftConfig
-from rayrl.config.table import Operation, Table
+from rayrl.config.table import Operation, Place, Table
 from rayrl.config.tracking import TrackingConfig
 
 
 class RunConfig(Table):
     """One run of either pipeline."""
 
-    name: Operation[str] = Field(pattern=r"^[\w.-]+$")
+    name: Operation[str]
     """Name of the run in reports and trackers."""
-    run_dir: Operation[str]
+    run_dir: Operation[Place]
     """Folder of this run: a local path, NFS, or any fsspec URL."""
     pipeline: Literal["proxy_dpo", "rlp"] = "proxy_dpo"
     """The algorithm that the tables below are for: jobs/proxy_dpo.py or jobs/rlp.py runs it."""
@@ -44,7 +45,7 @@ class RunConfig(Table):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where engines and trainings run: "auto" is on GPUs if the cluster has, or may get, one. It is science, since
     `policy.dtype = "auto"` follows it."""
-    reuse: Operation[str | None] = None
+    reuse: Operation[Place | None] = None
     """Another run's folder: its finished stages with identical inputs are taken over instead of done again."""
     rounds: int = Field(default=1, gt=0)
     """Repetitions of the algorithm, each on the policy that the last round made. All rounds share select.budget: each
@@ -75,6 +76,23 @@ class RunConfig(Table):
     refresh: RefreshConfig = RefreshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: Operation[TrackingConfig] = TrackingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", name):
+            plain = re.sub(r"[^\w.-]+", "-", name).strip("-") or "my-run"
+            raise ValueError(f'must be letters, digits, ".", "_" and "-", got {name!r}; write "{plain}"')
+        return name
+
+    @field_validator("run_dir", "reuse")
+    @classmethod
+    def _plain_folder(cls, folder: str | None) -> str | None:
+        if folder is not None and (not folder.strip() or not folder.isprintable()):
+            raise ValueError(
+                f'must be the path or URL of a folder, without line breaks, got {folder!r}; write "runs/mine"'
+            )
+        return folder
 
     @model_validator(mode="after")
     def _rules_between_tables(self) -> "RunConfig":
@@ -202,6 +220,18 @@ def _check_pairs(config: RunConfig) -> None:
     """Refuse settings that leave no pair of responses to one prompt."""
     is_proxy_dpo = config.pipeline == "proxy_dpo"
     pairing = config.pseudo_label.pairing
+    is_sampled = config.generate.source == "policy" and (is_proxy_dpo or config.asks_for_comparisons)
+    if is_sampled and config.generate.is_greedy:
+        raise ValueError(
+            f"generate.temperature must be above 0, and generate.top_k not 1, where a prompt has {config.generate.k} "
+            f"responses (generate.k), got {config.generate.temperature:g} and {config.generate.top_k}: all of them "
+            "would be the same, and no pair comes of them; raise the temperature, to 0.7 for one"
+        )
+    if config.best_of_n and config.evaluate.temperature == 0:
+        raise ValueError(
+            f"evaluate.temperature must be above 0 with evaluate.best_of_n = {config.best_of_n}, got 0: the best of "
+            "equal answers is each of them; raise it, or leave evaluate.best_of_n out"
+        )
     if is_proxy_dpo and PAIRINGS[pairing].num_pairs(config.generate.k) < 1:
         raise ValueError(
             f'generate.k is too small for pseudo_label.pairing = "{pairing}", which makes no pair of '

@@ -6,10 +6,12 @@ places, workers) is how it is carried out, and may change between two starts. A 
 """
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, cast
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
@@ -22,10 +24,30 @@ Growing = Annotated[T, _GROWING]
 """Type of a number that may be raised between two starts. It is in the keys: what it decides is done again."""
 
 
-class Table(BaseModel):
-    """Base of every TOML table: frozen, and an unknown key is an error."""
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, a URL or a hub name; a leading ~ is the home directory."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+class Table(BaseModel):
+    """Base of every TOML table: frozen; an unknown key is an error, and every number is finite and no boolean."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_numbers(cls, values: object) -> object:
+        """Refuse booleans in the place of numbers, which pydantic would take for 0 and 1, and what is not finite."""
+        if not isinstance(values, dict):
+            return values
+        plain: dict[object, object] = {}
+        for name, value in cast(dict[object, object], values).items():
+            field = cls.model_fields.get(str(name))
+            kinds: set[object] = set() if field is None else set(kinds_of(field.annotation))
+            if Any in kinds and any(isinstance(each, float) and not math.isfinite(each) for each in _leaves(value)):
+                raise ValueError(f"{name} must hold finite numbers only, got nan or inf; write numbers")
+            takes_numbers = bool(kinds & {int, float}) and not kinds & {bool, Any}
+            plain[name] = _without_booleans(value) if takes_numbers else value
+        return plain
 
     def science(self) -> dict[str, Any]:
         """Return the settings that decide the outcome, nested tables included, as JSON's values."""
@@ -76,6 +98,48 @@ class Table(BaseModel):
 def _tables_in(value: object) -> list[Table]:
     """Return a list's tables; none of any other value."""
     return [each for each in cast(list[object], value) if isinstance(each, Table)] if isinstance(value, list) else []
+
+
+class _Word(str):
+    """A word that no number can be read from, shown without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _without_booleans(value: object) -> object:
+    """Replace booleans, also in a list, by words."""
+    if isinstance(value, bool):
+        return _Word(json.dumps(value))
+    return list(map(_without_booleans, cast(list[object], value))) if isinstance(value, list) else value
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """Walk the values in nested dictionaries and lists."""
+    if isinstance(value, Mapping):
+        for nested in cast(Mapping[object, object], value).values():
+            yield from _leaves(nested)
+    elif isinstance(value, list | tuple):
+        for nested in cast(list[object], value):
+            yield from _leaves(nested)
+    else:
+        yield value
+
+
+def kinds_of(annotation: object) -> Iterator[object]:
+    """List the types of single values in a field's annotation: of `list[int] | Literal["all"]`, int and str.
+
+    What is no class, as `Any` and aliases of it, is listed as `Any`.
+    """
+    if get_origin(annotation) is Literal:
+        yield from (type(argument) for argument in get_args(annotation))
+    elif get_origin(annotation) is Annotated:
+        yield from kinds_of(get_args(annotation)[0])
+    elif arguments := [argument for argument in get_args(annotation) if argument is not ...]:
+        for argument in arguments:
+            yield from kinds_of(argument)
+    else:
+        yield annotation if isinstance(annotation, type) else Any
 
 
 def is_operation(field: FieldInfo) -> bool:

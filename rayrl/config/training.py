@@ -9,6 +9,8 @@ from rayrl.config.table import Operation, Table
 
 CHECKPOINTED_PARAMETERS = 1_000_000_000
 """Parameters from which on gradient checkpointing is worth its time, unless the setting says otherwise."""
+MAX_LEARNING_RATE = 0.1
+"""Far beyond any that trains: a larger one is a slip, such as a lost exponent."""
 DECIDED_ELSEWHERE = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_tokens",
@@ -93,6 +95,16 @@ class TrainingConfig(Table):
     """Steps between checkpoints."""
     max_failures: Operation[int] = Field(default=3, ge=0)
     """Losses of a worker that the training survives; after one more it gives up."""
+
+    @field_validator("learning_rate", "value_learning_rate", check_fields=False)
+    @classmethod
+    def _small_steps(cls, rate: float | None) -> float | None:
+        if rate is not None and rate > MAX_LEARNING_RATE:
+            raise ValueError(
+                f"must be at most {MAX_LEARNING_RATE:g}, got {rate:g}: AdamW moves every weight by about the learning "
+                "rate in each step, and weights are small numbers; 1e-6 to 1e-5 is usual, and ten times that with lora"
+            )
+        return rate
 
     @field_validator("adam_betas")
     @classmethod

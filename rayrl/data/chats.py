@@ -1,7 +1,8 @@
 """Chats in the shapes in which they are published, read into one, and written as plain text.
 
 Messages are {"role", "content"}, {"from", "value"} (LLaMA-Factory, ShareGPT) or {"role", "text"} (Open Assistant), and
-whole chats may be dialogues in one string, "Human: ... Assistant: ..." (Anthropic's HH). All become
+whole chats may be dialogues in one string, "Human: ... Assistant: ..." (Anthropic's HH) or "### Human: ... ###
+Assistant: ..." (Guanaco). All become
 {"role": "system" | "user" | "assistant" | "tool", "content": text}, an assistant's with "tool_calls" where it calls
 tools, a tool's with "name" and "tool_call_id" where they are known. A chat template reads those; judges, evaluators and
 people read the text that `conversation_text` writes.
@@ -11,7 +12,7 @@ import json
 import re
 from typing import Any, cast
 
-from rayrl.data.rows import SHOWN_CHARACTERS
+from rayrl.data.cells import SHOWN_CHARACTERS
 from rayrl.errors import DataError
 
 Message = dict[str, Any]
@@ -28,6 +29,10 @@ ROLES = {
 """Published names of roles, in lower case, and the four that chat templates know."""
 CALL_ROLES = ("function_call", "tool_call")
 """Published roles of a message whose content is an assistant's tool call, as JSON."""
+CONTENT_NAMES = ("content", "value", "text")
+"""Published names of a message's text."""
+REPLY_NAMES = ("response", "answer", "completion")
+"""Published names of a reply's text, where replies stand apart from their prompt (UltraFeedback, Nectar)."""
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 """Roles of the speakers of a dialogue in one string."""
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
@@ -39,6 +44,9 @@ _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _BEGINS_LIKE_A_TURN = re.compile(
     rf"(?:{'|'.join(LABELS.values())})(?: \(.*\))?(?: \[.*\])?:|{LABELS['assistant']} calls "
 )
+_DIALOGUE = re.compile(r"\s*(?:###\s*)?Human:")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HASHED_TURN = re.compile(r"\s*###\s*(Human|Assistant):")
 _PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'")
 
 
@@ -53,15 +61,21 @@ def read_chat(cell: object, where: str, *, default_role: str | None = None) -> M
     Raises:
         DataError: it is none of these, or a message is malformed.
     """
-    if isinstance(cell, str) and cell.lstrip().startswith("Human:"):
+    if isinstance(cell, str) and is_dialogue(cell):
         return _read_dialogue(cell)
     return [read_message(message, where, default_role=default_role) for message in read_list(cell, where)]
 
 
+def is_dialogue(text: str) -> bool:
+    """Return whether a text is a dialogue in one string."""
+    return _DIALOGUE.match(text) is not None
+
+
 def _read_dialogue(dialogue: str) -> Messages:
-    # A turn begins after a blank line, as all but the first do; elsewhere "Human:" is text. The split gives "" and then
-    # speaker, text, speaker, text, ...
-    _, *turns = re.split(r"\n\n(Human|Assistant):", f"\n\n{dialogue.lstrip()}")
+    # A turn begins after a blank line, as all but the first do, or at its hashes; elsewhere "Human:" is text. The split
+    # gives "" and then speaker, text, speaker, text, ...
+    turn = _HASHED_TURN if dialogue.lstrip().startswith("#") else _TURN
+    _, *turns = turn.split(f"\n\n{dialogue.lstrip()}")
     messages: Messages = []
     for speaker, text in zip(turns[::2], turns[1::2], strict=True):
         messages.append({"role": SPEAKERS[speaker], "content": text.strip()})
@@ -112,7 +126,8 @@ def read_message(cell: object, where: str, *, default_role: str | None = None) -
     message = cast("Message", cell)
     role = _read_role(message, where, shown, default_role)
     calls = _read_tool_calls(message, where)
-    text = next((text for name in ("content", "value", "text") if (text := message.get(name)) is not None), None)
+    names = CONTENT_NAMES if default_role is None else (*CONTENT_NAMES, *REPLY_NAMES)
+    text = next((text for name in names if (text := message.get(name)) is not None), None)
     if text is None and calls:
         text = ""
     if isinstance(text, list):

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rayrl.config import PreferenceDataConfig
-from rayrl.data.chats import content_of, read_chat, read_list, read_message, split_reply
-from rayrl.data.reading import Render, prompt_of, text_cell
-from rayrl.data.rows import SHOWN_CHARACTERS, SourceRow, rows_with
+from rayrl.data.cells import SHOWN_CHARACTERS, check_text, number_cell
+from rayrl.data.chats import Messages, content_of, read_chat, read_list, read_message, split_reply
+from rayrl.data.reading import BadRows, Render, prompt_of, prompt_text, rows_of
+from rayrl.data.rows import Row, SourceRow
 from rayrl.errors import DataError
 from rayrl.records import Prompt
 
 MAX_NAMED_ROWS = 5
 """Rows that a refusal names."""
+SCORE_NAMES = ("overall_score", "score")
+"""Published names of a reply's score (UltraFeedback)."""
 
 
 @dataclass
@@ -33,6 +36,8 @@ class PairCounts:
     """Rows whose replies all have the same rank."""
     num_other_prompt: int = 0
     """Rows whose two chats differ before their last message: those reply to different prompts."""
+    bad_rows: BadRows = field(default_factory=BadRows)
+    """Rows dropped by `on_bad_row`."""
     prompt_ids: set[str] = field(default_factory=set)
 
 
@@ -50,7 +55,10 @@ class RankedReply:
 def pair_columns(config: PreferenceDataConfig) -> list[str]:
     """List the columns that a config needs in its source."""
     replies = [config.replies_column] if config.replies_column else [config.chosen_column, config.rejected_column]
-    columns = [config.messages_column or config.prompt_column, *replies]
+    asked = [config.messages_column or config.prompt_column]
+    if config.messages_column is None and config.input_column:
+        asked.append(config.input_column)
+    columns = [*asked, *replies]
     return list(dict.fromkeys(columns))  # whole chats: one column is both prompt and reply
 
 
@@ -65,17 +73,21 @@ def read_pairs(
         counts: filled while iterating.
 
     Raises:
-        DataError: see `rows_with`; a cell of the wrong type, with its row number; and, once everything is read,
-            rows whose preferred and other reply are the same text.
+        DataError: see `rows.read_rows`; also, if bad rows are refused: a cell of the wrong type, with its row number;
+            and, once everything is read, rows whose preferred and other reply are the same text.
     """
+    counts.bad_rows.are_dropped = config.on_bad_row == "drop"
     rows_of_equal_texts: list[int] = []
-    rows = rows_with(config.path, config.split, pair_columns(config))
-    for number, row in enumerate(itertools.islice(rows, config.limit), 1):
-        where = f"{config.path}, row {number}"
+    for row in rows_of(config, pair_columns(config)):
         counts.num_rows += 1
-        prompt = _prompt(row, config, render, where)
-        replies = [reply for reply in _replies(row, config, number, where) if reply.text.strip()]
-        if _differ_before_the_reply(row, config, where):
+        try:
+            prompt = _prompt(row.cells, config, render, row.where)
+            replies = [reply for reply in _replies(row, config) if reply.text.strip()]
+            differ = _differ_before_the_reply(row.cells, config, row.where)
+        except DataError as error:
+            counts.bad_rows.add(error)
+            continue
+        if differ:
             counts.num_other_prompt += 1
         elif prompt is None or len(replies) < 2:
             counts.num_unusable += 1
@@ -87,7 +99,7 @@ def read_pairs(
                 if better.rank == worse.rank:
                     continue
                 if better.text.strip() == worse.text.strip():
-                    rows_of_equal_texts.append(number)
+                    rows_of_equal_texts.append(row.number)
                     continue
                 counts.num_pairs += 1
                 counts.prompt_ids.add(prompt.id)
@@ -96,34 +108,44 @@ def read_pairs(
     if rows_of_equal_texts:
         shown = ", ".join(map(str, rows_of_equal_texts[:MAX_NAMED_ROWS]))
         more = " ..." if len(rows_of_equal_texts) > MAX_NAMED_ROWS else ""
-        raise DataError(
+        error = DataError(
             f"{config.path}: a chosen and a rejected answer must differ, and {len(rows_of_equal_texts)} pairs do not "
             f"(row {shown}{more}); remove those rows"
         )
+        counts.bad_rows.add(error, len(rows_of_equal_texts))
 
 
-def _prompt(row: SourceRow, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
+def _prompt(cells: SourceRow, config: PreferenceDataConfig, render: Render, where: str) -> Prompt | None:
     if config.messages_column is None:
-        return prompt_of(text_cell(row.get(config.prompt_column), config.prompt_column, where), render, where)
-    messages, _ = split_reply(read_chat(row.get(config.messages_column), where))
+        return prompt_of(prompt_text(cells, config, where), render, where)
+    messages, _ = split_reply(_chat(cells, config.messages_column, where))
     return prompt_of(messages, render, where)
 
 
-def _replies(row: SourceRow, config: PreferenceDataConfig, number: int, where: str) -> list[RankedReply]:
+def _chat(cells: SourceRow, column: str, where: str) -> Messages:
+    return read_chat(cells.get(column), f"{where}, column {column}")
+
+
+def _replies(row: Row, config: PreferenceDataConfig) -> list[RankedReply]:
     """Read all replies of a row that have a rank, in the order of the row."""
     texts: list[tuple[str, float]] = []
     if config.replies_column is not None:
-        for cell in read_list(row.get(config.replies_column), where):
+        where = f"{row.where}, column {config.replies_column}"
+        for cell in read_list(row.cells.get(config.replies_column), where):
             message = read_message(cell, where, default_role="assistant")
             texts.append((content_of(message), _rank(cell, where)))
     else:
         for rank, column in enumerate((config.chosen_column, config.rejected_column)):
-            texts.append((_reply(row.get(column), column, config, where), float(rank)))
+            cell = row.cells.get(column)
+            # Several texts are several replies of the same rank.
+            cells = cell if isinstance(cell, list) and cell and all(isinstance(each, str) for each in cell) else [cell]
+            texts += [(_reply(each, column, config, row.where), float(rank)) for each in cells]
     replies: list[RankedReply] = []
     for place, (text, rank) in enumerate(texts):
+        check_text(text, "a reply", row.where)
         # A reply without a rank keeps its place: ids say where a text stands in the row.
         if not math.isnan(rank):
-            replies.append(RankedReply(id=f"data-{number}-{place}", text=text, rank=rank))
+            replies.append(RankedReply(id=f"data-{row.number}-{place}", text=text, rank=rank))
     return replies
 
 
@@ -132,6 +154,7 @@ def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) 
 
     A whole chat must end with the reply, since the messages before it are taken for the prompt: "" if it does not.
     """
+    where = f"{where}, column {column}"
     if _holds_whole_chats(config):
         return split_reply(read_chat(cell, where))[1]
     if isinstance(cell, str | None):
@@ -142,7 +165,7 @@ def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) 
     texts = [content_of(message) for message in chat if message["role"] == "assistant"]
     if not texts:
         shown = str(cell)[:SHOWN_CHARACTERS]
-        raise DataError(f"{where}: column {column} must hold an assistant message, got {shown}")
+        raise DataError(f"{where}: an assistant message is needed, got {shown}; add one, or remove the row")
     return texts[-1]
 
 
@@ -151,20 +174,21 @@ def _holds_whole_chats(config: PreferenceDataConfig) -> bool:
     return config.messages_column in (config.chosen_column, config.rejected_column) and not config.replies_column
 
 
-def _differ_before_the_reply(row: SourceRow, config: PreferenceDataConfig, where: str) -> bool:
+def _differ_before_the_reply(cells: SourceRow, config: PreferenceDataConfig, where: str) -> bool:
     if not _holds_whole_chats(config):
         return False
-    chosen = read_chat(row.get(config.chosen_column), where)
-    rejected = read_chat(row.get(config.rejected_column), where)
+    chosen, rejected = (_chat(cells, column, where) for column in (config.chosen_column, config.rejected_column))
     return split_reply(chosen)[0] != split_reply(rejected)[0]
 
 
 def _rank(cell: object, where: str) -> float:
-    """Read a reply's rank; NaN where it has none."""
+    """Read a reply's rank, or that of its score, the highest of which is best; NaN where it has neither."""
     assert isinstance(cell, dict)  # read_message refused it otherwise
-    rank = cell.get("rank")
-    if rank is None:
-        return math.nan
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise DataError(f"{where}: a reply's rank must be a number, 0 for the best, got {rank!r}")
-    return float(rank)
+    if cell.get("rank") is not None:
+        rank = cell["rank"]
+        if isinstance(rank, bool) or not isinstance(rank, int | float):
+            raise DataError(f"{where}: a reply's rank must be a number, 0 for the best, got {rank!r}")
+        return float(rank)
+    name = next((name for name in SCORE_NAMES if cell.get(name) is not None), None)
+    score = None if name is None else number_cell(cell[name], name, where)
+    return math.nan if score is None else -score

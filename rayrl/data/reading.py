@@ -6,35 +6,65 @@ callers pass `render`, which turns a text or a list of chat messages into the te
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rayrl.config import DataConfig, ReferenceAnswersConfig, SeedDataConfig
-from rayrl.data.chats import Messages, content_of, conversation_text, lone_text, read_chat, split_reply, split_turns
+from rayrl.data.cells import NULL_WORDS, canonical, check_text, number_cell, text_cell
+from rayrl.data.chats import (
+    Messages,
+    content_of,
+    conversation_text,
+    is_dialogue,
+    lone_text,
+    read_chat,
+    split_reply,
+    split_turns,
+)
 from rayrl.data.control_tokens import has_control_tokens
-from rayrl.data.rows import SourceRow, read_rows, require_columns, rows_with
+from rayrl.data.rows import Row, SourceRow, Watch, read_rows
 from rayrl.errors import DataError
 from rayrl.records import Prompt, content_id
-
-__all__ = [
-    "PromptCounts",
-    "columns_of",
-    "prompt_of",
-    "read_prompts",
-    "read_reference_answers",
-    "read_rows",
-    "read_seed_rows",
-    "require_columns",
-    "text_cell",
-]
 
 Render = Callable[[str | Messages], str]
 Turns = Literal["last", "all"]
 """Turns of the assistant in a chat that are responses."""
+Split = list[tuple[str | Messages, str]]
+"""What a row asks and answers: (source of a prompt, response or "")."""
+T = TypeVar("T")
 
 UNREAD_COLUMNS = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")
 """Columns that published chats have beside their messages, and that no prompt is made of."""
+UNREAD_CONTEXT = ("system", "system_prompt", "history", "instruction", "input", "context")
+"""Columns that published instructions have beside their text, and that belong to what is asked."""
+ALPACA = ("instruction", "input")
+"""Columns of Alpaca's instructions, and of the texts they are about."""
+
+
+@dataclass
+class BadRows:
+    """Rows that cannot be used: the first is refused, or they are counted and left out."""
+
+    are_dropped: bool = False
+    num: int = 0
+    first: str = ""
+    """What is wrong with the first one, with its file and row."""
+
+    def add(self, error: DataError, num_rows: int = 1) -> None:
+        """Count the rows of an error, or refuse them.
+
+        Raises:
+            DataError: rows are not dropped.
+        """
+        if not self.are_dropped:
+            raise DataError(f'{error}; or leave such rows out with on_bad_row = "drop" beside the path') from None
+        self.num += num_rows
+        self.first = self.first or str(error)
+
+    def in_words(self) -> str:
+        """Tell how many rows were left out, and why the first; "" if none was."""
+        return f"dropped {self.num} bad rows, the first of them {self.first}" if self.num else ""
 
 
 @dataclass
@@ -47,42 +77,111 @@ class PromptCounts:
     """Rows without a prompt (or, in seed data, without a response)."""
     num_duplicate: int = 0
     num_below_score: int = 0
+    num_without_score: int = 0
+    """Rows whose score is empty, or not a number (NaN); they do not pass."""
+    bad_rows: BadRows = field(default_factory=BadRows)
+    """Rows dropped by `on_bad_row`."""
     num_skipped_turns: int = 0
     """Turns of the assistant in kept rows that are no responses: empty, calling a tool, or before any text of the
     user."""
     num_with_control_tokens: int = 0
     """Prompts whose texts hold control tokens of the policy's tokenizer; it reads those as ordinary text."""
+    num_null_words: int = 0
+    """Prompts that are but a word that programs write for an empty cell, such as "nan"."""
+    num_dialogues: int = 0
+    """Prompts of `prompt_column` that are a whole dialogue, "Human: ... Assistant: ..."."""
     unread_columns: Counter[str] = field(default_factory=Counter[str])
-    """Rows of chats by a column of `UNREAD_COLUMNS` that holds something."""
+    """Rows by a column of `UNREAD_COLUMNS` or `UNREAD_CONTEXT` that holds something and is not used."""
 
 
-def read_prompts(config: DataConfig, render: Render, counts: PromptCounts | None = None) -> Iterator[Prompt]:
-    """Yield the prompts of a pool, without empty ones and without exact duplicates (same rendered text).
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The policy's context, which a prompt must not fill."""
+
+    num_tokens: int
+    count_tokens: Callable[[str], int]
+    """Counts the tokens of a rendered prompt."""
+
+    def exceeded_by(self, prompt: Prompt) -> int:
+        """Return the number of tokens of a prompt that leaves no room for another one; 0 of any other prompt."""
+        # A token takes a byte at least, and a character four at most: most prompts need not be encoded to know.
+        if 4 * len(prompt.rendered) + 2 < self.num_tokens or len(prompt.rendered.encode()) + 2 < self.num_tokens:
+            return 0
+        num_tokens = self.count_tokens(prompt.rendered)
+        return num_tokens if num_tokens >= self.num_tokens else 0
+
+
+@dataclass
+class _TooLong:
+    """Prompts that fill the context, where they are refused: all are counted before the refusal."""
+
+    num: int = 0
+    first: str = ""
+    most_tokens: int = 0
+
+    def add(self, num_tokens: int, where: str) -> None:
+        self.num += 1
+        self.first = self.first or f"{where}, with {num_tokens}"
+        self.most_tokens = max(self.most_tokens, num_tokens)
+
+    def refuse(self, room: Room, num_prompts: int) -> None:
+        if self.num:
+            raise DataError(
+                f"a prompt must be shorter than the context of {room.num_tokens} tokens, but {self.num} of "
+                f"{num_prompts} are not (the first: {self.first}); the longest has {self.most_tokens}. Shorten or "
+                "remove them, raise policy.max_model_len if the model allows it, or leave them out with "
+                'on_bad_row = "drop" beside the path'
+            )
+
+
+def read_prompts(
+    config: DataConfig, render: Render, counts: PromptCounts | None = None, room: Room | None = None
+) -> Iterator[Prompt]:
+    """Yield the prompts of a pool, without empty ones and without duplicates.
+
+    Prompts are duplicates if their texts differ in nothing but white space at the ends of lines, line breaks and the
+    composition of characters (Unicode's normal form C); the first one counts.
 
     Args:
         config: source of the prompts. Of chat messages, the assistant's turn at the end is cut off.
         render: text or messages -> the text that the policy reads.
         counts: filled while iterating.
+        room: refuses prompts that fill the policy's context; None refuses none.
 
     Raises:
-        DataError: see `require_columns`; also, with its row number, a cell of the wrong type, or a chat that the
-            policy's chat template refuses.
+        DataError: see `rows.read_rows`; also, if bad rows are refused, with its row number: a cell of the wrong type,
+            a chat that the policy's chat template refuses, or a prompt that is too long.
     """
     counts = counts if counts is not None else PromptCounts()
-    # Ids, which are hashes of the rendered texts: the texts themselves would take as much memory as the file.
+    # Ids, which are hashes of texts: the texts themselves would take as much memory as the file.
     seen: set[str] = set()
-    for where, ((source, _),) in _split_rows(config, None, counts):
-        prompt = prompt_of(source, render, where)
+    too_long = _TooLong()
+
+    def parse(row: Row) -> Prompt | None:
+        ((source, _),) = _split_row(row, config, None)
+        prompt = prompt_of(source, render, row.where)
+        if prompt is not None and room is not None and (num_tokens := room.exceeded_by(prompt)):
+            if config.on_bad_row == "drop":
+                raise DataError(f"{row.where}: its prompt has {num_tokens} tokens, and the context {room.num_tokens}")
+            too_long.add(num_tokens, row.where)
+        counts.num_dialogues += isinstance(source, str) and is_dialogue(source) and "Assistant:" in source
+        return prompt
+
+    for prompt in _parsed(config, counts, parse):
         if prompt is None:
             counts.num_empty += 1
             continue
-        if prompt.id in seen:
+        key = content_id(canonical(prompt.text))
+        if key in seen:
             counts.num_duplicate += 1
             continue
-        seen.add(prompt.id)
+        seen.add(key)
         counts.num_kept += 1
         counts.num_with_control_tokens += has_control_tokens(prompt.rendered)
+        counts.num_null_words += len(prompt.text) < 16 and prompt.text.strip().lower() in NULL_WORDS
         yield prompt
+    if room is not None:
+        too_long.refuse(room, counts.num_kept)
 
 
 def read_seed_rows(
@@ -101,31 +200,46 @@ def read_seed_rows(
         DataError: see `read_prompts`; also a score that is no number.
     """
     counts = counts if counts is not None else PromptCounts()
-    for where, split in _split_rows(config, config.response_column, counts, turns):
-        pairs = [
-            (prompt, response)
-            for source, response in split
-            if response.strip() and (prompt := prompt_of(source, render, where)) is not None
-        ]
+
+    def parse(row: Row) -> tuple[int, list[tuple[Prompt, str]]] | None:
+        """Return the number of turns, and the pairs; None of a row that does not score enough."""
+        if not _scores_enough(row, config, counts):
+            return None
+        split = _split_row(row, config, config.response_column, turns)
+        return len(split), _answered(split, render, row.where)
+
+    for parsed in _parsed(config, counts, parse):
+        if parsed is None:
+            continue
+        num_turns, pairs = parsed
         if not pairs:
             counts.num_empty += 1
             continue
         counts.num_kept += 1
-        counts.num_skipped_turns += len(split) - len(pairs)
+        counts.num_skipped_turns += num_turns - len(pairs)
         yield from pairs
 
 
-def read_reference_answers(config: ReferenceAnswersConfig, render: Render) -> Iterator[tuple[Prompt, str]]:
+def read_reference_answers(
+    config: ReferenceAnswersConfig, render: Render, counts: PromptCounts | None = None
+) -> Iterator[tuple[Prompt, str]]:
     """Yield the (prompt, answer) pairs of a table of reference answers; rows without an answer are left out."""
-    for where, ((source, answer),) in _split_rows(config, config.response_column, PromptCounts()):
-        prompt = prompt_of(source, render, where)
-        if prompt is not None and answer.strip():
-            yield prompt, answer
+    counts = counts if counts is not None else PromptCounts()
+
+    def parse(row: Row) -> list[tuple[Prompt, str]]:
+        return _answered(_split_row(row, config, config.response_column), render, row.where)
+
+    for pairs in _parsed(config, counts, parse):
+        counts.num_kept += len(pairs)
+        counts.num_empty += not pairs
+        yield from pairs
 
 
 def columns_of(config: DataConfig) -> list[str]:
     """List the columns that a config needs in its source."""
     columns = [config.messages_column or config.prompt_column]
+    if config.messages_column is None and config.input_column:
+        columns.append(config.input_column)
     if isinstance(config, SeedDataConfig | ReferenceAnswersConfig) and config.messages_column is None:
         columns.append(config.response_column)
     if isinstance(config, SeedDataConfig) and config.score_column is not None:
@@ -133,30 +247,72 @@ def columns_of(config: DataConfig) -> list[str]:
     return columns
 
 
-def _split_rows(
-    config: DataConfig, response_column: str | None, counts: PromptCounts, turns: Turns = "last"
-) -> Iterator[tuple[str, list[tuple[str | Messages, str]]]]:
-    """Yield the name of every row that scores enough, with its (source of a prompt, response or "").
+def input_column(config: DataConfig) -> str | None:
+    """Return the column whose texts follow the prompts, if a row has it."""
+    if config.messages_column is not None:
+        return None
+    instruction, its_input = ALPACA
+    if config.input_column is None and config.prompt_column == instruction:
+        return its_input
+    return config.input_column or None
 
-    It is one pair, or with all turns one for each turn of the assistant.
+
+def rows_of(config: DataConfig, needed: Sequence[str], unread_columns: Counter[str] | None = None) -> Iterator[Row]:
+    """Read the rows of a config's source up to its limit, with only the needed columns; count those that are not used.
+
+    Raises:
+        DataError: see `rows.read_rows`.
     """
-    rows = rows_with(config.path, config.split, columns_of(config))
-    for number, row in enumerate(itertools.islice(rows, config.limit), 1):
-        where = f"{config.path}, row {number}"
+    optional = [column] if (column := input_column(config)) else []
+    unread = UNREAD_COLUMNS + (UNREAD_CONTEXT[:3] if config.messages_column else UNREAD_CONTEXT)
+    watched = [name for name in unread if name not in needed and name not in optional]
+    watch = Watch(columns=watched, num_rows=Counter() if unread_columns is None else unread_columns)
+    rows = read_rows(config.path, needed, optional=optional, split=config.split, encoding=config.encoding, watch=watch)
+    return itertools.islice(rows, config.limit)
+
+
+def _parsed(config: DataConfig, counts: PromptCounts, parse: Callable[[Row], T]) -> Iterator[T]:
+    """Yield what each row is parsed into; rows that cannot be are refused or dropped, as the config has it."""
+    counts.bad_rows.are_dropped = config.on_bad_row == "drop"
+    for row in rows_of(config, columns_of(config), counts.unread_columns):
         counts.num_rows += 1
-        if isinstance(config, SeedDataConfig) and not _scores_enough(row, config, where):
-            counts.num_below_score += 1
+        try:
+            parsed = parse(row)
+        except DataError as error:
+            counts.bad_rows.add(error)
             continue
-        split: list[tuple[str | Messages, str]]
-        if config.messages_column is not None:
-            counts.unread_columns.update(column for column in UNREAD_COLUMNS if row.get(column))
-            chat = read_chat(row.get(config.messages_column), where)
-            split = [*split_turns(chat)] if turns == "all" else [split_reply(chat)]
-        else:
-            source = text_cell(row.get(config.prompt_column), config.prompt_column, where)
-            response = text_cell(row.get(response_column), response_column, where) if response_column else ""
-            split = [(source, response)]
-        yield where, split
+        yield parsed
+
+
+def _split_row(row: Row, config: DataConfig, response_column: str | None, turns: Turns = "last") -> Split:
+    """Return what a row asks and answers: one pair, or with all turns one for each turn of the assistant."""
+    if config.messages_column is not None:
+        chat = read_chat(row.cells.get(config.messages_column), f"{row.where}, column {config.messages_column}")
+        return [*split_turns(chat)] if turns == "all" else [split_reply(chat)]
+    response = text_cell(row.cells.get(response_column), response_column, row.where) if response_column else ""
+    return [(prompt_text(row.cells, config, row.where), response)]
+
+
+def prompt_text(cells: SourceRow, config: DataConfig, where: str) -> str:
+    """Return the text of a row's prompt, with that of its input behind it.
+
+    Raises:
+        DataError: a cell holds no text.
+    """
+    text = text_cell(cells.get(config.prompt_column), config.prompt_column, where)
+    column = input_column(config)
+    extra = text_cell(cells.get(column), column, where) if column else ""
+    return f"{text}\n\n{extra}" if text.strip() and extra.strip() else text or extra
+
+
+def _answered(split: Split, render: Render, where: str) -> list[tuple[Prompt, str]]:
+    """Return the pairs of a row that have both a prompt and a response."""
+    pairs: list[tuple[Prompt, str]] = []
+    for source, response in split:
+        check_text(response, "the response", where)
+        if response.strip() and (prompt := prompt_of(source, render, where)) is not None:
+            pairs.append((prompt, response))
+    return pairs
 
 
 def prompt_of(source: str | Messages, render: Render, where: str) -> Prompt | None:
@@ -172,34 +328,22 @@ def prompt_of(source: str | Messages, render: Render, where: str) -> Prompt | No
         asked = user_texts[-1] if user_texts else ""
     if not asked.strip():
         return None
+    text = lone_text(source) if isinstance(source, str) else conversation_text(source)
+    check_text(text, "the prompt", where)
     try:
         rendered = render(source)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    text = lone_text(source) if isinstance(source, str) else conversation_text(source)
     return Prompt(id=content_id(rendered), text=text, rendered=rendered)
 
 
-def _scores_enough(row: SourceRow, config: SeedDataConfig, where: str) -> bool:
+def _scores_enough(row: Row, config: SeedDataConfig, counts: PromptCounts) -> bool:
+    """Return whether a row passes, and count one that does not."""
     if config.score_column is None or config.min_score is None:
         return True
-    score = row.get(config.score_column)
-    # A row without a score is left out, and a score of the wrong type refused: CSV has only text.
-    if score is None or score == "":
+    score = number_cell(row.cells.get(config.score_column), config.score_column, row.where)
+    if score is None:
+        counts.num_without_score += 1
         return False
-    try:
-        return float(score) >= config.min_score  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: column {config.score_column} must be a number, got {score!r}") from None
-
-
-def text_cell(cell: object, column: str, where: str) -> str:
-    """Read a cell that holds text, or nothing.
-
-    Raises:
-        DataError: it holds something else.
-    """
-    if cell is not None and not isinstance(cell, str):
-        hint = "; a chat belongs into messages_column" if isinstance(cell, list) else ""
-        raise DataError(f"{where}: column {column} must be text, got {type(cell).__name__}{hint}")
-    return cell or ""
+    counts.num_below_score += score < config.min_score
+    return score >= config.min_score

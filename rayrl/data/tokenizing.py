@@ -26,6 +26,7 @@ from rayrl.data.control_tokens import (
     has_control_tokens,
     unmark,
 )
+from rayrl.data.reading import Room
 from rayrl.errors import ConfigError, DataError
 from rayrl.runs import storage
 
@@ -107,6 +108,14 @@ def context_length(policy: PolicyConfig) -> int:
         storage.local_folder(policy.path), revision=policy.revision, trust_remote_code=policy.trust_remote_code
     )
     return int(model.get_text_config().max_position_embeddings)
+
+
+def room_of(tokenizer: "PreTrainedTokenizerBase", policy: PolicyConfig) -> Room:
+    """Return the policy's context, and how its prompts are counted."""
+    return Room(
+        num_tokens=context_length(policy),
+        count_tokens=lambda rendered: len(encode_prompt(tokenizer, rendered, policy.prompt_format)),
+    )
 
 
 def resolve_format(tokenizer: ChatTemplate, prompt_format: str) -> Format:

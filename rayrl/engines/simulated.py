@@ -39,6 +39,8 @@ from rayrl.engines.weight_sums import Sums
 from rayrl.records import Checkpoint
 
 NO_TRANSFER = 'ppo.weight_transfer must be "auto" or "folder" with simulated engines, got "nccl"; leave it out'
+SETTINGS: dict[str, float] = {"request_s": 0.5, "start_s": 0.0, "swap_s": 0.05}
+"""Entries of `engine_args` that are read, and their values where they are left out."""
 DIMENSION = 64
 """Coordinates of an embedding."""
 FIRST_TOKEN = 100
@@ -60,7 +62,7 @@ class SimulatedEngine(Serving):
     """Counterpart of `rayrl.engines.vllm_engine.ServedEngine` without an engine."""
 
     def __init__(self, spec: EngineSpec):
-        settings: dict[str, float] = {"request_s": 0.5, "start_s": 0.0, "swap_s": 0.05} | spec.config.engine_args
+        settings = SETTINGS | spec.config.engine_args
         super().__init__(spec.checkpoint.version)
         time.sleep(settings["start_s"])
         self.spec = spec

@@ -7,6 +7,7 @@ from rayrl.config import EngineConfig
 from rayrl.errors import ConfigError
 from rayrl.metrics import prometheus
 from rayrl.records import Checkpoint
+from rayrl.runs.guard import guard_this_process
 from rayrl.runs.storage import local_folder
 
 if TYPE_CHECKING:
@@ -134,5 +135,7 @@ def start_engine(spec: EngineSpec, name: str) -> "AsyncLLM":
         from rayrl.engines.vllm_metrics import EngineStats
 
         loggers = [EngineStats]
+    # vLLM's core does not notice that this process is killed while it starts, and would wait for ever.
+    guard_this_process()
     arguments = AsyncEngineArgs(**engine_arguments(spec, name))
     return AsyncLLM.from_engine_args(arguments, stat_loggers=loggers)

@@ -6,6 +6,7 @@
     replicas.py       start and end of replicas on Ray
     services.py       the fleets of a run, each started when it is first needed
     control.py        sizes by hand and the end of a run; sizes.py parses them
+    connection.py     which cluster a run uses
     coreset.py        shards of the embeddings that the selection asks
     simulated.py      services without models
     actors.py         types of Ray's handles

@@ -30,8 +30,6 @@ from rayrl.metrics.fleet_state import FleetState
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "rayrl"
-"""Ray namespace of every run's named actors."""
 SUFFIX = "-control"
 ASK_TIMEOUT_S = 30.0
 """Longest wait for an answer of a control."""

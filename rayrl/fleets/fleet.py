@@ -45,6 +45,7 @@ ROUTER_TIMEOUT_S = 60.0
 """Longest wait for an answer of the router, beside the time that it is asked to wait itself. Ray restarts a router that
 died within seconds."""
 STOP_TIMEOUT_S = 30.0
+"""Longest wait for the routers of fleets that are stopped."""
 MAX_PART = 256
 """Most items in one call of `map`: a replica that dies loses no more work than that."""
 MAX_ATTEMPTS = 2
@@ -214,11 +215,7 @@ class Fleet:
 
     def stop(self) -> None:
         """End the replicas and the router, and free their resources."""
-        try:
-            ray.get(self.router.stop.remote(), timeout=STOP_TIMEOUT_S)
-        except (RayError, GetTimeoutError) as error:
-            logger.warning("%s: its router did not stop (%s); Ray ends the replicas with it", self.name, error)
-        actors.kill(self.router, no_restart=True)
+        stop_fleets([self])
 
     def _lease(self, num_items: int, timeout_s: float) -> Lease:
         """Lease a replica for a call.
@@ -282,6 +279,18 @@ class Fleet:
             _, pending = ray.wait(pending, num_returns=len(pending), timeout=min(left_s, LEASE_S / 4))
             if pending:
                 self.renew(leases)
+
+
+def stop_fleets(fleets: Iterable[Fleet]) -> None:
+    """End the replicas and the routers of fleets, side by side, and free their resources."""
+    stopping = [(fleet, fleet.router.stop.remote()) for fleet in fleets]
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for fleet, stopped in stopping:
+        try:
+            ray.get(stopped, timeout=max(0.0, deadline - time.monotonic()))
+        except (RayError, GetTimeoutError) as error:
+            logger.warning("%s: its router did not stop (%s); Ray ends the replicas with it", fleet.name, error)
+        actors.kill(fleet.router, no_restart=True)
 
 
 def start_fleet(name: str, engine: type[Serving], spec: EngineSpec) -> Fleet:

@@ -20,7 +20,7 @@ from rayrl.engines.serving import Serving
 from rayrl.engines.start import NO_GPUS, EngineSpec
 from rayrl.errors import RayRLError
 from rayrl.fleets.control import Driver
-from rayrl.fleets.fleet import Fleet, start_fleet, start_replicas
+from rayrl.fleets.fleet import Fleet, start_fleet, start_replicas, stop_fleets
 from rayrl.fleets.replicas import Replicas
 from rayrl.models.mnli import label_order
 from rayrl.records import Checkpoint
@@ -168,8 +168,7 @@ class Services:
 
     def stop(self) -> None:
         """Stop all fleets at once, whatever they are doing."""
-        for fleet in self._fleets.values():
-            fleet.stop()
+        stop_fleets(self._fleets.values())
         self._fleets.clear()
 
     def _make_room(self) -> None:

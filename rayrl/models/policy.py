@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from rayrl.models.packing import Backbone
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = 3
+"""Names in a message."""
 
 ReadLogits = Callable[[Tensor, Tensor], Tensor]
 """(logits of tokens, the tokens) -> what is read of each, such as its log-probability."""
@@ -52,14 +55,40 @@ def load_policy(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
     path, revision = local_folder(checkpoint.path), checkpoint.revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         attn_implementation=attention_of(config.get_text_config()),
+        output_loading_info=True,
     )
+    model: PreTrainedModel
+    model, found = loaded
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ConfigError(
+            f"policy.path must hold all weights of a {type(model).__name__}, got {checkpoint.path}, which lacks "
+            f"{', '.join(missing[:_SHOWN])} ({len(missing)} in all); take the whole model: transformers would draw "
+            "them at random"
+        )
+    _allow_sampling(model)
+    return model
+
+
+def _allow_sampling(model: "PreTrainedModel") -> None:
+    """Mend a generation_config.json that has a temperature without `do_sample`, as Llama-2-chat's and vicuna's.
+
+    Transformers reads it with a warning, and refuses to write it: an export would fail after the training.
+    """
+    generation = model.generation_config
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def attention_of(text_config: object) -> str | None:

@@ -22,7 +22,7 @@ import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic
@@ -32,6 +32,7 @@ from rayrl.oracles import ledger_schema as sql
 from rayrl.oracles.ledger_file import is_remote, own, working_copy
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import Question, answered, reused
+from rayrl.records import Comparison, Judgement
 from rayrl.runs import storage
 from rayrl.runs.stage_metrics import LedgerCounts
 
@@ -45,6 +46,23 @@ class Reserved(Generic[Question]):
     attempt: int
     question: Question
     estimated_usd: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a stage's questions will find in the ledger, before any of them is asked."""
+
+    num_known: int
+    """Questions that are answered already."""
+    num_new: int
+    num_earlier: int
+    """Answers that this run's stage has paid for, and that are to none of these questions."""
+    num_reworded: int
+    """Of those, answers about the same texts: another judge prompt or another judge was asked."""
+    num_left: int
+    """Questions that the budget of their purpose still pays for."""
+    num_lost: int
+    """Calls of that budget whose answers were lost."""
 
 
 class Ledger:
@@ -159,6 +177,26 @@ class Ledger:
         """Count what these questions took of a purpose's budget, with the calls that were lost on the way."""
         with self._lock:
             return self._db.execute(sql.SPENT_ON, (self._run, purpose, json.dumps(sorted(set(keys))))).fetchone()[0]
+
+    def outlook(self, questions: Sequence[Judgement | Comparison], purpose: str, stage: str) -> Outlook:
+        """Tell what a stage's questions, with their keys, will find in the ledger and in their purpose's budget."""
+        keys = {question.key for question in questions}
+        with self._lock:
+            known = {row[0] for row in self._db.execute(sql.ANSWERED_KEYS, (json.dumps(sorted(keys)),))}
+            earlier = [
+                row for row in self._db.execute(sql.ANSWERED, (self._run, purpose, stage)) if row["key"] not in keys
+            ]
+            num_lost = self._db.execute(sql.NUM_LOST, (self._run, purpose)).fetchone()[0]
+            num_left = self._budgets.get(purpose, 0) - self._num_spent.get(purpose, 0)
+        about = {_texts(question) for question in questions}
+        return Outlook(
+            num_known=len(known),
+            num_new=len(keys) - len(known),
+            num_earlier=len(earlier),
+            num_reworded=sum(tuple(row)[1:] in about for row in earlier),
+            num_left=num_left,
+            num_lost=num_lost,
+        )
 
     def spending(self) -> tuple[dict[str, int], float]:
         """Queries per purpose and USD of this run that are spent, or held for calls under way."""
@@ -283,6 +321,13 @@ class Ledger:
                 f"are spent or held with {spent} of {budget} queries for {purpose}, and one more may cost "
                 f"{estimated_usd:.4f}. Raise it, and run the same command again, which goes on where this one stopped"
             )
+
+
+def _texts(question: Judgement | Comparison) -> tuple[str | None, ...]:
+    """Return the texts of a question as the ledger keeps them: prompt, response, first, second."""
+    if isinstance(question, Judgement):
+        return (question.prompt, question.response, None, None)
+    return (question.prompt, None, question.first, question.second)
 
 
 def _known(question: Question, row: sqlite3.Row) -> Question:

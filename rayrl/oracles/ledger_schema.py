@@ -71,6 +71,11 @@ DROP TABLE attempts_0;
 """
 _COLUMNS_OF_VERSION_0 = {"key", "purpose", "state", "oracle", "first_id", "second_id", "preference", "cost_usd"}
 
+ANSWERED_KEYS = """
+SELECT DISTINCT key FROM attempts
+WHERE state IN ('scored', 'abstained') AND key IN (SELECT value FROM json_each(?))
+"""
+NUM_LOST = "SELECT count(*) FROM attempts WHERE run = ? AND purpose = ? AND state = 'lost'"
 KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
 LOSE = "UPDATE attempts SET state = 'lost' WHERE attempt = ? AND state IN ('reserved', 'abstained')"
 ADOPT = "UPDATE attempts SET run = ? WHERE run = ''"
@@ -82,6 +87,10 @@ SELECT purpose, count(*), total(cost_usd) FROM attempts WHERE run = ? AND state 
 SPENT_ON = """
 SELECT count(*) FROM attempts
 WHERE run = ? AND purpose = ? AND state != 'refunded' AND key IN (SELECT value FROM json_each(?))
+"""
+ANSWERED = """
+SELECT key, prompt, response, first, second FROM attempts
+WHERE run = ? AND purpose = ? AND stage IN ('', ?) AND state IN ('scored', 'abstained')
 """
 _BY_STATE = """
 SELECT {by}, state, count(*), sum(cost_usd), sum(input_tokens), sum(output_tokens)

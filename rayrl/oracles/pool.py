@@ -26,7 +26,7 @@ from rayrl.metrics.fleet_state import FleetState
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.breaker import Breaker
 from rayrl.oracles.build import build_oracle
-from rayrl.oracles.ledger import Ledger, Reserved
+from rayrl.oracles.ledger import Ledger, Outlook, Reserved
 from rayrl.oracles.limits import Slots
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import Question, address, call, estimate_usd, refused, reused
@@ -40,7 +40,7 @@ BUDGET_EXHAUSTED = "budget exhausted"
 """Rationale of an abstention that was never asked, because nothing was left to pay with."""
 
 _START_TIMEOUT_S = 120.0
-_DRAIN_S = 5.0
+_DRAIN_S = 3.0
 """For calls under way when a run ends early."""
 _SHOW_AFTER_S = 0.2
 """Time after which a change of the load is exported."""
@@ -149,6 +149,11 @@ class OraclePool:
         """`Ledger.num_spent`."""
         return self._ledger.num_spent(keys, purpose)
 
+    def outlook(self, questions: Sequence[Question], purpose: Purpose, stage: str) -> Outlook:
+        """`Ledger.outlook`, of questions that are to be asked."""
+        addressed = [address(each, self._oracle, self._rubric, purpose) for each in questions]
+        return self._ledger.outlook(addressed, purpose, stage)
+
     def resize(self, least: int | None, most: int | None) -> FleetState:
         """Ask so many questions at once from now on: `most`, or if that is None the number of the config.
 
@@ -173,9 +178,13 @@ class OraclePool:
             has_given_up=False,
         )
 
+    def stop_asking(self) -> None:
+        """Ask nothing more; calls under way go on."""
+        self._breaker.stop("the run is ending")
+
     async def drain(self, wait_s: float) -> None:
         """Ask nothing more, wait a moment for the calls under way, and close the ledger, which then is one file."""
-        self._breaker.stop("the run is ending")
+        self.stop_asking()
         await self._idle(wait_s)
         self.close()
 
@@ -454,6 +463,12 @@ def start_oracle_pool(
     except GetTimeoutError:
         raise StageTimeout(f"waited {_START_TIMEOUT_S:g} s for the oracle pool of run {run_name!r} to start") from None
     return pool
+
+
+def stop_asking(pool: ActorHandle[OraclePool]) -> None:
+    """Keep the pool from asking anything more, from now on; returns at once."""
+    stopped: Any = pool.stop_asking
+    stopped.remote()
 
 
 def end_oracle_pool(pool: ActorHandle[OraclePool]) -> None:

@@ -11,6 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 from rayrl.config import ScriptedOracleConfig
@@ -18,6 +19,7 @@ from rayrl.errors import ConfigError
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.limits import RateLimit
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
+from rayrl.oracles.user_modules import check_function, find_module, found_first, syntax_error
 
 _MAX_REASON = 300
 """Characters kept of an error's text."""
@@ -159,18 +161,28 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
     """Import the function that a setting names as "module:function", from the working directory if it is there.
 
     Raises:
-        ConfigError: there is no such module or function.
+        ConfigError: there is no such module or function, or its module cannot be imported.
     """
+    check_function(path, setting)
     module_name, _, function_name = path.partition(":")
-    # A console script has its own folder on the path, and not the working directory.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    found = find_module(module_name)
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
+        # A console script has its own folder on the path, and not the working directory.
+        with found_first(os.getcwd() if found is None else found.base):
+            module = importlib.import_module(module_name)
+    except SyntaxError as error:  # in a module that the user's imports
+        raise ConfigError(f"{setting}: {syntax_error(error, Path(module_name))}; mend it") from None
+    except Exception as error:  # the user's code: whatever it raises
         raise ConfigError(
-            f'{setting} must be "module:function", importable from {os.getcwd()}, got "{path}": {error}'
+            f'{setting} must be "module:function", importable from {os.getcwd()}, got "{path}", whose import raised\n'
+            f"{own_traceback(error)}\nmend it"
         ) from None
+    origin = getattr(module, "__file__", None)
+    if found is not None and origin is not None and Path(origin).resolve() != found.file.resolve():
+        raise ConfigError(
+            f'{setting} must have a name of its own, got "{path}" in {found.file}: {origin} is loaded under that name '
+            "already; rename yours"
+        )
     function = vars(module).get(function_name)
     if not callable(function):
         raise ConfigError(f'{setting}: module {module_name} has no function {function_name}, got "{path}"')

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import ray
 import ray.data
@@ -16,7 +17,8 @@ from rayrl.fleets.services import Services
 from rayrl.metrics import meters, prometheus
 from rayrl.metrics.tracking import tracked
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.pool import end_oracle_pool, start_oracle_pool
+from rayrl.oracles.pool import end_oracle_pool, start_oracle_pool, stop_asking
+from rayrl.pipelines.stopping import STOP_REQUEST, Stopping
 from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
 from rayrl.report.paid import answers
@@ -32,7 +34,9 @@ Pipeline = Callable[[Run, Services, ActorHandle], Manifest[EvaluateMetrics]]
 NOISY_LOGGERS = ("ray.data", "ray.train", "matplotlib")
 
 
-def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float) -> str:
+def run_pipeline(
+    config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float, stopping: Stopping | None = None
+) -> str:
     """Run a pipeline to its report; returns the report's URL.
 
     Args:
@@ -40,6 +44,8 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         plan: the preflight's: resource mode, source of the reference, and the ledger's caps.
         pipeline: `proxy_dpo` or `rlp`.
         ray_start_s: seconds that connecting to Ray took, for the report's table of start-up times.
+        stopping: this process's handlers of signals, the first of which stops the asking before anything else; None in
+            a process that no signal is to stop.
     """
     # The stages draw progress bars of their own.
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -55,7 +61,8 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
         # Registered first, so it ends last: a run counts as alive for as long as its control is.
         ends.callback(ray.kill, control)
         driver = Driver(control)
-        interrupt_when_stopped(driver)
+        if stopping is not None:
+            interrupt_when_stopped(driver)
         oracle = start_oracle_pool(
             config.name,
             config.oracle,
@@ -65,6 +72,8 @@ def run_pipeline(config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start
             run=run.id,
         )
         ends.callback(end_oracle_pool, oracle)
+        if stopping is not None:
+            ends.enter_context(stopping.first(partial(stop_asking, oracle)))
         driver.show("oracle", "oracle", oracle)
         try_out(run, oracle, plan.test_prompts)
         services = Services(
@@ -88,21 +97,11 @@ def evaluators_role(config: RunConfig) -> str:
 
 
 def interrupt_when_stopped(driver: Driver) -> None:
-    """Raise KeyboardInterrupt in the main thread once an operator ends the run (`rayrl stop`).
-
-    By SIGUSR1, and not by SIGINT: what Ray Train does on SIGINT ends the process with exit code 0, as if the run had
-    finished. Only the main thread of a process receives signals; in any other nothing is installed.
-    """
-    main = threading.current_thread()
-    if main is not threading.main_thread():
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    """Send this process the signal that stops it (`rayrl.pipelines.stopping`) once an operator ends the run."""
+    main = threading.main_thread()
 
     def wait() -> None:
         if driver.follow():
-            signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+            signal.pthread_kill(main.ident or 0, STOP_REQUEST)
 
-    signal.signal(signal.SIGUSR1, interrupt)
     threading.Thread(target=wait, name="stop", daemon=True).start()

@@ -7,6 +7,6 @@ seconds. Memory is estimated (`rayrl.preflight.memory`), and refused where the s
 from rayrl.preflight.check import check
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.discovery import find_cluster
-from rayrl.preflight.plan import Plan, StagePlan, render_plan
+from rayrl.preflight.plan import Plan, StagePlan, plan_as_json, render_plan
 
-__all__ = ["Cluster", "Plan", "StagePlan", "check", "find_cluster", "render_plan"]
+__all__ = ["Cluster", "Plan", "StagePlan", "check", "find_cluster", "plan_as_json", "render_plan"]

@@ -3,16 +3,24 @@
 Starts no actor and writes nothing. The checks themselves are in the modules beside this one.
 """
 
+import importlib.util
+import re
+from pathlib import Path
+
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError
+from rayrl.fleets.connection import LOCAL, cluster_address
 from rayrl.models.judge_prompt import Rubric, load_rubric
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.clustering_models import inspect_clustering_models
 from rayrl.preflight.cost import estimate_cost
 from rayrl.preflight.discovery import find_cluster
-from rayrl.preflight.inputs import inspect_others, inspect_pool, inspect_seed_data
+from rayrl.preflight.engine_settings import check_engines
+from rayrl.preflight.inputs import check_held_out, inspect_others, inspect_pool, inspect_seed_data
 from rayrl.preflight.judge_prompts import inspect_judge_prompts
 from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
+from rayrl.preflight.oracle_tables import inspect_oracle_tables
+from rayrl.preflight.places import check_places
 from rayrl.preflight.plan import Plan
 from rayrl.preflight.plan_warnings import plan_warnings
 from rayrl.preflight.ppo_settings import check_room, check_transfer, check_warmup
@@ -22,6 +30,7 @@ from rayrl.preflight.resources import resolved_dtype
 from rayrl.preflight.run_folder import check_disk, check_run_folder
 from rayrl.preflight.stage_plans import plan_stages
 from rayrl.preflight.workload import describe_rounds, ledger_budgets, num_test_questions, plan_workload
+from rayrl.runs.stage_table import stages_of
 
 
 def check(
@@ -39,20 +48,28 @@ def check(
     Raises:
         ConfigError, DataError, RunDirectoryError, ResourceError: one message: field, rule, value, remedy.
     """
+    is_this_machine = cluster is None and cluster_address() == LOCAL
     if cluster is None:
         cluster = find_cluster()
     elif isinstance(cluster, dict):
         cluster = Cluster(nodes=(cluster,))
     cluster = on_device(config, cluster)
+    if is_this_machine and cluster.most("GPU") > 0:
+        check_torch()
     # What is cheapest to read comes first; what runs the user's code or uses the network comes last.
     check_run_folder(config)
+    check_places(config)
     rubric = load_rubric(config.rubric)
     model = inspect_model(config.policy, has_gpu=cluster.most("GPU") > 0, online=contact_oracle)
+    check_engines(config, model)
+    check_adapters(config, model)
     if config.select.embedder != "policy":
         model_folder(config.select.embedder, None, online=contact_oracle, setting="select.embedder")
     pool = inspect_pool(config, model)
+    check_held_out(config, pool.counts)
     seed = inspect_seed_data(config, model)
-    inspect_others(config)
+    inspect_others(config, model)
+    tables = inspect_oracle_tables(config, pool.longest)
     inspect_clustering_models(config, online=contact_oracle)
     pairs = _inspect_rlp(config, model, cluster, online=contact_oracle) if config.pipeline == "rlp" else None
     workload = plan_workload(
@@ -73,6 +90,7 @@ def check(
         name=config.name,
         pipeline=config.pipeline,
         run_dir=config.run_dir,
+        oracle=config.oracle.label(),
         stages=planned.stages,
         cluster=cluster,
         dtype=resolved_dtype(config, cluster),
@@ -95,6 +113,8 @@ def check(
             cluster=cluster,
             model=model,
             pool=pool,
+            seed=seed,
+            tables=tables,
             pairs=pairs,
             workload=workload,
             cost=cost,
@@ -138,6 +158,42 @@ def on_device(config: RunConfig, cluster: Cluster) -> Cluster:
             'bfloat16, got "bfloat16"; change it, or use newer GPUs'
         )
     return cluster
+
+
+def check_torch() -> None:
+    """Refuse GPUs that the installed torch cannot use; torch itself takes seconds to import, and is not.
+
+    Raises:
+        ResourceError: torch is a build for CPUs.
+    """
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    for file in (Path(folder, "version.py") for folder in folders):
+        if file.is_file() and re.search(r"^cuda\b[^=]*=\s*None", file.read_text(), re.MULTILINE):
+            raise ResourceError(
+                'device must be "cpu" where torch is a build for CPUs, as it is here, and this machine has GPUs, which '
+                '"auto" and "gpu" would use; install the GPU builds (pip install ".[gpu]"), or set device = "cpu"'
+            )
+
+
+def check_adapters(config: RunConfig, model: ModelFacts) -> None:
+    """Refuse adapters for layers that the policy does not have.
+
+    Raises:
+        ConfigError: names the layers, and those that there are.
+    """
+    for stage, _ in stages_of(config):
+        training = stage.training(config)
+        lora = None if training is None else training.settings.lora
+        if training is None or lora is None or lora.target_modules == "all-linear" or model.linear_names is None:
+            continue
+        others = sorted(set(lora.target_modules) - set(model.linear_names))
+        if others or not lora.target_modules:
+            raise ConfigError(
+                f"{training.section}.lora.target_modules must name linear layers of {config.policy.path}, got "
+                f"{', '.join(others) or 'none'}; its linear layers are {', '.join(model.linear_names)}, and "
+                '"all-linear" is all of them'
+            )
 
 
 def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: Cluster, *, online: bool) -> PairFacts | None:

@@ -35,6 +35,8 @@ class Cluster:
     node_types: tuple[NodeType, ...] = ()
     most_workers: float = math.inf
     """Nodes of all kinds together, without the head."""
+    name: str = ""
+    """Which cluster it is, for a plan; empty if it is not told."""
     remark: str = ""
     """Added to a refusal that may be wrong, because the autoscaler's limits are not known."""
 

@@ -3,8 +3,11 @@
 from rayrl.config import RunConfig
 from rayrl.models.mnli import check_labels
 from rayrl.preflight.model import model_folder
+from rayrl.preflight.weights import read_json_file
 from rayrl.runs import storage
 from rayrl.runs.stage_table import ENTAILMENT, SYNTHESIZE, clustering_embedders
+
+_ENTAILMENT_MODEL = "refresh.spg.entailment_model"
 
 
 def inspect_clustering_models(config: RunConfig, *, online: bool) -> None:
@@ -25,7 +28,7 @@ def inspect_clustering_models(config: RunConfig, *, online: bool) -> None:
         model_folder(spg.embedder, None, online=online, setting="refresh.spg.embedder")
     if not clusters_by_entailment:
         return
-    folder = model_folder(spg.entailment_model, None, online=online, setting="refresh.spg.entailment_model")
+    folder = model_folder(spg.entailment_model, None, online=online, setting=_ENTAILMENT_MODEL)
     if folder is not None:
-        labels = storage.read_json(storage.join(folder, "config.json")).get("id2label") or {}
+        labels = read_json_file(storage.join(folder, "config.json"), _ENTAILMENT_MODEL).get("id2label") or {}
         check_labels(labels, spg.entailment_model)

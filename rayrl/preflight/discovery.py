@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from rayrl.errors import ResourceError
+from rayrl.fleets.connection import LOCAL, cluster_address, connect, describe_address
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.gpus import facts_of_accelerator, facts_of_this_machine, gpu_facts
 
@@ -23,11 +23,11 @@ def find_cluster() -> Cluster:
     Raises:
         ResourceError: the cluster does not answer.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    address = cluster_address()
+    if address == LOCAL:
         gpus, memory = float(_num_local_gpus()), float(_local_memory())
         node = {"CPU": float(os.cpu_count() or 1), "GPU": gpus, "memory": memory}
-        return Cluster(nodes=(node | (facts_of_this_machine() if gpus else {}),))
+        return Cluster(nodes=(node | (facts_of_this_machine() if gpus else {}),), name=describe_address(address))
     # Only here: ray takes seconds to import, and a plan for this machine needs none of it.
     import ray
 
@@ -35,25 +35,20 @@ def find_cluster() -> Cluster:
 
     connects_here = not ray.is_initialized()
     try:
-        if connects_here:
-            ray.init(address, log_to_driver=False)
+        connect()
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = tuple(node["Resources"] | gpu_facts(node) for node in alive)
         growth = find_node_types()
-    except ConnectionError as error:
-        raise ResourceError(
-            f"RAY_ADDRESS must name a running cluster, got {address}: {error}; start it, or unset RAY_ADDRESS"
-        ) from None
     finally:
         if connects_here:
             ray.shutdown()
     if growth is None:
-        return Cluster(nodes=nodes, remark=LIMITS_UNKNOWN)
+        return Cluster(nodes=nodes, remark=LIMITS_UNKNOWN, name=describe_address(address))
     node_types = tuple(
         replace(kind, resources={**kind.resources, **facts_of_accelerator(kind.resources)})
         for kind in growth.node_types
     )
-    return Cluster(nodes=nodes, node_types=node_types, most_workers=growth.most_workers)
+    return Cluster(nodes=nodes, node_types=node_types, most_workers=growth.most_workers, name=describe_address(address))
 
 
 def _num_local_gpus() -> int:

@@ -6,22 +6,24 @@ Nothing here uses the network or imports the user's code.
 import heapq
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayrl.config import RunConfig
+from rayrl.config import ReferenceAnswersConfig, RunConfig
 from rayrl.data import tokenizing
 from rayrl.data.chats import conversation_text
 from rayrl.data.reading import (
     PromptCounts,
     Render,
-    columns_of,
+    Room,
     read_prompts,
+    read_reference_answers,
     read_seed_rows,
-    require_columns,
 )
 from rayrl.errors import ConfigError, DataError
 from rayrl.oracles.keys import read_secret
+from rayrl.oracles.user_modules import check_function
 from rayrl.preflight.model import ModelFacts
 from rayrl.records import Prompt
 from rayrl.runs import storage
@@ -54,15 +56,14 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
     """Count the prompts of the pool, and measure the longest. The pool is read once, and never held in memory whole.
 
     Raises:
-        DataError: missing, empty, malformed, or without the column.
-        ConfigError: a prompt fills the context.
+        DataError: missing, empty, malformed, without the column, or a prompt fills the context.
     """
     counts = PromptCounts()
     # A heap of the longest prompts: whether a prompt fits the context shows at these, and tokenising all takes minutes.
     longest: list[tuple[int, str, Prompt]] = []
     num_characters = 0
     first: list[Prompt] = []
-    for prompt in read_prompts(config.pool, renderer(config, model), counts):
+    for prompt in _pool_prompts(config, model, counts):
         if len(first) < _TEST_PROMPTS:
             first.append(prompt)
         num_characters += len(prompt.rendered)
@@ -73,8 +74,8 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
             heapq.heappushpop(longest, item)
     if counts.num_kept == 0:
         raise DataError(
-            f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows); add prompts, or "
-            "correct pool.prompt_column"
+            f"pool.path {config.pool.path} has no prompt that is not empty ({counts.num_rows} rows"
+            f"{_dropped(counts)}); add prompts, or correct pool.prompt_column"
         )
     mean_characters = num_characters / counts.num_kept
     if model.tokenizer is None:
@@ -95,7 +96,25 @@ def inspect_pool(config: RunConfig, model: ModelFacts) -> PoolFacts:
         longest=tuple(prompt for _, _, prompt in longest),
         mean_tokens=mean_characters * tokens_per_character,
         longest_tokens=max(num_tokens),
-        num_cut=_check_lengths(config, model, num_tokens, counts.num_kept),
+        num_cut=_num_cut(config, model, num_tokens),
+    )
+
+
+def check_held_out(config: RunConfig, counts: PromptCounts) -> None:
+    """Refuse to hold out all prompts, or more.
+
+    Raises:
+        ConfigError: says where prompts were lost.
+    """
+    if config.pool.num_eval < counts.num_kept:
+        return
+    lost = [f"pool.limit = {config.pool.limit} reads no more"] if config.pool.limit else []
+    lost += [f"{counts.num_duplicate:,} of {counts.num_rows:,} rows repeat another's"] if counts.num_duplicate else []
+    lost += [f"{counts.num_empty:,} rows are empty"] if counts.num_empty else []
+    raise ConfigError(
+        f"pool.num_eval must be below the number of prompts in the pool, {counts.num_kept:,}"
+        f"{' (' + '; '.join(lost) + ')' if lost else ''}, got {config.pool.num_eval}; hold fewer out, or add prompts"
+        f"{', or raise pool.limit' if config.pool.limit else ''}"
     )
 
 
@@ -108,19 +127,28 @@ def count_tokens(config: RunConfig, model: ModelFacts, rendered: list[str]) -> l
     return model.tokenizer.count_tokens(rendered, add_special_tokens=is_plain)
 
 
-def _check_lengths(config: RunConfig, model: ModelFacts, num_tokens: list[int], num_prompts: int) -> int:
-    """Refuse prompts that leave no room for one token; count those whose responses may be cut."""
+def _pool_prompts(config: RunConfig, model: ModelFacts, counts: PromptCounts) -> Iterator[Prompt]:
+    """Read the pool as the run will; without a tokenizer its lengths are not checked."""
+    room = None
+    if model.tokenizer is not None and model.max_model_len is not None:
+        room = Room(
+            num_tokens=model.max_model_len,
+            count_tokens=lambda rendered: count_tokens(config, model, [rendered])[0],
+        )
+    try:
+        yield from read_prompts(config.pool, renderer(config, model), counts, room)
+    except DataError as error:
+        raise DataError(f"pool.path: {error}") from None
+
+
+def _dropped(counts: PromptCounts) -> str:
+    return f"; {counts.bad_rows.in_words()}" if counts.bad_rows.num else ""
+
+
+def _num_cut(config: RunConfig, model: ModelFacts, num_tokens: list[int]) -> int:
+    """Count the prompts whose responses may be cut."""
     if model.max_model_len is None:
         return 0
-    num_too_long = sum(n >= model.max_model_len for n in num_tokens)
-    if num_too_long:
-        # Only the longest were measured: if all of those are too long, there may be more.
-        at_least = "at least " if num_too_long == _MEASURED_PROMPTS else ""
-        raise ConfigError(
-            f"pool.path: a prompt must be shorter than the context of {model.max_model_len} tokens, but "
-            f"{at_least}{num_too_long} of {num_prompts} are not; the longest has {max(num_tokens)}. "
-            "Shorten or remove them, or raise policy.max_model_len if the model allows it"
-        )
     return sum(n + config.generate.max_tokens > model.max_model_len for n in num_tokens)
 
 
@@ -132,45 +160,46 @@ def renderer(config: RunConfig, model: ModelFacts) -> Render:
 
 
 def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | None:
-    """Refuse seed data without a usable row, and count its rows: all of them where the oracle is asked about them.
+    """Refuse seed data that the run would refuse, or that has no usable row, and count its rows.
 
     Raises:
-        DataError: missing, empty, malformed, without a column, or no row passes.
+        DataError: missing, empty, malformed, without a column, a bad row, or no row passes.
     """
     if config.seed_data is None:
         return None
     counts = PromptCounts()
-    are_asked_about = config.generate.source == "seed"
-    turns = "last" if are_asked_about else config.sft.turns
-    for _ in read_seed_rows(config.seed_data, renderer(config, model), counts, turns=turns):
-        # One usable row shows that SFT has something to learn; the number matters only for queries.
-        if not are_asked_about:
-            break
+    turns = "last" if config.generate.source == "seed" else config.sft.turns
+    try:
+        for _ in read_seed_rows(config.seed_data, renderer(config, model), counts, turns=turns):
+            pass
+    except DataError as error:
+        raise DataError(f"seed_data.path: {error}") from None
     if counts.num_kept == 0:
         raise DataError(
             f"seed_data.path {config.seed_data.path} has no usable row: of {counts.num_rows}, "
-            f"{counts.num_empty} lack a prompt or response and {counts.num_below_score} score below "
+            f"{counts.num_empty} lack a prompt or response, {counts.num_without_score} have no score"
+            f"{_dropped(counts)} and {counts.num_below_score} score below "
             "seed_data.min_score; lower seed_data.min_score, or complete the rows"
         )
     return counts
 
 
-def inspect_others(config: RunConfig) -> None:
-    """Refuse missing trackers, reference answers, benchmark tasks, functions and oracle inputs, without the network.
+def inspect_others(config: RunConfig, model: ModelFacts) -> None:
+    """Refuse missing trackers, reference answers, benchmark tasks, functions and keys, without the network.
 
     Raises:
-        DataError: a table is missing or lacks a column.
+        DataError: the table of reference answers is missing, lacks a column, or has a bad row or no answer.
         ConfigError: a key, module or folder is missing.
     """
     _inspect_tracking(config)
     answers = config.evaluate.reference_answers
     if answers is not None:
-        require_columns(answers.path, columns_of(answers), answers.split)
+        _inspect_reference_answers(answers, renderer(config, model))
     lm_eval = config.evaluate.lm_eval
     if lm_eval.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             f"evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got {lm_eval.tasks}; "
-            'pip install "rayrl[lm-eval]", or empty the list'
+            "pip install lm_eval, or empty the list"
         )
     if lm_eval.include_path is not None and not os.path.isdir(lm_eval.include_path):
         raise ConfigError(
@@ -178,22 +207,34 @@ def inspect_others(config: RunConfig) -> None:
         )
     _inspect_quantization(config)
     if config.pipeline == "rlp" and config.ppo.function is not None:
-        check_module(config.ppo.function, "ppo.function")
+        check_function(config.ppo.function, "ppo.function")
     _inspect_oracle(config)
 
 
+def _inspect_reference_answers(answers: ReferenceAnswersConfig, render: Render) -> None:
+    counts = PromptCounts()
+    try:
+        for _ in read_reference_answers(answers, render, counts):
+            pass
+    except DataError as error:
+        raise DataError(f"evaluate.reference_answers.path: {error}") from None
+    if counts.num_kept == 0:
+        raise DataError(
+            f"evaluate.reference_answers.path {answers.path} has no row with a prompt and an answer "
+            f"({counts.num_rows} rows{_dropped(counts)}); complete the rows, or correct the columns"
+        )
+
+
 def _inspect_oracle(config: RunConfig) -> None:
-    """Refuse an oracle whose key, functions or tables are missing, or that cannot judge where the run needs it to."""
+    """Refuse an oracle whose key or functions are missing, or that cannot judge where the run needs it to."""
     oracle = config.oracle
     # Keys are read to see that they are there; they are kept nowhere.
     for setting, source in oracle.secret_sources().items():
         read_secret(source, setting)
     for setting, function in oracle.functions().items():
-        check_module(function, setting)
+        check_function(function, setting)
     if config.asks_for_judgements and (missing := oracle.missing_to_judge()):
         raise ConfigError(missing)
-    for table in oracle.tables():
-        require_columns(table.path, table.columns)
 
 
 def _inspect_quantization(config: RunConfig) -> None:
@@ -215,7 +256,7 @@ def _inspect_tracking(config: RunConfig) -> None:
         if tracker is not None and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"tracking.{name} needs the package {name}, which is not installed here; "
-                f'pip install "rayrl[{name}]", or leave the table out'
+                f"pip install {name}, or leave the table out"
             )
     if wandb is not None and wandb.mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
         raise ConfigError(
@@ -236,17 +277,3 @@ def _inspect_tracking(config: RunConfig) -> None:
 
 def _has_netrc() -> bool:
     return any((Path.home() / name).is_file() for name in (".netrc", "_netrc"))
-
-
-def check_module(function: str, setting: str) -> None:
-    """Refuse a "module:function" whose module cannot be found from the working directory.
-
-    Only the top-level name is looked for: importing the user's code may take long.
-    """
-    top = function.partition(":")[0].partition(".")[0]
-    here = Path.cwd() / top
-    if not (here.is_dir() or here.with_suffix(".py").is_file() or importlib.util.find_spec(top)):
-        raise ConfigError(
-            f"{setting} must be importable from {Path.cwd()}, got {function}: there is no module {top}; run from the "
-            "folder that holds it, or install it"
-        )

@@ -1,6 +1,7 @@
-"""Facts of a model folder, from its config.json and file names. No weights are read."""
+"""Facts of a model folder, from its JSON files and the headers of its weights. No weights are read."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import LightTokenizer, load_light_tokenizer
 from rayrl.errors import ConfigError
 from rayrl.preflight.memory import ModelShape
+from rayrl.preflight.weights import check_complete, read_json_file, read_weights
 from rayrl.runs import storage
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -16,7 +18,32 @@ CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_MISREAD_FAMILIES = {"gpt_neox": "GPT-NeoX"}
 """Families of which vLLM 0.32.0 computes other log-probabilities on CPUs than the trainer (jobs/bench/RESULTS.md)."""
 
-_BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
+_GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForImageTextToText)$")
+"""Names of architectures that write text."""
+_ENCODERS = frozenset(
+    (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "distilbert",
+        "albert",
+        "electra",
+        "deberta",
+        "deberta-v2",
+        "mpnet",
+        "modernbert",
+    )
+)
+"""Families that write no text, for a config.json that names no architecture."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+"""Files of which a tokenizer has at least one."""
+_MAX_REASON = 200
+"""Characters of a library's own message."""
+_MERGE = (
+    'python -c "from peft import AutoPeftModelForCausalLM as M; '
+    "M.from_pretrained('{path}').merge_and_unload().save_pretrained('merged')\""
+)
+"""Command that makes a model of an adapter and its base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +55,10 @@ class ModelFacts:
     max_model_len: int | None = None
     tokenizer: LightTokenizer | None = None
     shape: ModelShape | None = None
+    linear_names: list[str] | None = None
+    """Names of the linear layers, as they are called in every layer."""
+    num_heads: int | None = None
+    num_layers: int | None = None
 
 
 def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> ModelFacts:
@@ -41,19 +72,35 @@ def inspect_model(policy: PolicyConfig, *, has_gpu: bool, online: bool) -> Model
     folder = model_folder(policy.path, policy.revision, online=online, setting="policy.path")
     if folder is None:
         return ModelFacts(max_model_len=policy.max_model_len)
-    config = storage.read_json(storage.join(folder, "config.json"))
+    config = read_json_file(storage.join(folder, "config.json"))
+    if not policy.trust_remote_code:  # whose classes may have any name
+        _check_kind(config, policy.path)
     config |= config.get("text_config") or {}  # a multimodal model nests its language model
     if not has_gpu:
         _check_family(config, policy.path)
         _check_head_dim(config, policy.path)
-    weights_bytes = _weights_bytes(folder, policy.path)
-    width = _BYTES_PER_PARAMETER.get(config.get("dtype") or config.get("torch_dtype"), 4)
+    generation = storage.join(folder, "generation_config.json")
+    if storage.exists(generation):
+        read_json_file(generation)  # or else it would be found broken when the trained model is written
+    weights = read_weights(folder, policy.path, may_come=folder != policy.path)
+    if weights is not None:
+        check_complete(weights, config, policy.path)
+    elif _is_offline():
+        raise ConfigError(
+            f"policy.path must be a model whose weights are here, got {policy.path}, of which the hub's cache has a "
+            "part only, and HF_HUB_OFFLINE=1 forbids to ask the hub; download it once: HF_HUB_OFFLINE=0 hf download "
+            f"{policy.path}"
+        )
+    num_parameters = None if weights is None else weights.num_parameters
     return ModelFacts(
-        weights_bytes=weights_bytes,
-        num_parameters=None if weights_bytes is None else weights_bytes // width,
+        weights_bytes=None if weights is None else weights.num_bytes,
+        num_parameters=num_parameters,
         max_model_len=_max_model_len(policy, config),
-        tokenizer=load_light_tokenizer(folder),
-        shape=model_shape(config, None if weights_bytes is None else weights_bytes // width),
+        tokenizer=_tokenizer(folder, policy.path),
+        shape=model_shape(config, num_parameters),
+        linear_names=None if weights is None else weights.linear_names or None,
+        num_heads=config.get("num_attention_heads") or config.get("n_head"),
+        num_layers=config.get("num_hidden_layers") or config.get("n_layer"),
     )
 
 
@@ -65,13 +112,14 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
     """
     remedy = "give the folder that save_pretrained wrote, or a hub id"
     if "://" in path or os.path.isdir(path):
-        if not storage.exists(storage.join(path, "config.json")):
-            raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}; {remedy}")
-        return path
+        if storage.exists(storage.join(path, "config.json")):
+            return path
+        if storage.exists(storage.join(path, "adapter_config.json")):
+            raise ConfigError(_adapter(path, setting))
+        raise ConfigError(f"{setting} must be a model folder with a config.json, got {path}; {remedy}")
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
-        raise ConfigError(
-            f"{setting} must be a model folder or a hub id, got {path}: there is no such folder; {remedy}"
-        )
+        what = "that is a file" if os.path.isfile(path) else "there is no such folder"
+        raise ConfigError(f"{setting} must be a model folder or a hub id, got {path}: {what}; {remedy}")
     from huggingface_hub import constants, snapshot_download
 
     is_offline = not online or constants.HF_HUB_OFFLINE
@@ -81,10 +129,7 @@ def model_folder(path: str, revision: str | None, *, online: bool, setting: str)
     except (OSError, ValueError) as error:
         # A plan asks the cache only, and a run may still download the model. Without a hub it never will.
         if not is_offline or constants.HF_HUB_OFFLINE:
-            raise ConfigError(
-                f"{setting} must be a model folder or a hub id, got {path}: no such folder, and not to be "
-                f"had from the hub ({error}); download the model and give its folder"
-            ) from None
+            raise ConfigError(_not_to_be_had(path, setting, error)) from None
         return None
     return folder if storage.exists(storage.join(folder, "config.json")) else None
 
@@ -150,20 +195,78 @@ def _check_head_dim(config: dict[str, Any], path: str) -> None:
         )
 
 
-def _weights_bytes(folder: str, path: str) -> int | None:
-    """Sum the sizes of a folder's safetensors; None for a cached snapshot without weights."""
-    fs, root = storage.locate(folder)
-    sizes = {file["name"]: file["size"] for file in fs.ls(root, detail=True)}
-    weights = [size for name, size in sizes.items() if name.endswith(".safetensors")]
-    if weights:
-        return sum(weights)
-    has_pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in sizes)
-    if has_pickles or folder == path:
-        raise ConfigError(
-            f"policy.path must hold weights as *.safetensors, got {path}, which has none; convert them with "
-            "save_pretrained (pickled weights can run code, and are never loaded)"
+def _is_offline() -> bool:
+    """Return whether the hub may not be asked."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _not_to_be_had(path: str, setting: str, error: Exception) -> str:
+    """Say why a name is neither a folder nor a model of the hub; the library's own remedies are no settings."""
+    here = f"there is no such folder in {os.getcwd()}"
+    if _is_offline():
+        return (
+            f"{setting} must be a model folder or a hub id whose files are here, got {path}: {here}, the hub's cache "
+            "has no such model, and HF_HUB_OFFLINE=1 forbids to ask the hub; correct the path, or download it once: "
+            f"HF_HUB_OFFLINE=0 hf download {path}"
         )
-    return None  # a snapshot of the small files only, which another command has cached
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"{setting} must be a model folder or a hub id, got {path}: {here}, and the hub does not give it ({reason}); "
+        "correct it, or for a gated model accept its licence and set HF_TOKEN"
+    )
+
+
+def _adapter(path: str, setting: str) -> str:
+    """Say how a model is made of an adapter."""
+    settings = read_json_file(storage.join(path, "adapter_config.json"))
+    base = settings.get("base_model_name_or_path") or "its base model"
+    return (
+        f"{setting} must be a whole model, got {path}, which is an adapter for {base}; merge them first: "
+        f"{_MERGE.format(path=path)}; copy the tokenizer's files into the folder merged, and give that"
+    )
+
+
+def _check_kind(config: dict[str, Any], path: str) -> None:
+    """Refuse a model that writes no text from left to right, or whose weights cannot be trained."""
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
+        raise ConfigError(
+            f"policy.path must have weights that can be trained, in float32, bfloat16 or float16, got {path}, whose "
+            f"are quantised ({method}); take the model that it was made from"
+        )
+    names = config.get("architectures") or []
+    writes = any(_GENERATES.search(name) for name in names) if names else config.get("model_type") not in _ENCODERS
+    if not writes or config.get("is_encoder_decoder"):
+        kind = ", ".join(names) or config.get("model_type")
+        raise ConfigError(
+            f"policy.path must be a causal language model, which writes a text from left to right, got {path}, which "
+            f"is {kind}; take one, such as a LlamaForCausalLM"
+        )
+
+
+def _tokenizer(folder: str, path: str) -> LightTokenizer | None:
+    """Load the tokenizer; None where a part of a hub model has none yet, or it is of a form that plans do not read.
+
+    Raises:
+        ConfigError: the folder has none, or it cannot be read.
+    """
+    if folder == path and not any(storage.exists(storage.join(folder, name)) for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"policy.path must hold the model's tokenizer, got {path}, in which there is no {_TOKENIZER_FILES[0]}; "
+            "copy it from the model that this one was trained from (tokenizer.json, tokenizer_config.json)"
+        )
+    try:
+        return load_light_tokenizer(folder)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library's own are of no particular class
+        raise ConfigError(
+            f"policy.path must hold a tokenizer that can be read, got {path}: {str(error).strip()[:_MAX_REASON]}; "
+            "download it again (git lfs pull, if it is a pointer)"
+        ) from None
 
 
 def _max_model_len(policy: PolicyConfig, config: dict[str, Any]) -> int | None:

@@ -1,9 +1,13 @@
 """Plan of a run: what it will do, need and pay, as a value and as text."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import TypeAdapter
+
+from rayrl.config import RunConfig
 from rayrl.preflight.cluster import Cluster, describe_amount
 from rayrl.preflight.memory import GIB, TERMS, RoleMemory
 from rayrl.records import Prompt
@@ -70,6 +74,8 @@ class Plan:
     name: str
     pipeline: str
     run_dir: str
+    oracle: str
+    """The oracle, for humans."""
     stages: tuple[StagePlan, ...]
     """Those of the first round, and those before and after all rounds."""
     cluster: Cluster
@@ -131,13 +137,17 @@ def render_plan(plan: Plan) -> str:
         row = f"{stage.name:<{name_width}}{stage.what:<{what_width}}{stage.actors}{_amounts(stage)}"
         lines.append(row.rstrip())  # a stage of the driver alone reserves nothing
     lines += _memory_table(plan)
-    if plan.operation:
-        lines += ["", "may change between two starts of the run, and repeats no work:"]
-        lines += [f"  {table:<14}{', '.join(names)}" for table, names in plan.operation.items()]
     if plan.warnings:
         lines.append("")
         lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)
+
+
+def plan_as_json(config: RunConfig, plan: Plan) -> str:
+    """Write the resolved config and the plan as JSON, for programs."""
+    # Pydantic writes null for infinity, the limit of a cluster without one, which JSON does not have.
+    tree = json.loads(TypeAdapter(Plan).dump_json(plan))
+    return json.dumps({"config": config.model_dump(mode="json"), "plan": tree}, indent=2)
 
 
 def _memory_table(plan: Plan) -> list[str]:
@@ -178,6 +188,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "run": f"{plan.name} -> {plan.run_dir}",
         **(_rlp_facts(plan) if plan.pipeline == "rlp" else _proxy_dpo_facts(plan)),
         "paid": f"{paid}; {price}",
+        "oracle": f"{plan.oracle}; this plan has not asked it",
         "test": _test_fact(plan.num_test_questions),
         "disk": disk,
         "cluster": _cluster_fact(plan.cluster),
@@ -190,7 +201,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 def _test_fact(num_questions: int) -> str:
     if num_questions == 0:
         return "the oracle is not tried out before the first stage"
-    return f"{num_questions} paid test question(s) before the first stage; this plan has asked none"
+    return f"{num_questions} paid test question(s) before the first stage"
 
 
 def _proxy_dpo_facts(plan: Plan) -> dict[str, str]:
@@ -221,7 +232,8 @@ def _rlp_facts(plan: Plan) -> dict[str, str]:
 def _cluster_fact(cluster: Cluster) -> str:
     has = f"{describe_amount(cluster.has('CPU'))} CPU, {describe_amount(cluster.has('GPU'))} GPU"
     most = f"{describe_amount(cluster.most('CPU'))} CPU, {describe_amount(cluster.most('GPU'))} GPU"
-    return f"has {has}" if most == has else f"has {has}; may grow to {most}"
+    name = f"{cluster.name}: " if cluster.name else ""
+    return f"{name}has {has}" if most == has else f"{name}has {has}; may grow to {most}"
 
 
 def _amounts(stage: StagePlan) -> str:

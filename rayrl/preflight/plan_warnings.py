@@ -4,16 +4,18 @@ from collections.abc import Sequence
 
 from rayrl.algorithms.pairing import PAIRS_PER_QUERY
 from rayrl.config import RunConfig
+from rayrl.data.reading import PromptCounts
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.cost import Cost
 from rayrl.preflight.inputs import PoolFacts
 from rayrl.preflight.judge_prompts import JudgePromptFacts
 from rayrl.preflight.model import ModelFacts
+from rayrl.preflight.oracle_tables import TableFacts
 from rayrl.preflight.plan import StagePlan
 from rayrl.preflight.preferences import PairFacts
 from rayrl.preflight.run_folder import DiskFacts
 from rayrl.preflight.workload import Workload, queries_per_eval_prompt
-from rayrl.runs.stage_table import stages_of
+from rayrl.runs.stage_table import DPO, FIT_REWARD_MODEL, stages_of
 
 
 def plan_warnings(
@@ -22,6 +24,8 @@ def plan_warnings(
     cluster: Cluster,
     model: ModelFacts,
     pool: PoolFacts,
+    seed: PromptCounts | None,
+    tables: Sequence[TableFacts],
     pairs: PairFacts | None,
     workload: Workload,
     cost: Cost | None,
@@ -36,6 +40,8 @@ def plan_warnings(
         cluster: the nodes it has, and may get.
         model: facts of the policy.
         pool: facts of the prompts.
+        seed: counts of the seed data, if there is any.
+        tables: facts of the tables that the oracle answers from.
         pairs: facts of the file of pairs, if there is one.
         workload: responses, queries and pairs.
         cost: price of the queries; None without prices.
@@ -45,9 +51,12 @@ def plan_warnings(
     """
     return (
         *_pool_warnings(config, pool, model),
+        *([] if seed is None else _seed_warnings(seed)),
+        *(warning for table in tables for warning in table.warnings()),
         *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
         *_cost_warnings(config, cost),
         *_budget_warnings(config, workload),
+        *_batch_warnings(config, workload),
         *([] if judge_prompts is None else judge_prompts.warnings()),
         *_ppo_warnings(config),
         *_cpu_warnings(config, cluster),
@@ -66,11 +75,12 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
             f"pool: {counts.num_with_control_tokens} prompts hold control tokens of the policy's tokenizer, which are "
             "read as ordinary text; if they are to open and close turns, give chats in pool.messages_column instead"
         )
-    found += [
-        f"pool: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
-        "oracle sees it"
-        for column, num_rows in counts.unread_columns.items()
-    ]
+    if counts.num_dialogues:
+        found.append(
+            f"pool: {counts.num_dialogues} prompts are whole dialogues, Human: ... Assistant: ..., with answers in "
+            f"them; to have them read as chats, name their column in pool.messages_column instead"
+        )
+    found += _table_warnings("pool", counts)
     if pool.num_cut:
         found.append(
             f"pool: {pool.num_cut} prompts (the longest has {pool.longest_tokens} tokens) leave less than "
@@ -81,6 +91,31 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
         found.append(f"policy: no tokenizer.json of {config.policy.path} here: prompt lengths are not checked")
     if model.weights_bytes is None:
         found.append("policy: its weights are not on this machine: size, disk and format are not checked")
+    return found
+
+
+def _table_warnings(name: str, counts: PromptCounts) -> list[str]:
+    """Warn of rows that were dropped, words in place of empty cells, and columns that are not read."""
+    found = [f"{name}: {counts.bad_rows.in_words()}"] if counts.bad_rows.num else []
+    if counts.num_null_words:
+        found.append(
+            f"{name}: {counts.num_null_words} prompts are but a word for an empty cell, such as nan, None or NULL; "
+            "leave those cells empty if they are"
+        )
+    found += [
+        f"{name}: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
+        "oracle sees it"
+        for column, num_rows in counts.unread_columns.items()
+    ]
+    return found
+
+
+def _seed_warnings(counts: PromptCounts) -> list[str]:
+    found = _table_warnings("seed_data", counts)
+    if counts.num_without_score:
+        found.append(
+            f"seed_data: {counts.num_without_score} rows have no score (an empty cell, or NaN) and are left out"
+        )
     return found
 
 
@@ -126,6 +161,12 @@ def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
             f"select.budget = {config.select.budget} is not spent whole: one pair for each of {workload.num_prompts} "
             f"prompts and whole pairs only make {workload.num_label_queries} comparisons; add prompts, or lower it"
         )
+    if config.pool.num_eval == 0:
+        spent = f", and evaluate.budget = {config.evaluate.budget} is not spent" if config.evaluate.budget else ""
+        found.append(
+            f"pool.num_eval = 0 holds no prompt out: no policy is evaluated{spent}; hold some out to learn what the "
+            "run has gained"
+        )
     per_prompt = queries_per_eval_prompt(config)
     if 0 < config.evaluate.budget < per_prompt * config.pool.num_eval:
         found.append(
@@ -133,6 +174,18 @@ def _budget_warnings(config: RunConfig, workload: Workload) -> list[str]:
             f"of the {config.pool.num_eval} held-out prompts, at {per_prompt} queries each"
         )
     return found
+
+
+def _batch_warnings(config: RunConfig, workload: Workload) -> list[str]:
+    """Warn of batches that are larger than all the pairs."""
+    learners = {DPO: config.dpo, FIT_REWARD_MODEL: config.reward_model}
+    stages = {stage for stage, _ in stages_of(config)}
+    return [
+        f"{stage.name}: batch_size = {training.batch_size:,} is more than all {workload.num_pairs:,} pairs, so that an "
+        "epoch is one optimizer step; lower it"
+        for stage, training in learners.items()
+        if stage in stages and 0 < workload.num_pairs < training.batch_size
+    ]
 
 
 def _ppo_warnings(config: RunConfig) -> list[str]:

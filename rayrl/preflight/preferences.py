@@ -30,12 +30,15 @@ class PairFacts:
     """Pairs of which the context cuts an answer, or leaves nothing; of the measured ones."""
 
     def warnings(self) -> list[str]:
-        """Warn of pairs that the context cuts."""
+        """Warn of rows that were dropped, and of pairs that the context cuts."""
+        bad_rows = self.counts.bad_rows
+        dropped = [f"preferences: {bad_rows.in_words()}"] if bad_rows.num else []
         if not self.num_cut:
-            return []
+            return dropped
         return [
+            *dropped,
             f"preferences: the context cuts an answer of {self.num_cut} of {self.counts.num_pairs} pairs, or leaves no "
-            "room for one; raise policy.max_model_len if the model allows it"
+            "room for one; raise policy.max_model_len if the model allows it",
         ]
 
 

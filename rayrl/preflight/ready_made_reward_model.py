@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError
 from rayrl.preflight.model import model_folder
+from rayrl.preflight.weights import read_json_file
 from rayrl.runs import storage
 
 _SETTING = "reward_model.path"
@@ -45,13 +46,13 @@ def inspect_reward_model(config: RunConfig, *, online: bool = False) -> None:
         raise ConfigError(
             f"{_SETTING} must be a folder written by rayrl, got {path}: there is no such folder; {_REMEDY}"
         )
-    own = _config(folder)
+    own = _config(folder, _SETTING)
     _check_head(folder, own)
     # Its shape can be compared only where the policy's config.json is at hand.
     policy = model_folder(config.policy.path, config.policy.revision, online=online, setting="policy.path")
     if policy is None:
         return
-    theirs = _config(policy)
+    theirs = _config(policy, "policy.path")
     for name in _SHAPE:
         # A setting that is left out follows from the others (head_dim from hidden_size, for one).
         if name in own and name in theirs and own[name] != theirs[name]:
@@ -67,9 +68,9 @@ def inspect_reward_model(config: RunConfig, *, online: bool = False) -> None:
         )
 
 
-def _config(folder: str) -> dict[str, Any]:
+def _config(folder: str, setting: str) -> dict[str, Any]:
     """Read config.json; the settings of a multimodal model's language model come first."""
-    config = storage.read_json(storage.join(folder, "config.json"))
+    config = read_json_file(storage.join(folder, "config.json"), setting)
     return config | (config.get("text_config") or {})
 
 

@@ -7,15 +7,22 @@ from pathlib import Path
 
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
+from rayrl.fleets.connection import SUBMITTED
 from rayrl.preflight.model import ModelFacts
 from rayrl.report.ledger_counts import num_attempts
 from rayrl.runs import storage
-from rayrl.runs.run import CONFIG, belongs_to, identity, ledger_url, read_config
+from rayrl.runs.run import (
+    CONFIG,
+    belongs_to,
+    identity,
+    ledger_url,
+    num_label_queries,
+    read_config,
+    round_folder,
+)
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, stages_of
 from rayrl.training.checkpoints import NUM_KEPT
 
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that Ray sets for the entry point of a submitted job."""
 _PPO_STAGES = (PPO, PPO_REFRESHED)
 _OPTIMIZER_BYTES = 12
 """Per parameter: float32 master weights and two moments."""
@@ -35,14 +42,11 @@ def check_run_folder(config: RunConfig) -> None:
     for setting, url in (("run_dir", config.run_dir), ("reuse", config.reuse)):
         if url is None:
             continue
-        try:
-            is_local = storage.is_local(url)
-        except (ImportError, ValueError) as error:  # fsspec: a package is missing, or the protocol is unknown
-            raise ConfigError(
-                f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}; install the "
-                "protocol's fsspec package, or correct the URL"
-            ) from None
-        if is_local and SUBMITTED in os.environ and not os.path.isabs(url.partition("://")[2] or url):
+        if (
+            is_local_place(url, setting)
+            and SUBMITTED in os.environ
+            and not os.path.isabs(url.partition("://")[2] or url)
+        ):
             raise ConfigError(
                 f"{setting} must be an absolute path inside a Ray job (its working folder is deleted), got {url}; "
                 "name a folder that every node sees, as /mnt/..., or an fsspec URL"
@@ -52,14 +56,17 @@ def check_run_folder(config: RunConfig) -> None:
             f"reuse must be another run's folder (with a config.json), got {config.reuse}; correct it, or leave reuse "
             "out"
         )
+    check_place(config.run_dir, "run_dir")
     url = storage.absolute(config.run_dir)
-    if not storage.is_local(url):
-        _check_reachable(url)
     if belongs_to(url, config):
         _check_ledger(url, config)
+        if config.reuse is None:
+            check_paid_answers(url, config)
     if storage.is_local(url):
         parent = existing_parent(url)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        # A filesystem without room at all, as /proc, holds no files of users.
+        is_writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and shutil.disk_usage(parent).total > 0
+        if not is_writable:
             raise RunDirectoryError(
                 f"run_dir must be a folder that can be written, got {url}: {parent} cannot be; choose another run_dir, "
                 "or give this user the right to write there"
@@ -82,12 +89,46 @@ def _check_ledger(url: str, config: RunConfig) -> None:
     )
 
 
-def _check_reachable(url: str) -> None:
+def check_paid_answers(url: str, config: RunConfig) -> None:
+    """Refuse a ledger that has lost what the run's finished stages have paid for: it would be paid for again.
+
+    Raises:
+        RunDirectoryError: names how many answers there were and are.
+    """
+    paid = sum(num_label_queries(round_folder(url, number)) for number in range(1, config.rounds + 1))
+    ledger = ledger_url(url, config)
+    held = num_attempts(ledger, identity(url))
+    if held < paid:
+        raise RunDirectoryError(
+            f"{ledger} must hold the {paid} label queries that this run has paid for, and holds {held}: it is damaged "
+            "or another file; put it back from a copy, or begin anew in another run_dir, where they are paid again"
+        )
+
+
+def is_local_place(url: str, setting: str) -> bool:
+    """Return whether a folder's URL is a path of the local filesystem.
+
+    Raises:
+        ConfigError: its filesystem is unknown, or not installed.
+    """
+    try:
+        return storage.is_local(url)
+    except (ImportError, ValueError) as error:  # fsspec: a package is missing, or the protocol is unknown
+        raise ConfigError(
+            f"{setting} must be a path or an fsspec URL that can be opened, got {url}: {error}; install the "
+            "protocol's fsspec package, or correct the URL"
+        ) from None
+
+
+def check_place(url: str, setting: str) -> None:
     """Refuse a remote place that does not answer, or whose bucket does not exist.
 
     Raises:
+        ConfigError: its filesystem is unknown, or not installed.
         RunDirectoryError: holds the filesystem's own message.
     """
+    if is_local_place(url, setting):
+        return
     fs, path = storage.locate(url)
     bucket = path.partition("/")[0]  # empty on filesystems without buckets
     remedy = "check the bucket's name, the endpoint (AWS_ENDPOINT_URL) and the keys, which no config holds"
@@ -95,10 +136,10 @@ def _check_reachable(url: str) -> None:
         fs.exists(path)
         found = not bucket or fs.exists(bucket)
     except Exception as error:  # every filesystem has errors of its own
-        raise RunDirectoryError(f"run_dir must be a place that can be read, got {url}: {error}; {remedy}") from None
+        raise RunDirectoryError(f"{setting} must be a place that can be read, got {url}: {error}; {remedy}") from None
     if not found:
         raise RunDirectoryError(
-            f"run_dir must be in a bucket that exists and that these keys may list, got {url}; make it, or {remedy}"
+            f"{setting} must be in a bucket that exists and that these keys may list, got {url}; make it, or {remedy}"
         )
 
 
@@ -172,7 +213,8 @@ def num_optimized_models(config: RunConfig) -> int:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:,.1f} {name}"
 
 
 def existing_parent(path: str) -> Path:

@@ -55,10 +55,10 @@ def plan_workload(config: RunConfig, *, num_kept: int, num_seed: int, num_file_p
         num_file_pairs: pairs of the preference file; 0 without one.
 
     Raises:
-        ConfigError: all prompts are held out, or the budget is larger than what can be asked about.
+        ConfigError: the budget is larger than what can be asked about.
     """
     k = config.generate.k
-    num_prompts = _num_prompts(config, num_kept)
+    num_prompts = num_kept - config.pool.num_eval
     num_sampled = num_prompts * k if GENERATE.occurs(config, 1) else 0
     num_askable = num_seed if config.generate.source == "seed" else num_sampled
     if config.learns_from_judgements:
@@ -152,17 +152,6 @@ def describe_rounds(config: RunConfig, queries: tuple[int, ...]) -> str:
     asked = " + ".join(f"{num:,}" for num in queries) or "no"
     later = f"; each after the first has {', '.join(added)} too" if added else ""
     return f"{config.rounds}, with {asked} label queries; each has {', '.join(repeated)}{later}"
-
-
-def _num_prompts(config: RunConfig, num_kept: int) -> int:
-    """Prompts that train; refuses to hold out all of them."""
-    num_prompts = num_kept - config.pool.num_eval
-    if num_prompts < 1:
-        raise ConfigError(
-            f"pool.num_eval must be below the number of prompts in the pool, {num_kept}, "
-            f"got {config.pool.num_eval}; hold fewer out, or add prompts"
-        )
-    return num_prompts
 
 
 def _check_budget(config: RunConfig, num_prompts: int, num_seed: int) -> None:

@@ -1,17 +1,21 @@
-"""Cache of remote folders on a machine: each is fetched once, whichever of the machine's processes needs it."""
+"""Caches of a machine: remote folders, each fetched once, and digests of local files, each read once."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rayrl.errors import StageTimeout
+from rayrl.records import content_id
 
 NUM_CACHED = 4
 """Folders that a machine keeps beside each other: those used last. PPO publishes one after every update."""
+SETTLED_NS = 2_000_000_000
+"""Age from which a file's time of change tells it from a later one; filesystems count in steps of up to 2 s."""
 FETCH_S = 3600.0
 """Longest wait for another process that fetches."""
 
@@ -74,3 +78,39 @@ def _alone(folder: Path) -> Generator[None]:
                     ) from None
                 time.sleep(0.2)
         yield
+
+
+def file_digest(path: str) -> str:
+    """Return the digest of a local file's bytes; a file that is as it was is not read again.
+
+    A file is as it was if its place, size, inode and time of change to the nanosecond are: what another process
+    writes into it changes the time. Damage by the disk itself does not show here, and `rayrl verify` reads all bytes.
+    """
+    before = os.stat(path)
+    name = content_id(os.path.realpath(path), *map(str, (before.st_size, before.st_mtime_ns, before.st_ino)))
+    note = _notes() / name
+    with suppress(OSError):
+        return note.read_text()
+    digest = read_digest(path)
+    after = os.stat(path)
+    # A file that has just been written may be written again within the resolution of its time.
+    is_settled = time.time_ns() - after.st_mtime_ns > SETTLED_NS
+    if is_settled and (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+        with suppress(OSError):  # a home that cannot be written costs time, and nothing else
+            note.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = note.with_name(f"{name}.{os.getpid()}")
+            unfinished.write_text(digest)
+            unfinished.replace(note)
+    return digest
+
+
+def read_digest(path: str) -> str:
+    """Read a local file, and return the digest of its bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _notes() -> Path:
+    """Locate the folder of known digests: this user's own, since whoever writes there decides what is noticed."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "rayrl" / "digests"

@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,8 @@ from rayrl.config import RunConfig, Table
 from rayrl.errors import DataError, RunDirectoryError
 from rayrl.records import content_id, drawn_seed
 from rayrl.runs import storage
+from rayrl.runs.content import changed_inputs, contents_of, inputs_of
+from rayrl.runs.damage import Files, damage, record_files
 from rayrl.runs.stage_metrics import StageMetrics
 from rayrl.runs.stage_table import PREFERENCES, QUERY, SELECT, AnyStage, Stage
 
@@ -39,6 +41,8 @@ KeyPart = Table | str | int | float | bool | Sequence[str] | None
 """What a key can be made of: a table of the config, another key, a plain value."""
 
 CONFIG = "config.json"
+INPUTS = "inputs.json"
+"""In a run's folder: the digest of every input's content at the last start, by setting (`rayrl.runs.content`)."""
 IDENTITY = "identity.json"
 """In a run's folder: an id that stays with it wherever it lies, and by which a ledger knows the run's questions."""
 LEDGER = "ledger.sqlite"
@@ -46,6 +50,8 @@ LEDGER = "ledger.sqlite"
 FIT_PREFIX = "fit-"
 """Start of the names of the folders, inside a stage's, that hold a training's checkpoints."""
 MANIFEST = "manifest.json"
+MODEL_CONFIG = "config.json"
+"""In the folder of a model."""
 MAX_MISTAKES = 3
 """Mistakes of a damaged config that a message lists."""
 MAX_DIFFERENCES = 6
@@ -65,6 +71,8 @@ class Manifest(Generic[M]):
     metrics: M
     summary: str
     finished_at: str
+    files: Files = field(default_factory=dict)
+    """The files of its folder (`rayrl.runs.damage`); none of a stage that an older rayrl finished."""
 
 
 def read_manifest(url: str, stage: Stage[M]) -> Manifest[M] | None:
@@ -103,6 +111,8 @@ class Run:
     """Folder of the whole run, where this is a view of a later round."""
     share: int | None = None
     """Label queries of this round; None in the run itself, which has all of them."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Digest of every input's content, by the setting that names it."""
 
     @property
     def seed(self) -> int:
@@ -140,14 +150,23 @@ class Run:
         """Name a stage's work by everything that decides its outcome.
 
         The seed is always a part of it, and so are the `engine_args` of the fleets that the stage asks, if any are set.
+        A table of the config brings the content of what it names with it (`content`).
         """
         name = stage if isinstance(stage, str) else stage.name
         # JSON tells "3" from 3 and an absent part from an empty one, so that other inputs never give the same key.
         parts = [i.science_json() if isinstance(i, Table) else json.dumps(i) for i in inputs]
+        tables = [name for name in RunConfig.model_fields if any(getattr(self.config, name) is i for i in inputs)]
+        parts += [content for table in tables for content in self.content(f"{table}.")]
         engines = {} if isinstance(stage, str) else engine_args(stage, self.config)
         if engines:
             parts.append(json.dumps(engines))
         return content_id(name, str(self.seed), *parts)
+
+    def content(self, prefix: str) -> list[str]:
+        """Return the digests of the inputs that the settings with this beginning name, in the order of the settings."""
+        return [
+            f"{setting} {self.contents[setting]}" for setting in sorted(self.contents) if setting.startswith(prefix)
+        ]
 
     def manifest(self, stage: Stage[M]) -> Manifest[M] | None:
         """The stage's manifest in this run, whatever its key."""
@@ -161,7 +180,7 @@ class Run:
         them: that is in the ledger.
         """
         found = read_manifest(self.url, stage)
-        if found is not None and found.key == key:
+        if found is not None and found.key == key and self._is_whole(stage, found):
             logger.info("%s: already finished (%s)", stage.name, found.summary)
             self._remove_fits(stage)  # a process that died right after the manifest has left them
             return found
@@ -169,6 +188,20 @@ class Run:
         if taken is None:
             self._make_room(stage, key)
         return taken
+
+    def _is_whole(self, stage: Stage[M], manifest: Manifest[M]) -> bool:
+        """Return whether the files of a finished stage are as they were; of a damaged one only whole files stay.
+
+        It then is a stage that goes on: whole parts of its tables are read, what is missing is made again, and what was
+        paid comes from the ledger.
+        """
+        wrong = damage(self.folder(stage), manifest.files)
+        if wrong:
+            logger.warning("%s: finished, but damaged since, and made again: %s", stage.name, describe(wrong))
+            unfinish(self.folder(stage), wrong)
+            if stage.training(self.config) is not None:
+                storage.remove(self.curve(stage))  # of the training that is now done again
+        return not wrong
 
     def _taken_over(self, stage: Stage[M], key: str) -> Manifest[M] | None:
         """Copy the stage from the run named by `reuse`, if it has done this work; None if it has not."""
@@ -186,6 +219,10 @@ class Run:
             ) from None
         if found is None or found.key != key:
             return None
+        wrong = damage(storage.join(other, "stages", stage.name), found.files)
+        if wrong:
+            logger.warning("%s is damaged in %s, and is not taken over: %s", stage.name, other, describe(wrong))
+            return None
         # Half a copy must not look like work of our own that goes on.
         storage.remove(self.folder(stage, MANIFEST))
         storage.remove(self.folder(stage, WORK))
@@ -196,6 +233,9 @@ class Run:
             storage.write_bytes(self.curve(stage), storage.read_bytes(curve))
         # The manifest last: a process that dies while it copies leaves a stage that is not finished.
         storage.copy_folder(storage.join(other, "stages", stage.name), self.folder(stage), last=(WORK, MANIFEST))
+        if not (storage.is_local(other) and storage.is_local(self.url)):  # a store has times and marks of its own
+            found = replace(found, files=record_files(self.folder(stage), found.files.__contains__))
+            storage.write_json(self.folder(stage, MANIFEST), asdict(found))
         logger.info("%s: taken over from %s (%s)", stage.name, other, found.summary)
         return found
 
@@ -235,6 +275,7 @@ class Run:
             metrics=metrics,
             summary=summary,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=record_files(self.folder(stage), _belongs_to_result),
         )
         storage.write_json(self.folder(stage, MANIFEST), asdict(manifest))
         # Only now: a process that dies before the manifest goes on from the last checkpoint, which is that of the end.
@@ -253,6 +294,33 @@ class Run:
         ended_at = time.time() if ended_at is None else ended_at
         self.timings.append({"what": what, "seconds": round(seconds, 3), "ended_at": round(ended_at, 3)})
         storage.write_json(storage.join(self.home or self.url, "timings.json"), self.timings)
+
+
+def _belongs_to_result(name: str) -> bool:
+    """Tell, by its path in a stage's folder, whether a file is a part of what the stage leaves behind."""
+    return name not in (MANIFEST, WORK) and not name.startswith(FIT_PREFIX)
+
+
+def unfinish(folder: str, wrong: Iterable[str]) -> None:
+    """Make a damaged stage one that goes on: remove its manifest, and then what is damaged.
+
+    Of a model, that is its whole folder: it is written whole or not at all.
+    """
+    storage.remove(storage.join(folder, MANIFEST))
+    for name in wrong:
+        parent = name.rpartition("/")[0]
+        is_model = parent and storage.exists(storage.join(folder, parent, MODEL_CONFIG))
+        is_model = is_model or name.rpartition("/")[2] == MODEL_CONFIG
+        if is_model:
+            storage.remove_folder(storage.join(folder, parent))
+        else:
+            storage.remove(storage.join(folder, name))
+
+
+def describe(wrong: Mapping[str, str]) -> str:
+    """List damaged files, for a message."""
+    shown = [f"{name} {what}" for name, what in list(wrong.items())[:MAX_DIFFERENCES]]
+    return "; ".join(shown) + (f"; and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else "")
 
 
 def engine_args(stage: AnyStage, config: RunConfig) -> dict[str, Any]:
@@ -294,7 +362,34 @@ def open_run(config: RunConfig) -> Run:
     storage.write_json(storage.join(url, CONFIG), config.model_dump(mode="json"))
     if not identity(url):
         storage.write_json(storage.join(url, IDENTITY), {"id": uuid.uuid4().hex})
-    return Run(config=_with_absolute_models(config), url=url, id=identity(url), timings=_earlier_timings(url))
+    return Run(
+        config=_with_absolute_models(config),
+        url=url,
+        id=identity(url),
+        timings=_earlier_timings(url),
+        contents=_noted_contents(url, config),
+    )
+
+
+def _noted_contents(url: str, config: RunConfig) -> dict[str, str]:
+    """Find out the content of every input, say what has changed since the last start, and note it for the next one."""
+    path = storage.join(url, INPUTS)
+    try:
+        before: dict[str, str] = storage.read_json(path) if storage.exists(path) else {}
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): which inputs have changed since the last start is not known", path, error)
+        before = {}
+    contents = contents_of(config, before)
+    places = {each.setting: each.place for each in inputs_of(config)}
+    for setting in changed_inputs(before, contents):
+        logger.warning(
+            "%s %s has changed since the last start: what depends on it is done anew; what was paid stays in the "
+            "ledger",
+            setting,
+            places[setting],
+        )
+    storage.write_json(path, contents)
+    return contents
 
 
 def ledger_url(url: str, config: RunConfig) -> str:

@@ -33,6 +33,10 @@ class PoolMetrics(StageMetrics):
     """Held-out prompts."""
     num_train_blocks: int
     num_held_out_blocks: int
+    num_bad: int = 0
+    """Rows dropped by `pool.on_bad_row`, of a broken line, a wrong cell, a refused chat or too long a prompt."""
+    first_bad: str = ""
+    """What was wrong with the first of them, with its file and row."""
     num_with_control_tokens: int = 0
     """Prompts whose texts hold control tokens of the policy's tokenizer, read as ordinary text; held-out ones too."""
 
@@ -59,6 +63,10 @@ class SftMetrics(FitMetrics):
 
     num_empty: int
     num_below_score: int
+    num_without_score: int = 0
+    """Rows whose score is empty or NaN."""
+    num_bad: int = 0
+    """Rows dropped by `seed_data.on_bad_row`."""
     num_truncated: int
     """Examples whose response was cut to the context."""
     num_too_long: int = 0
@@ -259,6 +267,8 @@ class PairFileCounts(StageMetrics):
     num_unusable: int
     num_tied: int
     num_other_prompt: int
+    num_bad: int = 0
+    """Rows dropped by `preferences.data.on_bad_row`."""
     num_truncated: int
     num_too_long: int
     num_same_when_cut: int

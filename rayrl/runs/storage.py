@@ -282,24 +282,24 @@ def children(url: str) -> list[str]:
         return []
 
 
-def sizes(url: str) -> dict[str, int]:
-    """Return the bytes of every file in a folder and below, by its path in the folder."""
+def listing(url: str) -> dict[str, dict[str, Any]]:
+    """Return what the filesystem tells of every file in a folder and below, by its path in the folder."""
     fs, path = _files(url)
     root = path.strip("/")
-    found = fs.find(path, detail=True)
-    return {name.strip("/")[len(root) + 1 :]: file["size"] for name, file in found.items()}
+    return {name.strip("/")[len(root) + 1 :]: file for name, file in fs.find(path, detail=True).items()}
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Return the bytes of every file in a folder and below, by its path in the folder."""
+    return {name: file["size"] for name, file in listing(url).items()}
 
 
 def times(url: str) -> dict[str, float]:
     """Return when every file in a folder and below was written, as Unix time, by its path in the folder."""
-    fs, path = _files(url)
-    root = path.strip("/")
-    found = fs.find(path, detail=True)
     written: dict[str, float] = {}
-    for name, file in found.items():
+    for inside, file in listing(url).items():
         # Local files, S3 and other stores each have a name of their own for it.
         at: object = file.get("mtime") or file.get("LastModified") or file.get("created")
-        inside = name.strip("/")[len(root) + 1 :]
         if isinstance(at, datetime):
             written[inside] = at.timestamp()
         elif isinstance(at, float | int):

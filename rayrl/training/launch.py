@@ -40,7 +40,12 @@ from ray.train import (
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 from rayrl.config import TrainingConfig
 from rayrl.engines.start import NO_GPUS
@@ -76,10 +81,30 @@ POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 POLL_S = 0.5
 """Unless the environment sets another. Every checkpoint, and the end of a fit, waits for the next poll."""
 ADDRESS = "RAY_ADDRESS"
+_DEATHS = (
+    RayActorError,
+    WorkerGroupStartupFailedError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+"""Errors of workers, or of a fit's controller, that are gone."""
+_MAX_REASON = 300
+"""Characters of Ray's own message that are shown."""
 _fit_url: ContextVar[str] = ContextVar("fit_url")
 """In a worker: where this fit's checkpoints are."""
 _last_write: ContextVar[threading.Event | None] = ContextVar("last_write", default=None)
 """In a worker: set when its part of the last checkpoint is written."""
+
+
+class _Trainer(TorchTrainer):
+    """`TorchTrainer` that leaves the process's handler of SIGINT in place.
+
+    Ray Train's own would stay after the fit. It aborts nothing then, ends the process only at the third Ctrl-C, and
+    with exit code 0, as if the run had finished.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        del controller
 
 
 class Trainer(Protocol):
@@ -150,7 +175,7 @@ def fit(
     fit_url = join(storage, name)
     filesystem, path = _filesystem(storage)
     new_trainer = partial(
-        TorchTrainer,
+        _Trainer,
         _run,
         train_loop_config={"loop": loop, "job": job, "fit_url": fit_url},
         scaling_config=ScalingConfig(
@@ -183,9 +208,44 @@ def fit(
     except WorkerGroupStartupTimeoutError:
         total, free = ray.cluster_resources(), ray.available_resources()
         raise StageTimeout(no_room(name, training.num_workers, on_gpu, total, free)) from None
+    except (ray.train.TrainingFailedError, RayActorError) as error:
+        reason = why_given_up(error, training.max_failures)
+        if reason is None:
+            raise
+        raise TrainingStopped(f"{name}: {reason}") from None
     if exists(stopped_url):
         raise TrainingStopped(f"{name}: {read_json(stopped_url)}")
     logger.debug("fit in %s took %.1f s", storage, time.monotonic() - started)
+
+
+def why_given_up(error: Exception, max_failures: int) -> str | None:
+    """Say why a fit gave up, where its workers died or ran out of memory; None where their code raised.
+
+    Args:
+        error: Ray Train's.
+        max_failures: losses that the fit survived.
+    """
+    failures = list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else [error]
+    failures = [each.controller_failure if isinstance(each, ray.train.ControllerError) else each for each in failures]
+    rest = "the checkpoints are kept, and the same command goes on from the last one"
+    for failure in failures:
+        if type(failure).__name__ == "OutOfMemoryError":  # of torch, and of Ray
+            return (
+                f"a worker ran out of memory ({_first_line(failure)}); lower its micro_batch_tokens, or set "
+                f"gradient_checkpointing = true; {rest}"
+            )
+    for failure in failures:
+        if isinstance(failure, _DEATHS):
+            return (
+                f"a worker died ({_first_line(failure)}), and more often than max_failures = {max_failures} allows; if "
+                "its machine had no memory left, lower micro_batch_tokens or num_workers; "
+                f"{rest}"
+            )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:_MAX_REASON]
 
 
 def no_room(name: str, num_workers: int, on_gpu: bool, total: Mapping[str, float], free: Mapping[str, float]) -> str:

@@ -61,7 +61,7 @@ def test_a_config_is_frozen_and_survives_json(small):
         ("oracle.functoin=1", "functoin: unknown key; did you mean function?"),
         ("evaluate.lm_eval.task=[]", "evaluate.lm_eval.task: unknown key; did you mean tasks?"),
         ("dpo.lora={rnk = 4}", "dpo.lora.rnk: unknown key; did you mean rank?"),
-        ("select.xyzzyx=4", "select.xyzzyx: unknown key"),
+        ("select.xyzzyx=4", "select.xyzzyx: unknown key; leave it out"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message):
@@ -72,16 +72,16 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("select.budget=-1", "select.budget: input should be greater than or equal to 0, got -1"),
+        ("select.budget=-1", "select.budget: must be the number of label queries that you pay for, at least 1 (0 only"),
         ("select.budget=0", "select.budget must be at least 1: the oracle's answers"),
         ("select.budget=many", "got 'many'"),
         ("select.strategy=best", 'select.strategy: must be one of "k_center", "random", got "best"'),
         ("pseudo_label.pairing=x", 'pseudo_label.pairing: must be one of "best_worst", "margin", got "x"'),
         ("refresh.spg.clustering=x", '"strict", "kuhn2023", "farquhar2024", "embedding", got "x"'),
-        ("generate.top_p=1.5", "generate.top_p: input should be less than or equal to 1, got 1.5"),
-        ("name=a/b", "name: string should match pattern"),
+        ("generate.top_p=1.5", "generate.top_p: must be at most 1, got 1.5"),
+        ("name=a/b", 'name: must be letters, digits, ".", "_" and "-"'),
         ("oracle.type=human", "oracle.type: must be one of"),
-        ("oracle.function=judge", "string should match pattern"),
+        ("oracle.function=judge", 'must be "module:function"'),
         ("labels=none", "labels: "),
         ("sft.cpu_offload=true", "sft.cpu_offload: must be false with zero_stage = 0, got true"),
         ("sft.patience=2", "sft.patience: must be left out without evaluate_every, got 2: it counts evaluations"),
@@ -168,7 +168,7 @@ DATA = ['pipeline="rlp"', 'preferences={data={path="x"}}', "rounds=2"]
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rounds=0"], "rounds: input should be greater than 0, got 0"),
+        (["rounds=0"], "rounds: must be above 0, got 0"),
         (["rounds=2", "labels=expert"], 'rounds must be 1 when labels is "expert", got 2'),
         (["rounds=2", "labels=direct", 'select.unit="prompt"'], 'rounds must be 1 when labels is "direct", got 2'),
         (["rounds=9"], "select.budget must be at least 9, so that each of 9 rounds can ask, got 8"),
@@ -272,7 +272,7 @@ def test_malformed_overrides_are_refused(small, override, message):
 
 
 def test_files_that_are_no_config_are_refused(tmp_path):
-    assert "does not exist; jobs/configs/ holds examples" in refusal(tmp_path / "gone.toml")
+    assert "; jobs/configs/ holds examples" in refusal(tmp_path / "gone.toml")
     (tmp_path / "broken.toml").write_text("name = ")
     assert "is not valid TOML" in refusal(tmp_path / "broken.toml")
 
@@ -280,7 +280,7 @@ def test_files_that_are_no_config_are_refused(tmp_path):
 def test_trackers_are_asked_for_by_their_table(small):
     assert load_config(small).tracking.wandb is None
     assert load_config(small, ["tracking.wandb.project=mine"]).tracking.wandb.mode == "offline"
-    assert "tracking.wandb.mode: input should be 'offline' or 'online', got 'disabled'" in refusal(
+    assert "tracking.wandb.mode: must be one of 'offline' or 'online', got 'disabled'" in refusal(
         small, "tracking.wandb.mode=disabled"
     )
     assert "tracking.wandb.api_key: unknown key" in refusal(small, "tracking.wandb.api_key=secret")
@@ -324,7 +324,7 @@ def test_a_mistake_in_an_oracle_is_named_as_it_was_written(tmp_path):
     message = str(refused.value)
     assert "oracle.judges[0].modell: unknown key; did you mean model?" in message
     assert "oracle.judges[0].model: required" in message
-    assert "oracle.judges[1].timeout_s: input should be greater than 0, got -1" in message
+    assert "oracle.judges[1].timeout_s: must be above 0, got -1" in message
 
 
 def test_two_forms_of_answers_are_refused_before_the_run(tmp_path):

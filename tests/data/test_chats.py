@@ -66,14 +66,16 @@ def test_developers_tools_and_observations_have_their_roles():
 
 
 def test_a_role_that_is_not_known_is_refused_with_its_row_and_the_known_ones(tmp_path):
-    with pytest.raises(DataError, match=r"pool.jsonl, row 2: the role of a message must be one of .*user.*got 'narra"):
+    with pytest.raises(
+        DataError, match=r"pool.jsonl, row 2, column messages: the role of a message must be one of .*user.*got 'narra"
+    ):
         prompts_of(tmp_path, [FJORD], [FJORD, {"role": "narrator", "content": "Night fell."}])
     with pytest.raises(DataError, match="the role of a message must be one of"):
         read_chat([{"role": 3, "content": "x"}], "here")
 
 
 def test_a_message_without_a_role_is_refused_but_for_a_single_reply(tmp_path):
-    with pytest.raises(DataError, match=r"row 1: a message must have a role, got .*fjord"):
+    with pytest.raises(DataError, match=r"row 1, column messages: a message must have a role, got .*fjord"):
         prompts_of(tmp_path, [{"content": "What is a fjord?"}])
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": {"text": "a"}, "rejected": {"text": "b"}}])
     ((_, chosen, rejected),) = read_pairs(PreferenceDataConfig(path=path), lambda source: str(source), PairCounts())
@@ -81,7 +83,9 @@ def test_a_message_without_a_role_is_refused_but_for_a_single_reply(tmp_path):
 
 
 def test_python_lists_are_told_from_json(tmp_path):
-    with pytest.raises(DataError, match=r"row 1: .* must be JSON, and this looks like Python's repr .*; write the col"):
+    with pytest.raises(
+        DataError, match=r"row 1, column messages: .* must be JSON, and this looks like Python's repr .*; write the col"
+    ):
         prompts_of(tmp_path, "[{'role': 'user', 'content': 'How do I boil an egg?'}]")
 
 
@@ -117,7 +121,7 @@ def test_calls_written_as_messages_of_their_own_are_the_assistants():
 
 
 def test_calls_of_another_shape_are_refused_with_their_row(tmp_path):
-    with pytest.raises(DataError, match=r"row 1: a tool call must be .*, got \{\}"):
+    with pytest.raises(DataError, match=r"row 1, column messages: a tool call must be .*, got \{\}"):
         prompts_of(tmp_path, [{"from": "human", "value": "a b"}, {"from": "function_call", "value": "{}"}])
     with pytest.raises(DataError, match="tool_calls must be a list, got now"):
         read_chat([{"role": "assistant", "content": "", "tool_calls": "now"}], "here")
@@ -127,7 +131,9 @@ def test_text_parts_are_joined_and_others_refused(tmp_path):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a fjord?"}]
     (prompt,), _ = prompts_of(tmp_path, [user(parts)])
     assert prompt.text == "What is a fjord?"
-    with pytest.raises(DataError, match=r"row 1: the parts of a message's content must be .*image_url"):
+    with pytest.raises(
+        DataError, match=r"row 1, column messages: the parts of a message's content must be .*image_url"
+    ):
         prompts_of(tmp_path / "b", [user([*parts, {"type": "image_url", "image_url": {"url": "x"}}])])
 
 

@@ -177,15 +177,23 @@ def test_a_chosen_answer_equal_to_the_rejected_one_is_refused_with_its_row(tmp_p
 @pytest.mark.parametrize(
     ("row", "settings", "text"),
     [
-        ({"prompt": "p", "chosen": 3, "rejected": "b"}, {}, "row 1: a list of messages was expected, got '3'"),
+        (
+            {"prompt": "p", "chosen": 3, "rejected": "b"},
+            {},
+            "row 1, column chosen: a list of messages was expected, got '3'",
+        ),
         ({"prompt": [message("user", "p")], "chosen": "a", "rejected": "b"}, {}, "belongs into messages_column"),
         (
             {"prompt": "p", "chosen": [message("user", "a")], "rejected": "b"},
             {},
-            "column chosen must hold an assistant",
+            "column chosen: an assistant message is needed",
         ),
-        ({"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "b"}, {}, "row 1: a message must be"),
-        ({"prompt": "p", "replies": ["x"]}, {"replies_column": "replies"}, "row 1: a message must be"),
+        (
+            {"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "b"},
+            {},
+            r"row 1, column \w+: a message must be",
+        ),
+        ({"prompt": "p", "replies": ["x"]}, {"replies_column": "replies"}, r"row 1, column \w+: a message must be"),
         ({"prompt": "p", "replies": [{"text": "x", "rank": "1"}]}, {"replies_column": "replies"}, "rank must be a num"),
         ({"prompt": "p", "chosen": "a"}, {}, "has no column rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"replies_column": "x"}, "has no column x"),

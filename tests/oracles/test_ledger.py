@@ -613,3 +613,20 @@ def test_nothing_is_asked_once_the_ledger_could_not_be_written(location):
     assert "make room on its disk, and run the same command again" in str(outcomes[0])
     with pytest.raises(RunDirectoryError, match="could not be written"):
         ledger.flush()
+
+
+def test_the_outlook_of_questions_tells_what_is_paid_and_what_a_changed_judge_prompt_asks_anew(location):
+    with contextlib.closing(opened(location, label=5)) as ledger:
+        pay(ledger, 1)
+        pay(ledger, 2)
+        same = ledger.outlook([query(1), query(2), query(3), query(3)], "label", "query")
+        assert (same.num_known, same.num_new, same.num_earlier, same.num_reworded) == (2, 1, 0, 0)
+        assert (same.num_left, same.num_lost) == (3, 0)
+        reworded = ledger.outlook([query(n, rubric=OTHER_RUBRIC) for n in (1, 2, 3)], "label", "query")
+        assert (reworded.num_known, reworded.num_new, reworded.num_earlier, reworded.num_reworded) == (0, 3, 2, 2)
+        others = ledger.outlook([query(n) for n in (2, 7, 8)], "label", "query")
+        assert (others.num_known, others.num_new, others.num_earlier, others.num_reworded) == (1, 2, 1, 0)
+        lost = ledger.reserve(query(9))
+        assert isinstance(lost, Reserved)
+        ledger.lose(lost.attempt)
+        assert ledger.outlook([query(9)], "label", "query").num_lost == 1

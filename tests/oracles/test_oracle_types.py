@@ -136,10 +136,18 @@ def test_each_type_lists_its_inputs():
     assert ScriptedOracleConfig(function="m:judge").functions() == {"oracle.function": "m:judge"}
     replay = ReplayOracleConfig(path="a.csv", comparisons_path="b.csv", rationale_column="why")
     assert replay.tables() == [
-        OracleTable(setting="oracle.path", path="a.csv", columns=["prompt", "response", "score", "why"]),
+        OracleTable(
+            setting="oracle.path",
+            path="a.csv",
+            encoding="utf-8",
+            holds="judgements",
+            columns=["prompt", "response", "score", "why"],
+        ),
         OracleTable(
             setting="oracle.comparisons_path",
             path="b.csv",
+            encoding="utf-8",
+            holds="comparisons",
             columns=["prompt", "first", "second", "preference", "why"],
         ),
     ]

@@ -82,29 +82,82 @@ def test_columns_are_configurable(tmp_path):
 
 
 def test_missing_column_lists_the_columns_there_are(tmp_path):
-    with pytest.raises(DataError, match="no column rating; there are: prompt, response, score, why"):
+    with pytest.raises(
+        DataError,
+        match=r"oracle.path: .*t.csv has no column rating; the columns there are prompt, response, score, why",
+    ):
         oracle_for(write(tmp_path, "t.csv", ROWS), score_column="rating")
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("t.jsonl", b"{"),
-        ("t.json", b"nonsense"),
-        ("t.parquet", b"PAR1"),
-        ("t.jsonl.gz", b"not gzip"),
-        ("t.csv", b"\xff"),
+        ("t.jsonl", b"{", "line 1 is not JSON"),
+        ("t.json", b"nonsense", "row 1: the line is not JSON"),
+        ("t.parquet", b"PAR1", "cannot be read"),
+        ("t.jsonl.gz", b"\x1f\x8bnot gzip", "cannot be read"),
+        ("t.csv", b"\xff", "not in the encoding utf-8"),
     ],
 )
-def test_unreadable_file_is_refused(tmp_path, name, content):
+def test_unreadable_file_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match="not a readable"):
+    with pytest.raises(DataError, match=f"oracle.path: .*{message}"):
         oracle_for(str(tmp_path / name))
 
 
 def test_missing_empty_and_unknown_files_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "t.xml").write_text("<a/>")
-    for name, text in (("nowhere.jsonl", "nowhere"), ("empty.jsonl", "no judgements"), ("t.xml", "must end in")):
+    for name, text in (("nowhere.jsonl", "nowhere"), ("empty.jsonl", "is empty"), ("t.xml", "must end in")):
         with pytest.raises(DataError, match=text):
             oracle_for(str(tmp_path / name))
+
+
+LINE = {"prompt": "What is a fjord?", "response": "A sea inlet.", "score": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("marked.csv", "\ufeffprompt,response,score\nWhat is a fjord?,A sea inlet.,4\n"),
+        ("semicolons.csv", "prompt;response;score\nWhat is a fjord?;A sea inlet.;4\n"),
+        ("lines.json", json.dumps(LINE) + "\n" + json.dumps(LINE | {"response": "b"}) + "\n"),
+        ("lines.ndjson", json.dumps(LINE)),
+        ("one-object.json", json.dumps(LINE)),
+        ("line-breaks.jsonl", json.dumps(LINE | {"prompt": "What is a fjord?\r\n"})),
+        ("trailing-space.jsonl", json.dumps(LINE | {"response": "A sea inlet. "})),
+        ("chat.jsonl", json.dumps(LINE | {"prompt": [{"role": "user", "content": "What is a fjord?"}]})),
+    ],
+)
+def test_tables_as_people_have_them(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert ask(oracle_for(str(tmp_path / name)), "What is a fjord?", "A sea inlet.").score == 4
+
+
+@pytest.mark.parametrize("score", ["4/5", "0_4", True, "high", [4]])
+def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
+    path = write(tmp_path, "t.jsonl", [LINE, LINE | {"response": "b", "score": score}])
+    with pytest.raises(DataError, match=r"oracle.path: .*t.jsonl, row 2: column score must be a number, got"):
+        oracle_for(path)
+
+
+def test_a_table_in_another_encoding(tmp_path):
+    (tmp_path / "t.csv").write_bytes("prompt,response,score\nFähre?,Ja.,4\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 2 is not in the encoding utf-8.*encoding = \"cp1252\""):
+        oracle_for(str(tmp_path / "t.csv"))
+    assert ask(oracle_for(str(tmp_path / "t.csv"), encoding="cp1252"), "Fähre?", "Ja.").score == 4
+
+
+def test_a_row_that_is_none_is_refused(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps(LINE) + "\nnull\n")
+    with pytest.raises(DataError, match="row 2: it must be a JSON object, got null"):
+        oracle_for(str(tmp_path / "t.jsonl"))
+
+
+def test_a_table_in_several_files_is_one_and_another_content_is_another_oracle(tmp_path):
+    for number, row in enumerate((LINE, LINE | {"response": "b", "score": 2})):
+        write(tmp_path, f"t-{number}.jsonl", [row])
+    oracle = oracle_for(f"{tmp_path}/t-*.jsonl")
+    assert [ask(oracle, "What is a fjord?", response).score for response in ("A sea inlet.", "b")] == [4, 2]
+    write(tmp_path, "t-1.jsonl", [LINE | {"response": "b", "score": 3}])
+    assert oracle_for(f"{tmp_path}/t-*.jsonl").name != oracle.name

@@ -42,7 +42,9 @@ not_a_function = 3
 def module_in_working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripted")
     (folder / "oracle_functions.py").write_text(FUNCTIONS)
-    (folder / "oracle_broken.py").write_text("import a_module_that_is_not_there")
+    (folder / "oracle_broken.py").write_text(
+        "import a_module_that_is_not_there\n\n\ndef judge(prompt, response):\n    return 0"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.util import list_named_actors
 
-from rayrl.pipelines.command_line import STOPPED
+from rayrl.pipelines.stopping import STOPPED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "jobs/proxy_dpo.py", "jobs/configs/quickstart.toml", "name=operated", "sft.enabled=false"]

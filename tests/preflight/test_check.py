@@ -60,9 +60,11 @@ def test_judges_that_cannot_be_asked_are_refused(tree, monkeypatch):
         message = refusal(ConfigError, config, contact_oracle=True)
     assert "cannot be reached" in message and "secret" not in message
     scripted = {"type": "scripted", "function": "no_such_module:judge"}
-    assert "no module no_such_module" in refusal(ConfigError, changed(tree, oracle=scripted))
+    assert "there is no no_such_module.py, and no package no_such_module; run from the folder" in refusal(
+        ConfigError, changed(tree, oracle=scripted)
+    )
     message = refusal(ConfigError, changed(tree, oracle__compare_function="no_such_module:compare"))
-    assert message.startswith("oracle.compare_function must be importable")
+    assert message.startswith('oracle.compare_function must be "module:function", importable')
 
 
 @pytest.mark.parametrize("function", ["builtins:len", "math:dist", "os:getpid"])
@@ -75,7 +77,7 @@ def test_a_function_without_text_is_refused_before_work_starts(rlp_tree, functio
     message = refusal(
         ConfigError, changed(rlp_tree, **FUNCTION | {"ppo__function": "json:nothing"}), contact_oracle=True
     )
-    assert "module json has no function nothing" in message
+    assert "json/__init__.py has no function nothing" in message
 
 
 def test_a_rubric_that_fills_the_context_is_refused_where_a_model_reads_it(rlp_tree):

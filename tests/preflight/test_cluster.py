@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from rayrl.errors import ConfigError, ResourceError
 from rayrl.preflight import Cluster, check, render_plan
 from rayrl.preflight.autoscaling import SETTING, find_node_types, growth_of, growth_of_kuberay
 from rayrl.preflight.cluster import HEAD, NodeType
-from tests.preflight.trees import TWO_CPUS, changed, refusal
+from tests.preflight.trees import TWO_CPUS, changed, grow, refusal, save_model
 
 KUBERAY = Path(__file__).parents[2] / "cluster" / "kuberay"
 WORKER = {"CPU": 8.0, "GPU": 2.0}
@@ -62,8 +61,9 @@ def test_the_limit_of_all_workers_together_holds():
     assert growing((WORKER, 0)).most("GPU") == 0.0 == growing((WORKER, 0)).largest("GPU")
 
 
-def test_a_replica_of_several_gpus_needs_them_on_one_node(tree):
-    config = changed(tree, generators__tensor_parallel_size=4)
+def test_a_replica_of_several_gpus_needs_them_on_one_node(tree, tmp_path):
+    four_heads = save_model(tmp_path / "four", num_attention_heads=4)
+    config = changed(tree, policy__path=four_heads, generators__tensor_parallel_size=4)
     pairs = Cluster(nodes=(WORKER, WORKER, WORKER))
     message = refusal(ResourceError, config, pairs)
     assert (
@@ -88,7 +88,7 @@ def test_a_replica_of_several_cpus_needs_them_on_one_node(tree):
 
 
 def test_processes_that_no_memory_holds_are_refused(tree):
-    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**30)
+    grow(Path(tree["policy"]["path"]), 2**30)
     tree |= {"generators": {"num_replicas": 4}}
     small = {"CPU": 2.0, "memory": 4.0 * 2**30, "object_store_memory": 0.4 * 2**30}
     message = refusal(ResourceError, changed(tree), Cluster(nodes=(small,)))

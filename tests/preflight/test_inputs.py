@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayrl.errors import ConfigError, DataError
@@ -45,8 +47,15 @@ def test_prompts_that_fill_the_context_are_refused(tree, tmp_path):
     config = changed(
         tree, pool__path=save_rows(tmp_path / "long.jsonl", rows), policy__max_model_len=32, select__budget=4
     )
-    message = refusal(ConfigError, changed(config.model_dump(), evaluator__type="scalar"))
-    assert "shorter than the context of 32 tokens, but 4 of 8 are not; the longest has 51" in message
+    message = refusal(DataError, changed(config.model_dump(), evaluator__type="scalar"))
+    assert message.startswith("pool.path: a prompt must be shorter than the context of 32 tokens, but 4 of 8 are not")
+    assert "long.jsonl, row 5, with 32); the longest has 51. " in message and 'on_bad_row = "drop"' in message
+    dropping = changed(config.model_dump(), evaluator__type="scalar", pool__on_bad_row="drop", select__budget=2)
+    plan = check(dropping, cluster=TWO_CPUS)
+    assert plan.num_prompts == 2
+    assert any(
+        "pool: dropped 4 bad rows, the first of them " in w and "long.jsonl, row 5: " in w for w in plan.warnings
+    )
     save_rows(tmp_path / "long.jsonl", rows[:4])
     plan = check(changed(config.model_dump(), evaluator__type="scalar"), cluster=TWO_CPUS)
     assert any("pool: 1 prompts (the longest has 21 tokens) leave less than" in w for w in plan.warnings)
@@ -63,7 +72,7 @@ def test_a_tracker_without_its_package_is_refused(tree, name):
     if importlib.util.find_spec(name) is None:
         assert refusal(ConfigError, config) == (
             f"tracking.{name} needs the package {name}, which is not installed here; "
-            f'pip install "rayrl[{name}]", or leave the table out'
+            f"pip install {name}, or leave the table out"
         )
     else:
         check(config, cluster=TWO_CPUS)
@@ -71,14 +80,17 @@ def test_a_tracker_without_its_package_is_refused(tree, name):
 
 def test_a_function_that_is_not_there_is_refused(rlp_tree):
     message = refusal(ConfigError, changed(rlp_tree, **FUNCTION | {"ppo__function": "no_such_module:reward"}))
-    assert "ppo.function must be importable" in message and "there is no module no_such_module; run from" in message
+    assert (
+        'ppo.function must be "module:function", importable from' in message
+        and "there is no no_such_module.py" in message
+    )
 
 
 def test_benchmarks_that_cannot_run_are_refused(tree, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert refusal(ConfigError, changed(tree, evaluate__lm_eval={"tasks": ["mmlu"]})) == (
         "evaluate.lm_eval.tasks needs lm-evaluation-harness, which is not installed here, got ['mmlu']; "
-        'pip install "rayrl[lm-eval]", or empty the list'
+        "pip install lm_eval, or empty the list"
     )
     message = refusal(ConfigError, changed(tree, evaluate__lm_eval={"include_path": "/nowhere"}))
     assert message.endswith("must be a folder, got /nowhere; correct it, or leave it out")
@@ -133,3 +145,87 @@ def test_a_rubric_in_double_braces_is_refused(tree, tmp_path):
     (tmp_path / "rubric.txt").write_text("{{prompt}} {{response}}")
     message = refusal(ConfigError, changed(tree, rubric__template=str(tmp_path / "rubric.txt")))
     assert "rubric.template must name its slots in single braces, got {{prompt}}" in message
+
+
+def warned(plan, text):
+    return any(text in warning for warning in plan.warnings)
+
+
+def texts(folder, name, content):
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+def test_an_index_of_pandas_a_pattern_and_far_dates_are_no_hindrance(tree, tmp_path):
+    indexed = "".join(f"{n},p {n}\n" for n in range(12))
+    assert plan_of(tree, pool__path=texts(tmp_path, "index.csv", f",prompt\n{indexed}")).num_prompts == 10
+    for part in range(3):
+        save_rows(tmp_path / f"part-{part}.jsonl", [{"prompt": f"p {part} {n}"} for n in range(4)])
+    assert plan_of(tree, pool__path=f"{tmp_path}/part-*.jsonl").num_prompts == 10
+    far = pa.array([300_000_000_000_000] * 12, pa.timestamp("ms"))
+    pq.write_table(pa.table({"prompt": [f"p {n}" for n in range(12)], "at": far}), tmp_path / "far.parquet")
+    assert plan_of(tree, pool__path=str(tmp_path / "far.parquet")).num_prompts == 10
+
+
+def test_two_columns_of_a_name_and_half_characters_are_refused(tree, tmp_path):
+    twice = texts(tmp_path, "twice.csv", "prompt,prompt\na,b\n")
+    assert refusal(DataError, changed(tree, pool__path=twice)).startswith("pool.path: ")
+    half = texts(tmp_path, "half.jsonl", '{"prompt": "I like \\ud83d cakes"}\n')
+    assert "half.jsonl, row 1: column prompt holds half a character" in refusal(
+        DataError, changed(tree, pool__path=half)
+    )
+
+
+def test_the_plan_tells_what_is_dropped_and_what_is_not_read(tree, tmp_path):
+    rows = [{"instruction": f"p {n}", "input": "x", "history": [["a", "b"]]} for n in range(12)]
+    plan = plan_of(
+        tree,
+        pool__path=save_rows(tmp_path / "a.jsonl", [*rows, {"instruction": 3}]),
+        pool__prompt_column="instruction",
+        pool__on_bad_row="drop",
+    )
+    assert (plan.num_prompts, plan.test_prompts[0].text) == (10, "p 0\n\nx")
+    assert warned(plan, "pool: dropped 1 bad rows, the first of them ")
+    assert warned(plan, "pool: 12 rows hold something in the column history, which is not read")
+    dialogue = "\n\nHuman: a\n\nAssistant: b"
+    lines = [{"prompt": text} for text in ("nan", dialogue, *(f"p {n}" for n in range(12)))]
+    plan = plan_of(tree, pool__path=save_rows(tmp_path / "b.jsonl", lines))
+    assert warned(plan, "pool: 1 prompts are but a word for an empty cell")
+    assert warned(plan, "pool: 1 prompts are whole dialogues")
+
+
+def test_seed_rows_are_read_to_the_end(tree, tmp_path):
+    rows = [{"prompt": f"q {n}", "response": "r", "score": n} for n in range(3000)]
+    path = save_rows(tmp_path / "seed.jsonl", [*rows, {"prompt": "q", "response": 7, "score": None}])
+    message = refusal(DataError, changed(tree, seed_data={"path": path}))
+    assert message.startswith("seed_data.path: ") and "seed.jsonl, row 3001: column response must be text" in message
+    plan = plan_of(tree, seed_data={"path": path, "on_bad_row": "drop"})
+    assert warned(plan, "seed_data: dropped 1 bad rows, the first of them ")
+    scored = {"path": path, "on_bad_row": "drop", "score_column": "score", "min_score": 1}
+    assert warned(plan_of(tree, seed_data=scored), "seed_data: 1 rows have no score (an empty cell, or NaN)")
+
+
+def test_reference_answers_are_read_to_the_end(tree, tmp_path):
+    rows = [{"prompt": f"q {n}", "response": "r"} for n in range(30)]
+    path = save_rows(tmp_path / "answers.jsonl", [*rows, {"prompt": 7, "response": "r"}])
+    message = refusal(DataError, changed(tree, evaluate__reference_answers={"path": path}))
+    assert message.startswith("evaluate.reference_answers.path: ") and "row 31: column prompt must be text" in message
+    path = save_rows(tmp_path / "blank.jsonl", [{"prompt": "q", "response": ""}])
+    assert "has no row with a prompt and an answer" in refusal(
+        DataError, changed(tree, evaluate__reference_answers={"path": path})
+    )
+
+
+def test_tables_of_answers_are_read_as_the_run_reads_them(tree, tmp_path):
+    rows = [{"prompt": f"p {n}", "response": "r", "score": 3} for n in range(12)]
+
+    def plan_with(name, rows):
+        return changed(tree, oracle={"type": "replay", "path": save_rows(tmp_path / name, rows)})
+
+    assert not warned(check(plan_with("a.jsonl", rows), cluster=TWO_CPUS), "oracle.path")
+    message = refusal(DataError, plan_with("b.jsonl", [*rows, rows[0] | {"score": "4/5"}]))
+    assert message.startswith("oracle.path: ") and "row 13: column score must be a number, got '4/5'" in message
+    plan = check(plan_with("c.jsonl", [*rows, rows[0] | {"score": 5}]), cluster=TWO_CPUS)
+    assert warned(plan, "1 rows contradict an earlier row about the same, which counts (the first: ")
+    plan = check(plan_with("d.jsonl", [{"prompt": "other", "response": "r", "score": 3}]), cluster=TWO_CPUS)
+    assert warned(plan, "none of the 12 prompts of the pool that were looked for is in the table")

@@ -23,7 +23,7 @@ def test_policies_that_are_no_models_are_refused(tree, tmp_path):
     assert "policy.path must be a model folder with a config.json" in message and message.endswith(remedy)
     folder = save_model(tmp_path / "pickled")
     os.rename(f"{folder}/model.safetensors", f"{folder}/pytorch_model.bin")
-    assert "must hold weights as *.safetensors" in refusal(ConfigError, changed(tree, policy__path=folder))
+    assert "must hold weights as model.safetensors" in refusal(ConfigError, changed(tree, policy__path=folder))
 
 
 def test_a_hub_model_that_is_not_here_is_unknown_to_the_plan(tree, monkeypatch):
@@ -35,7 +35,7 @@ def test_a_hub_model_that_is_not_here_is_unknown_to_the_plan(tree, monkeypatch):
     assert plan.disk_bytes is None
     assert any("prompt lengths are not checked" in warning for warning in plan.warnings)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "not to be had from the hub" in refusal(ConfigError, config)
+    assert "HF_HUB_OFFLINE=1 forbids to ask the hub" in refusal(ConfigError, config)
 
 
 def test_a_head_dim_only_gpus_have_is_refused_without_one(tree, tmp_path):
@@ -59,3 +59,28 @@ def test_head_dims_are_those_of_the_installed_vllm():
     source = Path(spec.submodule_search_locations[0], "v1", "attention", "backends", "cpu_attn.py").read_text()
     found = re.search(r"def get_supported_head_sizes.*?return \[([\d, ]+)\]", source, re.DOTALL)
     assert found and tuple(map(int, found[1].split(","))) == CPU_HEAD_DIMS
+
+
+def test_json_files_that_are_broken_are_named_with_the_setting(tree, rlp_tree, tmp_path):
+    folder = save_model(tmp_path / "broken")
+    (tmp_path / "broken" / "generation_config.json").write_text('{"temperature": ')
+    assert "policy.path: " in refusal(ConfigError, changed(tree, policy__path=folder))
+    (tmp_path / "nli" / "config.json").write_text("[]")
+    message = refusal(ConfigError, changed(rlp_tree))
+    assert message.startswith("refresh.spg.entailment_model: ") and "must be a table in JSON" in message
+    (tmp_path / "broken" / "generation_config.json").unlink()
+    (tmp_path / "broken" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "must hold a tokenizer that can be read" in refusal(ConfigError, changed(tree, policy__path=folder))
+
+
+def test_a_part_of_a_hub_model_is_refused_offline_and_downloaded_else(tree, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    folder = Path(save_model(tmp_path / "snapshot"))
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("rayrl.preflight.model.model_folder", lambda *_, **__: str(folder))
+    config = changed(tree, policy__path="someone/a-model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert any("its weights are not on this machine" in w for w in check(config, cluster=TWO_CPUS).warnings)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "of which the hub's cache has a part only" in refusal(ConfigError, config)

@@ -9,7 +9,7 @@ from tests.preflight.trees import JUDGE, TWO_CPUS, changed, plan_of, refusal, sa
 
 
 def test_nine_pairs_per_query_bring_no_warning(tree):
-    plan = check(changed(tree, select__budget=6, pseudo_label__pairing="margin"), cluster=TWO_CPUS)
+    plan = check(changed(tree, select__budget=6, pseudo_label__pairing="margin", dpo__batch_size=32), cluster=TWO_CPUS)
     assert (plan.num_pairs, plan.pairs_per_query, plan.warnings) == (60, 10.0, ())
 
 

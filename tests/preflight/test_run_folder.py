@@ -1,6 +1,6 @@
 """Run directories that cannot be used, and disks that are too small."""
 
-import os
+import math
 import re
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from rayrl.errors import ConfigError, ResourceError, RunDirectoryError
 from rayrl.preflight import check, render_plan
 from rayrl.runs import storage
 from rayrl.runs.run import open_run
-from tests.preflight.trees import FUNCTION, TWO_CPUS, changed, plan_of, refusal
+from tests.preflight.trees import FUNCTION, MODEL, TWO_CPUS, changed, grow, layer_shapes, plan_of, refusal
 
 
 def test_a_run_directory_of_another_config_is_refused(tree):
@@ -36,7 +36,7 @@ def test_a_relative_run_directory_is_refused_in_a_submitted_job(tree, tmp_path, 
     monkeypatch.chdir(tmp_path)
     check(changed(tree, run_dir="runs/x"), cluster=TWO_CPUS)  # not submitted: it is relative to the user's folder
     monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
-    for relative in ("runs/x", "./runs/x", "file://runs/x", "~/runs/x"):
+    for relative in ("runs/x", "./runs/x", "file://runs/x"):
         message = refusal(ConfigError, changed(tree, run_dir=relative))
         assert message.startswith("run_dir must be an absolute path inside a Ray job") and f"got {relative};" in message
         assert "name a folder that every node sees" in message
@@ -56,29 +56,33 @@ def test_workers_get_absolute_paths_of_every_model(rlp_tree, tmp_path, monkeypat
 
 
 def test_a_full_disk_is_refused(tree):
-    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**42)  # sparse: 4 TiB that take no room
+    grow(Path(tree["policy"]["path"]), 2**42)  # sparse: 4 TiB that take no room
     assert "GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, changed(tree))
 
 
 def test_the_disk_must_hold_every_model_and_both_optimizers(rlp_tree):
-    weights = Path(rlp_tree["policy"]["path"], "model.safetensors")
-    os.truncate(weights, 1000)  # 250 float32 parameters
+    folder = Path(rlp_tree["policy"]["path"])
+    size, num = (
+        (folder / "model.safetensors").stat().st_size,
+        sum(math.prod(shape) for shape in layer_shapes(MODEL).values()),
+    )
     tables = 70 * 16 * 40
     # r and r^; last and best, twice; two served; and a fit has three checkpoints at once, of two optimizers
-    assert plan_of(rlp_tree).disk_bytes == 8 * 1000 + 3 * 2 * 16 * 250 + tables
-    assert plan_of(rlp_tree, reward_model__num_members=3).disk_bytes == 12 * 1000 + 3 * 2 * 16 * 250 + tables
+    assert plan_of(rlp_tree).disk_bytes == 8 * size + 3 * 2 * 16 * num + tables
+    assert plan_of(rlp_tree, reward_model__num_members=3).disk_bytes == 12 * size + 3 * 2 * 16 * num + tables
     one_fewer = plan_of(rlp_tree, refresh__method="none").disk_bytes
-    assert one_fewer == 7 * 1000 + 3 * 2 * 16 * 250 + 40 * 16 * 40
+    assert one_fewer == 7 * size + 3 * 2 * 16 * num + 40 * 16 * 40
     lora = {"rank": 4}
-    assert plan_of(rlp_tree, ppo__lora=lora).disk_bytes == 8 * 1000 + 3 * 16 * 250 + tables
-    assert plan_of(rlp_tree, **FUNCTION).disk_bytes == 4 * 1000 + 3 * 2 * 16 * 250
-    os.truncate(weights, 2**42)
+    assert plan_of(rlp_tree, ppo__lora=lora).disk_bytes == 8 * size + 3 * 16 * num + tables
+    assert plan_of(rlp_tree, **FUNCTION).disk_bytes == 4 * size + 3 * 2 * 16 * num
+    grow(folder, 2**42)
     assert "GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, changed(rlp_tree))
 
 
 def test_what_an_earlier_attempt_wrote_needs_no_room_again(tree, monkeypatch):
-    os.truncate(Path(tree["policy"]["path"], "model.safetensors"), 2**20)
-    usage = type("Usage", (), {"free": 6 * 2**20})
+    folder = Path(tree["policy"]["path"])
+    grow(folder, 2**20 - (folder / "model.safetensors").stat().st_size)
+    usage = type("Usage", (), {"free": 6 * 2**20, "total": 2**30})
     monkeypatch.setattr("rayrl.preflight.run_folder.shutil.disk_usage", lambda _: usage)
     config = changed(tree)  # two models and an optimizer of three
     plan = check(config, cluster=TWO_CPUS)
@@ -86,6 +90,6 @@ def test_what_an_earlier_attempt_wrote_needs_no_room_again(tree, monkeypatch):
     assert any("run_dir: with all checkpoints of a fit" in warning for warning in plan.warnings)
     assert re.search(r"\ndisk     about 0\.01 GiB; 0\.01 GiB are free for run_dir\n", render_plan(plan))
     usage.free = 4 * 2**20
-    assert "needs 0.0 GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, config)
+    assert "needs 5.0 MiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, config)
     storage.write_bytes(f"{config.run_dir}/stages/sft/checkpoint/model.safetensors", bytes(2**20))
     assert check(config, cluster=TWO_CPUS).disk_bytes == plan.disk_bytes - 2**20

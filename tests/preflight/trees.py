@@ -1,6 +1,7 @@
 """Configs of small runs for the tests of this folder, and the message of a refusal."""
 
 import json
+import math
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -26,11 +27,39 @@ PAIRS = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in ("p", "q", 
 def save_model(folder, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODEL | changes))
-    (folder / "model.safetensors").touch()
+    save_header(folder, layer_shapes(MODEL | changes))
     words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))  # a word, a token
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(folder / "tokenizer.json"))
     return str(folder)
+
+
+def layer_shapes(config):
+    """Shapes of a small model of this config.json."""
+    width = config["hidden_size"]
+    shapes = {"embed_tokens.weight": (config["vocab_size"], width)}
+    for number in range(config["num_hidden_layers"]):
+        shapes |= {f"layers.{number}.q_proj.weight": (width, width), f"layers.{number}.norm.weight": (width,)}
+    return shapes
+
+
+def save_header(folder, shapes, name="model.safetensors"):
+    """A file of weights in float32, all zero: the file is sparse, and takes no room."""
+    place, header = 0, {}
+    for tensor, shape in shapes.items():
+        end = place + 4 * math.prod(shape)
+        header[tensor] = {"dtype": "F32", "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    with open(folder / name, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)
+
+
+def grow(folder, num_bytes):
+    """Make a model's weights so large, about: a sparse file."""
+    config = json.loads((folder / "config.json").read_text())
+    save_header(folder, layer_shapes(config) | {"more": (num_bytes // 4,)})
 
 
 def save_rows(path, rows):

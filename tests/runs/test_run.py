@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,11 @@ def run_dir(request, tmp_path):
 def finish(run, stage, key, *, num_rows=3):
     metrics = made_up(stage.metrics)
     return run.finish(stage, key, since=0.0, num_rows=num_rows, metrics=metrics, summary="done")
+
+
+def work_of(manifest):
+    """A manifest without its files, which another store describes otherwise."""
+    return replace(manifest, files={})
 
 
 def finished_stages(run):
@@ -222,10 +228,10 @@ def test_reuse_takes_over_a_finished_stage_and_its_files(run_dir, tmp_path, sour
     run = open_run(config_of(run_dir, reuse=earlier))
     assert run.finished(GENERATE, "k2") is None
     assert finished_stages(run) == set()
-    assert run.finished(GENERATE, "k1") == written
+    assert work_of(run.finished(GENERATE, "k1")) == work_of(written)
     assert finished_stages(run) == {"generate"}
     assert storage.exists(run.folder(GENERATE, "table", "part-00000.parquet"))
-    assert open_run(config_of(run_dir)).finished(GENERATE, "k1") == written
+    assert work_of(open_run(config_of(run_dir)).finished(GENERATE, "k1")) == work_of(written)
 
 
 @pytest.mark.parametrize("source", ["", "memory://"])

@@ -71,12 +71,15 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_told(undisturbed, caplog):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_and_the_earlier_one_goes_on(undisturbed, tmp_path):
-    """A real EFBIG of the kernel in the training worker, as a quota gives, where torch writes the files."""
+    """A real EFBIG of the kernel in the training worker, as a quota gives, where torch writes the files.
+
+    It goes on with settings turned down, as after a lack of memory: the training is the same one.
+    """
     folder, table = undisturbed
     with pytest.raises(DiskFull, match=r"the checkpoint of step 4: the disk of \S+ .* [\d,]+ bytes free"):
         sft_fit(tmp_path, table, FullDisk(limit_bytes=200_000))
     assert [name[:19] for name in checkpoints.whole(f"{tmp_path}/fit/fit")] == ["checkpoint_00000002"]
-    sft_fit(tmp_path, table)
+    sft_fit(tmp_path, table, micro_batch_tokens=24, gradient_checkpointing=True, checkpoint_every=1)
     steps = steps_logged(tmp_path)  # training may have gone on while the checkpoint of step 4 was written
     assert steps[:4] == [1, 2, 3, 4] and steps[-5:] == [3, 4, 5, 6, 7] and len(steps) <= 7 + 5, "from step 2 on"
     assert_same_weights(weights(tmp_path), weights(folder))

@@ -1,11 +1,15 @@
 """A fit that gives up waiting for its workers, and its message."""
 
+import os
+import signal
+
 import pytest
 import ray.train
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
 from rayrl.config import SftConfig
-from rayrl.errors import StageTimeout
+from rayrl.errors import StageTimeout, TrainingStopped
 from rayrl.training import launch
 
 
@@ -68,3 +72,43 @@ def test_a_fit_that_finds_no_room_ends(ray_cluster, tmp_path, monkeypatch):
             on_gpu=False,
             name="mine-sft",
         )
+
+
+def dies(job, rows):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_die_end_in_one_message(ray_cluster, tmp_path):
+    training = SftConfig(max_failures=0)
+    rows = ray.data.from_items([{"id": 0}])
+    with pytest.raises(TrainingStopped) as stopped:
+        launch.fit(dies, None, training, rows, storage=f"{tmp_path}/fit", on_gpu=False, name="mine-sft")
+    message = str(stopped.value)
+    assert message.startswith("mine-sft: a worker died (") and "max_failures = 0 allows" in message
+    assert "goes on from the last one" in message and "Traceback" not in message and len(message.splitlines()) == 1
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls its own."""
+
+
+def test_a_worker_without_memory_is_told_what_to_lower():
+    full = ray.train.WorkerGroupError("full", {0: OutOfMemoryError("CUDA out of memory. Tried to ...\nand more")})
+    reason = launch.why_given_up(full, 3)
+    assert reason is not None and "(CUDA out of memory. Tried to ...); lower its micro_batch_tokens" in reason
+    assert launch.why_given_up(ray.train.WorkerGroupError("bug", {0: ValueError("ours")}), 3) is None
+    assert launch.why_given_up(ray.train.ControllerError(lost()), 2).startswith("a worker died (a node died), and more")
+
+
+def test_a_fit_leaves_the_handler_of_ctrl_c_in_place():
+    """Ray Train registers one in this method, which must still be the one that is left out."""
+    assert callable(TorchTrainer._register_sigint_handler)
+    before = signal.getsignal(signal.SIGINT)
+    trainer = launch._Trainer(lambda: None)
+    trainer._register_sigint_handler(None)
+    assert signal.getsignal(signal.SIGINT) == before
+    TorchTrainer._register_sigint_handler(trainer, None)
+    try:
+        assert signal.getsignal(signal.SIGINT) != before
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -61,7 +61,7 @@ def _evaluate(path: str, arguments: dict[str, Any], options: dict[str, Any], see
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError(
-            "evaluate.lm_eval.tasks needs lm-evaluation-harness: pip install rayrl[lm-eval], or empty the list"
+            "evaluate.lm_eval.tasks needs lm-evaluation-harness: pip install lm_eval, or empty the list"
         ) from None
     manager = TaskManager(include_path=options["include_path"])
     simple_evaluate: Any = lm_eval.simple_evaluate

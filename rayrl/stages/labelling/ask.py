@@ -4,6 +4,7 @@ The questions come back answered, as the same records. Nothing here is kept: the
 makes a repeated question free.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rayrl.errors import RayRLError, RunDirectoryError, StageTimeout
 from rayrl.metrics.progress import track
+from rayrl.oracles.ledger import Outlook
 from rayrl.oracles.ledger_schema import REASON_CHARS
 from rayrl.oracles.questions import Question
 from rayrl.records import Comparison, Judgement, content_id
 from rayrl.runs.stage_metrics import LedgerCounts
 from rayrl.runs.stage_table import AnyStage
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 64
 MAX_REASONS = 5
@@ -44,7 +48,7 @@ def ask(oracle: ActorHandle, judgements: Sequence[Judgement], stage: AnyStage, *
         JudgeFailed: the oracle itself fails. What it has answered is in the ledger.
         StageTimeout: a chunk took hours.
     """
-    return _in_chunks(oracle.judge, judgements, stage, describe)
+    return _in_chunks(oracle, oracle.judge, judgements, stage, describe)
 
 
 def oracle_scores(
@@ -63,7 +67,7 @@ def ask_comparisons(
     oracle: ActorHandle, comparisons: Sequence[Comparison], stage: AnyStage, *, describe: str
 ) -> list[Comparison]:
     """Have the oracle pool compare responses, as `ask` has it judge them."""
-    return _in_chunks(oracle.compare, comparisons, stage, describe)
+    return _in_chunks(oracle, oracle.compare, comparisons, stage, describe)
 
 
 def ledger_counts(oracle: ActorHandle) -> dict[str, LedgerCounts]:
@@ -109,8 +113,41 @@ def wait_for(asked: Any, describe: str, timeout_s: float) -> Any:
         ) from None
 
 
-def _in_chunks(method: ActorMethod, questions: Sequence[Question], stage: AnyStage, describe: str) -> list[Question]:
+def _announce(outlook: Outlook, stage: AnyStage) -> None:
+    """Say what was paid for other questions of this stage, before new ones are asked.
+
+    Raises:
+        RunDirectoryError: an input or the judge prompt has changed, and what its questions took is no more there for
+            the new ones. Asked as far as the budget goes, a part would pass for the whole.
+    """
+    if outlook.num_reworded:
+        logger.warning(
+            "%s: %d answers to the earlier judge prompt, or of the earlier oracle, stay in the ledger; %d questions "
+            "will be asked, %d are answered already",
+            stage.name,
+            outlook.num_reworded,
+            outlook.num_new,
+            outlook.num_known,
+        )
+    # An evaluation by fewer questions is the same one, with a larger error; by half of another judge's it is not.
+    num_others = outlook.num_earlier if stage.pays == "label" else outlook.num_reworded
+    if num_others and outlook.num_new > outlook.num_left + outlook.num_lost:
+        raise RunDirectoryError(
+            f"{stage.name}: {num_others} answers of this run were paid for other questions than it has now "
+            f"(an input, the judge prompt or the oracle has changed since, see its log), {outlook.num_new} questions "
+            f"would be asked, and its budget has {outlook.num_left} left. Nothing was asked. Set back what has "
+            "changed; or choose another run_dir, with reuse = this one for the stages that stay the same and "
+            "oracle.ledger = this run's ledger for the answers that are paid"
+        )
+
+
+def _in_chunks(
+    oracle: ActorHandle, method: ActorMethod, questions: Sequence[Question], stage: AnyStage, describe: str
+) -> list[Question]:
     """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
+    if not questions:
+        return []
+    _announce(wait_for(oracle.outlook.remote(questions, stage.pays, stage.name), describe, COUNT_TIMEOUT_S), stage)
     chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
     pending: list[Any] = [method.remote(chunk, stage.pays, stage.name) for chunk in chunks]
     answers: list[Question] = []

@@ -41,9 +41,10 @@ def _read(run: Run, data: PreferenceDataConfig, key: str) -> Manifest[Preference
     pairs = _tokenised_pairs(run, data, rows, cut)
     url = run.folder(PREFERENCES, "table")
     table, num_pairs = write_blocks(url, pairs, PreferencePair, run.config.generate.block_size)
+    bad_rows = f", {rows.bad_rows.num} bad (the first: {rows.bad_rows.first})" if rows.bad_rows.num else ""
     dropped = (
         f"{rows.num_unusable} rows without a prompt or two answers, {rows.num_tied} tied, "
-        f"{rows.num_other_prompt} with two prompts; {cut['num_too_long']} pairs too long for the context, "
+        f"{rows.num_other_prompt} with two prompts{bad_rows}; {cut['num_too_long']} pairs too long for the context, "
         f"{cut['num_same_when_cut']} the same up to it"
     )
     if num_pairs == 0:
@@ -57,6 +58,7 @@ def _read(run: Run, data: PreferenceDataConfig, key: str) -> Manifest[Preference
         num_unusable=rows.num_unusable,
         num_tied=rows.num_tied,
         num_other_prompt=rows.num_other_prompt,
+        num_bad=rows.bad_rows.num,
         **cut,
     )
     return run.finish(

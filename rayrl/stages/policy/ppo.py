@@ -14,7 +14,7 @@ from rayrl.errors import TrainingStopped
 from rayrl.fleets.services import Services
 from rayrl.metrics.curves import read_metrics
 from rayrl.records import Checkpoint, content_id, drawn_seed
-from rayrl.runs import storage
+from rayrl.runs import guard, storage
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import FitMetrics, PpoMetrics
 from rayrl.runs.stage_table import PPO, Stage
@@ -145,14 +145,14 @@ def sync_folder(run: Run, stage: Stage, key: str, m1: Checkpoint, *, on_gpu: boo
 
     Shared memory, if everything is on one machine without GPUs and several versions fit; otherwise the run's folder.
     """
-    memory, m1_folder = Path("/dev/shm"), Path(storage.local_folder(m1.path))
+    memory, m1_folder = guard.SHARED_MEMORY, Path(storage.local_folder(m1.path))
     num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     if on_gpu or num_nodes != 1 or not memory.is_dir() or not m1_folder.is_dir():
         return run.folder(stage, "weights")
     num_bytes = sum(file.stat().st_size for file in m1_folder.glob("*.safetensors"))
     if shutil.disk_usage(memory).free <= NUM_VERSIONS * num_bytes:
         return run.folder(stage, "weights")
-    return str(memory / f"rayrl-{content_id(run.url, stage.name, key)}")
+    return str(guard.shared_memory_folder(content_id(run.url, stage.name, key)))
 
 
 def summarise(curve: list[dict[str, Any]], fitted: FitMetrics, config: PpoConfig) -> PpoMetrics:

@@ -59,7 +59,7 @@ class Examples:
 def base_policy(run: Run) -> Checkpoint:
     """Return M0, as the config names it."""
     policy = run.config.policy
-    version = content_id("policy", policy.path, policy.revision or "")
+    version = content_id("policy", policy.path, policy.revision or "", *run.content("policy."))
     return Checkpoint(path=policy.path, version=version, revision=policy.revision)
 
 
@@ -98,6 +98,8 @@ def sft(run: Run, services: Services) -> Checkpoint:
             **asdict(curve),
             num_empty=examples.rows.num_empty,
             num_below_score=examples.rows.num_below_score,
+            num_without_score=examples.rows.num_without_score,
+            num_bad=examples.rows.bad_rows.num,
             num_used_rows=examples.rows.num_kept,
             num_skipped_turns=examples.rows.num_skipped_turns,
             **examples.cut,
@@ -117,9 +119,11 @@ def counted(examples: Examples, turns: Turns) -> str:
 
 
 def _left_out(examples: Examples) -> str:
-    """Write how many examples were left out because their prompts fill the context; empty if none was."""
+    """Write how many examples were left out because their prompts fill the context, and the bad rows; empty if none."""
     num = examples.cut["num_too_long"]
-    return f" ({num} left out: their prompts fill the context)" if num else ""
+    too_long = f" ({num} left out: their prompts fill the context)" if num else ""
+    bad_rows = examples.rows.bad_rows.in_words()
+    return f"{too_long} ({bad_rows})" if bad_rows else too_long
 
 
 def tokenise(run: Run) -> Examples:
@@ -157,7 +161,8 @@ def tokenise(run: Run) -> Examples:
     if num_examples == 0:
         raise DataError(
             f"seed_data.path {run.config.seed_data.path} leaves no row: {rows.num_rows} read, "
-            f"{rows.num_empty} empty, {rows.num_below_score} below min_score, {cut['num_too_long']} with a prompt that "
+            f"{rows.num_empty} empty, {rows.num_below_score} below min_score, {rows.num_without_score} without a "
+            f"score, {rows.bad_rows.num} bad, {cut['num_too_long']} with a prompt that "
             "fills the context; lower min_score, add data, or raise policy.max_model_len if the model allows it"
         )
     table = BlockTable(url, num_blocks)

@@ -68,8 +68,8 @@ def pseudo_label(
     version = evaluator.checkpoint.version if evaluator else config.labels
     with_synthetic = config.pseudo_label.synthetic
     judged = [judgements.key for judgements in paid]
-    spg = config.refresh.spg if with_synthetic else None
-    key = run.key(PSEUDO_LABEL, config.pseudo_label, version, responses.key, *judged, config.labels, spg)
+    spg = [config.refresh.spg, *run.content("refresh.spg.")] if with_synthetic else [None]
+    key = run.key(PSEUDO_LABEL, config.pseudo_label, version, responses.key, *judged, config.labels, *spg)
     done = run.finished(PSEUDO_LABEL, key)
     num_blocks = responses.table.num_blocks
     # Under the control "shuffled" these are the permuted scores: the oracle's own must not leak into the pairs.

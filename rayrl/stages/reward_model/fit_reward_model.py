@@ -112,7 +112,8 @@ def adopt_reward_model(
     path = storage.absolute(run.config.reward_model.path)
     # The head is small and no two fits have the same one: it tells models at the same path apart.
     head = (Path(storage.local_folder(path)) / HEAD_FILE).read_bytes().hex()
-    model = Checkpoint(path=path, version=f"reward-model-{content_id(path, head)}")
+    version = content_id(path, head, *run.content("reward_model."))
+    model = Checkpoint(path=path, version=f"reward-model-{version}")
     sources = [source.key for source in preferences]
     key = run.key(stage, model.version, run.config.reward_model, run.config.policy.max_model_len, *sources)
     models = RewardModels(key=key, checkpoints=(model,), m1=m1, config=run.config)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from rayrl.data.blocks import BlockTable
-from rayrl.data.reading import PromptCounts, Render, read_prompts
-from rayrl.data.tokenizing import encode_prompts, load_tokenizer, renderer_of
+from rayrl.data.reading import PromptCounts, read_prompts
+from rayrl.data.tokenizing import encode_prompts, load_tokenizer, renderer_of, room_of
 from rayrl.records import Prompt, content_id
 from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import PoolMetrics
@@ -44,14 +44,19 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
     config = run.config
     tokenizer = load_tokenizer(config.policy)
     renderer = renderer_of(tokenizer, config.policy)
-    held_out_ids = _draw_held_out(run, renderer)
+    room = room_of(tokenizer, config.policy)
+
+    def prompts(counts: PromptCounts | None = None) -> Iterator[Prompt]:
+        return read_prompts(config.pool, renderer, counts, room)
+
+    held_out_ids = _draw_held_out(run, prompts())
     counts = PromptCounts()
 
-    def write(name: str, prompts: Iterator[Prompt]) -> tuple[int, int]:
+    def write(name: str, part: Iterator[Prompt]) -> tuple[int, int]:
         """Write one table block by block; its number of blocks and of prompts."""
         num_blocks, num_prompts = 0, 0
         # One block in memory at a time: a pool may have millions of prompts.
-        while block := list(itertools.islice(prompts, config.generate.block_size)):
+        while block := list(itertools.islice(part, config.generate.block_size)):
             tokens = encode_prompts(tokenizer, [prompt.rendered for prompt in block], config.policy.prompt_format)
             rows = [
                 {"id": prompt.id, "text": prompt.text, "token_ids": token_ids}
@@ -64,10 +69,11 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
         return num_blocks, num_prompts
 
     # The rows are counted in one of the two passes only.
-    training = (p for p in read_prompts(config.pool, renderer, counts) if p.id not in held_out_ids)
+    training = (prompt for prompt in prompts(counts) if prompt.id not in held_out_ids)
     num_train_blocks, num_prompts = write("train", training)
-    held_out = (p for p in read_prompts(config.pool, renderer) if p.id in held_out_ids)
+    held_out = (prompt for prompt in prompts() if prompt.id in held_out_ids)
     num_held_out_blocks, num_eval = write("held_out", held_out)
+    bad_rows = f"; {counts.bad_rows.in_words()}" if counts.bad_rows.num else ""
     num_marked = counts.num_with_control_tokens
     with_control_tokens = f"; {num_marked} prompts hold control tokens, read as ordinary text" if num_marked else ""
     return run.finish(
@@ -78,6 +84,8 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
         metrics=PoolMetrics(
             num_rows=counts.num_rows,
             num_empty=counts.num_empty,
+            num_bad=counts.bad_rows.num,
+            first_bad=counts.bad_rows.first,
             num_duplicates=counts.num_duplicate,
             num_prompts=num_prompts,
             num_eval=num_eval,
@@ -86,13 +94,12 @@ def _lay_out(run: Run, key: str) -> Manifest[PoolMetrics]:
             num_with_control_tokens=counts.num_with_control_tokens,
         ),
         summary=f"{num_prompts} prompts and {num_eval} held out; "
-        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped{with_control_tokens}",
+        f"{counts.num_duplicate} duplicate and {counts.num_empty} empty rows dropped{bad_rows}{with_control_tokens}",
     )
 
 
-def _draw_held_out(run: Run, renderer: Render) -> set[str]:
+def _draw_held_out(run: Run, prompts: Iterator[Prompt]) -> set[str]:
     """Ids of the held-out prompts: those that come first in an order drawn by the seed."""
-    prompts = read_prompts(run.config.pool, renderer)
     # A hash of the text decides, so that rows added to the file later move no prompt to the other side.
     drawn = ((content_id("held out", str(run.seed), prompt.id), prompt.id) for prompt in prompts)
     return {prompt_id for _, prompt_id in heapq.nsmallest(run.config.pool.num_eval, drawn)}

@@ -76,7 +76,8 @@ def embedding_of(run: Run, services: Services, m1: Checkpoint, *, embedder: str,
         checkpoint, max_tokens = m1, context_length(config.policy)
         fleet = services.embedders(m1, pooling)
     else:
-        checkpoint = Checkpoint(path=embedder, version=content_id("embedder", embedder))
+        setting = "select.embedder" if embedder == config.select.embedder else "refresh.spg.embedder"
+        checkpoint = Checkpoint(path=embedder, version=content_id("embedder", embedder, *run.content(setting)))
         max_tokens = context_length(PolicyConfig(path=embedder))
         fleet = services.sentence_embedders(checkpoint, pooling)
     return Embedding(

@@ -70,7 +70,8 @@ def select(run: Run, services: Services, policy: Checkpoint, responses: Response
     paired = config.preferences if config.asks_for_comparisons else None
     # The budget of this round and not of all: a longer run takes over what a shorter one has paid for.
     settings = config.select.science_json(exclude=frozenset({"budget"}))
-    key = run.key(SELECT, settings, run.budget, wording, responses.key, config.labels == "expert", paired)
+    inputs = [settings, *run.content("select."), *(run.content("seed_data.") if config.select.seed_centers else [])]
+    key = run.key(SELECT, *inputs, run.budget, wording, responses.key, config.labels == "expert", paired)
     query_set = QuerySet(key=key, table=BlockTable(run.folder(SELECT, "table"), 1))
     if run.finished(SELECT, key):
         return query_set

@@ -82,7 +82,7 @@ def _settings(run: Run) -> list[str]:
     config, evaluator = run.config.refresh, run.config.evaluator
     match config.method:
         case "spg":  # embeddings cluster, or are tried where entailment accepts nothing
-            return [config.spg.science_json(), run.config.select.pooling]
+            return [config.spg.science_json(), run.config.select.pooling, *run.content("refresh.spg.")]
         case "self_judged":
             sampled = f"{evaluator.scoring} {evaluator.num_samples} {evaluator.max_rationale_tokens}"
             return [load_rubric(run.config.rubric).version, sampled]

@@ -99,6 +99,16 @@ def test_pairs_of_a_file_are_what_the_policy_reads(tmp_path, tiny_policy):
     assert metrics.asked is None
 
 
+def test_bad_rows_of_a_file_are_dropped_and_counted(tmp_path, tiny_policy):
+    rows = [{"prompt": "Once", "chosen": "a dog.", "rejected": rejected} for rejected in ("a cat.", 7)]
+    path = save(tmp_path / "pairs.jsonl", rows)
+    read_preferences(run_in(tmp_path, tiny_policy, {"data": {"path": path, "on_bad_row": "drop"}}))
+    metrics = metrics_in(tmp_path)
+    assert (metrics.num_pairs, metrics.file.num_bad) == (1, 1)
+    manifest = read_manifest(str(tmp_path), PREFERENCES)
+    assert manifest is not None and ", 1 bad (the first: " in manifest.summary
+
+
 def test_answers_are_cut_to_the_context_and_counted(tmp_path, tiny_policy):
     long = "the cat sat on the mat and " * 20
     rows = [

@@ -22,7 +22,7 @@ DROPS_THOUGHTS = (
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]}
 
 
-def run_on(folder, prompts):
+def run_on(folder, prompts, **seed_data):
     """A run whose policy reads chats of at most 64 tokens; every prompt has a long response."""
     (folder / "seed.jsonl").write_text(
         "".join(json.dumps({"prompt": prompt, "response": "First add water. " * 30}) + "\n" for prompt in prompts)
@@ -32,7 +32,7 @@ def run_on(folder, prompts):
         "run_dir": str(folder),
         "policy": {"path": chat_policy(folder / "policy").path, "max_model_len": LIMIT},
         "pool": {"path": "unused.jsonl"},
-        "seed_data": {"path": str(folder / "seed.jsonl")},
+        "seed_data": {"path": str(folder / "seed.jsonl")} | seed_data,
         "select": {"budget": 4},
         "oracle": {"type": "scripted", "function": "tests.oracles.length_oracle:judge"},
     }
@@ -132,6 +132,16 @@ def test_no_prompt_is_cut_through_the_header_of_the_assistants_turn(tmp_path):
     for row in examples.table.read(0).to_pylist():
         assert tokenizer.decode(row["prompt_token_ids"]).endswith("<|im_start|>assistant\n")
         assert len(row["prompt_token_ids"]) + len(row["response_token_ids"]) == LIMIT
+
+
+def test_bad_rows_are_refused_or_left_out_and_counted(tmp_path):
+    refusing, dropping = tmp_path / "refusing", tmp_path / "dropping"
+    refusing.mkdir()
+    dropping.mkdir()
+    with pytest.raises(DataError, match=r"seed.jsonl, row 2: column prompt must be text, got 7 \(int\)"):
+        tokenise(run_on(refusing, ["Boil rice.", 7]))
+    examples = tokenise(run_on(dropping, ["Boil rice.", 7], on_bad_row="drop"))
+    assert (examples.num_examples, examples.rows.bad_rows.num) == (1, 1)
 
 
 def test_seed_data_whose_prompts_all_fill_the_context_is_refused(tmp_path):

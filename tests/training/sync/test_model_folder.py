@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from rayrl.config import PolicyConfig
 from rayrl.data.tokenizing import load_tokenizer
+from rayrl.errors import ConfigError
 from rayrl.models.policy import load_policy
 from rayrl.records import Checkpoint
 from rayrl.training import launch
@@ -103,3 +105,25 @@ def test_generation_stops_where_a_turn_ends(tmp_path, monkeypatch, prompt_format
     listed = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     ids = load_tokenizer(policy).convert_tokens_to_ids(ends)
     assert listed == (ids if len(ids) > 1 else ids[0])
+
+
+@pytest.mark.parametrize(
+    "shipped", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.2}, {"top_k": 20}]
+)
+def test_sampling_without_do_sample_is_mended_and_written(tmp_path, monkeypatch, shipped):
+    source = make_tiny_model(tmp_path / "start")
+    file = source / "generation_config.json"
+    file.write_text(json.dumps(shipped | {"eos_token_id": [2, 5]}))
+    export(tmp_path / "out", PolicyConfig(path=str(source)), monkeypatch)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["do_sample"] is True and written["eos_token_id"] == [2, 5]
+    assert {name: written[name] for name in shipped if name != "do_sample"}.items() <= shipped.items()
+
+
+def test_weights_that_are_missing_are_refused_and_not_drawn(tmp_path):
+    source = make_tiny_model(tmp_path / "start")
+    weights = load_file(source / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1" not in name}
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"policy.path must hold all weights of a LlamaForCausalLM, .*layers\.1\."):
+        load_policy(Checkpoint(path=str(source), version="start"), torch.float32)

@@ -1,0 +1,178 @@
+"""Rows of CSV files in any dialect: the separator, and how a quotation mark in a cell is written, are found out.
+
+Python's own parser reads them, since it names the line of a fault; pandas and Arrow take words such as "null" for empty
+cells, and drop or fill rows whose cells do not match the header.
+"""
+
+import csv
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rayrl.errors import DataError
+
+if TYPE_CHECKING:
+    from _csv import Reader
+
+SEPARATORS = (",", ";", "\t", "|")
+MAX_CELL_CHARACTERS = 1 << 26
+"""Longest cell: a quotation mark that never closes must not take the rest of a large file into memory."""
+_SAMPLE_CHARACTERS = 1 << 16
+_NAMED_SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """The way in which a file writes its cells."""
+
+    separator: str
+    escape: str | None = None
+    """Character before a quotation mark inside a quoted cell; None if the mark is doubled."""
+    skips_space: bool = False
+    """Whether a space behind a separator is no part of the cell."""
+
+    def reader(self, lines: Iterable[str]) -> "Reader":
+        """Parse lines, and raise at a quotation mark in a wrong place."""
+        return csv.reader(
+            lines,
+            delimiter=self.separator,
+            escapechar=self.escape,
+            doublequote=self.escape is None,
+            skipinitialspace=self.skips_space,
+            strict=True,
+        )
+
+
+def csv_rows(
+    file: io.TextIOWrapper,
+    path: str,
+    needed: Sequence[str] | None,
+    extra: Sequence[str],
+    check_columns: Callable[[list[str]], None],
+    *,
+    is_tsv: bool,
+) -> Iterator[tuple[int, dict[str, object] | str]]:
+    """Yield the first line of every row, with its cells in the needed and extra columns, or with its fault.
+
+    Args:
+        file: the text, with its line breaks as they are (`newline=""`).
+        path: for messages.
+        needed: columns; None is all of them.
+        extra: columns that are read too where they are.
+        check_columns: refuses the columns of the file.
+        is_tsv: whether a tab is the likeliest separator.
+
+    Raises:
+        DataError: a needed column is there twice, or a quotation mark is in a wrong place, or never closes.
+    """
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    sample = file.read(_SAMPLE_CHARACTERS) + file.readline()
+    num_skipped, separator = 0, None
+    # A first line of this kind is Excel's.
+    if named := _NAMED_SEPARATOR.match(sample):
+        num_skipped, separator = 1, named[1]
+        sample = sample[named.end() :]
+    dialect = find_dialect(sample, needed or (), ("\t", *SEPARATORS) if is_tsv else SEPARATORS, separator)
+    reader = dialect.reader(itertools.chain(io.StringIO(sample, newline=""), file))
+    line = 1 + num_skipped
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        _check_header(columns, needed, path)
+        if columns:
+            check_columns(columns)
+        wanted = {
+            place: name
+            for place, name in enumerate(columns)
+            if name and (needed is None or name in needed or name in extra)
+        }
+        while True:
+            line = reader.line_num + 1 + num_skipped
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if not cells:
+                continue  # an empty line
+            num_more = len(cells) - len(columns)
+            if num_more < 0 or any(cells[len(columns) :]):
+                yield line, _wrong_number(len(cells), len(columns), dialect.separator)
+            else:
+                yield line, {name: cells[place] for place, name in wanted.items()}
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {line}: the row that begins here breaks the rules of CSV ({_reason(error)}): a cell that "
+            "begins with a quotation mark must end with one, before the next separator or the end of the line, and "
+            "marks inside of it must be doubled; correct that row"
+        ) from None
+
+
+def _reason(error: csv.Error) -> str:
+    if "unexpected end of data" in str(error) or "field limit" in str(error):
+        return "its quotation mark never closes"
+    return str(error)
+
+
+def _wrong_number(num_cells: int, num_columns: int, separator: str) -> str:
+    more = "more" if num_cells > num_columns else "fewer"
+    remedy = ""
+    if num_cells > num_columns:
+        remedy = f"; a cell that holds the separator {separator!r} must stand in quotation marks"
+    return f"it has {more} cells than the header, {num_cells} for {num_columns} columns{remedy}"
+
+
+def _check_header(columns: list[str], needed: Sequence[str] | None, path: str) -> None:
+    for name, num in Counter(columns).items():
+        if num > 1 and needed is not None and name in needed:
+            raise DataError(f"{path} has {num} columns named {name}; rename all but one of them")
+
+
+def find_dialect(
+    sample: str, needed: Sequence[str], separators: Sequence[str], separator: str | None = None
+) -> Dialect:
+    """Find the dialect under which the sample's header has most of the needed columns, and its rows break least.
+
+    Args:
+        sample: beginning of the file, in whole lines.
+        needed: columns that the header should have.
+        separators: in the order of preference.
+        separator: the one that the file names itself.
+    """
+    # A separator that the header lacks separates nothing: rows of one column that hold it are refused.
+    first_line = sample.partition("\n")[0]
+    found = [each for each in separators if each in first_line] or separators[:1]
+    candidates = [
+        Dialect(separator=each, escape=escape)
+        for each in ([separator] if separator else found)
+        for escape in ((None, "\\") if '\\"' in sample else (None,))
+    ]
+    # The first of equals counts; where no separator gives a needed column, the one with most columns makes the
+    # clearest message.
+    best = max(candidates, key=lambda dialect: _fitness(sample, dialect, needed))
+    header = _header(sample, best)
+    skips_space = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    return Dialect(separator=best.separator, escape=best.escape, skips_space=skips_space)
+
+
+def _header(sample: str, dialect: Dialect) -> list[str]:
+    try:
+        return next(dialect.reader(io.StringIO(sample, newline="")), [])
+    except csv.Error:
+        return []
+
+
+def _fitness(sample: str, dialect: Dialect, needed: Sequence[str]) -> tuple[int, int, int]:
+    """Return (needed columns in the header, less the rows that break, columns if none is needed)."""
+    header = [name.strip() for name in _header(sample, dialect)]
+    num_found = sum(name in header for name in needed)
+    num_broken = 0
+    reader = dialect.reader(io.StringIO(sample, newline=""))
+    try:
+        for cells in reader:
+            num_broken += bool(cells) and len(cells) != len(header)
+    except csv.Error as error:
+        # The sample may end inside a cell.
+        num_broken += 0 if "unexpected end of data" in str(error) else 1 + len(sample)
+    return num_found, -num_broken, len(header) if num_found == 0 else 0

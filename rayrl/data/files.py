@@ -1,0 +1,271 @@
+"""Files of a source: which files a path, pattern or folder stands for, and their bytes and text, decompressed.
+
+This module knows formats by name and by their first bytes; it reads no rows (see `rows`).
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal, NamedTuple, cast
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+from fsspec.core import url_to_fs
+
+from rayrl.errors import DataError
+
+Format = Literal["json", "csv", "tsv", "parquet", "arrow"]
+
+FORMATS: dict[str, Format] = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+"""Formats by the suffix of a file, before that of its compression."""
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+_PEEKED_BYTES = 256
+_BUFFER_BYTES = 1 << 20
+_BINARY: dict[bytes, Format] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+"""Formats by the first bytes; the last ones begin a stream of Arrow."""
+_GIT_LFS = b"version https://git-lfs"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def find_files(path: str) -> list[str] | None:
+    """List the files that a path or a pattern stands for, in order of their names; None for a folder or a hub name.
+
+    Raises:
+        DataError: no file matches the pattern, or the path has no known suffix and is neither a folder nor a hub name.
+    """
+    is_url = "://" in path
+    if not is_url and os.path.isdir(path):
+        return None
+    if not is_url and os.path.isfile(path):
+        return [path]
+    # An address may hold a question mark that is no pattern.
+    if re.search(r"[*\[]" if is_url else r"[*?\[]", path):
+        return _matching(path)
+    if suffix_of(path) is not None:
+        return [path]
+    if is_url:
+        with access_to(path):
+            filesystem, root = url_to_fs(path)
+            return None if filesystem.isdir(root) else [path]
+    if is_hub_name(path):
+        return None
+    raise DataError(f"{path} does not exist; give a file ({_known_suffixes()}), a pattern, a folder or a hub name")
+
+
+def files_of(path: str, split: str = "train") -> list[str]:
+    """List the files that hold the rows of a path, pattern or folder; none for a hub name.
+
+    Raises:
+        DataError: see `find_files` and `shards_in`.
+    """
+    found = find_files(path)
+    if found is not None:
+        return found
+    if is_on_hub(path):
+        return []
+    if is_saved(path):
+        filesystem, root = url_to_fs(path)
+        return [filesystem.unstrip_protocol(name) for name in sorted(filesystem.find(root))]
+    return shards_in(path, split)
+
+
+def is_saved(folder: str) -> bool:
+    """Return whether `datasets` wrote a folder by save_to_disk."""
+    with access_to(folder):
+        filesystem, root = url_to_fs(folder)
+        return any(filesystem.exists(f"{root.rstrip('/')}/{name}") for name in ("dataset_dict.json", "state.json"))
+
+
+def is_on_hub(path: str) -> bool:
+    """Return whether a path is no folder but a name on the hub."""
+    return "://" not in path and is_hub_name(path) and not os.path.isdir(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """Return whether a path looks like a name on the hub: `name`, `user/name`, possibly with `:configuration`."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path) is not None
+
+
+def suffix_of(path: str) -> str | None:
+    """Return the suffix that names a file's format, in lower case; None without a known one."""
+    name = (urlsplit(path).path if path.startswith(("http://", "https://")) else path).lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+
+
+def _known_suffixes() -> str:
+    return f"{', '.join(FORMATS)}, possibly with {', '.join(COMPRESSIONS)} behind it"
+
+
+def _matching(pattern: str) -> list[str]:
+    is_url = "://" in pattern
+    with access_to(pattern):
+        filesystem, root = url_to_fs(pattern)
+        found = sorted(cast("list[str]", filesystem.glob(root)))
+        files = [filesystem.unstrip_protocol(name) if is_url else name for name in found if not filesystem.isdir(name)]
+    if not files:
+        raise DataError(f"no file matches {pattern}; correct the pattern")
+    return files
+
+
+def shards_in(folder: str, split: str) -> list[str]:
+    """List the files of a folder that belong to a split, as `datasets.load_dataset` finds them.
+
+    Raises:
+        DataError: the folder holds no file of a known format, files of several formats, or not the split.
+    """
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    try:
+        patterns = {str(name): found for name, found in get_data_patterns(folder).items()}
+    except (EmptyDatasetError, FileNotFoundError):
+        patterns = {}
+    by_split = {
+        name: sorted({file for pattern in found for file in resolve_pattern(pattern, folder) if suffix_of(file)})
+        for name, found in patterns.items()
+    }
+    by_split = {name: files for name, files in by_split.items() if files}
+    if not by_split:
+        raise DataError(
+            f"{folder} holds no file of data and was not written by save_to_disk; give a folder of files "
+            f"({_known_suffixes()}), or one file"
+        )
+    if split not in by_split:
+        raise DataError(f"{folder} has no split {split}; the splits there are {', '.join(by_split)}")
+    formats = sorted({FORMATS[suffix] for file in by_split[split] if (suffix := suffix_of(file))})
+    if len(formats) > 1:
+        raise DataError(
+            f"{folder} holds files of several formats, {', '.join(formats)}; give a pattern for one of them, such as "
+            f"{folder.rstrip('/')}/*.{formats[0]}"
+        )
+    return by_split[split]
+
+
+@contextmanager
+def access_to(path: str) -> Iterator[None]:
+    """Turn what a filesystem raises into a refusal: each has errors of its own, of keys and of networks.
+
+    Raises:
+        DataError: names the path and the error.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        reached = " or cannot be reached" if "://" in path else ""
+        raise DataError(f"{path} does not exist{reached}") from None
+    except ImportError as error:
+        raise DataError(f"{path} needs a package that is not installed: {error}") from None
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be opened: {type(error).__name__}: {error}; correct the path, or the access to it"
+        ) from None
+
+
+class OpenFile(NamedTuple):
+    """An open file, decompressed while it is read."""
+
+    content: io.BufferedReader
+    format: Format
+    is_compressed: bool
+
+
+@contextmanager
+def open_file(path: str) -> Iterator[OpenFile]:
+    """Open a file decompressed, and tell its format: by its first bytes, or else by its suffix.
+
+    Raises:
+        DataError: it does not exist or cannot be opened, is a Git LFS pointer, or has no known format.
+    """
+    with ExitStack() as stack:
+        with access_to(path):
+            raw = stack.enter_context(fsspec.open(path, "rb"))
+        file = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))  # pyright: ignore[reportArgumentType]
+        beginning = file.peek(_PEEKED_BYTES)
+        decompressed = _decompressed(file, beginning)
+        if decompressed is not None:
+            file = stack.enter_context(
+                io.BufferedReader(decompressed, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+            )
+            beginning = file.peek(_PEEKED_BYTES)
+        if beginning.startswith(_GIT_LFS):
+            raise DataError(
+                f"{path} is a Git LFS pointer, a note in place of the data; fetch the data with `git lfs pull`"
+            )
+        yield OpenFile(file, _format_of(path, beginning), is_compressed=decompressed is not None)
+
+
+def _decompressed(file: io.BufferedReader, beginning: bytes) -> object | None:
+    """Return a reader of the decompressed bytes; None if the file is not compressed."""
+    if beginning.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    if beginning.startswith(b"BZh"):
+        return bz2.BZ2File(file)
+    if beginning.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMAFile(file)
+    if beginning.startswith(b"\x28\xb5\x2f\xfd"):
+        # Python 3.11 has no Zstandard of its own.
+        return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+    return None
+
+
+def _format_of(path: str, beginning: bytes) -> Format:
+    for magic, name in _BINARY.items():
+        if beginning.startswith(magic):
+            return name
+    suffix = suffix_of(path)
+    if suffix is not None:
+        return FORMATS[suffix]
+    # JSON has many names.
+    if beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")):
+        return "json"
+    raise DataError(f"{path} must end in one of {_known_suffixes()}, or hold JSON, Parquet or Arrow, or be a folder")
+
+
+def as_text(file: io.BufferedReader, path: str, encoding: str, *, newline: str) -> io.TextIOWrapper:
+    """Read the bytes of an open file as text, without a byte order mark.
+
+    Raises:
+        DataError: it begins as UTF-16 does, and another encoding is set.
+    """
+    name = codecs.lookup(encoding).name
+    beginning = file.peek(2)
+    if name == "utf-8" and beginning.startswith(_UTF_16):
+        raise DataError(f'{path} is UTF-16 and not UTF-8; save it as UTF-8, or set encoding = "utf-16" for it')
+    return io.TextIOWrapper(file, "utf-8-sig" if name == "utf-8" else encoding, newline=newline)
+
+
+def refused_text(path: str, encoding: str, error: UnicodeError) -> DataError:
+    """Make the refusal of a file that is not in its encoding; for UTF-8 it names the line and the byte."""
+    where, reason = path, str(error)
+    if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
+        with open_file(path) as opened:
+            for number, line in enumerate(opened.content, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as of_line:
+                    where, reason = f"{path}, line {number}", f"it has the byte 0x{line[of_line.start]:02x}"
+                    break
+    return DataError(
+        f"{where} is not in the encoding {encoding}: {reason}; save the file as UTF-8, or set its encoding, such as "
+        'encoding = "cp1252" for files of Windows in western Europe'
+    )
