@@ -67,6 +67,7 @@ STAGES = {
         *("refit_reward_model", "ppo_refreshed", "track_rewards", "evaluate"),
     ],
 }
+ASKING = {"query", "preferences"}
 TRAININGS = {"sft", "fit_evaluator", "dpo", "fit_reward_model", "refit_reward_model", "ppo", "ppo_refreshed"}
 
 
@@ -96,13 +97,13 @@ def shared_memory() -> set[str]:
     return {str(path) for path in Path("/dev/shm").glob("rayrl-*")}
 
 
-def num_attempts(folder: Path) -> int:
-    """Count the questions in the run's ledger."""
+def num_attempts(folder: Path, stage: str | None = None) -> int:
+    """Count the questions in the run's ledger, or those of a stage."""
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(f"file:{folder}/ledger.sqlite?mode=ro", uri=True)) as db,
     ):
-        return db.execute("SELECT count(*) FROM attempts").fetchone()[0]
+        return db.execute("SELECT count(*) FROM attempts WHERE stage = ? OR ? IS NULL", (stage, stage)).fetchone()[0]
     return 0
 
 
@@ -111,6 +112,8 @@ def under_way(folder: Path, stage: str) -> Callable[[], bool]:
     place = folder / "stages" / stage
     if stage in ("start", "engines"):
         return lambda: (folder / "timings.json").exists()
+    if stage in ASKING:
+        return lambda: num_attempts(folder, stage) >= 5
     if stage in TRAININGS:
         curves = [folder / "metrics" / f"{stage}.jsonl", folder / "metrics" / f"{stage}-0.jsonl"]
         return lambda: any(curve.exists() and curve.stat().st_size > 0 for curve in curves)

@@ -115,7 +115,12 @@ def connect() -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # Ray raises plain ones, too, as when its processes do not start in time
+        if address == LOCAL:
+            raise ResourceError(
+                f"Ray must start on this machine, and did not: {error}; run the same command again, when less else "
+                "runs here"
+            ) from None
         raise ResourceError(
             f"{ADDRESS} must name a running cluster that this machine is a node of, got {address}: {error}; run this "
             "command on one of its nodes, or submit it with `ray job submit`"

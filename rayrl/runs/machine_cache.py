@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -12,8 +13,12 @@ from pathlib import Path
 from rayrl.errors import StageTimeout
 from rayrl.records import content_id
 
+logger = logging.getLogger(__name__)
+
 NUM_CACHED = 4
 """Folders that a machine keeps beside each other: those used last. PPO publishes one after every update."""
+LARGE_BYTES = 4_000_000_000
+"""Size from which reading a file is worth a word: it takes about a second per GB."""
 SETTLED_NS = 2_000_000_000
 """Age from which a file's time of change tells it from a later one; filesystems count in steps of up to 2 s."""
 FETCH_S = 3600.0
@@ -91,6 +96,8 @@ def file_digest(path: str) -> str:
     note = _notes() / name
     with suppress(OSError):
         return note.read_text()
+    if before.st_size >= LARGE_BYTES:
+        logger.info("reading %s (%.0f GB) once, to know it by its content", path, before.st_size / 1e9)
     digest = read_digest(path)
     after = os.stat(path)
     # A file that has just been written may be written again within the resolution of its time.
