@@ -63,7 +63,7 @@ test-dashboard: install
 	$(BIN)/python -m pytest -m dashboard -q
 
 bench: install
-	for bench in k_center generation against_trl startup swap memory ppo replicas scale oracle; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
+	for bench in k_center generation against_trl startup swap memory ppo replicas scale oracle reading ranks; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done
 	$(BIN)/python -m jobs.bench.training_memory
 
 # Every family of policies through adapters, DPO, export and vLLM; four minutes.
