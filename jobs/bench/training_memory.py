@@ -83,14 +83,11 @@ def estimate(case: Case) -> dict[str, float]:
 def measure(case: Case, rank: int, rendezvous: str) -> int:
     """Train two steps as one of the case's workers; return the peak's bytes in the second."""
     # These libraries are part of the process, and not of what a model takes.
-    import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
-    import deepspeed.runtime.zero.stage3
-    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+    import deepspeed  # noqa: F401
     import peft  # noqa: F401
     import torch
     import torch.distributed as dist
-    import transformers.integrations.deepspeed
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     from rayrl.config import DpoConfig, LoraConfig

@@ -74,10 +74,11 @@ def test_sizes_are_read_from_a_models_config():
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5 + 2 + 1, 0.5, 3)]
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5 + 2 + 1, 0.5, 3)],
 )
 def test_states_are_sharded_as_in_the_zero_paper(stage, weights, gradients, optimizer):
-    """Figure 1 of arXiv 1910.02054 with 4 workers and K = 12; small models stay gathered under ZeRO-3, beside what arrives."""
+    """Figure 1 of arXiv 1910.02054 with 4 workers and K = 12; small models stay gathered under ZeRO-3."""
     sharding = {"zero_stage": stage, "num_workers": 4}
     assert weight_bytes(1e8, 2, **sharding) == weights * 1e8
     assert gradient_bytes(1e8, 2, **sharding) == gradients * 1e8
