@@ -43,7 +43,7 @@ def judge(prompt: str, response: str) -> tuple[float | None, str]:
     return quickstart.judge(prompt, response)
 
 
-def compare(prompt: str, first: str, second: str) -> str:
+def compare(prompt: str, first: str, second: str) -> str | None:
     """Compare like the quickstart's oracle, but take some time for it."""
     time.sleep(JUDGE_S)
     return quickstart.compare(prompt, first, second)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -52,7 +52,7 @@ class Stopping:
                 signal.signal(number, self._handle)
 
     @contextmanager
-    def first(self, action: Callable[[], object]) -> Iterator[None]:
+    def first(self, action: Callable[[], object]) -> Generator[None]:
         """Call `action` at the first signal that comes within the context, before and beside everything else."""
         self._first.append(action)
         try:
@@ -95,7 +95,7 @@ class Stopping:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stopping]:
+def stoppable() -> Generator[Stopping]:
     """Let signals stop this process within the context, and give the handlers that were there back afterwards.
 
     In another thread than the main one, where no handler can be set, nothing stops it.

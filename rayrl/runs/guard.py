@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -49,7 +49,7 @@ def guard_this_process() -> int:
 
 
 @contextmanager
-def ending_descendants(grace_s: float = GRACE_S) -> Iterator[None]:
+def ending_descendants(grace_s: float = GRACE_S) -> Generator[None]:
     """Wait, after the context, for the processes that descend from this one to end, and kill those that do not.
 
     Within it their parents may end, such as the cluster that this process has started. Its guard stays.
