@@ -194,8 +194,8 @@ def plot_curves(curves: Mapping[str, Curve]) -> Figure:
 
 
 def _plotted(rows: Curve) -> list[str]:
-    """Choose the metrics of a training that are drawn."""
-    logged = list(dict.fromkeys(name for row in rows for name in row))
+    """Choose the metrics of a training that are drawn; skipped steps only if there were any."""
+    logged = list(dict.fromkeys(name for row in rows for name, value in row.items() if name != "num_skipped" or value))
     known = [name for name in CURVES if name in logged]
     others = [name for name in logged if name not in CURVES and name not in UNPLOTTED and not name.endswith("_s")]
     return (known + others)[:MAX_PANELS]

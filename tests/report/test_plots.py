@@ -53,8 +53,8 @@ def test_coverage_separates_the_selected():
 
 def test_curves_skip_what_is_not_learning_and_survive_gaps():
     rows = [
-        {"step": 1, "loss": None, "learning_rate": 1.0, "step_s": 2.0},
-        {"step": 2, "loss": 0.5, "margin": 1.0},
+        {"step": 1, "loss": None, "learning_rate": 1.0, "step_s": 2.0, "num_skipped": 0.0},
+        {"step": 2, "loss": 0.5, "margin": 1.0, "num_skipped": 0.0},
     ]
     figure = plots.plot_curves({"sft": [], "dpo": rows})
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
@@ -63,6 +63,8 @@ def test_curves_skip_what_is_not_learning_and_survive_gaps():
         "dpo / margin",
     ]
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[2, 0.5]]
+    skipped = plots.plot_curves({"dpo": [{"step": 1, "num_skipped": 0.0}, {"step": 2, "num_skipped": 1.0}]})
+    assert skipped.axes[0].lines[0].get_xydata().tolist() == [[1, 0], [2, 1]]
 
 
 def test_svg_is_one_element_and_the_same_every_time():
