@@ -325,9 +325,12 @@ def _replicas(run: str) -> Table | Text:
 
 
 def _control(run: str) -> "Actor":
-    """Find the control of a live run, named or given by its directory; connects to the cluster."""
+    """Find the control of a live run, named or given by its directory; connects to the cluster.
+
+    Without RAY_ADDRESS that is the cluster which the directory names, or for a name the newest one on the machine.
+    """
     from rayrl.runs import storage
-    from rayrl.runs.run import CONFIG, read_config
+    from rayrl.runs.run import CONFIG, noted_cluster, read_config
 
     is_folder = storage.exists(storage.join(storage.absolute(run), CONFIG))
     name = read_config(run).name if is_folder else run
@@ -340,10 +343,14 @@ def _control(run: str) -> "Actor":
 
     if not ray.is_initialized():
         address = cluster_address()
+        noted = noted_cluster(storage.absolute(run)) if is_folder and address == LOCAL else None
         try:
-            if address in (LOCAL, "auto"):  # the cluster that a run on this machine has started, or that it belongs to
-                address = canonicalize_bootstrap_address_or_die("auto")
-            check_answers(address)
+            if noted is not None:
+                address = _answering(run, noted)
+            else:
+                if address in (LOCAL, "auto"):
+                    address = canonicalize_bootstrap_address_or_die("auto")
+                check_answers(address)
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
         except ResourceError:
             raise
@@ -353,6 +360,25 @@ def _control(run: str) -> "Actor":
                 "it with `ray job submit -- rayrl ...`"
             ) from None
     return find_control(name)
+
+
+def _answering(run: str, noted: str) -> str:
+    """Return the address of the cluster that a run's directory names.
+
+    Raises:
+        ResourceError: it does not answer, so that the run cannot be going on.
+    """
+    from rayrl.errors import ResourceError
+    from rayrl.fleets.connection import check_answers
+
+    try:
+        check_answers(noted)
+    except ResourceError:
+        raise ResourceError(
+            f"{run} is not running: the cluster at {noted}, in which it went on last, does not answer; `rayrl status "
+            f"{run}` shows how far it is, and the command that started it continues it"
+        ) from None
+    return noted
 
 
 def _state(state: str) -> Text:

@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import json
+import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from rayrl.errors import ResourceError
 from rayrl.fleets.sizes import parse_sizes
 from rayrl.oracles.ledger import Ledger
 from rayrl.oracles.protocol import Verdict
+from rayrl.runs.run import note_cluster
 from rayrl.runs.stage_table import DPO, EVALUATE, QUERY, SFT
 from tests.report.made_up_runs import (
     PROXY_DPO,
@@ -213,6 +216,18 @@ def test_status_without_a_cluster_says_so_and_goes_on(run_dir, capsys, monkeypat
     printed = output(capsys, "status", str(run_dir), "--live")
     assert "replicas: RAY_ADDRESS must name a running cluster" in printed
     assert "! The gain" in printed
+
+
+def test_a_run_is_looked_for_in_the_cluster_that_its_directory_names(run_dir):
+    with socket.socket() as closed:  # bound, and nobody listens there
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        note_cluster(str(run_dir), address)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        stop = [sys.executable, "-m", "rayrl.cli", "stop", str(run_dir)]
+        ended = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert f"is not running: the cluster at {address}, in which it went on last, does not answer" in ended.stderr
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
 from rayrl.report.paid import answers
 from rayrl.runs import storage
-from rayrl.runs.run import Manifest, Run, ledger_url, open_run
+from rayrl.runs.run import Manifest, Run, ledger_url, note_cluster, open_run
 from rayrl.runs.stage_metrics import EvaluateMetrics
 from rayrl.stages.labelling.try_out import try_out
 
@@ -52,6 +52,7 @@ def run_pipeline(
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     run = open_run(config)
+    note_cluster(run.url, ray.get_runtime_context().gcs_address)
     run.record_time("ray", ray_start_s)
     prometheus.name_run(config.name)
     with ExitStack() as ends:

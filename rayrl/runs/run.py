@@ -43,6 +43,8 @@ KeyPart = Table | str | int | float | bool | Sequence[str] | None
 CONFIG = "config.json"
 INPUTS = "inputs.json"
 """In a run's folder: the digest of every input's content at the last start, by setting (`rayrl.runs.content`)."""
+CLUSTER = "cluster.json"
+"""In a run's folder: the address of the cluster that it last ran in."""
 IDENTITY = "identity.json"
 """In a run's folder: an id that stays with it wherever it lies, and by which a ledger knows the run's questions."""
 LEDGER = "ledger.sqlite"
@@ -411,6 +413,20 @@ def identity(url: str) -> str:
             f"{path} must hold the id by which the ledger knows this run's questions, but is damaged ({error}); the "
             'ledger has it in column run of table attempts: write it back as {"id": "..."}'
         ) from None
+
+
+def note_cluster(url: str, address: str) -> None:
+    """Note the cluster in which the run in a folder goes on, for `rayrl scale` and `rayrl stop`."""
+    storage.write_json(storage.join(url, CLUSTER), {"address": address})
+
+
+def noted_cluster(url: str) -> str | None:
+    """Read the address of the cluster in which the run in a folder went on last; None if it is not known."""
+    path = storage.join(url, CLUSTER)
+    try:
+        return str(storage.read_json(path)["address"]) if storage.exists(path) else None
+    except (ValueError, KeyError, TypeError):  # damaged: as if it had never been noted
+        return None
 
 
 def _earlier_timings(url: str) -> list[dict[str, Any]]:
