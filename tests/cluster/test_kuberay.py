@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from rayrl import __version__
 from rayrl.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -127,10 +128,9 @@ def test_every_node_has_rays_version_and_an_image_of_this_version(manifest):
     import importlib.metadata
 
     assert cluster_spec(manifest)["rayVersion"] == importlib.metadata.version("ray")
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     for group in groups(manifest):
         target = "gpu" if group.get("groupName") == "gpu" else "cpu"
-        assert containers(group)[0]["image"] == f"rayrl:{version}-{target}"
+        assert containers(group)[0]["image"] == f"rayrl:{__version__}-{target}"
 
 
 def test_the_shared_disk_and_the_key_are_mounted_on_every_pod(manifest):

@@ -16,6 +16,13 @@ def environment(monkeypatch):
     return monkeypatch
 
 
+@pytest.fixture
+def unconnected(environment):
+    """As in a process of its own: other tests have connected this one."""
+    environment.setattr("ray.is_initialized", lambda: False)
+    return environment
+
+
 def test_without_an_address_a_run_starts_its_own_cluster(environment):
     assert connection.cluster_address() == "local"
     environment.setenv("RAY_ADDRESS", " ")
@@ -38,8 +45,8 @@ def test_a_submitted_job_belongs_to_its_cluster(environment):
         ("anyscale://cluster", "ray job submit"),
     ],
 )
-def test_an_address_of_something_else_says_what_it_is_for(environment, address, remedy):
-    environment.setenv("RAY_ADDRESS", address)
+def test_an_address_of_something_else_says_what_it_is_for(unconnected, address, remedy):
+    unconnected.setenv("RAY_ADDRESS", address)
     for looks in (connection.cluster_address, find_cluster, connection.connect):
         with pytest.raises(ResourceError, match="RAY_ADDRESS must be the address of a cluster's head") as refusal:
             looks()
@@ -47,8 +54,8 @@ def test_an_address_of_something_else_says_what_it_is_for(environment, address, 
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nothing", "127.0.0.1:port", "127.0.0.1:99999"])
-def test_a_dead_address_is_refused(environment, address):
-    environment.setenv("RAY_ADDRESS", address)
+def test_a_dead_address_is_refused(unconnected, address):
+    unconnected.setenv("RAY_ADDRESS", address)
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS must .* got .*unset it to run on this machine"):
         find_cluster()
 

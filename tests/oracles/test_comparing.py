@@ -201,9 +201,9 @@ def test_a_table_with_other_columns(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        ([{"prompt": "p", "first": "a", "preference": "tie"}], "row 1: no column second"),
+        ([{"prompt": "p", "first": "a", "preference": "tie"}], "has no column second; the columns there are prompt, first, preference"),
         ([ROWS[0] | {"preference": "1"}], 'must hold "first", "second" or "tie" in column preference, and no row does'),
-        ([], "no row does"),
+        ([], "is empty: at least one row is needed"),
     ],
 )
 def test_an_unusable_table_is_refused(tmp_path, rows, text):
