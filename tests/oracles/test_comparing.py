@@ -201,7 +201,10 @@ def test_a_table_with_other_columns(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        ([{"prompt": "p", "first": "a", "preference": "tie"}], "has no column second; the columns there are prompt, first, preference"),
+        (
+            [{"prompt": "p", "first": "a", "preference": "tie"}],
+            "has no column second; the columns there are prompt, first, preference",
+        ),
         ([ROWS[0] | {"preference": "1"}], 'must hold "first", "second" or "tie" in column preference, and no row does'),
         ([], "is empty: at least one row is needed"),
     ],
