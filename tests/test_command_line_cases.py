@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import s3fs
 from safetensors.numpy import load_file, save_file
 
 from rayrl.cli import main as rayrl
@@ -409,6 +410,7 @@ def test_a_dead_cluster_is_said(command):
 
 
 def test_a_bucket_without_keys_is_said(monkeypatch, tmp_path, capsys):
+    s3fs.S3FileSystem.clear_instance_cache()  # other tests have had keys in this process
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

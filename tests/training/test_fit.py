@@ -1,5 +1,6 @@
 """Real fits: Ray Train and DeepSpeed around the real loops, on the quickstart's model."""
 
+import contextlib
 import json
 import re
 import threading
@@ -162,9 +163,10 @@ def kill_a_worker_after(url, num_steps):
         while len(read_metrics(url)) < num_steps:
             time.sleep(0.02)
         for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
-                killer.killed.append(process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):  # dead already: a zombie has no command line
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.kill()
+                    killer.killed.append(process.pid)
 
     killer = threading.Thread(target=watch, daemon=True)
     killer.killed = []

@@ -166,12 +166,12 @@ def take_steps_at_every_stage(job, rows):
 
         m1 = read()
         torch.testing.assert_close(m1.reference_logprobs, m1.logprobs, atol=1e-5, rtol=1e-5)
-        assert engine.get_lr() == [0.0, 0.5]
+        assert engine.get_lr() == [0.0, 0.1]
         first, second = step(), step()
         for waiting in (first, second):
             assert torch.equal(waiting.logprobs, m1.logprobs), f"the policy has moved at stage {stage}"
         assert (second.values - m1.values).abs().max() > 0.1
-        assert engine.get_lr() == [0.01, 0.5]
+        assert engine.get_lr() == [0.01, 0.1]
         with tempfile.TemporaryDirectory() as folder:
             share = [folder]
             torch.distributed.broadcast_object_list(share)
@@ -189,7 +189,7 @@ def test_value_warm_up_and_reference_at_every_zero_stage(ray_cluster, prompts, t
     config = PpoConfig(
         num_workers=2,
         learning_rate=0.01,
-        value_learning_rate=0.5,
+        value_learning_rate=0.1,
         value_warmup_steps=2,
         schedule="constant",
         warmup_ratio=0,

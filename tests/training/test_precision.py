@@ -31,6 +31,9 @@ COMBINATIONS += [
 ]
 
 
+assert len({combination.name for combination in COMBINATIONS}) == len(COMBINATIONS), "each has a folder of its own"
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("combinations")

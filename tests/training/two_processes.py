@@ -35,7 +35,7 @@ class Combination(NamedTuple):
     @property
     def name(self) -> str:
         adapters = "-lora" if self.lora else ""
-        others = "".join(f"-{name}" for name in self.settings or {})
+        others = "".join(f"-set-{name}" for name in self.settings or {})
         return f"{self.trainer}-zero{self.zero_stage}-{self.dtype}{adapters}{others}"
 
 
