@@ -182,6 +182,7 @@ def test_controls_are_one_line_and_share_finished_stages(finished, tmp_path, con
     assert paid == (manifest(finished, "generate")["metrics"]["num_responses"] if control == "expert" else 24)
 
 
+@pytest.mark.slow
 def test_a_driver_killed_in_mid_generation_continues_to_the_same_tables(finished, tmp_path):
     """kill -9 of the job, then the same command again: nothing lost, doubled or paid twice, and the same rows."""
     folder = tmp_path / "killed"
