@@ -369,15 +369,14 @@ def _answering(run: str, noted: str) -> str:
         ResourceError: it does not answer, so that the run cannot be going on.
     """
     from rayrl.errors import ResourceError
-    from rayrl.fleets.connection import check_answers
+    from rayrl.fleets.connection import why_unreachable
 
-    try:
-        check_answers(noted)
-    except ResourceError:
+    reason = why_unreachable(noted)
+    if reason is not None:
         raise ResourceError(
-            f"{run} is not running: the cluster at {noted}, in which it went on last, does not answer; `rayrl status "
-            f"{run}` shows how far it is, and the command that started it continues it"
-        ) from None
+            f"{run} cannot be reached: it went on last in the cluster at {noted}: {reason}; `rayrl status {run}` shows "
+            "how far it is, and the command that started it continues it"
+        )
     return noted
 
 

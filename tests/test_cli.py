@@ -227,7 +227,7 @@ def test_a_run_is_looked_for_in_the_cluster_that_its_directory_names(run_dir):
         stop = [sys.executable, "-m", "rayrl.cli", "stop", str(run_dir)]
         ended = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    assert f"is not running: the cluster at {address}, in which it went on last, does not answer" in ended.stderr
+    assert f"cannot be reached: it went on last in the cluster at {address}: " in ended.stderr
 
 
 @pytest.fixture

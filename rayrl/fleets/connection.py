@@ -61,10 +61,8 @@ def describe_address(address: str) -> str:
 def check_answers(address: str) -> None:
     """Refuse the address of a cluster that does not answer, within `REACH_S` and `ANSWER_S` together.
 
-    Ray itself would try for a quarter of an hour.
-
     Raises:
-        ResourceError: nothing there, or something else than Ray.
+        ResourceError: nothing there, something else than Ray, or a cluster that does not take this user's token.
     """
     if address in (LOCAL, "auto"):
         return
@@ -72,15 +70,29 @@ def check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ResourceError(f"{ADDRESS} must be host:port, got {address}; {remedy}")
+    reason = why_unreachable(address)
+    if reason is not None:
+        raise ResourceError(f"{ADDRESS} must name a running cluster, got {address}: {reason}; {remedy}")
+
+
+def why_unreachable(address: str) -> str | None:
+    """Say why the head of a cluster at host:port does not answer; None if it does.
+
+    Ray itself would try for a quarter of an hour.
+    """
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
     except (OSError, OverflowError) as error:
-        raise ResourceError(f"{ADDRESS} must name a running cluster, got {address}: {error}; {remedy}") from None
+        return str(error)
     reached = threading.Event()
     failure: list[str] = []
 
     def reach() -> None:
         try:
+            # As `ray.init` does for an address: by default a cluster wants the token of the user who has started it.
+            tokens = importlib.import_module("ray._private.authentication.authentication_token_setup")
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             # Compiled code, whose names type checkers do not see.
             importlib.import_module("ray._raylet").GcsClient(address=address)
         except Exception as error:
@@ -89,9 +101,11 @@ def check_answers(address: str) -> None:
 
     # A thread, since Ray gives a connection up after 40 s only.
     threading.Thread(target=reach, name="reach", daemon=True).start()
-    if not reached.wait(ANSWER_S) or failure:
-        reason = failure[0] if failure else f"something takes connections there, but no answer came in {ANSWER_S:.0f} s"
-        raise ResourceError(f"{ADDRESS} must name a running cluster, got {address}: {reason}; {remedy}")
+    if not reached.wait(ANSWER_S):
+        return f"something takes connections there, but no answer came in {ANSWER_S:.0f} s"
+    if failure and "AuthToken" in failure[0]:
+        return "it does not take this user's token (~/.ray/auth_token, or RAY_AUTH_TOKEN), which must be the cluster's"
+    return failure[0] if failure else None
 
 
 def connect() -> None:

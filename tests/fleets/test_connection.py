@@ -1,6 +1,9 @@
 """Which cluster a run uses, and the refusal of one that does not answer."""
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -75,3 +78,27 @@ def test_a_cluster_that_answers_is_taken(ray_cluster, environment):
     connection.check_answers(address)
     environment.setenv("RAY_ADDRESS", address)
     assert find_cluster().name == f"the cluster at {address}" and find_cluster().has("CPU") == 4.0
+
+
+@pytest.mark.parametrize("token", ["ours", "another"])
+def test_a_cluster_with_tokens_is_reached_by_who_has_its_token(tmp_path, token):
+    """Ray's default for a cluster that a run starts: it wants the token of this user."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = (
+        "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False);"
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    ask = "import sys; from rayrl.fleets.connection import why_unreachable; print(why_unreachable(sys.argv[1]))"
+    head = subprocess.Popen(
+        [sys.executable, "-c", start], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = head.stdout.readline().strip()
+        if token == "another":
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        asked = [sys.executable, "-c", ask, address]
+        said = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=60).stdout
+    finally:
+        head.communicate("", timeout=60)
+    assert said.strip() == "None" if token == "ours" else "does not take this user's token" in said
