@@ -40,7 +40,8 @@ _PEEKED_BYTES = 256
 _BUFFER_BYTES = 1 << 20
 _BINARY: dict[bytes, Format] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 """Formats by the first bytes; the last ones begin a stream of Arrow."""
-_GIT_LFS = b"version https://git-lfs"
+GIT_LFS = b"version https://git-lfs"
+"""Beginning of a pointer that stands in the place of a file which Git LFS has not fetched."""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -207,7 +208,7 @@ def open_file(path: str) -> Iterator[OpenFile]:
                 io.BufferedReader(decompressed, _BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
             )
             beginning = file.peek(_PEEKED_BYTES)
-        if beginning.startswith(_GIT_LFS):
+        if beginning.startswith(GIT_LFS):
             raise DataError(
                 f"{path} is a Git LFS pointer, a note in place of the data; fetch the data with `git lfs pull`"
             )

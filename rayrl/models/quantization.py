@@ -64,6 +64,6 @@ def dequantized(parameter: Tensor) -> Tensor:
 
 
 def dequantized_like(parameter: Tensor) -> tuple[torch.Size, torch.dtype]:
-    """Return shape and type of `dequantized`."""
+    """Return shape and type of what `dequantized` returns, without computing it."""
     state = getattr(parameter, "quant_state", None)
     return (parameter.shape, parameter.dtype) if state is None else (torch.Size(state.shape), state.dtype)

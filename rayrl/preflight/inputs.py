@@ -6,7 +6,7 @@ Nothing here uses the network or imports the user's code.
 import heapq
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,11 +169,7 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
         return None
     counts = PromptCounts()
     turns = "last" if config.generate.source == "seed" else config.sft.turns
-    try:
-        for _ in read_seed_rows(config.seed_data, renderer(config, model), counts, turns=turns):
-            pass
-    except DataError as error:
-        raise DataError(f"seed_data.path: {error}") from None
+    _read_to_the_end(read_seed_rows(config.seed_data, renderer(config, model), counts, turns=turns), "seed_data.path")
     if counts.num_kept == 0:
         raise DataError(
             f"seed_data.path {config.seed_data.path} has no usable row: of {counts.num_rows}, "
@@ -182,6 +178,19 @@ def inspect_seed_data(config: RunConfig, model: ModelFacts) -> PromptCounts | No
             "seed_data.min_score; lower seed_data.min_score, or complete the rows"
         )
     return counts
+
+
+def _read_to_the_end(rows: Iterable[object], setting: str) -> None:
+    """Read all rows, as the run will; a row that is refused is told with the setting that names its file.
+
+    Raises:
+        DataError: a row, or the file itself, cannot be used.
+    """
+    try:
+        for _ in rows:
+            pass
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from None
 
 
 def inspect_others(config: RunConfig, model: ModelFacts) -> None:
@@ -213,11 +222,7 @@ def inspect_others(config: RunConfig, model: ModelFacts) -> None:
 
 def _inspect_reference_answers(answers: ReferenceAnswersConfig, render: Render) -> None:
     counts = PromptCounts()
-    try:
-        for _ in read_reference_answers(answers, render, counts):
-            pass
-    except DataError as error:
-        raise DataError(f"evaluate.reference_answers.path: {error}") from None
+    _read_to_the_end(read_reference_answers(answers, render, counts), "evaluate.reference_answers.path")
     if counts.num_kept == 0:
         raise DataError(
             f"evaluate.reference_answers.path {answers.path} has no row with a prompt and an answer "
@@ -241,10 +246,10 @@ def _inspect_quantization(config: RunConfig) -> None:
     """Refuse weights in 4 bits without the package that has them."""
     for stage, _ in stages_of(config):
         training = stage.training(config)
-        lora = None if training is None else training.settings.lora
-        if lora is not None and lora.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        is_quantized = training is not None and training.settings.is_quantized
+        if is_quantized and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
-                f'lora.quantization = "{lora.quantization}" ({stage.name}) needs the package bitsandbytes, which is '
+                f'lora.quantization = "nf4" ({stage.name}) needs the package bitsandbytes, which is '
                 'not installed here; pip install "rayrl[qlora]", or leave it out'
             )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+from rayrl.data.files import GIT_LFS
 from rayrl.errors import ConfigError
 from rayrl.runs import storage
 
@@ -21,7 +22,6 @@ WHOLE = "model.safetensors"
 """File of a model that is in one."""
 INDEX = "model.safetensors.index.json"
 """File that tells which shard has which tensor."""
-_LFS = b"version https://git-lfs"
 _MAX_HEADER_BYTES = 100_000_000
 """Of safetensors itself."""
 _SHOWN = 3
@@ -135,7 +135,7 @@ def _read_header(url: str, size: int) -> dict[str, Shape]:
     fs, path = storage.locate(url)
     with fs.open(path, "rb") as file:
         start = cast(bytes, file.read(8))
-        if _LFS.startswith(start) and start:
+        if GIT_LFS.startswith(start) and start:
             raise ConfigError(
                 f"policy.path: {url} must be the weights, and is a pointer of Git LFS ({size} bytes); get them with "
                 "git lfs pull in that folder, or with hf download"
@@ -166,8 +166,8 @@ def _read_header(url: str, size: int) -> dict[str, Shape]:
 def _cut(url: str, size: int, end: int | None = None) -> str:
     whole = "" if end is None else f" of {end:,}"
     return (
-        f"policy.path: {url} must be whole, and is cut off: it has {size:,} bytes{whole}; download it again (half a "
-        "download?)"
+        f"policy.path: {url} must be whole, and is cut off: it has {size:,} bytes{whole}; download it again, since "
+        "half of a download is all that is there"
     )
 
 
@@ -178,7 +178,7 @@ def read_json_file(url: str, setting: str = "policy.path") -> dict[str, Any]:
         ConfigError: it holds something else.
     """
     content = storage.read_bytes(url)
-    if content.startswith(_LFS):
+    if content.startswith(GIT_LFS):
         raise ConfigError(f"{setting}: {url} must be JSON, and is a pointer of Git LFS; get the file: git lfs pull")
     try:
         table = json.loads(content)

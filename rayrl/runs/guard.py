@@ -84,7 +84,7 @@ def _status(pid: int) -> list[str]:
 
 
 def _started(pid: int) -> str:
-    """Return when a process started, in the kernel's ticks; "" if it is dead, or dead but for its parent's notice."""
+    """Return when a process started, in the kernel's ticks; "" if it is dead, a zombie included."""
     status = _status(pid)
     return "" if not status or status[0] in "ZX" else status[19]
 

@@ -78,6 +78,7 @@ def test_sizes_of_config_and_weights_agree(model):
 
 def test_layers_of_several_kinds_are_compared_with_their_own(model):
     rewrite(model, lambda name: "layers.0.mlp.up_proj" not in name)
+    assert "whose layer 0 lacks mlp.up_proj.weight" in refusal(model), "layers of one kind"
     read(model, layer_types=["sliding_attention", "full_attention"])
     read(model, use_cla=True)
 

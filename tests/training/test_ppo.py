@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -183,6 +184,7 @@ def take_steps_at_every_stage(job, rows):
             zero.load(engine, share[0])
             torch.testing.assert_close(step().logprobs, third.logprobs, atol=1e-5, rtol=1e-5)
             zero.barrier(engine)
+        Path(job.run_url, f"stage-{stage}").touch()  # this far only if all of its assertions hold
 
 
 def test_value_warm_up_and_reference_at_every_zero_stage(ray_cluster, prompts, tiny_policy, tmp_path):
@@ -216,6 +218,7 @@ def test_value_warm_up_and_reference_at_every_zero_stage(ray_cluster, prompts, t
         num_rows=NUM_PROMPTS,
     )
     fit(take_steps_at_every_stage, job, config, stream_of(prompts, 0), storage=f"{tmp_path}/fit", on_gpu=False)
+    assert sorted(path.name for path in tmp_path.glob("stage-*")) == [f"stage-{stage}" for stage in range(4)]
 
 
 @pytest.mark.slow
