@@ -165,10 +165,7 @@ def _read_header(url: str, size: int) -> dict[str, Shape]:
 
 def _cut(url: str, size: int, end: int | None = None) -> str:
     whole = "" if end is None else f" of {end:,}"
-    return (
-        f"policy.path: {url} must be whole, and is cut off: it has {size:,} bytes{whole}; download it again, since "
-        "half of a download is all that is there"
-    )
+    return f"policy.path: {url} must be whole, and is cut off: it has {size:,} bytes{whole}; download it again"
 
 
 def read_json_file(url: str, setting: str = "policy.path") -> dict[str, Any]:
