@@ -34,8 +34,8 @@ def find_cluster() -> Cluster:
     from rayrl.preflight.autoscaling import find_node_types
 
     connects_here = not ray.is_initialized()
+    connect()
     try:
-        connect()
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = tuple(node["Resources"] | gpu_facts(node) for node in alive)
         growth = find_node_types()
