@@ -217,7 +217,7 @@ CASES = [
     Case("no TOML", lambda f: [f.write("a.toml", "name = my run\n")], ["is not valid TOML", "text stands in quotes"]),
     Case("a folder named as a config", lambda f: [str(f.path)], ["must be a TOML file, got the folder"]),
     Case("no config", lambda _: ["gone.toml"], ["config file gone.toml does not exist here", "jobs/configs/"]),
-    Case("no prompts", ["pool.path=nowhere.jsonl"], [f"pool.path: nowhere.jsonl does not exist in {ROOT}", "correct"]),
+    Case("no prompts", ["pool.path=nowhere.jsonl"], ["pool.path: nowhere.jsonl does not exist in ", "correct"]),
     Case("empty prompts", lambda f: [QUICKSTART, f"pool.path={f.write('p.jsonl', '')}"], ["pool.path: ", "is empty"]),
     Case(
         "a quotation mark that never closes",
@@ -233,7 +233,7 @@ CASES = [
     Case("a split of a file", ["pool.split=nosuch"], ["pool.split must be left out for a file", 'got "nosuch"']),
     Case("a model of the hub, offline", ["policy.path=meta-llama/Llama-2-7b-hf"], OFFLINE, plan=False),
     Case("the plan of one", ["policy.path=no-such-org/no-model"], OFFLINE, says_not=["local_files_only"]),
-    Case("a mistyped folder", ["policy.path=mymodel"], [*OFFLINE, f"there is no such folder in {ROOT}"]),
+    Case("a mistyped folder", ["policy.path=mymodel"], [*OFFLINE, "there is no such folder in "]),
     Case("encrypted weights", lambda f: f.model(encrypt), ["its header cannot be read: it is damaged or encrypted"]),
     Case("half a download", lambda f: f.model(cut), ["is cut off: it has 1,000,000 bytes of 2,611,712"]),
     Case("a pointer for weights", lambda f: f.model(point), ["is a pointer of Git LFS", "git lfs pull"]),
@@ -331,8 +331,11 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def at_home(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def at_home(monkeypatch, tmp_path_factory):
+    """The root of the project, without the runs that have been there."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "jobs").symlink_to(ROOT / "jobs")
+    monkeypatch.chdir(home)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
