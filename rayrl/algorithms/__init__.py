@@ -1,7 +1,7 @@
 """The mathematics of rayrl: numpy and torch, no Ray, no I/O, no models.
 
 A setting that chooses among algorithms names an entry of a dictionary. A new choice is one pure function and one entry
-beside it: `selection.STRATEGIES`, `pairing.PAIRINGS`, `kl.KL_ESTIMATORS`, `clustering.CLUSTERINGS`,
+beside it: `selection.strategies.STRATEGIES`, `pairing.PAIRINGS`, `kl.KL_ESTIMATORS`, `clustering.CLUSTERINGS`,
 `advantages.ADVANTAGES`, `preference.PREFERENCE_LOSSES`, `rewards.ENSEMBLE_OBJECTIVES`, `information.UML_OBJECTIVES`.
 Configs read the first five themselves, whose modules therefore load neither torch nor scipy. They repeat the names of
 the last three.
@@ -11,6 +11,14 @@ the last three.
 | ceil((B - spent) / rounds left)                     | ours                | `budget.round_share`          |
 | min(floor(waiting / 2) - starting, max - replicas)  | ours                | `scaling.scale_decision`      |
 | u = argmax_i min_{j in S} d(x_i, x_j)               | arXiv 1708.00489    | `selection.k_center`          |
+| P(i) ~ min_{j in S} d(x_i, x_j)^2                   | k-means++, 2007     | `selection.k_means_pp`        |
+| the same on std_m(s_m) x                            | arXiv 1906.03671    | `selection.badge`             |
+| argmax_i sum_j w_j max(0, D_j - d(x_i, x_j)^2)      | arXiv 1411.0541     | `selection.facility_location` |
+| argmax_i log det(V + x_i x_i')                      | arXiv 2503.01076    | `selection.d_optimal`         |
+| argmax_i std_m s_m(x_i)                             | Seung et al., 1992  | `selection.uncertainty`       |
+| H(mean_m p_m) - mean_m H(p_m)                       | arXiv 1112.5745     | `selection.bald`              |
+| |mean_m d_m| + std_m d_m                            | arXiv 2603.09692    | `selection.delta_ucb`         |
+| argmin_w sum c (y - w.x)^2 + ridge |w - prior|^2    | arXiv 1806.03335    | `heads.fit_heads`             |
 | best against worst of k responses, ties dropped     | arXiv 2401.10020    | `pairing.best_worst`          |
 | all (i, j) with s_i - s_j > margin                  | ours                | `pairing.margin_pairs`        |
 | the preference of both orders of a pair, else a tie | 2306.05685, 3.4     | `comparisons.agreed`          |

@@ -4,11 +4,11 @@ Head m is the ridge regression that stays near a prior of its own, on a bootstra
 
     w_m = argmin_w  sum_i c_mi (y_i - w.x_i)^2 + ridge |w - p_m|^2,    p_m ~ N(0, noise^2 / ridge I),
 
-with c_mi how often the prompt of label i was drawn. Random priors (Osband et al., arXiv 1806.03335) keep the heads apart
-where no label says anything; for a linear model with independent noise they are samples of the posterior. Whole prompts
-are drawn, since the responses to one prompt resemble each other. `ridge` and `noise` maximise the evidence of the labels
-(MacKay, 1992), so nothing has to be set, and few labels leave the heads far apart. Comparisons have the same heads with
-Bradley-Terry's loss on differences of vectors, and Laplace's approximation of the evidence.
+with c_mi how often the prompt of label i was drawn. Random priors (Osband et al., arXiv 1806.03335) keep the heads
+apart where no label says anything; for a linear model with independent noise they are samples of the posterior. Whole
+prompts are drawn, since the responses to one prompt resemble each other. `ridge` and `noise` maximise the evidence of
+the labels (MacKay, 1992), so nothing has to be set, and few labels leave the heads far apart. Comparisons have the same
+heads with Bradley-Terry's loss on differences of vectors, and Laplace's approximation of the evidence.
 
 A fit takes seconds, because the language model stays as it is; `Heads.scores` is one matrix product, so that the spread
 of a whole pool is read on its shards.
@@ -34,7 +34,7 @@ class Heads:
     """Linear heads on the vectors that they were fitted on."""
 
     weights: Float32[np.ndarray, "d m"]
-    bias: Float32[np.ndarray, " m"]
+    bias: Float64[np.ndarray, " m"]
     noise: float
     """Standard deviation of a label about the score of its response; 1 for comparisons, whose noise is
     Bradley-Terry's."""
@@ -43,7 +43,7 @@ class Heads:
 
     def scores(self, vectors: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n m"]:
         """Every head's score of every vector."""
-        return np.asarray(vectors, np.float32) @ self.weights + self.bias
+        return np.asarray(vectors, np.float32) @ self.weights + self.bias.astype(np.float32)
 
 
 def mean_and_spread(scores: Float[np.ndarray, "n m"]) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
@@ -77,7 +77,7 @@ def fit_heads(
     priors = rng.standard_normal((x.shape[1], num_heads)) * noise / np.sqrt(ridge)
     weights = np.stack([_ridge(x, y, ridge, counts[:, m], priors[:, m]) for m in range(num_heads)], axis=1)
     bias = mean_score - center @ weights
-    return Heads(weights=weights.astype(np.float32), bias=bias.astype(np.float32), noise=noise, ridge=ridge)
+    return Heads(weights=weights.astype(np.float32), bias=bias, noise=noise, ridge=ridge)
 
 
 def fit_pair_heads(
@@ -99,7 +99,7 @@ def fit_pair_heads(
     counts = _bootstrap(groups, num_heads, rng)
     priors = rng.standard_normal((x.shape[1], num_heads)) / np.sqrt(ridge)
     weights = np.stack([_bradley_terry(x, ridge, counts[:, m], priors[:, m]) for m in range(num_heads)], axis=1)
-    return Heads(weights=weights.astype(np.float32), bias=np.zeros(num_heads, np.float32), noise=1.0, ridge=ridge)
+    return Heads(weights=weights.astype(np.float32), bias=np.zeros(num_heads), noise=1.0, ridge=ridge)
 
 
 def _ridge(
@@ -190,7 +190,7 @@ def _most_evident_pair_ridge(x: Float64[np.ndarray, "n d"]) -> float:
 
 def _mean_square(x: np.ndarray) -> float:
     """The mean squared length of the rows, above 0: the ridge's unit."""
-    return max(float(np.mean(np.einsum("nd,nd->n", x, x))), float(np.finfo(np.float32).tiny))
+    return max(float((x * x).sum()) / len(x), float(np.finfo(np.float32).tiny))
 
 
 def _bootstrap(groups: np.ndarray, num_heads: int, rng: np.random.Generator) -> Float64[np.ndarray, "n m"]:

@@ -97,6 +97,7 @@ class RunConfig(Table):
     @model_validator(mode="after")
     def _rules_between_tables(self) -> "RunConfig":
         _check_budget(self)
+        _check_selection(self)
         _check_answers(self)
         _check_seed_data(self)
         _check_pairs(self)
@@ -192,6 +193,40 @@ def _check_budget(config: RunConfig) -> None:
         raise ValueError(
             f'select.budget must be at least generate.k ({config.generate.k}) when select.unit is "prompt", got '
             f"{budget}: all responses of a prompt are asked about together; raise it, or lower generate.k"
+        )
+
+
+def _check_selection(config: RunConfig) -> None:
+    """Refuse a strategy that chooses something else than what the oracle is asked."""
+    select, preferences = config.select, config.preferences
+    name = select.strategy
+    if config.asks_for_comparisons:
+        assert preferences is not None
+        reads_answers = select.batches > 1 or select.reads_heads
+        if select.asks != "pairs" and reads_answers:
+            raise ValueError(
+                "select.strategy must choose pairs where the answers to comparisons choose the next ones, got "
+                f'"{name}"; set it to "delta_ucb", or select.batches = 1 and a strategy that reads no answers'
+            )
+        if select.asks == "pairs" and preferences.pairs_per_prompt > 1:
+            raise ValueError(
+                f'preferences.pairs_per_prompt must be 1 where select.strategy is "{name}", which chooses one pair of a '
+                f"prompt, got {preferences.pairs_per_prompt}; leave it out"
+            )
+        if select.asks == "pairs" and select.text == "prompt" and select.reads_vectors:
+            raise ValueError(
+                'select.text must be "prompt_response" or "judge_prompt" where pairs are chosen by vectors, got '
+                '"prompt": both responses to a prompt would have the same vector; leave it out'
+            )
+    elif select.asks == "pairs":
+        raise ValueError(
+            f'select.strategy must choose responses where the oracle judges each one, got "{name}", which chooses '
+            'pairs; set it to "k_center", or have pairs compared: pipeline = "rlp" and preferences.source = "oracle"'
+        )
+    if select.batches > max(1, select.budget):
+        raise ValueError(
+            f"select.batches must be at most select.budget ({select.budget}), got {select.batches}: each batch asks at "
+            "least one question; lower it"
         )
 
 

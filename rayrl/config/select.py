@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from rayrl.algorithms.selection import STRATEGIES
+from rayrl.algorithms.heads import NUM_HEADS
+from rayrl.algorithms.selection import STRATEGIES, Strategy
 from rayrl.config.table import Growing, Operation, Place, Table, name_in
 
 Unit = Literal["response", "prompt"]
@@ -16,7 +17,15 @@ class SelectConfig(Table):
     budget: Growing[int] = 0
     """Paid queries of all rounds together. The paper's headline is 1,700."""
     strategy: Annotated[str, name_in(STRATEGIES)] = "k_center"
-    """"k_center" covers the embedded pool, "random" draws from it."""
+    """The rule that chooses questions: "k_center" covers the embedded pool, "random" draws from it, "uncertainty" asks
+    where heads on the vectors disagree; jobs/README.md lists all."""
+    batches: int = Field(default=1, gt=0)
+    """Parts of a round's budget. Between them heads on the vectors are fitted to the answers so far, and strategies
+    that read the heads choose by them."""
+    first_batch: Annotated[str, name_in(STRATEGIES)] | None = None
+    """Strategy of the first batch, where there are no answers yet; needed where `strategy` reads the heads."""
+    num_heads: int = Field(default=NUM_HEADS, ge=2)
+    """Heads of the ensemble whose spread says what the answers leave open."""
     unit: Unit = "response"
     """"prompt" asks about all k responses of a chosen prompt (budget // k prompts)."""
     text: Literal["prompt", "prompt_response", "judge_prompt"] = "prompt_response"
@@ -43,3 +52,57 @@ class SelectConfig(Table):
                 f"for), got {budget}; set it to that number"
             )
         return budget
+
+    @model_validator(mode="after")
+    def _batches_fit_strategy(self) -> "SelectConfig":
+        strategy = STRATEGIES[self.strategy]
+        first = None if self.first_batch is None else STRATEGIES[self.first_batch]
+        if strategy.reads_heads and (self.batches == 1 or first is None):
+            like = '"random_pairs"' if strategy.asks == "pairs" else '"k_center" or "random"'
+            raise ValueError(
+                f'batches must be 2 or more, and first_batch set, for strategy = "{self.strategy}", which reads heads '
+                f"that are fitted on answers, got {self.batches} and {self.first_batch}; set batches = 8 and "
+                f"first_batch to {like}"
+            )
+        if first is not None and self.batches == 1:
+            raise ValueError(
+                f'first_batch must be left out where there is one batch, got "{self.first_batch}"; set batches = 8, or '
+                "leave it out"
+            )
+        if first is not None and first.reads_heads:
+            raise ValueError(
+                f'first_batch must be a strategy that needs no answers, got "{self.first_batch}"; set it to "random" '
+                'or "k_center"'
+            )
+        if first is not None and first.asks != strategy.asks:
+            raise ValueError(
+                f'first_batch must ask about {strategy.asks}, as strategy = "{self.strategy}" does, got '
+                f'"{self.first_batch}", which asks about {first.asks}'
+            )
+        if self.batches > 1 and self.unit == "prompt" and strategy.asks == "responses":
+            raise ValueError(
+                f'unit must be "response" where batches is 2 or more, got "prompt" and {self.batches}: the heads are '
+                "fitted on single responses; set batches = 1, or leave unit out"
+            )
+        return self
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The strategies that choose, the first batch's included."""
+        names = [self.strategy] if self.first_batch is None else [self.strategy, self.first_batch]
+        return tuple(STRATEGIES[name] for name in names)
+
+    @property
+    def asks(self) -> Literal["responses", "pairs"]:
+        """What the strategy asks about."""
+        return STRATEGIES[self.strategy].asks
+
+    @property
+    def reads_heads(self) -> bool:
+        """Return whether the strategy reads heads that are fitted on answers."""
+        return STRATEGIES[self.strategy].reads_heads
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Return whether the pool has to be embedded."""
+        return any(strategy.reads_vectors for strategy in self.strategies)

@@ -1,6 +1,6 @@
 """Coreset shards as Ray actors: each owns the embeddings of some blocks and answers the rounds of the selection.
 
-The driver sees ids and the vectors that shards offer, never the whole pool. The selection itself, exact k-center, is in
+The driver sees ids and the vectors that shards offer, never the whole pool. The strategies are in
 `rayrl.algorithms.selection`.
 """
 
@@ -46,6 +46,10 @@ class BlockShard(CoresetShard):
                 vectors.append(part_vectors)
         super().__init__(np.concatenate(ids), np.concatenate(vectors))
 
+    def apply(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run a strategy's function on this shard."""
+        return function(self, *arguments)
+
 
 class RayShards:
     """All shards of a pool as Ray actors: a `rayrl.algorithms.selection.ShardGroup`."""
@@ -59,8 +63,8 @@ class RayShards:
             options = {"name": f"{name}-{number}", "num_cpus": 0}
             self.actors.append(actors.start(BlockShard, options, table, blocks))
 
-    def broadcast(self, method: Callable[..., T], *arguments: object) -> list[T]:
-        """Call a method of `CoresetShard` on every shard, and return the answers in the shards' order.
+    def broadcast(self, function: Callable[..., T], *arguments: object) -> list[T]:
+        """Call `function(shard, *arguments)` in every shard's process, and return the answers in the shards' order.
 
         Raises:
             StageTimeout: a shard gave no answer.
@@ -69,11 +73,11 @@ class RayShards:
         meters.CORESET_ROUNDS.add()
         # Put once into the object store, an argument travels once to each node and not once to each shard.
         shared = [ray.put(argument) for argument in arguments]
-        calls = [getattr(actor, method.__name__).remote(*shared) for actor in self.actors]
+        calls = [actor.apply.remote(function, *shared) for actor in self.actors]
         try:
             return ray.get(calls, timeout=ROUND_TIMEOUT_S)
         except GetTimeoutError:
-            raise StageTimeout(f"coreset shards: no answer to {method.__name__} in {ROUND_TIMEOUT_S:.0f} s") from None
+            raise StageTimeout(f"coreset shards: no answer to {function.__name__} in {ROUND_TIMEOUT_S:.0f} s") from None
 
     def stop(self) -> None:
         """End all shards."""

@@ -7,7 +7,7 @@ from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import M1, EvaluateMetrics
 from rayrl.stages.artifacts import Judgements
 from rayrl.stages.evaluation.evaluate import evaluate
-from rayrl.stages.labelling.query import query
+from rayrl.stages.labelling.query import asking, query
 from rayrl.stages.policy.dpo import dpo
 from rayrl.stages.policy.sft import sft
 from rayrl.stages.proxy.fit_evaluator import fit_evaluator
@@ -31,7 +31,8 @@ def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest[Eva
     evaluator = None
     for now in run.rounds():
         responses = generate(now, services, policy, pool)  # Y ~ M1(. | X)
-        query_set = select(now, services, policy, candidates(now, responses, judgements))  # Q, the coreset of Y
+        unlabelled = candidates(now, responses, judgements)
+        query_set = select(now, services, policy, unlabelled, asking(oracle))  # Q, the coreset of Y
         judgements.append(query(now, oracle, query_set))  # E = oracle(Q); costs budget
         evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval = fit(M1, E)
         # P = M_eval(Y), best against worst

@@ -11,9 +11,9 @@ from rayrl.stages.artifacts import Judgements, Pool, Preferences
 from rayrl.stages.evaluation.audit_pairs import audit_pairs
 from rayrl.stages.evaluation.evaluate import evaluate
 from rayrl.stages.evaluation.track_rewards import track_rewards
-from rayrl.stages.labelling.comparisons import compare
+from rayrl.stages.labelling.comparisons import asking_pairs, compare
 from rayrl.stages.labelling.preferences import read_preferences
-from rayrl.stages.labelling.query import query
+from rayrl.stages.labelling.query import asking, query
 from rayrl.stages.policy.ppo import ppo
 from rayrl.stages.policy.sft import sft
 from rayrl.stages.proxy.fit_evaluator import fit_evaluator
@@ -71,7 +71,8 @@ def gather_preferences(
     if not run.config.asks_for_comparisons:
         return read_preferences(run)
     responses = generate(run, services, policy, pool)  # Y ~ pi_SFT
-    query_set = select(run, services, policy, responses)  # the prompts whose responses are compared
+    # The prompts whose responses are compared, or the pairs.
+    query_set = select(run, services, policy, responses, asking_pairs(run, oracle))
     return compare(run, oracle, responses, query_set, earlier)  # costs budget
 
 
@@ -102,7 +103,8 @@ def ppo_on_evaluator(
     judgements: list[Judgements] = []
     for now in run.rounds():
         responses = generate(now, services, policy, pool)  # Y ~ M1
-        query_set = select(now, services, policy, candidates(now, responses, judgements))  # Q
+        unlabelled = candidates(now, responses, judgements)
+        query_set = select(now, services, policy, unlabelled, asking(oracle))  # Q
         judgements.append(query(now, oracle, query_set))  # E; costs budget
         evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval
         assert evaluator is not None, 'labels = "direct" and "expert" fit no evaluator, and are refused'

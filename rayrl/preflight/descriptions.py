@@ -5,7 +5,6 @@ A stage without an entry is described by its name.
 
 from collections.abc import Callable
 
-from rayrl.algorithms.selection import STRATEGIES
 from rayrl.config import RunConfig
 from rayrl.runs import stage_table as table
 from rayrl.runs.stage_table import Stage
@@ -21,9 +20,11 @@ def _select(config: RunConfig) -> str:
     select = config.select
     if config.labels == "expert":
         return "all responses"
-    if not STRATEGIES[select.strategy].reads_vectors:
-        return select.strategy
-    return f"{select.strategy} over {select.text}, {select.num_shards} shard(s)"
+    name = select.strategy
+    if select.batches > 1:
+        first = f", the first by {select.first_batch}" if select.first_batch else ""
+        name += f" in {select.batches} batches{first}"
+    return f"{name} over {select.text}, {select.num_shards} shard(s)" if select.reads_vectors else name
 
 
 def _query(config: RunConfig) -> str:

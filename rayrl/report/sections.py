@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from rayrl.algorithms.estimate import Estimate
-from rayrl.algorithms.selection import STRATEGIES
 from rayrl.report.caveats import effect_of_no_pairs
 from rayrl.report.facts import PaidQueries, PolicyFacts, RewardModelFacts, RunFacts
 from rayrl.report.figures import training_stages
@@ -335,7 +334,7 @@ def _selection(facts: RunFacts) -> Section | None:
         return None
     selection = run.last(SELECT)
     # A budget for everything picks nothing, so that a finished selection may leave no figure.
-    reads_vectors = run.config.labels != "expert" and STRATEGIES[run.config.select.strategy].reads_vectors
+    reads_vectors = run.config.labels != "expert" and run.config.select.reads_vectors
     is_final = selection is not None or not reads_vectors
     cards: list[Card] = [
         FigureCard(name="coverage", title="Coverage of what was asked about", is_final=is_final),

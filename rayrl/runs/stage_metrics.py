@@ -110,6 +110,14 @@ class CandidatesMetrics(StageMetrics):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchMetrics(StageMetrics):
+    """One batch of a selection that asks as it picks."""
+
+    num_asked: int
+    num_scored: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectMetrics(StageMetrics):
     """The selection of what the oracle is asked about."""
 
@@ -120,6 +128,8 @@ class SelectMetrics(StageMetrics):
     num_candidates: int
     radius: list[float] = field(default_factory=list)
     """Covering radius as the selection grew, at most about 200 points; empty for strategies without one."""
+    batches: list[BatchMetrics] = field(default_factory=list)
+    """In the order of asking; empty where all is picked at once."""
     num_embedded: int | None = None
     embed_s: float | None = None
 

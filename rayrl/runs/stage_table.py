@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from rayrl.algorithms.clustering import CLUSTERINGS
-from rayrl.algorithms.selection import STRATEGIES
 from rayrl.config import RunConfig, TrainingConfig
 from rayrl.runs import stage_metrics as metrics
 
@@ -126,7 +125,7 @@ def policy_embedders(pooling: str) -> FleetUse:
 
 def _selection_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
     select = config.select
-    if config.labels == "expert" or not STRATEGIES[select.strategy].reads_vectors:
+    if config.labels == "expert" or not select.reads_vectors:
         return ()
     return (FleetUse(role="embedders", model=select.embedder, pooling=select.pooling),)
 

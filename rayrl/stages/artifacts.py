@@ -5,6 +5,7 @@ travel to Ray tasks, and making one starts nothing.
 """
 
 from dataclasses import dataclass
+from typing import TypedDict, cast
 
 from rayrl.data.blocks import BlockTable
 from rayrl.records import Judgement, ResponseKey, from_table
@@ -31,12 +32,27 @@ class Responses:
     num_responses: int
 
 
+class QueryRow(TypedDict):
+    """One chosen response, a row of the query set."""
+
+    ordinal: int
+    prompt_id: str
+    response_id: str
+    prompt: str
+    response: str
+    token_ids: list[int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuerySet:
     """The query set Q: a one-part table of the chosen responses, in the order in which they were picked."""
 
     key: str
     table: BlockTable
+
+    def rows(self) -> list[QueryRow]:
+        """Read the chosen responses."""
+        return cast(list[QueryRow], self.table.read(0).to_pylist())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from rayrl.algorithms.selection import STRATEGIES, CoresetShard, LocalShards, k_center, random_selection
+from rayrl.algorithms.selection import STRATEGIES, CoresetShard, Knowledge, LocalShards, k_center, random_selection
 from rayrl.errors import ConfigError, DataError
 
 
@@ -171,7 +171,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ConfigError, match="between 1 and all 10 candidates, got 11"):
         k_center(sharded(vectors, 2), 11)
     with pytest.raises(ConfigError, match="got 0"):
-        random_selection(np.arange(5), 0, seed=0)
+        random_selection(np.arange(5), 0, Knowledge())
     vectors[3, 1] = np.nan
     with pytest.raises(DataError, match="finite"):
         k_center(sharded(vectors, 2), 2)
@@ -181,12 +181,12 @@ def test_bad_input_is_refused():
 
 def test_random_selection_is_seeded_and_ignores_order():
     ids = np.arange(100) * 7
-    selection = random_selection(ids, 10, seed=1)
+    selection = random_selection(ids, 10, Knowledge(seed=1))
     assert len(set(selection.ids)) == 10
     assert set(selection.ids) <= set(ids.tolist())
     assert selection.radii == []
-    assert selection == random_selection(ids[::-1], 10, seed=1)
-    assert selection != random_selection(ids, 10, seed=2)
+    assert selection == random_selection(ids[::-1], 10, Knowledge(seed=1))
+    assert selection != random_selection(ids, 10, Knowledge(seed=2))
 
 
 @pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.grows])
@@ -195,6 +195,6 @@ def test_a_larger_selection_goes_on_from_the_smaller_one(name):
 
     def chosen(num):
         pool = sharded(vectors, 2) if STRATEGIES[name].reads_vectors else np.arange(len(vectors))
-        return STRATEGIES[name].choose(pool, num, seed=3).ids
+        return STRATEGIES[name].choose(pool, num, Knowledge(seed=3)).ids
 
     assert chosen(60)[:25] == chosen(25)

@@ -75,7 +75,12 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
         ("select.budget=-1", "select.budget: must be the number of label queries that you pay for, at least 1 (0 only"),
         ("select.budget=0", "select.budget must be at least 1: the oracle's answers"),
         ("select.budget=many", "got 'many'"),
-        ("select.strategy=best", 'select.strategy: must be one of "k_center", "random", got "best"'),
+        ("select.strategy=best", 'select.strategy: must be one of "k_center", "random", "random_by_prompt"'),
+        (
+            "select.strategy=uncertainty",
+            'select: batches must be 2 or more, and first_batch set, for strategy = "uncer',
+        ),
+        ("select.first_batch=random", "select: first_batch must be left out where there is one batch"),
         ("pseudo_label.pairing=x", 'pseudo_label.pairing: must be one of "best_worst", "margin", got "x"'),
         ("refresh.spg.clustering=x", '"strict", "kuhn2023", "farquhar2024", "embedding", got "x"'),
         ("generate.top_p=1.5", "generate.top_p: must be at most 1, got 1.5"),

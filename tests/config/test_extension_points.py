@@ -17,7 +17,7 @@ from rayrl.config import DpoConfig, RewardModelConfig, UmlConfig, load_config
 from tests.config.test_config import SMALL, refusal
 
 
-def choose_nothing(pool, num_selected, *, seed):
+def choose_nothing(pool, num_selected, knowledge):
     return Selection(ids=[], radii=[])
 
 

@@ -104,7 +104,7 @@ def test_a_stage_that_the_table_gains_is_planned_by_itself(tree, monkeypatch):
 
 @pytest.mark.parametrize(("reads_vectors", "num_gpus"), [(True, 3), (False, 0)])
 def test_a_strategy_that_is_added_is_planned_by_what_it_reads(tree, monkeypatch, reads_vectors, num_gpus):
-    def first(pool, num_selected, *, seed, **_):
+    def first(pool, num_selected, knowledge):
         return Selection(ids=np.sort(pool)[:num_selected].tolist(), radii=[])
 
     monkeypatch.setitem(STRATEGIES, "first", Strategy(choose=first, reads_vectors=reads_vectors))

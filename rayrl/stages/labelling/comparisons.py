@@ -11,7 +11,8 @@ from itertools import chain, islice
 
 from ray.actor import ActorHandle
 
-from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
+from rayrl.algorithms.acquisition import TIE, Answers
+from rayrl.algorithms.comparisons import TURNED, num_disjoint, num_pairs_asked, queries_per_pair
 from rayrl.config import PreferencesConfig
 from rayrl.data.blocks import BlockTable, write_blocks
 from rayrl.errors import DataError
@@ -21,11 +22,13 @@ from rayrl.records import Comparison, Preference, PreferencePair, Sampled, from_
 from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import AskedPairs, PreferencesMetrics
 from rayrl.runs.stage_table import PREFERENCES
-from rayrl.stages.artifacts import Preferences, QuerySet, Responses
+from rayrl.stages.artifacts import Preferences, QueryRow, QuerySet, Responses
 from rayrl.stages.labelling.ask import ledger_counts, num_spent
 from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, drawn
-from rayrl.stages.selection.select import num_possible_pairs
+from rayrl.stages.selection.select import AskBatch, num_possible_pairs
 
+WON: dict[Preference, float] = {"first": 1.0, "second": 0.0, "tie": TIE}
+"""Answer to a pair, as heads learn it."""
 PairTexts = tuple[str, frozenset[str]]
 """Prompt id and the two texts of a pair, whatever their order."""
 
@@ -129,12 +132,45 @@ def _compare(
     )
 
 
+def asking_pairs(run: Run, oracle: ActorHandle) -> AskBatch:
+    """Ask about the pairs that a selection in batches picks, one batch at a time, out of the label budget."""
+    config = run.config.preferences
+    assert config is not None, "the config is refused without preferences"
+
+    def ask_batch(rows: list[QueryRow]) -> Answers:
+        pairs = list(zip(rows[::2], rows[1::2], strict=True))
+        ordered = [sorted(pair, key=lambda row: drawn(run.seed, row["response_id"])) for pair in pairs]
+        asked = [
+            Comparison(
+                prompt_id=first["prompt_id"],
+                first_id=first["response_id"],
+                second_id=second["response_id"],
+                prompt=first["prompt"],
+                first=first["response"],
+                second=second["response"],
+            )
+            for first, second in ordered
+        ]
+        answers, verdicts = ask_about(oracle, asked, config.order, PREFERENCES, describe="asking the oracle")
+        scores: list[float | None] = []
+        for (first, _), (asked_first, _), decided in zip(pairs, ordered, verdicts, strict=True):
+            is_turned = first["response_id"] != asked_first["response_id"]
+            scores.append(None if decided is None else WON[TURNED[decided] if is_turned else decided])
+        num_decided = sum(score is not None for score in scores)
+        return Answers(
+            scores=scores, num_spent=max(num_spent(oracle, answers) // queries_per_pair(config.order), num_decided)
+        )
+
+    return ask_batch
+
+
 def _chosen_prompts(responses: Responses, query_set: QuerySet) -> Iterator[Sampled]:
-    """Yield the chosen prompts with all their responses, in the order of the responses table."""
-    chosen = set(query_set.table.read(0)["prompt_id"].to_pylist())
+    """Yield the chosen prompts with their chosen responses, in the order of the responses table."""
+    chosen = {(row["prompt_id"], row["response_id"]) for row in query_set.rows()}
     for block in responses.table.blocks():
         for row in block.to_pylist():
-            if row["prompt_id"] in chosen:
+            row["responses"] = [r for r in row["responses"] if (row["prompt_id"], r["id"]) in chosen]
+            if row["responses"]:
                 yield from_row(row, Sampled)
 
 

@@ -5,19 +5,34 @@ from collections import Counter
 
 from ray.actor import ActorHandle
 
+from rayrl.algorithms.acquisition import Answers
 from rayrl.data.blocks import BlockTable
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.records import Judgement, to_table
 from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import QueryMetrics
 from rayrl.runs.stage_table import QUERY
-from rayrl.stages.artifacts import Judgements, QuerySet
+from rayrl.stages.artifacts import Judgements, QueryRow, QuerySet
 from rayrl.stages.labelling.ask import abstention_reasons, ask, ledger_counts, num_spent
+from rayrl.stages.selection.select import AskBatch
 
 
 def oracle_key(run: Run) -> str:
     """Name the oracle and the rubric by which it judges: a part of the key of every stage that has it judge."""
     return run.key("oracle", run.config.oracle, load_rubric(run.config.rubric).version)
+
+
+def asking(oracle: ActorHandle) -> AskBatch:
+    """Ask about the responses that a selection in batches picks, one batch at a time, out of the label budget."""
+
+    def ask_batch(rows: list[QueryRow]) -> Answers:
+        answers = ask(oracle, [_as_question(row) for row in rows], QUERY, describe="asking the oracle")
+        scores = [answer.score for answer in answers]
+        # An answer that another run has paid for counts as one: the picks are the same with and without that run.
+        num_scored = sum(score is not None for score in scores)
+        return Answers(scores=scores, num_spent=max(num_spent(oracle, answers), num_scored))
+
+    return ask_batch
 
 
 def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
@@ -27,15 +42,7 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
     if run.finished(QUERY, key):
         return judgements
     started = time.monotonic()
-    questions = [
-        Judgement(
-            prompt_id=row["prompt_id"],
-            response_id=row["response_id"],
-            prompt=row["prompt"],
-            response=row["response"],
-        )
-        for row in query_set.table.read(0).to_pylist()
-    ]
+    questions = [_as_question(row) for row in query_set.rows()]
     answers = ask(oracle, questions, QUERY, describe="asking the oracle")
     judgements.table.write(0, to_table(answers, Judgement))
     # Abstentions are kept in the table, and they are never trained on.
@@ -61,3 +68,9 @@ def query(run: Run, oracle: ActorHandle, query_set: QuerySet) -> Judgements:
         f"{metrics.num_abstained} abstained, {label.price()}",
     )
     return judgements
+
+
+def _as_question(row: QueryRow) -> Judgement:
+    return Judgement(
+        prompt_id=row["prompt_id"], response_id=row["response_id"], prompt=row["prompt"], response=row["response"]
+    )

@@ -95,8 +95,8 @@ def embedding_of(run: Run, services: Services, m1: Checkpoint, *, embedder: str,
 
 def embed(run: Run, embedding: Embedding, responses: Responses) -> tuple[BlockTable, int]:
     """Embed every unit of a responses table, block by block; the table of vectors, and how many there are."""
-    # Named by all that decides the vectors, but not by the budget: a larger one reads them again.
-    settings = run.config.select.science_json(exclude=frozenset({"budget"}))
+    # Named by all that decides the vectors, and by nothing else: another budget or strategy reads them again.
+    settings = [embedding.text, run.config.select.pooling, str(embedding.normalize), embedding.numbering.unit]
     name = run.key(SELECT, settings, embedding.rubric.version, responses.key, embedding.checkpoint.version)
     vectors = BlockTable(run.folder(SELECT, f"{EMBEDDINGS}{name}"), responses.table.num_blocks)
     counts = map_blocks(

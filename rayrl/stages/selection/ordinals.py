@@ -39,10 +39,14 @@ class Numbering:
 
 
 def numbering(config: RunConfig) -> Numbering:
-    """Return the run's ordinals. Comparisons need prompts with two responses, whatever `select.unit` says."""
+    """Return the run's ordinals.
+
+    Comparisons need prompts with two responses, whatever `select.unit` says; a strategy of pairs needs both responses.
+    """
     per_prompt = max(config.generate.k, MIN_PER_PROMPT)
+    asks_for_pairs = config.asks_for_comparisons and config.select.asks == "pairs"
     return Numbering(
-        unit="prompt" if config.asks_for_comparisons else config.select.unit,
+        unit="response" if asks_for_pairs else "prompt" if config.asks_for_comparisons else config.select.unit,
         per_prompt=per_prompt,
         per_block=config.generate.block_size * per_prompt,
         min_responses=2 if config.asks_for_comparisons else 1,

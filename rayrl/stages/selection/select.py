@@ -2,31 +2,33 @@
 
 Strategies are pure functions (`rayrl.algorithms.selection.STRATEGIES`). This stage gives them what they read: ordinals,
 or the coreset service, whose actors own the vectors. Where the budget covers everything there is, nothing is picked.
+With `select.batches` the answers to one batch decide the next, so that this stage asks as it picks; the stage that
+follows finds the answers in the ledger.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator
-from typing import TypedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.exceptions import RayActorError
 
+from rayrl.algorithms.acquisition import Answers, acquire, num_choosable
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
-from rayrl.algorithms.selection import STRATEGIES, Selection, Strategy
-from rayrl.config import SelectConfig
+from rayrl.algorithms.selection import STRATEGIES, Knowledge, Selection
 from rayrl.data.blocks import BlockTable
 from rayrl.fleets.coreset import RayShards
 from rayrl.fleets.services import Services
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.records import Checkpoint
-from rayrl.runs.run import Run
-from rayrl.runs.stage_metrics import SelectMetrics
+from rayrl.runs.run import KeyPart, Run
+from rayrl.runs.stage_metrics import BatchMetrics, SelectMetrics
 from rayrl.runs.stage_table import SELECT
-from rayrl.stages.artifacts import QuerySet, Responses
+from rayrl.stages.artifacts import QueryRow, QuerySet, Responses
 from rayrl.stages.selection.embedding import embed, embedding_of, seed_centers
 from rayrl.stages.selection.ordinals import numbering
 from rayrl.stages.selection.projection import write_projection
@@ -45,18 +47,23 @@ QUERY_SCHEMA = pa.schema(
 )
 
 
-class QueryRow(TypedDict):
-    """One chosen response, a row of the query set."""
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The picks, and how they came about."""
 
-    ordinal: int
-    prompt_id: str
-    response_id: str
-    prompt: str
-    response: str
-    token_ids: list[int]
+    selection: Selection
+    batches: list[BatchMetrics] = field(default_factory=list)
+    num_embedded: int | None = None
+    embed_s: float | None = None
 
 
-def select(run: Run, services: Services, policy: Checkpoint, responses: Responses) -> QuerySet:
+AskBatch = Callable[[list[QueryRow]], Answers]
+"""Asks about the rows of one batch; of pairs, two rows follow each other."""
+
+
+def select(
+    run: Run, services: Services, policy: Checkpoint, responses: Responses, ask: AskBatch | None = None
+) -> QuerySet:
     """Pick Q: the responses, or whole prompts, whose labels teach most.
 
     Args:
@@ -64,33 +71,28 @@ def select(run: Run, services: Services, policy: Checkpoint, responses: Response
         services: fleets; embedders, for a strategy that reads vectors.
         policy: embeds, where the policy is the embedder.
         responses: what may be picked.
+        ask: asks about one batch of chosen responses at once, where `select.batches` is 2 or more: the next batch is
+            chosen by its answers. A run that is repeated chooses and asks the same again, and pays nothing.
     """
     config = run.config
-    wording = load_rubric(config.rubric).version
-    paired = config.preferences if config.asks_for_comparisons else None
-    # The budget of this round and not of all: a longer run takes over what a shorter one has paid for.
-    settings = config.select.science_json(exclude=frozenset({"budget"}))
-    inputs = [settings, *run.content("select."), *(run.content("seed_data.") if config.select.seed_centers else [])]
-    key = run.key(SELECT, *inputs, run.budget, wording, responses.key, config.labels == "expert", paired)
+    key = run.key(SELECT, *_inputs(run, responses))
     query_set = QuerySet(key=key, table=BlockTable(run.folder(SELECT, "table"), 1))
     if run.finished(SELECT, key):
         return query_set
     started = time.monotonic()
     num_wanted = num_units_wanted(run, responses)
     name = config.select.strategy
-    strategy = STRATEGIES[name]
-    num_embedded, embed_s = None, None
+    chosen = Chosen(selection=Selection(ids=[]))
     if num_wanted is None:
-        selection, name = Selection(ids=list(_ordinals(run, responses)), radii=[]), "all"
+        chosen, name = Chosen(selection=Selection(ids=list(_ordinals(run, responses)))), "all"
     elif num_wanted == 0:
-        # A later round may have nothing left to spend, after calls that were lost.
-        selection, name = Selection(ids=[], radii=[]), "none"
-    elif strategy.reads_vectors:
-        selection, num_embedded, embed_s = _select_by_vectors(run, services, policy, responses, strategy, num_wanted)
+        name = "none"  # a later round may have nothing left to spend, after calls that were lost
+    elif config.select.reads_vectors:
+        chosen = _select_by_vectors(run, services, policy, responses, num_wanted, ask)
     else:
-        ids = np.fromiter(_ordinals(run, responses), np.int64)
-        selection = strategy.choose(ids, min(num_wanted, len(ids)), seed=run.seed)
-    rows = list(_rows_of(run, responses, selection.ids))
+        chosen = _choose(run, responses, np.fromiter(_ordinals(run, responses), np.int64), None, num_wanted, None, ask)
+    radii = chosen.selection.radii
+    rows = list(_rows_of(run, responses, chosen.selection.ids))
     query_set.table.write(0, pa.Table.from_pylist(rows, schema=QUERY_SCHEMA))
     run.finish(
         SELECT,
@@ -101,13 +103,28 @@ def select(run: Run, services: Services, policy: Checkpoint, responses: Response
             strategy=name,
             num_selected=len(rows),
             num_candidates=responses.num_responses,
-            radius=[round(radius, 5) for radius in selection.radii[:: max(1, len(selection.radii) // MAX_RADII)]],
-            num_embedded=num_embedded,
-            embed_s=embed_s,
+            radius=[round(radius, 5) for radius in radii[:: max(1, len(radii) // MAX_RADII)]],
+            batches=chosen.batches,
+            num_embedded=chosen.num_embedded,
+            embed_s=chosen.embed_s,
         ),
-        summary=f"{len(rows)} of {responses.num_responses} responses by {name}",
+        summary=f"{len(rows)} of {responses.num_responses} responses by {name}"
+        + (f" in {len(chosen.batches)} batches" if chosen.batches else ""),
     )
     return query_set
+
+
+def _inputs(run: Run, responses: Responses) -> list[KeyPart]:
+    """List all that decides the picks."""
+    config = run.config
+    paired = config.preferences if config.asks_for_comparisons else None
+    # The budget of this round and not of all: a longer run takes over what a shorter one has paid for.
+    settings = config.select.science_json(exclude=frozenset({"budget"}))
+    inputs = [settings, *run.content("select."), *(run.content("seed_data.") if config.select.seed_centers else [])]
+    wording = load_rubric(config.rubric).version
+    # In batches the picks follow the oracle's answers.
+    oracle = [config.oracle] if config.select.batches > 1 else []
+    return [*inputs, run.budget, wording, responses.key, config.labels == "expert", paired, *oracle]
 
 
 def num_units_wanted(run: Run, responses: Responses) -> int | None:
@@ -122,6 +139,8 @@ def num_units_wanted(run: Run, responses: Responses) -> int | None:
         assert config.preferences is not None
         num_possible = num_possible_pairs(responses, config.preferences.pairs_per_prompt)
         num_asked = num_pairs_asked(run.budget, config.preferences.order, num_possible)
+        if config.select.asks == "pairs":
+            return num_asked  # of each prompt one pair, and which one matters even where all prompts are asked about
         # All prompts with two responses are asked about, unless the budget is for fewer pairs than they have.
         return math.ceil(num_asked / config.preferences.pairs_per_prompt) if num_asked < num_possible else None
     # A prompt costs the judgements of all its k responses.
@@ -148,48 +167,87 @@ def _ordinals(run: Run, responses: Responses) -> Iterator[int]:
 
 
 def _select_by_vectors(
-    run: Run, services: Services, policy: Checkpoint, responses: Responses, strategy: Strategy, num_wanted: int
-) -> tuple[Selection, int, float]:
-    """Embed all units, then pick on the shards; the picks, the number of vectors, and the seconds to embed them."""
+    run: Run,
+    services: Services,
+    policy: Checkpoint,
+    responses: Responses,
+    num_wanted: int,
+    ask: AskBatch | None,
+) -> Chosen:
+    """Embed all units, and pick on the shards."""
     config = run.config
     embedding = embedding_of(run, services, policy, embedder=config.select.embedder, normalize=config.select.normalize)
     started = time.monotonic()
     vectors, num_units = embed(run, embedding, responses)
     embed_s = time.monotonic() - started
     centers = seed_centers(run, embedding) if config.select.seed_centers else None
-    selection = _select_on_shards(
-        f"{config.name}-coreset", vectors, strategy, config.select, min(num_wanted, num_units), centers, run.seed
-    )
     # In rlp every training runs beside all fleets that are up, so a fleet that only selects has to go.
     if config.pipeline == "rlp" and not config.selects_by_rewarders:
         services.retire(embedding.fleet)
-    write_projection(run.folder(SELECT, "projection.parquet"), vectors, set(selection.ids))
-    return selection, num_units, embed_s
-
-
-def _select_on_shards(
-    name: str,
-    vectors: BlockTable,
-    strategy: Strategy,
-    config: SelectConfig,
-    num_selected: int,
-    centers: np.ndarray | None,
-    seed: int,
-) -> Selection:
+    ids = np.fromiter(_ordinals(run, responses), np.int64, num_units)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         # A name of its own for each attempt: Ray may not have let go of the dead shard's yet.
-        shards = RayShards(f"{name}{'-again' * (attempt - 1)}", vectors, config.num_shards)
+        name = f"{config.name}-coreset{'-again' * (attempt - 1)}"
+        shards = RayShards(name, vectors, config.select.num_shards)
         try:
-            return strategy.choose(
-                shards, num_selected, candidate_batch=config.candidate_batch, initial_centers=centers, seed=seed
-            )
+            chosen = _choose(run, responses, ids, shards, num_wanted, centers, ask)
+            break
         except RayActorError as error:
             if attempt == MAX_ATTEMPTS:
                 raise
             logger.warning("select: a shard died (%s); selecting again", error)
         finally:
             shards.stop()
-    raise AssertionError("unreachable")
+    else:
+        raise AssertionError("unreachable")
+    write_projection(run.folder(SELECT, "projection.parquet"), vectors, set(chosen.selection.ids))
+    return replace(chosen, num_embedded=num_units, embed_s=embed_s)
+
+
+def _choose(
+    run: Run,
+    responses: Responses,
+    ids: np.ndarray,
+    shards: RayShards | None,
+    num_wanted: int,
+    centers: np.ndarray | None,
+    ask: AskBatch | None,
+) -> Chosen:
+    """Pick at once, or batch by batch."""
+    select = run.config.select
+    knowledge = Knowledge(
+        seed=run.seed,
+        initial_centers=centers,
+        prompt_stride=numbering(run.config).per_prompt,
+        candidate_batch=select.candidate_batch,
+    )
+    strategy = STRATEGIES[select.strategy]
+    if select.batches == 1:
+        pool = shards if strategy.reads_vectors else ids
+        num_possible = num_choosable(ids, strategy, knowledge)
+        return Chosen(selection=strategy.choose(pool, min(num_wanted, num_possible), knowledge))
+    assert ask is not None, "whoever selects in batches asks"
+    batches: list[BatchMetrics] = []
+
+    def ask_chosen(chosen: np.ndarray) -> Answers:
+        answers = ask(list(_rows_of(run, responses, chosen.ravel().tolist())))
+        num_scored = sum(score is not None for score in answers.scores)
+        batches.append(BatchMetrics(num_asked=len(chosen), num_scored=num_scored))
+        logger.info("select: batch %d of %d: %d of %d answered", len(batches), select.batches, num_scored, len(chosen))
+        return answers
+
+    labels = acquire(
+        ids,
+        shards,
+        strategy,
+        num_wanted,
+        ask_chosen,
+        num_batches=select.batches,
+        first=None if select.first_batch is None else STRATEGIES[select.first_batch],
+        knowledge=knowledge,
+        num_heads=select.num_heads,
+    )
+    return Chosen(selection=Selection(ids=labels.ids.ravel().tolist()), batches=batches)
 
 
 def _rows_of(run: Run, responses: Responses, ordinals: list[int]) -> Iterator[QueryRow]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from rayrl.algorithms.acquisition import Answers
 from rayrl.algorithms.selection import STRATEGIES, Selection, Strategy
 from rayrl.config import EngineConfig, RunConfig, load_config
 from rayrl.data.blocks import BlockTable
@@ -61,7 +62,7 @@ def responses(tmp_path_factory):
     return Responses(key="r", table=table, num_prompts=12, num_responses=33)
 
 
-def picks(folder, policy, responses, services, *, seed=0, **settings):
+def picks(folder, policy, responses, services, *, seed=0, ask=None, **settings):
     if not hasattr(services, "ready"):
         services = OnlyEmbedders(services)
     config = RunConfig.model_validate(
@@ -78,7 +79,7 @@ def picks(folder, policy, responses, services, *, seed=0, **settings):
         }
     )
     run = Run(config=config, url=str(folder))
-    table = select(run, services, policy.checkpoint, responses).table.read(0)
+    table = select(run, services, policy.checkpoint, responses, ask).table.read(0)
     manifest = run.manifest(SELECT)
     assert manifest is not None and manifest.metrics.num_selected == table.num_rows
     return table.to_pylist()
@@ -99,6 +100,31 @@ def test_the_number_of_shards_changes_no_pick(embedders, tiny_policy, responses,
         (response,) = [r for r in source.responses if r.id == row["response_id"]]
         assert row["token_ids"] == source.prompt_token_ids + response.token_ids
         assert (row["prompt"], row["response"]) == (source.prompt, response.text)
+
+
+def length_of(rows):
+    """An oracle that scores the second token of a response, and abstains on every fifth question for nothing."""
+    scores = [None if row["ordinal"] % 5 == 0 else float(row["token_ids"][-2]) for row in rows]
+    return Answers(scores=scores, num_spent=sum(score is not None for score in scores))
+
+
+@pytest.mark.parametrize("strategy", ["uncertainty", "badge", "d_optimal", "random_by_prompt"])
+def test_batches_ask_as_they_pick_and_replace_abstentions(embedders, tiny_policy, responses, tmp_path, strategy):
+    first = "k_center" if STRATEGIES[strategy].reads_heads else None
+    settings = {"strategy": strategy, "batches": 3, "first_batch": first, "budget": 20}
+    chosen = [
+        picks(tmp_path / str(n), tiny_policy, responses, embedders, ask=length_of, num_shards=n, **settings)
+        for n in (1, 2)
+    ]
+    assert names(chosen[0]) == names(chosen[1]) and len(set(names(chosen[0]))) == len(chosen[0])
+    num_answered = sum(score is not None for score in length_of(chosen[0]).scores)
+    assert num_answered == 20 < len(chosen[0]), "abstentions cost nothing here, and others take their places"
+    manifest = read_manifest(str(tmp_path / "1"), SELECT)
+    batches = manifest.metrics.batches
+    assert [batch.num_asked for batch in batches][:1] == [7] and sum(batch.num_scored for batch in batches) == 20
+    # The same command again asks nothing.
+    again = picks(tmp_path / "1", tiny_policy, responses, NoEngine(), ask=None, num_shards=1, **settings)
+    assert again == chosen[0]
 
 
 class NoEngine:
@@ -198,7 +224,7 @@ def test_a_budget_beyond_the_pool_takes_all(tiny_policy, responses, tmp_path):
 def test_a_new_strategy_is_a_function_and_an_entry(monkeypatch, tiny_policy, responses, tmp_path):
     """Config, plan, stage and manifest learn of it from its entry in the registry."""
 
-    def last_ones(ids, num_selected, *, seed=0):
+    def last_ones(ids, num_selected, knowledge):
         return Selection(ids=sorted(ids.tolist())[-num_selected:], radii=[])
 
     monkeypatch.setitem(STRATEGIES, "last_ones", Strategy(choose=last_ones, reads_vectors=False))

@@ -1,4 +1,4 @@
-"""Selection of the responses that the oracle is asked about: exact greedy k-center over shards, and random selection.
+"""Exact greedy k-center over shards.
 
 Greedy farthest-first (Sener & Savarese, arXiv 1708.00489) repeats u = argmax_i min_{j in S} d(x_i, x_j) and is within
 twice the optimal covering radius. The plain loop reads the whole matrix once per pick. Here each shard offers its
@@ -13,81 +13,54 @@ before anything else: distances stay, but the float32 bounds get tight where a l
 model embeddings, would drown them.
 
 This is not an approximate coreset method, and it knows nothing about models, text or Ray: `rayrl.fleets.coreset` wraps
-`CoresetShard` into actors and implements `ShardGroup` for them.
+`CoresetShard` into actors.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 
-from rayrl.errors import ConfigError, DataError
+from rayrl.algorithms.selection.shards import (
+    Selection,
+    ShardGroup,
+    VectorShard,
+    center_pool,
+    find_vectors,
+    left_of,
+    refuse_number,
+)
 
 TIE = 1e-12
 """Squared distances closer than this share of the largest squared norm are equal: float64 rounding, with room."""
 MAX_DISTANCES = 1 << 23
 """Distances held in memory at once: 32 MiB in float32."""
-MEAN_DIGITS = 1024
-"""The subtracted mean is rounded to this share of each coordinate's magnitude."""
-
-T = TypeVar("T")
 Offer = tuple[np.ndarray, np.ndarray, np.ndarray]
 """ids (int64), centred vectors (float32) and squared distances to the nearest centre (float64), farthest first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Picks of a strategy."""
-
-    ids: list[int]
-    """Distinct ids, in the order they were picked."""
-    radii: list[float]
-    """`radii[i]`: distance of the worst-covered point once `ids[: i + 1]` (and the initial centres) are centres. Empty
-    for a strategy that covers nothing."""
-
-
-class ShardGroup(Protocol):
-    """All shards of a pool, in this process or in others."""
-
-    def broadcast(self, method: Callable[..., T], *arguments: object) -> list[T]:
-        """Call a method of `CoresetShard` on every shard; the results are in the shards' order."""
-        ...
-
-
-class CoresetShard:
-    """Some of the pool's vectors, with a bound on each one's squared distance to its nearest centre."""
+class CoresetShard(VectorShard):
+    """A shard that also bounds each vector's squared distance to its nearest centre."""
 
     def __init__(self, ids: Int64[np.ndarray, " n"], vectors: Float[np.ndarray, "n d"]):
-        import torch  # not at the top: configs read STRATEGIES, and must load fast
+        import torch  # not at the top: configs read the table of strategies, and must load fast
 
         assert torch.get_float32_matmul_precision() == "highest", "the error bounds are those of full float32"
-        self.ids = np.array(ids, np.int64)
-        self.vectors = np.array(vectors, np.float32)  # an own copy: `center` works in place
-        if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
-            raise ValueError(f"vectors must be ({len(self.ids)}, d), one row per id, got {self.vectors.shape}")
+        super().__init__(ids, vectors)
 
-    def summary(self) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, "2 d"]]:
-        """The shard's ids, and per coordinate the sum and the sum of squares of its vectors."""
-        sums = self.vectors.sum(0, dtype=np.float64)
-        squares = np.einsum("nd,nd->d", self.vectors, self.vectors, dtype=np.float64)
-        return self.ids, np.stack([sums, squares])
-
-    def center(self, mean: Float64[np.ndarray, " d"]) -> float:
-        """Subtract the pool's (rounded) mean, forget all centres, and return the largest squared norm."""
-        self.vectors -= mean.astype(np.float32)
-        self.norms = np.einsum("nd,nd->n", self.vectors, self.vectors, dtype=np.float64)
+    def begin(self) -> None:
+        """Forget all centres."""
         self.centers = np.empty((0, self.vectors.shape[1]))
         # The squared distance to the nearest centre is at most `upper`, and equal to it where `exact`.
         self.upper = np.full(len(self.ids), np.inf)
         self.exact = np.zeros(len(self.ids), np.bool_)
         self.center_norm = 0.0
-        return float(self.norms.max(initial=0.0))
 
-    def find(self, identifier: int) -> Float32[np.ndarray, "m d"]:
-        """The centred vector of one id: one row, or none if another shard owns it."""
-        return self.vectors[self.ids == identifier]
+    def exclude(self, identifiers: Int64[np.ndarray, " m"]) -> None:
+        """Never offer some ids."""
+        rows = self.rows_of(identifiers)
+        self.upper[rows] = -np.inf  # below every distance, so that `offer` never reaches it
+        self.exact[rows] = True
 
     def absorb(self, centers: Float32[np.ndarray, "m d"], picked: Int64[np.ndarray, " p"]) -> None:
         """Make centred vectors centres, and never offer `picked` again."""
@@ -110,9 +83,7 @@ class CoresetShard:
             lowest_possible = np.maximum(nearest - slack[rows], 0)
             self.exact[rows] &= lowest_possible >= self.upper[rows]
             np.minimum(self.upper[rows], nearest + slack[rows], out=self.upper[rows])
-        is_picked = np.isin(self.ids, picked)
-        self.upper[is_picked] = -np.inf  # below every distance, so that `offer` never reaches it
-        self.exact[is_picked] = True
+        self.exclude(picked)
 
     def offer(self, num: int, tie: float) -> Offer:
         """The `num` farthest points, all in exact order; fewer only if there are no more."""
@@ -143,17 +114,6 @@ class CoresetShard:
         self.exact[rows] = True
 
 
-class LocalShards:
-    """Shards in this process."""
-
-    def __init__(self, shards: Sequence[CoresetShard]):
-        self.shards = shards
-
-    def broadcast(self, method: Callable[..., T], *arguments: object) -> list[T]:
-        """Call a method on every shard."""
-        return [method(shard, *arguments) for shard in self.shards]
-
-
 def squared_distances(a: Float[np.ndarray, "m d"], b: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, "m n"]:
     """All |a_i - b_j|^2 in float64, never negative."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -177,6 +137,8 @@ def k_center(
     *,
     candidate_batch: int = 256,
     initial_centers: Float[np.ndarray, "m d"] | None = None,
+    taken: Int64[np.ndarray, " t"] | None = None,
+    allowed: Int64[np.ndarray, " a"] | None = None,
     seed: int = 0,
 ) -> Selection:
     """Pick `num_selected` ids by greedy farthest-first; the number of shards and `candidate_batch` change no pick.
@@ -185,31 +147,38 @@ def k_center(
         shards: The pool; ids must be unique over all shards.
         num_selected: Ids to pick.
         candidate_batch: Points every shard offers per round.
-        initial_centers: Vectors that count as picked already. Without them the first pick is drawn by `seed` from
-            the sorted ids, and everything after it is determined.
+        initial_centers: Vectors that count as picked already. Without them and `taken` the first pick is drawn by
+            `seed` from the sorted ids, and everything after it is determined.
+        taken: Ids that were picked before: centres that are not picked again.
+        allowed: Ids that may be picked; None is all.
         seed: Draws the first pick.
 
     Raises:
         ConfigError: `num_selected` is not between 1 and the number of points.
         DataError: a vector is not finite.
     """
-    summaries = shards.broadcast(CoresetShard.summary)
-    ids = np.unique(np.concatenate([shard_ids for shard_ids, _ in summaries]))
-    assert len(ids) == sum(len(shard_ids) for shard_ids, _ in summaries), "ids must be unique over all shards"
-    _refuse_number(num_selected, len(ids))
-    mean = _rounded_mean(np.sum([sums for _, sums in summaries], axis=0), len(ids))
-    tie = TIE * max(shards.broadcast(CoresetShard.center, mean))
+    pool = center_pool(shards)
+    taken = np.empty(0, np.int64) if taken is None else taken
+    left = left_of(pool.ids, taken)
+    if allowed is not None:
+        left = np.intersect1d(left, allowed)
+    refuse_number(num_selected, len(left))
+    tie = TIE * pool.largest_norm
+    shards.broadcast(CoresetShard.begin)
+    if allowed is not None:
+        shards.broadcast(CoresetShard.exclude, left_of(pool.ids, left))
 
     picks: list[int] = []
     squared_reach: list[float] = []  # of each pick, its squared distance to the nearest centre when it was picked
-    if initial_centers is None or len(initial_centers) == 0:
-        first = int(np.random.default_rng(seed).choice(ids))
-        centers = np.concatenate(shards.broadcast(CoresetShard.find, first))
+    known = [] if initial_centers is None else [np.asarray(initial_centers, np.float32) - pool.offset]
+    known += [find_vectors(shards, taken)] if len(taken) else []
+    centers = np.concatenate(known) if known else np.empty((0, 1), np.float32)
+    picked = taken
+    if len(centers) == 0:
+        first = int(np.random.default_rng(seed).choice(left))
         picked = np.array([first])
+        centers = find_vectors(shards, picked)
         picks, squared_reach = [first], [np.inf]
-    else:
-        centers = np.asarray(initial_centers, np.float32) - mean.astype(np.float32)
-        picked = np.empty(0, np.int64)
     shards.broadcast(CoresetShard.absorb, centers, picked)
     while len(picks) < num_selected:
         offers = shards.broadcast(CoresetShard.offer, candidate_batch, tie)
@@ -223,30 +192,6 @@ def k_center(
     remaining = [squared.max(initial=0.0) for _, _, squared in shards.broadcast(CoresetShard.offer, 1, tie)]
     squared_radii = [*squared_reach[1:], max(remaining, default=0.0)]
     return Selection(ids=picks, radii=np.sqrt(squared_radii).tolist())
-
-
-def _refuse_number(num_selected: int, num_points: int) -> None:
-    if not 1 <= num_selected <= num_points:
-        raise ConfigError(
-            f"select.budget must pick between 1 and all {num_points} candidates, got {num_selected}: "
-            "lower the budget, or add prompts to the pool"
-        )
-
-
-def _rounded_mean(sums: Float64[np.ndarray, "2 d"], num: int) -> Float64[np.ndarray, " d"]:
-    """The mean to a 1024th of each coordinate's magnitude.
-
-    Any point near the mean centres as well. A coarse one is the same for any order of summation, and subtracting it
-    rounds no vector of few digits, so that exact ties stay exact.
-    """
-    if not np.isfinite(sums).all():
-        raise DataError("embeddings must be finite, got NaN or infinity: check the embedding model")
-    mean = sums[0] / num
-    magnitude = np.sqrt(sums[1] / num)  # root mean square
-    # A power of two, so that multiples of the grid have few digits; `tiny` keeps the logarithm of 0 away.
-    exponent = np.ceil(np.log2(np.maximum(magnitude, np.finfo(np.float32).tiny)))
-    grid = np.power(2.0, exponent) / MEAN_DIGITS
-    return np.rint(mean / grid) * grid
 
 
 def _pick_certain(offers: Sequence[Offer], num: int, tie: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -279,31 +224,3 @@ def _pick_certain(offers: Sequence[Offer], num: int, tie: float) -> tuple[np.nda
         squared = np.minimum(squared, between[pick])
         squared[pick] = -np.inf  # never picked again
     return np.array(reach), vectors[chosen], ids[chosen]
-
-
-def random_selection(ids: Int64[np.ndarray, " n"], num_selected: int, *, seed: int = 0) -> Selection:
-    """Draw ids uniformly without replacement; the order of `ids` does not matter."""
-    _refuse_number(num_selected, len(ids))
-    drawn = np.random.default_rng(seed).choice(np.sort(ids), num_selected, replace=False)
-    return Selection(ids=drawn.tolist(), radii=[])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strategy:
-    """A way to choose the responses that the oracle is asked about, and the input that it reads."""
-
-    choose: Callable[..., Selection]
-    """Called as `choose(pool, num_selected, seed=...)`. The pool is an array of ids; for a strategy that reads vectors
-    it is a `ShardGroup`, and `candidate_batch` and `initial_centers` are given too, as in `k_center`."""
-    reads_vectors: bool
-    """Whether the pool has to be embedded."""
-    grows: bool = False
-    """Whether a larger selection contains the smaller one of the same seed. Otherwise the budget of a run cannot be
-    raised: it would ask about others, beyond what it has paid for."""
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "k_center": Strategy(choose=k_center, reads_vectors=True, grows=True),
-    "random": Strategy(choose=random_selection, reads_vectors=False),
-}
-"""Values of `select.strategy`. Config, plan, preflight, selection and report learn of a strategy from its entry."""

@@ -1,0 +1,136 @@
+"""Acquisition of labels in batches: choose by what is known, ask, fit the heads again, and choose the next ones.
+
+This is the loop of active learning. It knows nothing of oracles, money or Ray: `ask` answers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from rayrl.algorithms.heads import NUM_HEADS, Heads, fit_heads, fit_pair_heads
+from rayrl.algorithms.selection.shards import Knowledge, ShardGroup, center_pool, find_vectors, left_of
+from rayrl.algorithms.selection.strategies import Strategy
+
+MIN_LABELS = 8
+"""Labels below which no heads are fitted, and the strategy of the first batch goes on."""
+
+TIE = 0.5
+"""Answer to a comparison in which neither response won."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What came of one batch of questions."""
+
+    scores: Sequence[float | None]
+    """One per question. Of a comparison: 1 if the first response won, 0 if the second did, 0.5 for a tie. None: the
+    oracle abstained."""
+    num_spent: int
+    """Questions that were paid for, abstentions among them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """All that was asked so far, in the order of asking."""
+
+    ids: Int64[np.ndarray, "n u"] = field(default_factory=lambda: np.empty((0, 1), np.int64))
+    """Of each question the id of its response, or of its two responses."""
+    scores: Float[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0))
+    """NaN where the oracle abstained."""
+
+    @property
+    def answered(self) -> np.ndarray:
+        """Rows that were answered."""
+        return np.flatnonzero(~np.isnan(self.scores))
+
+    def with_answers(self, ids: Int64[np.ndarray, "m u"], scores: Sequence[float | None]) -> "Labels":
+        """Append one batch."""
+        known = self.ids if len(self.ids) else np.empty((0, ids.shape[1]), np.int64)
+        answers = np.array([np.nan if score is None else score for score in scores])
+        return Labels(ids=np.concatenate([known, ids]), scores=np.concatenate([self.scores, answers]))
+
+
+def acquire(
+    ids: Int64[np.ndarray, " n"],
+    shards: ShardGroup | None,
+    strategy: Strategy,
+    num_labels: int,
+    ask: Callable[[Int64[np.ndarray, "m u"]], Answers],
+    *,
+    num_batches: int = 1,
+    first: Strategy | None = None,
+    known: Labels | None = None,
+    knowledge: Knowledge | None = None,
+    num_heads: int = NUM_HEADS,
+    stop: Callable[[Labels], bool] | None = None,
+) -> Labels:
+    """Spend `num_labels` on questions, in batches.
+
+    Args:
+        ids: what may be asked about.
+        shards: the vectors of these; None for strategies that read none.
+        strategy: chooses.
+        num_labels: questions that may be paid for. All there is, where that is less.
+        ask: answers questions about responses (m, 1), or pairs (m, 2).
+        num_batches: parts of the budget; the heads are fitted again between them. Where abstentions cost nothing, more
+            follow, which ask about the next best in their place.
+        first: chooses until there are `MIN_LABELS` labels, for a strategy that reads the heads.
+        known: labels from before, which cost nothing now; of the same ids.
+        knowledge: seed, initial centres and sizes.
+        num_heads: of the ensemble.
+        stop: asked after each batch whether the labels are enough; what is left of the budget is then not spent.
+
+    Returns:
+        The labels, `known` ones first.
+    """
+    labels, knowledge = known or Labels(), knowledge or Knowledge()
+    num_left, batch = num_labels, 0
+    while num_left > 0:
+        batch += 1
+        heads = fit_labels(shards, labels, knowledge, num_heads) if shards is not None else None
+        chooser = first if strategy.reads_heads and heads is None else strategy
+        assert chooser is not None, "refused before: a strategy that reads the heads, and none for the first batch"
+        now = replace(knowledge, taken=np.unique(labels.ids), heads=heads)
+        share = -(-num_left // max(1, num_batches - batch + 1))
+        num_asked = min(share, num_choosable(ids, chooser, now))
+        if num_asked == 0:
+            break
+        picks = chooser.choose(shards if chooser.reads_vectors else ids, num_asked, now).ids
+        questions = np.array(picks, np.int64).reshape(num_asked, -1)
+        answers = ask(questions)
+        labels = labels.with_answers(questions, answers.scores)
+        num_left -= answers.num_spent
+        # Without a new payment the answers were known, or none can be had: what is left is asked about next.
+        if answers.num_spent == 0 and all(score is None for score in answers.scores):
+            break
+        if stop is not None and stop(labels):
+            break
+    return labels
+
+
+def num_choosable(ids: Int64[np.ndarray, " n"], strategy: Strategy, knowledge: Knowledge) -> int:
+    """Count the questions that may still be asked: responses, or prompts with two of them."""
+    if strategy.asks == "responses":
+        return len(left_of(ids, knowledge.taken))
+    prompts, counts = np.unique(ids // knowledge.prompt_stride, return_counts=True)
+    return len(left_of(prompts[counts > 1], knowledge.taken // knowledge.prompt_stride))
+
+
+def fit_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge, num_heads: int = NUM_HEADS) -> Heads | None:
+    """Fit the heads on the answered questions; None with fewer than `MIN_LABELS`. Ties teach comparisons nothing."""
+    rows = labels.answered
+    if labels.ids.shape[1] == 2:
+        rows = rows[labels.scores[rows] != TIE]
+    if len(rows) < MIN_LABELS:
+        return None
+    pool = center_pool(shards)
+    ids, scores = labels.ids[rows], labels.scores[rows]
+    groups = ids[:, 0] // knowledge.prompt_stride
+    if ids.shape[1] == 2:
+        both = find_vectors(shards, np.unique(ids))
+        first, second = (both[np.searchsorted(np.unique(ids), ids[:, side])] for side in (0, 1))
+        return fit_pair_heads(first - second, scores > TIE, groups, num_heads=num_heads, seed=knowledge.seed)
+    vectors = find_vectors(shards, ids[:, 0]) + pool.offset  # as they were before they were centred
+    return fit_heads(vectors, scores, groups, num_heads=num_heads, seed=knowledge.seed)

@@ -1,0 +1,21 @@
+"""Selection of what the oracle is asked about: pure functions over shards of the pool's vectors.
+
+`strategies.STRATEGIES` is the table. A strategy is one function and one entry there.
+"""
+
+from rayrl.algorithms.selection.k_center import CoresetShard, k_center
+from rayrl.algorithms.selection.sampling import random_selection
+from rayrl.algorithms.selection.shards import Knowledge, LocalShards, Selection, ShardGroup
+from rayrl.algorithms.selection.strategies import STRATEGIES, Strategy
+
+__all__ = [
+    "STRATEGIES",
+    "CoresetShard",
+    "Knowledge",
+    "LocalShards",
+    "Selection",
+    "ShardGroup",
+    "Strategy",
+    "k_center",
+    "random_selection",
+]
