@@ -27,7 +27,7 @@ from rayrl.runs.run import Run, open_run
 from rayrl.runs.stage_table import GENERATE, POOL, PSEUDO_LABEL, QUERY, SELECT
 from rayrl.stages.labelling.query import query
 from rayrl.stages.proxy.pseudo_label import pseudo_label
-from rayrl.stages.rewards.evaluator import evaluator_of
+from rayrl.stages.rewards.evaluators import evaluator_of
 from rayrl.stages.sampling.generate import generate
 from rayrl.stages.sampling.pool import read_pool
 from rayrl.stages.selection.select import select

@@ -10,8 +10,9 @@ from rayrl.config.training import EvaluatedTrainingConfig
 class EvaluatorConfig(EvaluatedTrainingConfig):
     """The proxy: trained on the paid judgements, it scores all other responses."""
 
-    type: Literal["generative", "scalar"] = "generative"
-    """"generative" writes a judgement, as the oracle does; "scalar" is a head on the last hidden state."""
+    type: Literal["generative", "scalar", "head"] = "generative"
+    """"generative" writes a judgement, as the oracle does; "scalar" is a head on the last hidden state. Both fine-tune
+    M1. "head" trains no model: linear heads on the vectors of `select.embedder`, in seconds, for few labels."""
     scoring: Literal["score_first", "rationale_first"] = "score_first"
     """generative: read the score from one prefill, or write the rationale and read the score after it."""
     num_samples: int = Field(default=3, gt=0)
@@ -28,6 +29,11 @@ class EvaluatorConfig(EvaluatedTrainingConfig):
     epochs: int = Field(default=3, gt=0)
     batch_size: int = Field(default=16, gt=0)
     """Judgements per optimizer step, over all workers."""
+
+    @property
+    def trains_model(self) -> bool:
+        """Return whether a language model is fine-tuned."""
+        return self.type != "head"
 
     @property
     def served_by(self) -> Literal["generators", "embedders"]:

@@ -154,6 +154,8 @@ class RunConfig(Table):
     @property
     def selects_by_rewarders(self) -> bool:
         """rlp: whether the fleet that serves the reward also embeds for the selection, and therefore stays."""
+        if self.ppo.reward == "evaluator" and self.evaluator.type == "head":
+            return True
         pooling = "last" if self.ppo.reward == "reward_model" else self.select.pooling
         return self.rewards_by_embedders and self.select.embedder == "policy" and self.select.pooling == pooling
 
@@ -210,7 +212,7 @@ def _check_selection(config: RunConfig) -> None:
             )
         if select.asks == "pairs" and preferences.pairs_per_prompt > 1:
             raise ValueError(
-                f'preferences.pairs_per_prompt must be 1 where select.strategy is "{name}", which chooses one pair of a '
+                f'preferences.pairs_per_prompt must be 1 with select.strategy = "{name}", which chooses one pair of a '
                 f"prompt, got {preferences.pairs_per_prompt}; leave it out"
             )
         if select.asks == "pairs" and select.text == "prompt" and select.reads_vectors:
@@ -278,6 +280,11 @@ def _check_pairs(config: RunConfig) -> None:
             'select.unit = "prompt"'
         )
     evaluator = config.evaluator
+    if evaluator.type == "head" and config.select.text == "prompt":
+        raise ValueError(
+            'select.text must be "prompt_response" or "judge_prompt" with evaluator.type = "head", got "prompt": all '
+            "responses to a prompt would have the same score; leave it out"
+        )
     if evaluator.type == "scalar" and evaluator.loss == "bradley_terry" and config.select.unit != "prompt":
         raise ValueError(
             'evaluator.loss = "bradley_terry" needs pairs of paid responses, so select.unit must be "prompt", got '

@@ -1,5 +1,6 @@
 """Settings of the selection of responses that the oracle is asked about."""
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -96,6 +97,10 @@ class SelectConfig(Table):
     def asks(self) -> Literal["responses", "pairs"]:
         """What the strategy asks about."""
         return STRATEGIES[self.strategy].asks
+
+    def vectors_json(self) -> str:
+        """Return the settings that decide the vector of a response, as JSON."""
+        return json.dumps([self.text, self.embedder, self.pooling, self.normalize])
 
     @property
     def reads_heads(self) -> bool:

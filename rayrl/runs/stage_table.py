@@ -123,18 +123,27 @@ def policy_embedders(pooling: str) -> FleetUse:
     return FleetUse(role="embedders", pooling=pooling)
 
 
+def _selecting_embedders(config: RunConfig) -> FleetUse:
+    return FleetUse(role="embedders", model=config.select.embedder, pooling=config.select.pooling)
+
+
 def _selection_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
     select = config.select
     if config.labels == "expert" or not select.reads_vectors:
         return ()
-    return (FleetUse(role="embedders", model=select.embedder, pooling=select.pooling),)
+    return (_selecting_embedders(config),)
 
 
 def _evaluator_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
     if not fits_evaluator(config):
         return ()
-    is_generated = config.evaluator.served_by == "generators"
-    return (GENERATORS if is_generated else policy_embedders(config.select.pooling),)
+    match config.evaluator.type:
+        case "generative":
+            return (GENERATORS,)
+        case "scalar":
+            return (policy_embedders(config.select.pooling),)
+        case "head":
+            return (_selecting_embedders(config),)
 
 
 def reward_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
@@ -239,7 +248,7 @@ FIT_EVALUATOR = Stage(
     name="fit_evaluator",
     metrics=metrics.FitEvaluatorMetrics,
     occurs=lambda config, number: fits_evaluator(config),
-    training=lambda config: _training("evaluator", config.evaluator, "rows"),
+    training=lambda config: _training("evaluator", config.evaluator, "rows") if config.evaluator.trains_model else None,
     fleets=_evaluator_fleets,
 )
 PREFERENCES = Stage(

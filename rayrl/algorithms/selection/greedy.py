@@ -32,8 +32,6 @@ MIN_CLIENTS = 4096
 """Facility location covers all points of a pool up to this size, and of a larger one a sample of at least it."""
 CLIENTS_PER_PICK = 2
 """Clients of a large pool, per pick: with fewer than one, late picks would have nothing left to cover."""
-CANDIDATES = 1024
-"""Points that each shard offers at a time, at least: gains fall slowly, and many offered ones are picked."""
 
 NUM_EVALUATED = 16
 """Offered points whose gains are computed together, once the best one's may have fallen."""
@@ -124,10 +122,9 @@ def lazy_greedy(
         group_of: the groups of some ids; of each group one point is picked. By default every point is one.
     """
     picks: list[int] = []
-    num_offered = max(candidate_batch, CANDIDATES)
     while len(picks) < num_selected:
-        offers = shards.broadcast(_offer, num_offered, scale)
-        picked = _pick_certain(offers, objective, num_selected - len(picks), num_offered, scale, group_of)
+        offers = shards.broadcast(_offer, candidate_batch, scale)
+        picked = _pick_certain(offers, objective, num_selected - len(picks), candidate_batch, scale, group_of)
         picks += picked
         objective.tell(shards, np.array(picked, np.int64))
     return Selection(ids=picks)

@@ -18,7 +18,9 @@ from rayrl.runs.stage_metrics import EvaluatorValidation, FitEvaluatorMetrics, F
 from rayrl.runs.stage_table import FIT_EVALUATOR, fits_evaluator
 from rayrl.stages.artifacts import Judgements
 from rayrl.stages.fitting import drawn_holdout, fit_stage, stream_of
-from rayrl.stages.rewards.evaluator import Evaluator, EvaluatorTraining, evaluator_of
+from rayrl.stages.rewards.evaluator import Evaluator, TrainedEvaluator
+from rayrl.stages.rewards.evaluators import evaluator_of
+from rayrl.stages.rewards.head_evaluator import HeadEvaluator
 
 MIN_JUDGEMENTS = 4
 """Judgements below which a rank correlation says nothing."""
@@ -41,7 +43,10 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
         return None
     paid = [round_judgements.key for round_judgements in judgements]
     # The pooling decides which replicas serve a scalar evaluator, and how its head reads the hidden states.
-    key = run.key(FIT_EVALUATOR, config.evaluator, config.labels, config.select.pooling, *paid, m1.version)
+    # Heads learn from the selection's vectors.
+    vectors = config.select.vectors_json() if config.evaluator.type == "head" else config.select.pooling
+    content = run.content("select.embedder") if config.evaluator.type == "head" else []
+    key = run.key(FIT_EVALUATOR, config.evaluator, config.labels, vectors, *content, *paid, m1.version)
     checkpoint = Checkpoint(path=run.folder(FIT_EVALUATOR, "checkpoint"), version=f"evaluator-{key}")
     evaluator = evaluator_of(run, checkpoint, m1)
     if run.finished(FIT_EVALUATOR, key):
@@ -51,14 +56,14 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
     token_ids: dict[ResponseKey, list[int]] = {}
     for round_judgements in judgements:
         token_ids |= round_judgements.token_ids()
-    prepared = evaluator.training(run, services.dtype, training, token_ids)
-    if config.evaluator.evaluate_every is not None:
-        rows = _held_out_rows(evaluator, run, services.dtype, held_out, token_ids)
-        prepared = replace(prepared, job=replace(prepared.job, held_out=rows))
-    curve = _fit(run, services, evaluator, prepared)
+    if isinstance(evaluator, HeadEvaluator):
+        curve, num_unfit = evaluator.fit(services, training, token_ids), 0
+    else:
+        assert isinstance(evaluator, TrainedEvaluator)
+        curve, num_unfit = _train(run, services, evaluator, training, held_out, token_ids)
     validation = _validate(services, evaluator, held_out, token_ids)
     rank = validation.spearman
-    num_too_long = prepared.num_too_long + validation.num_too_long
+    num_too_long = num_unfit + validation.num_too_long
     left_out = f" ({num_too_long} left out, too long for the evaluator's context)" if num_too_long else ""
     run.finish(
         FIT_EVALUATOR,
@@ -67,10 +72,10 @@ def fit_evaluator(run: Run, services: Services, m1: Checkpoint, judgements: Sequ
         num_rows=len(training),
         metrics=FitEvaluatorMetrics(
             **asdict(curve),
-            num_too_long=prepared.num_too_long,
+            num_too_long=num_unfit,
             validation=validation,
         ),
-        summary=f"{len(training) - prepared.num_too_long} judgements{left_out}; on {validation.num} held out: Spearman "
+        summary=f"{len(training) - num_unfit} judgements{left_out}; on {validation.num} held out: Spearman "
         + (f"{rank.mean:.2f} +- {rank.standard_error:.2f}" if rank else "undefined")
         + f", within one point {validation.within_one:.0%}",
     )
@@ -108,7 +113,11 @@ def split(judgements: list[Judgement], holdout: float, seed: int) -> tuple[list[
 
 
 def _held_out_rows(
-    evaluator: Evaluator, run: Run, dtype: str, held_out: list[Judgement], token_ids: Mapping[ResponseKey, list[int]]
+    evaluator: TrainedEvaluator,
+    run: Run,
+    dtype: str,
+    held_out: list[Judgement],
+    token_ids: Mapping[ResponseKey, list[int]],
 ) -> BlockTable:
     """Write the held-out judgements as rows of the training, for its evaluations.
 
@@ -127,11 +136,24 @@ def _held_out_rows(
     return table
 
 
-def _fit(run: Run, services: Services, evaluator: Evaluator, training: EvaluatorTraining) -> FitMetrics:
+def _train(
+    run: Run,
+    services: Services,
+    evaluator: TrainedEvaluator,
+    training: list[Judgement],
+    held_out: list[Judgement],
+    token_ids: Mapping[ResponseKey, list[int]],
+) -> tuple[FitMetrics, int]:
+    """Train the evaluator; its curve, and the number of judgements that are too long for it."""
+    prepared = evaluator.training(run, services.dtype, training, token_ids)
+    job = prepared.job
+    if evaluator.settings.evaluate_every is not None:
+        job = replace(job, held_out=_held_out_rows(evaluator, run, services.dtype, held_out, token_ids))
     table = BlockTable(run.folder(FIT_EVALUATOR, "table"), 1)
-    table.write(0, pa.Table.from_pylist(training.rows))
+    table.write(0, pa.Table.from_pylist(prepared.rows))
     stream = stream_of(table, run.seed)
-    return fit_stage(run, services, FIT_EVALUATOR, training.loop, training.job, evaluator.settings, stream)
+    curve = fit_stage(run, services, FIT_EVALUATOR, prepared.loop, job, evaluator.settings, stream)
+    return curve, prepared.num_too_long
 
 
 def _validate(

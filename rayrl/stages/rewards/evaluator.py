@@ -1,6 +1,6 @@
 """Trained evaluators: M_eval, its training on the paid judgements, and its scores of everything else.
 
-Two kinds, `EVALUATORS`. A generative evaluator is the policy's architecture fine-tuned on written judgements. With the
+Two kinds. A generative evaluator is the policy's architecture fine-tuned on written judgements. With the
 score first, one prefill of the judge prompt gives the probability-weighted mean over the scores' tokens; with the
 rationale first, it writes its review, the score is read at its own position, and several reviews are averaged. A scalar
 evaluator is a head on the pooled hidden states of prompt and response.
@@ -34,7 +34,6 @@ from rayrl.models.judge_prompt import (
     Rubric,
     Scoring,
     evaluator_target,
-    load_rubric,
     score_texts,
     upto_score,
     whole_score,
@@ -94,8 +93,9 @@ class EvaluatorTraining:
 class Evaluator(ABC):
     """An evaluator that is not served yet: a `Reward`."""
 
+    run: Run
     checkpoint: Checkpoint
-    """The trained weights."""
+    """The fitted weights."""
     m1: Checkpoint
     """Weights that engines start with if they are not up, and that the training starts from."""
     settings: EvaluatorConfig
@@ -118,6 +118,11 @@ class Evaluator(ABC):
     @abstractmethod
     def serve(self, services: Services) -> Scorer:
         """Return the evaluator on the fleet of its kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedEvaluator(Evaluator):
+    """An evaluator that is a fine-tuned language model."""
 
     @abstractmethod
     def training(
@@ -142,7 +147,7 @@ class Evaluator(ABC):
         )
 
 
-class GenerativeEvaluator(Evaluator):
+class GenerativeEvaluator(TrainedEvaluator):
     """The policy's architecture, fine-tuned to write judgements (evaluation fine-tuning)."""
 
     def serve(self, services: Services) -> "GenerativeScorer":
@@ -203,7 +208,7 @@ class GenerativeEvaluator(Evaluator):
         }
 
 
-class ScalarEvaluator(Evaluator):
+class ScalarEvaluator(TrainedEvaluator):
     """A one-output head on the pooled hidden states of prompt and response."""
 
     def serve(self, services: Services) -> "ScalarScorer":
@@ -245,24 +250,6 @@ class ScalarEvaluator(Evaluator):
         fields = self._job_fields(run, dtype, len(rows))
         job = ScalarJob(evaluator=self.settings, pooling=self.pooling, mean_score=mean_score, **fields)
         return EvaluatorTraining(rows=rows, num_too_long=num_too_long, loop=train_scalar, job=job)
-
-
-EVALUATORS: dict[str, type[Evaluator]] = {"generative": GenerativeEvaluator, "scalar": ScalarEvaluator}
-"""Kinds of evaluator by `evaluator.type`."""
-
-
-def evaluator_of(run: Run, checkpoint: Checkpoint, m1: Checkpoint, *, kind: str | None = None) -> Evaluator:
-    """Return the evaluator with these weights, of the run's kind (None) or of another one in `EVALUATORS`."""
-    config = run.config
-    return EVALUATORS[kind or config.evaluator.type](
-        checkpoint=checkpoint,
-        m1=m1,
-        settings=config.evaluator,
-        policy=config.policy,
-        rubric=load_rubric(config.rubric),
-        pooling=config.select.pooling,
-        seed=run.seed,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

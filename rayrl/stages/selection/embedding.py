@@ -142,13 +142,27 @@ def seed_centers(run: Run, embedding: Embedding) -> np.ndarray:
 def _input(embedding: Embedding, tokenizer: Any, sampled: Sampled, index: int | None) -> list[int]:
     """Return the token ids of what is embedded. A whole prompt (no index) is represented by its first response."""
     response = sampled.responses[index or 0]
+    token_ids = sampled.prompt_token_ids + response.token_ids
+    if embedding.text == "prompt" and embedding.uses_policy:
+        token_ids = sampled.prompt_token_ids
+    return input_of(embedding, tokenizer, sampled.prompt, response.text, token_ids)
+
+
+def input_of(embedding: Embedding, tokenizer: Any, prompt: str, response: str, token_ids: list[int]) -> list[int]:
+    """Return the token ids that stand for a response.
+
+    Args:
+        embedding: says what is embedded.
+        tokenizer: its own, where it needs one.
+        prompt: text.
+        response: text.
+        token_ids: what the policy read and wrote, which it embeds itself: not those of the text tokenised again.
+    """
     if embedding.text == "judge_prompt":
-        judged = fill(embedding.rubric, sampled.prompt, response.text)
+        judged = fill(embedding.rubric, prompt, response)
         if embedding.uses_policy:
             return encode_prompt(tokenizer, judged, "plain")
         return encode_text(tokenizer, judged)
-    with_response = embedding.text == "prompt_response"
     if embedding.uses_policy:
-        # The very tokens that the policy read and wrote, not those of the text tokenised again.
-        return sampled.prompt_token_ids + (response.token_ids if with_response else [])
-    return encode_text(tokenizer, sampled.prompt + (f"\n{response.text}" if with_response else ""))
+        return token_ids
+    return encode_text(tokenizer, prompt + (f"\n{response}" if embedding.text == "prompt_response" else ""))

@@ -20,7 +20,8 @@ from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import SynthesizeMetrics
 from rayrl.runs.stage_table import SYNTHESIZE
 from rayrl.stages.artifacts import Preferences, Responses
-from rayrl.stages.rewards.evaluator import Evaluator, evaluator_of
+from rayrl.stages.rewards.evaluator import Evaluator
+from rayrl.stages.rewards.evaluators import evaluator_of
 from rayrl.stages.rewards.protocol import Reward
 from rayrl.stages.synthesis.clusters import cluster_blocks
 from rayrl.stages.synthesis.outcomes import OutcomeCounts, add_counts, count_outcomes

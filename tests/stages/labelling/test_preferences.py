@@ -13,7 +13,7 @@ from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.records import Comparison, PreferencePair, Sampled, from_table, to_table
 from rayrl.runs.run import Run, read_manifest
-from rayrl.runs.stage_table import PREFERENCES
+from rayrl.runs.stage_table import PREFERENCES, SELECT
 from rayrl.stages.artifacts import Responses
 from rayrl.stages.labelling.ask_pairs import count_answers, questions, verdict
 from rayrl.stages.labelling.comparisons import (
@@ -305,13 +305,13 @@ def gather(generators, embedders, tiny_policy, tmp_path):
 
     save(tmp_path / "pool.jsonl", [{"prompt": f"One day, {name} saw a"} for name in "ABCDEFGHIJ"])
 
-    def gather(function, order, budget, strategy="k_center"):
+    def gather(function, order, budget, **select):
         compare = f"tests.oracles.length_oracle:{function}"
         run = run_in(
             tmp_path,
             tiny_policy,
             {"source": "oracle", "order": order},
-            select={"budget": budget, "strategy": strategy},
+            select={"budget": budget} | select,
             generate={"k": 3, "max_tokens": 12, "block_size": 3},
             oracle={"type": "scripted", "function": "tests.oracles.length_oracle:judge", "compare_function": compare},
         )
@@ -366,6 +366,28 @@ def test_one_drawn_order_of_every_prompt_is_asked_and_recorded(gather, tmp_path)
     assert metrics_in(tmp_path).asked.counts.first_position_share == 1.0
     with pytest.raises(DataError, match="the oracle preferred none: 8 ties, 0 abstentions"):
         gather("whatever_comes_first", "both", 100)
+
+
+@pytest.mark.parametrize("order", ["random", "both"])
+def test_pairs_are_chosen_in_batches_by_the_answers_to_earlier_ones(gather, tmp_path, monkeypatch, order):
+    monkeypatch.setattr("rayrl.algorithms.acquisition.MIN_LABELS", 2)
+    budget = 6 if order == "random" else 12
+    settings = {"strategy": "delta_ucb", "first_batch": "random_pairs", "batches": 2}
+    preferences, spent = gather("longer", order, budget, **settings)
+    assert spent.spent == budget
+    comparisons = comparisons_in(tmp_path)
+    assert len({c.prompt_id for c in comparisons}) == 6 and len(comparisons) == budget
+    manifest = read_manifest(str(tmp_path), SELECT)
+    assert [batch.num_asked for batch in manifest.metrics.batches] == [3, 3]
+    # What was asked about is what was chosen, and a run that was killed before its manifests pays nothing again.
+    chosen = {
+        row["response_id"] for row in BlockTable(str(tmp_path / "stages" / "select" / "table"), 1).read(0).to_pylist()
+    }
+    assert {c.first_id for c in comparisons} | {c.second_id for c in comparisons} == chosen
+    for stage in ("select", "preferences"):
+        (tmp_path / "stages" / stage / "manifest.json").unlink()
+    again, spent = gather("longer", order, budget, **settings)
+    assert spent.spent == budget and names(again) == names(preferences)
 
 
 def names(preferences):

@@ -14,7 +14,8 @@ from rayrl.records import Checkpoint, Judgement, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.artifacts import Judgements, QuerySet
 from rayrl.stages.proxy.fit_evaluator import split, training_judgements
-from rayrl.stages.rewards.evaluator import balance, evaluator_of
+from rayrl.stages.rewards.evaluator import balance
+from rayrl.stages.rewards.evaluators import evaluator_of
 
 RUBRIC = Rubric(template=ADDITIVE_RUBRIC, min_score=0, max_score=5)
 
