@@ -346,11 +346,12 @@ def _selection(facts: RunFacts) -> Section | None:
         ["strategy", NOT_RUN if selection is None else selection.strategy],
         ["candidates", number_of(selection, lambda found: found.num_candidates)],
         ["selected", number_of(selection, lambda found: found.num_selected)],
-        [
-            "covering radius at the end",
-            number_of(selection, lambda found: found.radius[-1] if found.radius else None, ".4g"),
-        ],
     ]
+    if selection is not None and selection.batches:
+        sizes = ", ".join(number(batch.num_asked) for batch in selection.batches)
+        rows.append(["asked in batches of", sizes])
+    if selection is not None and selection.radius:
+        rows.append(["covering radius at the end", number(selection.radius[-1], ".4g")])
     cards.append(Table(head=["selection", ""], rows=rows))
     return Section(title="What was asked", parts=[Grid(cards=cards)])
 
