@@ -3,19 +3,20 @@
     power law    g(n) = (n / n_1)^-c
     exponential  g(n) = exp(-(n / n_1 - 1) / c)
 
-The asymptote a is what is reachable; b >= 0 is what is missing of it at the first size, n_1. `fit_curves` finds the best
-curve by least squares, weighted by the covariance of the measurements. With it come all curves of both families that
-a test at 10% does not reject: their misfit is larger by at most the 90% point of chi-square with one degree of freedom.
-The interval of whatever follows from a curve, such as the labels that 95% of a take, is its range over these curves (the
-profile likelihood's interval). Percentiles of fits to bootstrap samples, each of the family that fits it better, were
-tried first: where the labels leave the family open, they held the truth too seldom (jobs/bench/RESULTS.md).
+The asymptote a is what is reachable; b >= 0 is what is missing of it at the first size, n_1. `fit_curves` finds the
+best curve by least squares, weighted by the covariance of the measurements. With it come all curves of both families
+that a test at 10% does not reject: their misfit is larger by at most the 90% point of chi-square with one degree of
+freedom. The interval of whatever follows from a curve, such as the labels that 95% of a take, is its range over these
+curves: the profile likelihood's interval. Percentiles of fits to bootstrap samples, each of the family that predicts it
+better, were tried first: where the labels leave the family open, they held the truth too seldom
+(jobs/bench/RESULTS.md).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 
 CHI_SQUARE_90 = 2.7055
 """90% point of chi-square with one degree of freedom."""
@@ -208,7 +209,7 @@ class _Profile:
         return of_a + b * (2 * self.dy[rates] - 2 * a * self.od[rates] + b * self.dd[rates])
 
     def _least(self) -> tuple[Float64[np.ndarray, " rates"], Float64[np.ndarray, " rates"]]:
-        """a and b of the least misfit: inside the bounds, or else on one of their edges."""
+        """A and b of the least misfit: inside the bounds, or else on one of their edges."""
         determinant = self.oo * self.dd - self.od**2
         inside_a = (self.oy * self.dd - self.od * self.dy) / determinant
         inside_b = (self.oy * self.od - self.oo * self.dy) / determinant

@@ -134,9 +134,7 @@ def pair_learning_curve(
     _check(differences, first_wins, groups)
 
     def measure(fitted: np.ndarray, held_out: np.ndarray) -> PairCounts:
-        heads = fit_pair_heads(
-            differences[fitted], first_wins[fitted], groups[fitted], num_heads=num_heads, seed=seed
-        )
+        heads = fit_pair_heads(differences[fitted], first_wins[fitted], groups[fitted], num_heads=num_heads, seed=seed)
         return accuracy(_mean_score(heads, differences[held_out]), first_wins[held_out], groups[held_out])
 
     return _measured(measure, groups, sizes, num_splits, seed)

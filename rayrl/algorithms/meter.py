@@ -10,7 +10,6 @@ asymptote. Labels stand for labels like those that were paid, chosen in the same
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +37,7 @@ LABELS_FACTOR = 10.0
 DRAWN_BEYOND = 4.0
 """The band is drawn up to so many times the labels."""
 NUM_DRAWN = 33
+NOT_KNOWN = "not known yet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,12 @@ class LabelMeter:
     labels_for: dict[str, Answer] = field(default_factory=dict)
     """Labels that shares of what is reachable above chance take, by the share: "0.8"."""
     next_gain: Answer | None = None
-    """Agreement that the next `NUM_NEXT` labels add."""
+    """Agreement that the next `NUM_NEXT` labels add. It is known if the curve surely rises."""
+
+    @property
+    def unit(self) -> str:
+        """What the labels are."""
+        return "comparisons" if self.compares else "judgements"
 
 
 def judgement_meter(
@@ -128,9 +133,7 @@ def comparison_meter(
     seed: int = 0,
 ) -> LabelMeter:
     """Read the meter on comparisons that are no ties; the arguments are those of `pair_learning_curve`."""
-    curve = pair_learning_curve(
-        differences, first_wins, groups, num_splits=num_splits, num_heads=num_heads, seed=seed
-    )
+    curve = pair_learning_curve(differences, first_wins, groups, num_splits=num_splits, num_heads=num_heads, seed=seed)
     return read_meter(curve, groups, compares=True)
 
 
@@ -140,7 +143,8 @@ def read_meter(curve: LearningCurve | None, groups: Int64[np.ndarray, " n"], *, 
     if curve is None:
         return LabelMeter(compares=compares, num_labels=num_labels, num_prompts=num_prompts)
     fit = fit_curves(curve.sizes, curve.mean, curve.covariance)
-    reachable = _reachable(fit, curve)
+    reachable, rises = _reachable(fit), _rises(fit, curve)
+    first_size = int(curve.sizes[0])
     return LabelMeter(
         compares=compares,
         num_labels=num_labels,
@@ -152,9 +156,11 @@ def read_meter(curve: LearningCurve | None, groups: Int64[np.ndarray, " n"], *, 
         band=_band(fit, curve),
         agreement=_answer(fit.best.at(num_labels), fit.possible.at(num_labels), is_known=True),
         reachable=reachable,
-        share_reached=_share_reached(fit, num_labels),
-        labels_for={f"{share:g}": _labels_for(fit, share, reachable.is_known) for share in SHARES},
-        next_gain=_next_gain(fit, num_labels, rises=_rises(fit, curve)),
+        share_reached=_share_reached(fit, num_labels, is_known=reachable.is_known),
+        labels_for={
+            f"{share:g}": _labels_for(fit, share, first_size, is_known=reachable.is_known and rises) for share in SHARES
+        },
+        next_gain=_next_gain(fit, num_labels, is_known=rises),
     )
 
 
@@ -166,3 +172,114 @@ def stops(meter: LabelMeter, stop_at: float | None) -> bool:
         stop_at: the share, `select.stop_at`; None never stops.
     """
     return stop_at is not None and meter.share_reached is not None and meter.share_reached.low >= stop_at
+
+
+def describe(meter: LabelMeter) -> str:
+    """Write the meter as one line of a log."""
+    labels = f"meter: {meter.num_labels:,} {meter.unit}"
+    if meter.agreement is None or meter.share_reached is None or meter.next_gain is None:
+        return f"{labels}; {NOT_KNOWN}: {too_few(meter)}"
+    agreement, share = value_text(meter.agreement, ".3f"), value_text(meter.share_reached, ".0%")
+    reached = f"agreement {agreement}; {share} of what is reachable"
+    needed = f"95% takes {labels_text(meter.labels_for['0.95'])}"
+    return f"{labels}, {reached}; {needed}; the next {NUM_NEXT} buy {gain_text(meter.next_gain)}"
+
+
+def too_few(meter: LabelMeter) -> str:
+    """Say why there is no curve."""
+    if meter.num_labels >= MIN_LABELS and meter.num_prompts >= MIN_PROMPTS:
+        return f"the {meter.num_labels:,} {meter.unit} are all alike"
+    return (
+        f"a curve takes {MIN_LABELS} {meter.unit} of {MIN_PROMPTS} prompts, and there are {meter.num_labels:,} of "
+        f"{meter.num_prompts:,}"
+    )
+
+
+def value_text(answer: Answer, pattern: str) -> str:
+    """Write a value with its interval; of what is not known only that."""
+    if not answer.is_known:
+        return NOT_KNOWN
+    return f"{answer.value:{pattern}} ({answer.low:{pattern}} to {answer.high:{pattern}})"
+
+
+def gain_text(answer: Answer) -> str:
+    """Write a gain with its interval; of one that is not known, its upper end."""
+    return value_text(answer, "+.3f") if answer.is_known else f"{NOT_KNOWN}, at most {answer.high:+.3f}"
+
+
+def labels_text(answer: Answer) -> str:
+    """Write a number of labels with its interval, in two digits; of one that is not known, its lower end."""
+    if answer.is_known:
+        return f"{_two_digits(answer.value)} ({_two_digits(answer.low)} to {_two_digits(answer.high)})"
+    return f"{NOT_KNOWN}, at least {_two_digits(answer.low)}" if answer.low > 0 else NOT_KNOWN
+
+
+def _two_digits(number: float) -> str:
+    digits = max(0, math.floor(math.log10(number)) - 1) if number > 0 else 0
+    return f"{round(number, -digits):,.0f}"
+
+
+def _measured(curve: LearningCurve) -> list[Measured]:
+    return [
+        Measured(num_labels=int(size), agreement=float(agreement), standard_error=math.sqrt(variance))
+        for size, agreement, variance in zip(curve.sizes, curve.mean, np.diag(curve.covariance), strict=True)
+    ]
+
+
+def _band(fit: CurveFit, curve: LearningCurve) -> list[BandPoint]:
+    points: list[BandPoint] = []
+    for size in np.geomspace(curve.sizes[0], DRAWN_BEYOND * curve.num_labels, NUM_DRAWN).tolist():
+        low, high = fit.band(size)
+        new_low, new_high = fit.band_of_measurement(size, curve.noise(size, curve.num_held_out))
+        agreement = float(fit.best.at(size)[0])
+        points.append(
+            BandPoint(num_labels=size, agreement=agreement, low=low, high=high, new_low=new_low, new_high=new_high)
+        )
+    return points
+
+
+def _rises(fit: CurveFit, curve: LearningCurve) -> bool:
+    """Whether every possible curve rises over the measured sizes."""
+    rise = fit.possible.at(float(curve.sizes[-1])) - fit.possible.at(float(curve.sizes[0]))
+    return bool(rise.min() > 0)
+
+
+def _reachable(fit: CurveFit) -> Answer:
+    low, high = fit.possible.asymptote.min() - CHANCE, fit.possible.asymptote.max() - CHANCE
+    return _answer(
+        fit.best.asymptote, fit.possible.asymptote, is_known=bool(low > 0 and high <= REACHABLE_FACTOR * low)
+    )
+
+
+def _share_reached(fit: CurveFit, num_labels: int, *, is_known: bool) -> Answer:
+    def share(curves: Curves) -> Float64[np.ndarray, " curves"]:
+        reachable = curves.asymptote - CHANCE
+        # Where nothing is reachable, nothing is reached.
+        of_reachable = np.divide(
+            curves.at(num_labels) - CHANCE, reachable, out=np.zeros(len(reachable)), where=reachable > 0
+        )
+        return np.clip(of_reachable, 0.0, 1.0)
+
+    return _answer(share(fit.best), share(fit.possible), is_known=is_known)
+
+
+def _labels_for(fit: CurveFit, share: float, first_size: int, *, is_known: bool) -> Answer:
+    def labels(curves: Curves) -> Float64[np.ndarray, " curves"]:
+        found = curves.labels_for(CHANCE + share * (curves.asymptote - CHANCE))
+        return np.where(curves.asymptote > CHANCE, found, np.inf)
+
+    of_possible = labels(fit.possible)
+    # Below the first size nothing was measured.
+    is_near = bool(of_possible.max() <= LABELS_FACTOR * max(of_possible.min(), first_size))
+    return _answer(labels(fit.best), of_possible, is_known=is_known and is_near)
+
+
+def _next_gain(fit: CurveFit, num_labels: int, *, is_known: bool) -> Answer:
+    def gain(curves: Curves) -> Float64[np.ndarray, " curves"]:
+        return curves.at(num_labels + NUM_NEXT) - curves.at(num_labels)
+
+    return _answer(gain(fit.best), gain(fit.possible), is_known=is_known)
+
+
+def _answer(best: Float64[np.ndarray, " one"], possible: Float64[np.ndarray, " curves"], *, is_known: bool) -> Answer:
+    return Answer(value=float(best[0]), low=float(possible.min()), high=float(possible.max()), is_known=is_known)
