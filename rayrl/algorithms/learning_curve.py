@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
-from rayrl.algorithms.heads import NUM_HEADS, Heads, fit_heads, fit_pair_heads
+from rayrl.algorithms.heads import Heads, fit_heads, fit_pair_heads
 
 NUM_SPLITS = 16
+NUM_HEADS = 8
+"""Of each fit. Only their mean is read here, which takes fewer than their spread does."""
 HELD_OUT_SHARE = 0.25
 """Share of the prompts that a split holds out."""
 MAX_HELD_OUT_LABELS = 1000
@@ -233,10 +235,12 @@ def _with_errors(
     label_variances = by_labels / (1 - sizes / num_labels) * sizes
     label_variance = max(0.0, float(label_variances[len(sizes) // 2 :].mean()))
     drawing = np.cov(agreement, rowvar=False) / num_splits
+    # Also where all pairs agree, no size is known better than to half a label.
+    least = np.eye(len(sizes)) * (0.5 / num_labels) ** 2
     return LearningCurve(
         sizes=sizes,
         agreement=agreement,
-        covariance=of_prompt.T @ of_prompt + drawing + label_variance / num_labels,
+        covariance=of_prompt.T @ of_prompt + drawing + label_variance / num_labels + least,
         num_labels=num_labels,
         num_prompts=num_prompts,
         num_held_out=float(num_held_out.mean()),

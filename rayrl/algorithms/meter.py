@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
 from rayrl.algorithms.curve_families import CurveFit, Curves, fit_curves
-from rayrl.algorithms.heads import NUM_HEADS
 from rayrl.algorithms.learning_curve import (
     MIN_LABELS,
     MIN_PROMPTS,
+    NUM_HEADS,
     NUM_SPLITS,
     LearningCurve,
     learning_curve,
