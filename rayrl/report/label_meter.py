@@ -185,7 +185,8 @@ def advice(meter: LabelMeter) -> str:
             f"What is reachable is {NOT_KNOWN}: {labels} order held-out pairs no better than chance, as far as they "
             "tell. More labels may show more, and so may other vectors (select.embedder, select.text)."
         )
-    buys = f"the next {NUM_NEXT} add {gain_text(meter.next_gain)}"
+    gain = meter.next_gain
+    buys = f"the next {NUM_NEXT} add {gain_text(gain) if gain.is_known else f'at most {gain.high:+.3f}'}"
     if not meter.share_reached.is_known:
         return (
             f"How much of what is reachable {labels} have reached is {NOT_KNOWN}; {buys}. Twice as many will tell more."
