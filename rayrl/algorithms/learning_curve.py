@@ -190,6 +190,8 @@ def _measured(
         return None
     splits = [_split(prompt_of, np.random.default_rng([seed, number])) for number in range(num_splits)]
     num_left = min(len(fitted) for fitted, _ in splits)
+    if sizes is None and num_left < 2 * MIN_SIZE:  # a few prompts have nearly all labels
+        return None
     at = _sizes(num_left) if sizes is None else np.array(sizes, np.int64)
     if not len(at) or at.min() < 2 or at.max() > num_left or (np.diff(at) <= 0).any():
         raise ValueError(f"sizes must rise from at least 2 to at most the {num_left} labels left, got {at.tolist()}")
@@ -197,11 +199,14 @@ def _measured(
     influences: list[Float64[np.ndarray, "prompts sizes"]] = []
     held_out_prompts: list[Int64[np.ndarray, " prompts"]] = []
     for fitted, held_out in splits:
+        distinct = np.unique(prompt_of[held_out])
+        if len(distinct) < 2:
+            continue
         counts = [measure(fitted[:size], held_out) for size in at]
         if counts[0].ordered:  # it depends on the held-out labels alone
             agreement.append([count.agreed / count.ordered for count in counts])
             influences.append(np.stack([count.influence for count in counts], axis=1))
-            held_out_prompts.append(np.unique(prompt_of[held_out]))
+            held_out_prompts.append(distinct)
     if len(agreement) < 2:
         return None
     return _with_errors(at, np.array(agreement), influences, held_out_prompts, len(groups), len(prompts))

@@ -120,6 +120,17 @@ def test_equal_scores_make_no_curve():
     assert learning_curve(vectors, np.zeros_like(scores), groups) is None
 
 
+def test_a_prompt_with_nearly_all_labels_makes_no_curve():
+    vectors, scores, groups = labelled(60)
+    assert learning_curve(vectors, scores, np.where(groups < 44, 0, groups)) is None
+
+
+def test_prompts_of_more_labels_than_are_compared_make_no_curve():
+    groups = np.repeat(np.arange(MIN_PROMPTS), MAX_HELD_OUT_LABELS)
+    vectors = np.random.default_rng(0).standard_normal((len(groups), 1)).astype(np.float32)
+    assert learning_curve(vectors, vectors[:, 0].astype(np.float64), groups, num_splits=2) is None
+
+
 def test_the_fewest_labels_make_a_curve():
     curve = learning_curve(*labelled(MIN_LABELS, 1))
     assert curve is not None and np.isfinite(curve.covariance).all()
