@@ -12,6 +12,7 @@ better, were tried first: where the labels leave the family open, they held the 
 (jobs/bench/RESULTS.md).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -179,6 +180,11 @@ def _rates(name: str, sizes: Int64[np.ndarray, " sizes"]) -> Float64[np.ndarray,
     return np.geomspace(*FAMILIES[name].rates(float(sizes[-1] / sizes[0])), NUM_RATES)
 
 
+def _steps(low: np.ndarray | float, high: np.ndarray | float, num: int) -> Float64[np.ndarray, "..."]:
+    """Even steps between ends, along a new first axis."""
+    return np.linspace(low, high, num)
+
+
 class _Profile:
     """Weighted least squares in a and b, for each of some rates, under 0 <= a <= 1 and b >= 0.
 
@@ -244,15 +250,15 @@ class _Profile:
         center = (self.oy * dd - od * dy) / determinant
         lowest = self._misfit(center, (self.oy * od - oo * dy) / determinant, rates)
         half = np.sqrt(np.clip(limit - lowest, 0, None) * dd / determinant)
-        a = np.clip(np.linspace(center - half, center + half, NUM_ASYMPTOTES), 0, 1)  # (asymptotes, rates)
+        a = np.clip(_steps(center - half, center + half, NUM_ASYMPTOTES), 0, 1)  # (asymptotes, rates)
         middle = (a * od - dy) / dd
         half = np.sqrt(np.clip(limit - self._misfit(a, middle, rates), 0, None) / dd)
-        b = np.linspace(np.clip(middle - half, 0, None), middle + half, NUM_GAPS)  # (gaps, asymptotes, rates)
+        b = _steps(np.clip(middle - half, 0, None), middle + half, NUM_GAPS)  # (gaps, asymptotes, rates)
         a, at = np.broadcast_to(a, b.shape), np.broadcast_to(rates, b.shape)
         is_possible = (b >= 0) & (self._misfit(a, b, at) <= limit * (1 + 1e-9))
         # A flat curve is the same for every rate, and may be narrower than the steps in a.
-        level, half = self.oy / oo, np.sqrt(max(0.0, limit - self.yy + self.oy**2 / oo) / oo)
-        flat = np.clip(np.linspace(level - half, level + half, NUM_ASYMPTOTES), 0, 1)
+        level, half = self.oy / oo, math.sqrt(max(0.0, limit - self.yy + self.oy**2 / oo) / oo)
+        flat = np.clip(_steps(level - half, level + half, NUM_ASYMPTOTES), 0, 1)
         flat = flat[self.yy - 2 * flat * self.oy + flat**2 * oo <= limit * (1 + 1e-9)]
         return self._curves(
             np.append(at[is_possible], np.full(len(flat), rates[0])),

@@ -228,7 +228,8 @@ def _measured(curve: LearningCurve) -> list[Measured]:
 
 def _band(fit: CurveFit, curve: LearningCurve) -> list[BandPoint]:
     points: list[BandPoint] = []
-    for size in np.geomspace(curve.sizes[0], DRAWN_BEYOND * curve.num_labels, NUM_DRAWN).tolist():
+    sizes: Float64[np.ndarray, " drawn"] = np.geomspace(curve.sizes[0], DRAWN_BEYOND * curve.num_labels, NUM_DRAWN)
+    for size in sizes.tolist():
         low, high = fit.band(size)
         new_low, new_high = fit.band_of_measurement(size, curve.noise(size, curve.num_held_out))
         agreement = float(fit.best.at(size)[0])

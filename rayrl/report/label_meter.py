@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float32
 
+from rayrl.algorithms.comparisons import agreed
 from rayrl.algorithms.meter import (
     CHANCE,
     NOT_KNOWN,
@@ -28,7 +29,7 @@ from rayrl.algorithms.selection import STRATEGIES
 from rayrl.data.blocks import found_table
 from rayrl.errors import DataError
 from rayrl.fleets.coreset import vectors_of
-from rayrl.records import Comparison, Judgement, from_table
+from rayrl.records import Comparison, Judgement, Preference, from_table
 from rayrl.report.recorded_run import RecordedRun
 from rayrl.report.tables import read_parquet
 from rayrl.runs import storage
@@ -88,13 +89,26 @@ def _of_comparisons(run: RecordedRun) -> LabelMeter:
     for number, comparisons in _answers(run, PREFERENCES, "comparisons", Comparison):
         responses = {response for each in comparisons for response in (each.first_id, each.second_id)}
         found = _vectors(run, number, responses)
-        for comparison in comparisons:
-            if comparison.preference in ("first", "second"):
-                differences.append(found[comparison.first_id] - found[comparison.second_id])
-                first_wins.append(comparison.preference == "first")
-                prompts.append(comparison.prompt_id)
+        for (prompt, first, second), preference in _decided(comparisons).items():
+            differences.append(found[first] - found[second])
+            first_wins.append(preference == "first")
+            prompts.append(prompt)
     groups = np.unique(prompts, return_inverse=True)[1]
     return comparison_meter(_stacked(run, differences), np.array(first_wins), groups, seed=run.config.seed)
+
+
+def _decided(comparisons: Sequence[Comparison]) -> dict[tuple[str, str, str], Preference]:
+    """Return the preferences that are no ties, by prompt and responses; pairs that were asked in both orders once."""
+    known: dict[tuple[str, str, str], Preference] = {}
+    for comparison in comparisons:
+        assert comparison.preference is not None, "a scored comparison has its preference"
+        pair = (comparison.prompt_id, comparison.first_id, comparison.second_id)
+        turned = (comparison.prompt_id, comparison.second_id, comparison.first_id)
+        if turned in known:
+            known[turned] = agreed(known[turned], comparison.preference) or "tie"
+        else:
+            known[pair] = comparison.preference
+    return {pair: preference for pair, preference in known.items() if preference != "tie"}
 
 
 def _answers(run: RecordedRun, stage: Stage, table: str, record: type[R]) -> Iterator[tuple[int, list[R]]]:

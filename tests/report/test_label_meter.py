@@ -11,6 +11,7 @@ import pytest
 
 from rayrl.algorithms.meter import Answer, LabelMeter
 from rayrl.errors import DataError
+from rayrl.records import Comparison, from_table, to_table
 from rayrl.report.label_meter import advice, found_meter, meter_rows, run_meter
 from rayrl.report.recorded_run import read_run
 from tests.report.made_up_runs import (
@@ -76,6 +77,25 @@ def test_comparisons_are_read_as_differences(rlp_run_dir):
     meter = meter_of(rlp_run_dir)
     assert (meter.num_labels, meter.num_prompts, meter.compares) == (56, 56, True)  # eight of 64 are ties
     assert meter.agreement is not None and meter.agreement.value > 0.7
+
+
+def test_pairs_that_were_asked_in_both_orders_count_once(rlp_run_dir):
+    write_comparisons(rlp_run_dir)
+    expected = meter_of(rlp_run_dir)
+    path = rlp_run_dir / "stages" / "preferences" / "comparisons" / "part-00000.parquet"
+    asked = from_table(pq.read_table(path), Comparison)
+    other = {"first": "second", "second": "first", "tie": "first"}  # what was a tie in one order stays one
+    turned = [
+        dataclasses.replace(
+            each, first_id=each.second_id, second_id=each.first_id, preference=other[each.preference or "tie"]
+        )
+        for each in asked
+    ]
+    pq.write_table(to_table([*asked, *turned], Comparison), path)
+    assert meter_of(rlp_run_dir) == expected
+    disagreeing = dataclasses.replace(turned[1], preference=asked[1].preference)  # the position decided
+    pq.write_table(to_table([*asked, turned[0], disagreeing, *turned[2:]], Comparison), path)
+    assert meter_of(rlp_run_dir).num_labels == expected.num_labels - 1
 
 
 def test_vectors_of_other_selections_that_lie_beside_are_passed_over(run_dir):
