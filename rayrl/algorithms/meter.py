@@ -228,8 +228,9 @@ def _measured(curve: LearningCurve) -> list[Measured]:
 
 def _band(fit: CurveFit, curve: LearningCurve) -> list[BandPoint]:
     points: list[BandPoint] = []
-    sizes: Float64[np.ndarray, " drawn"] = np.geomspace(curve.sizes[0], DRAWN_BEYOND * curve.num_labels, NUM_DRAWN)
-    for size in sizes.tolist():
+    first, longest = float(curve.sizes[0]), DRAWN_BEYOND * curve.num_labels
+    for step in range(NUM_DRAWN):
+        size = first * (longest / first) ** (step / (NUM_DRAWN - 1))
         low, high = fit.band(size)
         new_low, new_high = fit.band_of_measurement(size, curve.noise(size, curve.num_held_out))
         agreement = float(fit.best.at(size)[0])
