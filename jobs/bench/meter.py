@@ -41,8 +41,6 @@ HASHED_WIDTH = 384
 MULTIPLES = (1.5, 2, 4)
 """Larger budgets, as multiples of the one that was paid."""
 SET_APART = 0.25
-NUM_DRAWS = 60
-"""Of the bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ TRUTHS = [
 ]
 
 
-def known_curves(num_trials: int) -> Iterator[str]:
+def known_curves(num_trials: int, num_draws: int) -> Iterator[str]:
     """Measure coverage on curves with known answers: 8 sizes from 20 to 300 labels, errors that sizes share."""
     sizes = np.geomspace(20, 300, 8).astype(np.int64)
     nearness = np.exp(-np.abs(np.subtract.outer(np.log(sizes), np.log(sizes))))
@@ -90,16 +88,18 @@ def known_curves(num_trials: int) -> Iterator[str]:
             held: dict[tuple[str, str], list[bool]] = {}
             for _ in range(num_trials):
                 mean = truth.agreement(sizes) + rng.multivariate_normal(np.zeros(len(sizes)), covariance)
-                drawn = rng.multivariate_normal(mean, covariance, size=NUM_DRAWS)
+                drawn = rng.multivariate_normal(mean, covariance, size=num_draws)
                 fits = {
                     "meter": [fit_curves(sizes, mean, covariance)],
                     "bootstrap": [fit_curves(sizes, again, covariance) for again in drawn],
                 }
                 for method, found in fits.items():
+                    if not found:
+                        continue
                     for name, value, answers in _answers(truth, method, found):
                         low, high = (answers.min(), answers.max()) if method == "meter" else _percentiles(answers)
                         held.setdefault((method, name), []).append(bool(low - 1e-9 <= value <= high + 1e-9))
-            for method in ("meter", "bootstrap"):
+            for method in ("meter", "bootstrap") if num_draws else ("meter",):
                 cells = [_share(held.get((method, name), [])) for name in ("curve", "asymptote", "80%", "95%")]
                 yield f"| {truth.name} | {error} | {method} | " + " | ".join(cells) + " |"
 
@@ -146,8 +146,8 @@ class Labels:
         return counts.agreed / counts.ordered
 
 
-def real_labels(folder: Path, cache: Path, compares: bool) -> tuple[Labels, str]:
-    """Read GPT-4's grades, and embed the answers."""
+def real_labels(folder: Path, cache: Path, compares: bool, with_length: bool) -> tuple[Labels, str]:
+    """Read GPT-4's grades, and embed the answers; `with_length` adds the logarithms of their lengths."""
     with gzip.open(folder / FILE, "rt") as lines:
         rows = [json.loads(line) for line in lines]
     texts, shares, groups = [], [], []
@@ -164,6 +164,10 @@ def real_labels(folder: Path, cache: Path, compares: bool) -> tuple[Labels, str]
         cache.mkdir(parents=True, exist_ok=True)
         np.save(path, embed(texts))
     vectors, prompts = np.load(path), np.array(groups)
+    if with_length:
+        lengths = np.log([len(text) for text in texts])
+        vectors = np.column_stack([vectors, (lengths - lengths.mean()) / lengths.std()]).astype(np.float32)
+        name += " and length"
     if not compares:
         return Labels(vectors=vectors, labels=scores, groups=prompts, compares=False), name
     rng = np.random.default_rng(0)
@@ -263,19 +267,22 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=40, help="of the bootstrap; 0 leaves it out")
     parser.add_argument("--by-prompt", action="store_true", help="pay for all answers to a prompt, and not for any")
     parser.add_argument("--comparisons", action="store_true", help="labels are comparisons of two answers")
+    parser.add_argument("--with-length", action="store_true", help="vectors hold the length of the answer, too")
     parser.add_argument("--heads", type=int, default=NUM_HEADS)
     arguments = parser.parse_args()
     print(f"{hardware()}\n")
     if arguments.data is None:
         print("| curve | error | intervals | curve at 1,200 | asymptote | labels for 80% | for 95% |")
         print("|---|---|---|---|---|---|---|")
-        for row in known_curves(arguments.trials):
+        for row in known_curves(arguments.trials, arguments.draws):
             print(row, flush=True)
         return
-    labels, name = real_labels(arguments.data, arguments.cache, arguments.comparisons)
+    labels, name = real_labels(arguments.data, arguments.cache, arguments.comparisons, arguments.with_length)
     what = "comparisons" if arguments.comparisons else "whole prompts" if arguments.by_prompt else "judgements"
+    what += ", with length" if arguments.with_length else ""
     num_prompts = labels.groups.max() + 1
     print(f"{len(labels.labels):,} labels of {num_prompts} prompts, vectors of {name}, {arguments.heads} heads\n")
     print(
@@ -283,7 +290,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for budget in arguments.budget:
-        kept = arguments.cache / f"{what.replace(' ', '-')}-{budget}-{arguments.heads}.jsonl"
+        kept = arguments.cache / f"{what.replace(', ', '-').replace(' ', '-')}-{budget}-{arguments.heads}.jsonl"
         found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
         trials = range(1 + max((each["trial"] for each in found), default=-1), arguments.trials)
         with kept.open("a") as lines:
