@@ -3,6 +3,7 @@
 A user's mistake ends in one message on stderr and exit code 2. Heavy imports wait until a command needs them.
 """
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -237,6 +238,28 @@ def verify(
     remedy = "removed; start the run's command again" if repair else "`rayrl verify --repair` removes what is damaged"
     console.print(Text(f"{files} were read; {len(stages.damaged)} stages are damaged: {remedy}"), soft_wrap=True)
     raise typer.Exit(1)
+
+
+@app.command()
+def meter(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Show every number, and the curve with its bands.")] = False,
+) -> None:
+    """Show what a run's labels have taught, and what more of them would. Costs nothing."""
+    from rayrl.report.formats import json_value
+    from rayrl.report.label_meter import advice, meter_rows, run_meter
+    from rayrl.report.recorded_run import read_run
+
+    found, console = run_meter(read_run(run_dir)), Console()
+    if as_json:
+        content = {"advice": advice(found), "meter": json_value(found)}
+        console.print_json(json.dumps(content))
+        return
+    table = Table("labels", "90% interval in brackets", box=None, pad_edge=False, header_style="bold")
+    for name, value in meter_rows(found):
+        table.add_row(name, Text(value))
+    console.print(table)
+    console.print(Text(advice(found)), soft_wrap=True)
 
 
 @app.command()

@@ -31,6 +31,7 @@ from tests.report.made_up_runs import (
     query_metrics,
     spent,
     write_config,
+    write_judgements,
     write_manifest,
     write_rlp_run,
 )
@@ -290,3 +291,53 @@ def test_status_says_how_the_oracle_answered(paid_run_dir, capsys):
     shown = output(capsys, "status", str(paid_run_dir))
     assert "label queries: 3 asked, 1 answered, 2 abstained (2 unclear)" in shown
     assert "test queries: 1 asked, 1 answered, 0 abstained" in shown and "spent 0.57 USD" in shown
+
+
+def test_the_meter_says_what_more_labels_would_buy(run_dir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    write_judgements(run_dir)
+    head, *rows, sentence = output(capsys, "meter", str(run_dir)).splitlines()
+    assert head.split() == ["labels", "90%", "interval", "in", "brackets"]
+    assert rows[0].split() == ["judgements", "95"] and rows[1].split() == ["of", "prompts", "48"]
+    assert [row.split("  ")[0] for row in rows[2:]] == [
+        "agreement with the oracle",
+        "reachable",
+        "reached of what is reachable",
+        "labels that 80% of it takes",
+        "labels that 90% of it takes",
+        "labels that 95% of it takes",
+        "the next 100 labels add",
+    ]
+    assert "95 judgements have reached" in sentence and "the next 100 add" in sentence
+
+
+def test_the_meter_as_json(run_dir, capsys):
+    write_judgements(run_dir)
+    content = json.loads(output(capsys, "meter", str(run_dir), "--json"))
+    assert content["advice"].startswith("95 judgements have reached")
+    found = content["meter"]
+    assert (found["num_labels"], found["num_prompts"], found["compares"]) == (95, 48, False)
+    assert found["reachable"]["low"] <= found["reachable"]["value"] <= found["reachable"]["high"]
+    assert set(found["labels_for"]) == {"0.8", "0.9", "0.95"} and len(found["band"]) == 33
+
+
+def test_a_meter_without_vectors_is_refused_in_one_message(run_dir, tmp_path, capsys):
+    write_judgements(run_dir)
+    edit_config(run_dir, select={"strategy": "random"})
+    for part in (run_dir / "stages" / "select" / "embeddings-0").iterdir():
+        part.unlink()
+    refused = refusal(capsys, "meter", str(run_dir))
+    assert refused.startswith(f"error: {run_dir} has no vectors: select.strategy = 'random' embeds nothing")
+    assert refused.count("\n") == 1
+    assert refusal(capsys, "meter", str(tmp_path)).startswith("error: run_dir must be the folder of a run")
+
+
+def test_the_meter_starts_no_ray(run_dir):
+    write_judgements(run_dir)
+    code = (
+        "import sys, ray; from rayrl.cli import main\n"
+        "try: main(['meter', sys.argv[1]])\n"
+        "except SystemExit as ended: print(ended.code, ray.is_initialized())"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[-1] == "0 False"

@@ -60,6 +60,9 @@ the last three.
 | mean of log pi - log pi_ref over y ~ pi             | definition          | `statistics.kl_estimate`      |
 | log n - (n - 1) / n                                 | arXiv 2401.01879    | `statistics.best_of_n_kl`     |
 | exp(-sum log p / number of tokens)                  | definition          | `statistics.perplexity`       |
+| a - b n^-c, a - b exp(-n / c)                       | arXiv 2103.10948    | `curve_families.FAMILIES`     |
+| range over curves of misfit <= the least + 2.71     | profile likelihood  | `curve_families.fit_curves`   |
+| v_prompts / P + v_labels / N + spread / splits      | after Nadeau, Bengio 2003 | `learning_curve.learning_curve` |
 | distinct n-grams / n-grams                          | arXiv 1510.03055    | `statistics.distinct_n`       |
 | BLEU of each text against the others                | arXiv 1802.01886    | `statistics.self_bleu`        |
 """

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from rayrl.algorithms.heads import NUM_HEADS, Heads, fit_heads, fit_pair_heads
+from rayrl.algorithms.meter import LabelMeter, comparison_meter, judgement_meter
 from rayrl.algorithms.selection.shards import Knowledge, ShardGroup, center_pool, find_vectors, left_of
 from rayrl.algorithms.selection.strategies import Strategy
 
@@ -120,17 +121,38 @@ def num_choosable(ids: Int64[np.ndarray, " n"], strategy: Strategy, knowledge: K
 
 def fit_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge, num_heads: int = NUM_HEADS) -> Heads | None:
     """Fit the heads on the answered questions; None with fewer than `MIN_LABELS`. Ties teach comparisons nothing."""
-    rows = labels.answered
-    if labels.ids.shape[1] == 2:
-        rows = rows[labels.scores[rows] != TIE]
+    rows = _decided(labels)
     if len(rows) < MIN_LABELS:
         return None
+    vectors, scores, groups = _with_vectors(shards, labels, rows, knowledge)
+    if labels.ids.shape[1] == 2:
+        return fit_pair_heads(vectors, scores > TIE, groups, num_heads=num_heads, seed=knowledge.seed)
+    return fit_heads(vectors, scores, groups, num_heads=num_heads, seed=knowledge.seed)
+
+
+def meter_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge) -> LabelMeter:
+    """Read the label meter on the answered questions."""
+    vectors, scores, groups = _with_vectors(shards, labels, _decided(labels), knowledge)
+    if labels.ids.shape[1] == 2:
+        return comparison_meter(vectors, scores > TIE, groups, seed=knowledge.seed)
+    return judgement_meter(vectors, scores, groups, seed=knowledge.seed)
+
+
+def _decided(labels: Labels) -> Int64[np.ndarray, " n"]:
+    """Rows that teach: those that were answered, but for ties of comparisons."""
+    rows = labels.answered
+    return rows[labels.scores[rows] != TIE] if labels.ids.shape[1] == 2 else rows
+
+
+def _with_vectors(
+    shards: ShardGroup, labels: Labels, rows: Int64[np.ndarray, " n"], knowledge: Knowledge
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Vectors (of comparisons the first less the second), scores and prompts of some questions."""
     pool = center_pool(shards)
     ids, scores = labels.ids[rows], labels.scores[rows]
     groups = ids[:, 0] // knowledge.prompt_stride
     if ids.shape[1] == 2:
         both = find_vectors(shards, np.unique(ids))
         first, second = (both[np.searchsorted(np.unique(ids), ids[:, side])] for side in (0, 1))
-        return fit_pair_heads(first - second, scores > TIE, groups, num_heads=num_heads, seed=knowledge.seed)
-    vectors = find_vectors(shards, ids[:, 0]) + pool.offset  # as they were before they were centred
-    return fit_heads(vectors, scores, groups, num_heads=num_heads, seed=knowledge.seed)
+        return first - second, scores, groups
+    return find_vectors(shards, ids[:, 0]) + pool.offset, scores, groups  # as they were before they were centred

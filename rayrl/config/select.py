@@ -27,6 +27,9 @@ class SelectConfig(Table):
     """Strategy of the first batch, where there are no answers yet; needed where `strategy` reads the heads."""
     num_heads: int = Field(default=NUM_HEADS, ge=2)
     """Heads of the ensemble whose spread says what the answers leave open."""
+    stop_at: float | None = Field(default=None, gt=0, lt=1)
+    """Share of what is reachable above chance, such as 0.95, after which no more labels are bought: between batches,
+    once the label meter is 90% sure of it. None spends the whole budget."""
     unit: Unit = "response"
     """"prompt" asks about all k responses of a chosen prompt (budget // k prompts)."""
     text: Literal["prompt", "prompt_response", "judge_prompt"] = "prompt_response"
@@ -79,6 +82,12 @@ class SelectConfig(Table):
             raise ValueError(
                 f'first_batch must ask about {strategy.asks}, as strategy = "{self.strategy}" does, got '
                 f'"{self.first_batch}", which asks about {first.asks}'
+            )
+        if self.stop_at is not None and (self.batches == 1 or not self.reads_vectors):
+            raise ValueError(
+                f"stop_at must be left out where there is one batch, or no strategy reads vectors, got {self.stop_at} "
+                f'with batches = {self.batches} and strategy = "{self.strategy}": the label meter is read on vectors '
+                "between batches; set batches = 8 and a strategy that reads vectors, or leave it out"
             )
         if self.batches > 1 and self.unit == "prompt" and strategy.asks == "responses":
             raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrl.algorithms.estimate import Estimate
+from rayrl.algorithms.meter import LabelMeter
 from rayrl.report.recorded_run import RecordedRun
 from rayrl.report.stage_progress import Progress
 from rayrl.runs.stage_metrics import PairValidation, PolicyEvaluation, ReferenceEvaluation, RewardEvaluation
@@ -178,6 +179,8 @@ class RunFacts:
     samples: list[Sample]
     """Evenly spaced rows of the evaluation's table."""
     caveats: list[str]
+    meter: LabelMeter | None = None
+    """The label meter; only the report reads it, since it takes seconds. None without labels or their vectors."""
 
     def policy(self, name: str) -> PolicyFacts | None:
         """Find a policy by its name."""

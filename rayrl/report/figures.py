@@ -32,6 +32,7 @@ def draw_figures(facts: RunFacts) -> dict[str, Figure]:
         _scores(facts)
         | _selection(run)
         | _evaluator(run)
+        | _label_meter(facts)
         | _training_curves(run)
         | _ppo(run)
         | _synthetic_pairs(run)
@@ -82,6 +83,12 @@ def _evaluator(run: RecordedRun) -> dict[str, Figure]:
     if fitted is not None and fitted.validation.calibration:
         figures["calibration"] = plots.plot_calibration(fitted.validation.calibration)
     return figures
+
+
+def _label_meter(facts: RunFacts) -> dict[str, Figure]:
+    if facts.meter is None or not facts.meter.measured:
+        return {}
+    return {"meter": plots.plot_learning_curve(facts.meter)}
 
 
 def _training_curves(run: RecordedRun) -> dict[str, Figure]:

@@ -5,7 +5,7 @@ untrusted data: the template escapes it, figures are images, a content security 
 """
 
 import base64
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jinja2
@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from rayrl.report import formats, plots
 from rayrl.report.facts import RunFacts
 from rayrl.report.figures import draw_figures
+from rayrl.report.label_meter import found_meter
 from rayrl.report.sections import PAPERS, sections, tiles
 from rayrl.report.settings import shown_settings
 from rayrl.report.summary import summarize_run
@@ -29,6 +30,7 @@ def write_report(run_dir: str) -> RunFacts:
         DataError: one of its files is damaged, or of another version of rayrl.
     """
     facts = summarize_run(run_dir)
+    facts = replace(facts, meter=found_meter(facts.run))
     storage.write_bytes(storage.join(facts.run_dir, "report.html"), render_html(facts).encode())
     storage.write_json(storage.join(facts.run_dir, "report.json"), render_json(facts))
     return facts

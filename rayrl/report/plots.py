@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rayrl.algorithms.estimate import CalibrationBin, Estimate
+from rayrl.algorithms.meter import CHANCE, LabelMeter
 from rayrl.runs.stage_metrics import PpoMetrics, TrackedPoint
 
 Row = Mapping[str, float | None]
@@ -149,6 +150,47 @@ def plot_calibration(bins: Sequence[CalibrationBin]) -> Figure:
     axes.set(xlabel="evaluator's score", ylabel="oracle's score", title="Evaluator calibration")
     add_legend(figure, axes)
     return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_learning_curve(meter: LabelMeter) -> Figure:
+    """Draw the agreement by the number of labels: measured, the best curve, and its two bands."""
+    labels = [point.num_labels for point in meter.band]
+    figure, axes = new_figure(5.2, 3.6)
+    new_low, new_high = [point.new_low for point in meter.band], [point.new_high for point in meter.band]
+    axes.fill_between(labels, new_low, new_high, color=GRID, linewidth=0, label="90% band of a new measurement")
+    low, high = [point.low for point in meter.band], [point.high for point in meter.band]
+    axes.fill_between(labels, low, high, color=M2, alpha=0.2, linewidth=0, label="90% band of the curve")
+    axes.plot(labels, [point.agreement for point in meter.band], color=M2, linewidth=1.5, label=f"{meter.family}")
+    axes.errorbar(
+        [point.num_labels for point in meter.measured],
+        [point.agreement for point in meter.measured],
+        [point.standard_error for point in meter.measured],
+        color=INK,
+        linestyle="none",
+        marker="o",
+        markersize=4,
+        capsize=2,
+        label=f"measured, {meter.num_splits} splits",
+    )
+    axes.axvline(
+        meter.num_labels, color=PPO, linestyle="--", linewidth=1.2, label=f"{meter.num_labels:,} labels so far"
+    )
+    axes.axhline(CHANCE, color=MUTED, linewidth=0.8)
+    axes.set_xscale("log")
+    ticks = _label_ticks(labels[0], labels[-1])
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=meter.unit, ylabel="agreement with the oracle", title="Learning curve of the labels")
+    add_legend(figure, axes)
+    return figure
+
+
+def _label_ticks(low: float, high: float) -> list[int]:
+    """Choose round numbers between two ends of a logarithmic axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    round_numbers = [step * 10**power for power in powers for step in (1, 2, 5)]
+    return [tick for tick in round_numbers if low <= tick <= high]
 
 
 @mpl.rc_context(STYLE)

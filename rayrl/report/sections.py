@@ -12,6 +12,7 @@ from rayrl.report.caveats import effect_of_no_pairs
 from rayrl.report.facts import PaidQueries, PolicyFacts, RewardModelFacts, RunFacts
 from rayrl.report.figures import training_stages
 from rayrl.report.formats import NOT_RUN, duration, number, plus_minus
+from rayrl.report.label_meter import advice, meter_rows
 from rayrl.report.layout import (
     Card,
     FigureCard,
@@ -98,6 +99,7 @@ def sections(facts: RunFacts) -> list[Section]:
         _selection,
         _evaluator,
         _reward_models,
+        _label_meter,
         _agreement,
         _ppo,
         _tracked_rewards,
@@ -378,6 +380,31 @@ def _evaluator(facts: RunFacts) -> Section | None:
         FigureCard(name="calibration", title="Evaluator calibration", note=note, is_final=fitted is not None),
     ]
     return Section(title="The evaluator", parts=[Grid(cards=cards)])
+
+
+def _label_meter(facts: RunFacts) -> Section | None:
+    meter = facts.meter
+    if meter is None:
+        return None
+    note = (
+        "Agreement is the share of held-out pairs that are ordered as the oracle orders them, 0.5 by chance. Linear "
+        "heads on the vectors of the selection stand for the evaluator; labels are labels like those that were paid. "
+        "Reachable is what any number of them would reach, and shares of it are of the way from 0.5. Intervals hold "
+        "with 90%, for each answer alone."
+    )
+    cards = [
+        Table(head=["the labels", "90% interval in brackets"], rows=meter_rows(meter), has_wide_names=True),
+        FigureCard(
+            name="meter",
+            title="Learning curve of the labels",
+            note="Bars are standard errors; the measurements share their labels, and so their errors.",
+            is_final=True,
+        ),
+    ]
+    return Section(
+        title="What more labels would buy",
+        parts=[Paragraph(text=advice(meter), is_note=False), Grid(cards=cards), Paragraph(text=note)],
+    )
 
 
 def _reward_models(facts: RunFacts) -> Section | None:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from rayrl.algorithms.acquisition import MIN_LABELS, Answers, Labels, acquire
+from rayrl.algorithms.acquisition import MIN_LABELS, Answers, Labels, acquire, meter_labels
 from rayrl.algorithms.heads import mean_and_spread
+from rayrl.algorithms.meter import LabelMeter, judgement_meter, stops
 from rayrl.algorithms.selection import STRATEGIES, CoresetShard, Knowledge, LocalShards
 
 STRIDE, PER_PROMPT, WIDTH = 8, 4, 6
@@ -131,3 +132,37 @@ def test_known_labels_cost_nothing_and_are_not_asked_again(pool):
         knowledge=KNOWLEDGE,
     )
     assert len(labels.ids) == MIN_LABELS + 10 and not set(np.concatenate(asked).ravel()) & set(ids[:MIN_LABELS])
+
+
+def test_the_label_meter_reads_what_was_answered(pool):
+    ids, vectors, scores = pool
+    shards = shards_of(ids, vectors)
+    read: list[LabelMeter] = []
+
+    def is_enough(labels):
+        read.append(meter_labels(shards, labels, KNOWLEDGE))
+        return stops(read[-1], 0.5)
+
+    ask = oracle(ids, scores, abstains=ids[:3].tolist())
+    labels = acquire(ids, shards, STRATEGIES["random"], 77, ask, num_batches=7, knowledge=KNOWLEDGE, stop=is_enough)
+    rows = labels.answered
+    assert len(rows) == read[-1].num_labels < 77, "exact labels of a linear score are soon enough"
+    assert [meter.family for meter in read[:2]] == [None, None] and read[-1].family is not None
+    places = np.searchsorted(ids, labels.ids[rows, 0])
+    expected = judgement_meter(vectors[places], scores[places], ids[places] // STRIDE, seed=KNOWLEDGE.seed)
+    assert [point.num_labels for point in read[-1].measured] == [point.num_labels for point in expected.measured]
+    assert read[-1].agreement is not None and expected.agreement is not None
+    assert read[-1].agreement.value == pytest.approx(expected.agreement.value, abs=0.02)
+
+
+def test_the_label_meter_reads_comparisons_without_ties():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((80, WIDTH)).astype(np.float32)
+    ids = np.arange(80) // 2 * STRIDE + np.arange(80) % 2
+    known = dict(zip(ids.tolist(), vectors[:, 0].tolist(), strict=True))
+    pairs = ids.reshape(-1, 2)
+    scores = [0.5 if a % (5 * STRIDE) == 0 else float(known[a] > known[b]) for a, b in pairs.tolist()]
+    labels = Labels().with_answers(pairs, scores)
+    meter = meter_labels(LocalShards([CoresetShard(ids, vectors)]), labels, KNOWLEDGE)
+    assert (meter.compares, meter.num_labels, meter.num_prompts) == (True, 32, 32)
+    assert meter.agreement is not None and meter.agreement.value > 0.7

@@ -81,6 +81,8 @@ def test_unknown_keys_are_refused_with_the_nearest_name(small, override, message
             'select: batches must be 2 or more, and first_batch set, for strategy = "uncer',
         ),
         ("select.first_batch=random", "select: first_batch must be left out where there is one batch"),
+        ("select.stop_at=0.95", "select: stop_at must be left out where there is one batch, or no strategy reads"),
+        ("select.stop_at=1", "select.stop_at: must be below 1, got 1"),
         ("pseudo_label.pairing=x", 'pseudo_label.pairing: must be one of "best_worst", "margin", got "x"'),
         ("refresh.spg.clustering=x", '"strict", "kuhn2023", "farquhar2024", "embedding", got "x"'),
         ("generate.top_p=1.5", "generate.top_p: must be at most 1, got 1.5"),

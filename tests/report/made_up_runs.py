@@ -44,6 +44,7 @@ from rayrl.runs.stage_table import (
     TRACK_REWARDS,
     Stage,
 )
+from rayrl.stages.selection.select import QUERY_SCHEMA
 
 Metrics = dict[Stage, metrics.StageMetrics]
 
@@ -530,6 +531,62 @@ def _write_proxy_dpo_tables(run_dir: Path) -> None:
     write_part(run_dir, EVALUATE, PART, pa.Table.from_pylist(rows))
     write_part(run_dir, SELECT, "projection.parquet", pa.table(projection))
     write_part(run_dir, QUERY, PART, to_table(judgements, Judgement))
+
+
+def write_vectors(folder: Path, vectors: dict[str, np.ndarray], *, name: str = "embeddings-0", shift: int = 0) -> None:
+    """Write the query set of a round, and the vectors of its responses, in two blocks.
+
+    Args:
+        folder: of the round.
+        vectors: by response id, "<prompt id>-<index>".
+        name: of the folder of vectors.
+        shift: added to the ordinals of the vectors; with any, they are those of other responses.
+    """
+    chosen = [
+        {"ordinal": 64 * ordinal, "prompt_id": response.rpartition("-")[0], "response_id": response}
+        | {"prompt": "Tell.", "response": response, "token_ids": [1]}
+        for ordinal, response in enumerate(vectors)
+    ]
+    write_part(folder, SELECT, PART, pa.Table.from_pylist(chosen, schema=QUERY_SCHEMA))
+    ordinals = pa.array([row["ordinal"] + shift for row in chosen], pa.int64())
+    matrix = np.stack(list(vectors.values())).astype(np.float32)
+    nested = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+    table = pa.table({"ordinal": ordinals, "vector": nested})
+    half = len(chosen) // 2
+    for block, rows in enumerate((table.slice(0, half), table.slice(half))):
+        write_part(folder, SELECT, f"{name}/part-{block:05d}.parquet", rows)
+
+
+def write_judgements(folder: Path, num_prompts: int = 48, *, seed: int = 0, status: str = "scored") -> None:
+    """Write two judgements of each of some prompts, whose scores can be learnt from their vectors."""
+    random = np.random.default_rng(seed)
+    vectors: dict[str, np.ndarray] = {}
+    judgements: list[Judgement] = []
+    for response in (f"p{prompt}-{index}" for prompt in range(num_prompts) for index in range(2)):
+        vectors[response] = random.standard_normal(6)
+        score = float(np.clip(np.round(2.5 + vectors[response][0] + 0.5 * random.standard_normal()), 0, 5))
+        asked = replace(judgement(response), prompt_id=response.rpartition("-")[0], response_id=response)
+        judgements.append(replace(asked, status=status, score=score if status == "scored" else None))
+    # One abstention, which teaches nothing.
+    judgements[0] = replace(judgements[0], status="abstained", score=None)
+    write_part(folder, QUERY, PART, to_table(judgements, Judgement))
+    write_vectors(folder, vectors)
+
+
+def write_comparisons(folder: Path, num_prompts: int = 64) -> None:
+    """Write a comparison of each of some prompts, which can be learnt from the vectors; every eighth is a tie."""
+    random = np.random.default_rng(0)
+    vectors: dict[str, np.ndarray] = {}
+    comparisons: list[Comparison] = []
+    for prompt in range(num_prompts):
+        first, second = f"p{prompt}-0", f"p{prompt}-1"
+        vectors |= {first: random.standard_normal(6), second: random.standard_normal(6)}
+        margin = vectors[first][0] - vectors[second][0] + 0.5 * random.standard_normal()
+        preference = "tie" if prompt % 8 == 0 else "first" if margin > 0 else "second"
+        asked = replace(_comparison(second), prompt_id=f"p{prompt}", first_id=first, second_id=second)
+        comparisons.append(replace(asked, status="scored", preference=preference))
+    write_part(folder, PREFERENCES, "comparisons/part-00000.parquet", to_table(comparisons, Comparison))
+    write_vectors(folder, vectors)
 
 
 def write_rlp_run(folder: Path) -> Path:

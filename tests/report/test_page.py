@@ -41,7 +41,9 @@ from tests.report.made_up_runs import (
     leave_ppo_alone,
     proxy_dpo_metrics,
     rlp_metrics,
+    write_comparisons,
     write_config,
+    write_judgements,
     write_manifest,
 )
 from tests.report.page import Page
@@ -108,6 +110,33 @@ def test_a_finished_run_shows_everything(run_dir):
     ):
         assert expected in page.text
     assert "not run" not in page.text and "not measured" not in page.text
+    assert len(page.figures) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "labels"),
+    [
+        ("run_dir", write_judgements, "judgements 95 of prompts 48"),
+        ("rlp_run_dir", write_comparisons, "comparisons 56"),
+    ],
+)
+def test_labels_with_vectors_have_their_meter(request, name, write, labels):
+    run_dir = request.getfixturevalue(name)
+    num_figures = len(report(run_dir).figures)
+    assert "What more labels would buy" not in report(run_dir).text and read_json(run_dir)["meter"] is None
+    write(run_dir)
+    page = report(run_dir)
+    assert "What more labels would buy" in page.text and labels in page.text
+    assert "labels that 95% of it takes" in page.text and "the next 100 labels add" in page.text
+    assert len(page.figures) == num_figures + 1
+    found = read_json(run_dir)["meter"]
+    assert found["family"] in ("power law", "exponential") and len(found["measured"]) == 8
+
+
+def test_few_labels_have_a_meter_without_a_curve(run_dir):
+    write_judgements(run_dir, 10)
+    page = report(run_dir)
+    assert "What more labels would buy is not known yet: a curve takes 32 judgements of 16 prompts" in page.text
     assert len(page.figures) == 6
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rayrl.algorithms.estimate import CalibrationBin, Estimate
+from rayrl.algorithms.meter import BandPoint, LabelMeter, Measured
 from rayrl.report import plots
 from rayrl.runs.stage_metrics import TrackedPoint, TrackedReward
 from tests.report.made_up_runs import ppo_metrics
@@ -44,6 +45,19 @@ def test_paid_scores_are_in_numeric_order():
 def test_calibration_draws_a_point_per_bin():
     points = plots.plot_calibration(BINS).axes[0].collections[0].get_offsets()
     assert np.asarray(points).tolist() == [[0.5, 0.7], [2.5, 2.2]]
+
+
+def test_a_learning_curve_has_its_points_its_bands_and_the_labels_so_far():
+    bands = [
+        BandPoint(num_labels=at, agreement=0.7, low=0.65, high=0.75, new_low=0.6, new_high=0.8) for at in (10.0, 400.0)
+    ]
+    points = [Measured(num_labels=at, agreement=0.7, standard_error=0.02) for at in (10, 40)]
+    meter = LabelMeter(compares=False, num_labels=100, num_prompts=90, family="power law", band=bands, measured=points)
+    axes = plots.plot_learning_curve(meter).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["10", "20", "50", "100", "200"]
+    (measured,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert np.asarray(measured.get_xdata()).tolist() == [10, 40]
+    assert len(axes.collections) >= 2 and "100 labels so far" in axes.get_legend_handles_labels()[1]
 
 
 def test_coverage_separates_the_selected():

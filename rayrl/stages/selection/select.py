@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.exceptions import RayActorError
 
-from rayrl.algorithms.acquisition import Answers, acquire, num_choosable
+from rayrl.algorithms.acquisition import Answers, Labels, acquire, meter_labels, num_choosable
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
+from rayrl.algorithms.meter import describe, stops
 from rayrl.algorithms.selection import STRATEGIES, Knowledge, Selection
 from rayrl.data.blocks import BlockTable
 from rayrl.fleets.coreset import RayShards
@@ -236,6 +237,13 @@ def _choose(
         logger.info("select: batch %d of %d: %d of %d answered", len(batches), select.batches, num_scored, len(chosen))
         return answers
 
+    def is_enough(labels: Labels) -> bool:
+        if shards is None:
+            return False
+        meter = meter_labels(shards, labels, knowledge)
+        logger.info("select: %s", describe(meter))
+        return stops(meter, select.stop_at)
+
     labels = acquire(
         ids,
         shards,
@@ -246,6 +254,7 @@ def _choose(
         first=None if select.first_batch is None else STRATEGIES[select.first_batch],
         knowledge=knowledge,
         num_heads=select.num_heads,
+        stop=is_enough,
     )
     return Chosen(selection=Selection(ids=labels.ids.ravel().tolist()), batches=batches)
 
