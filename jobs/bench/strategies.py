@@ -3,9 +3,9 @@
     python jobs/bench/strategies.py                                # 1,000,000 x 384, 10,000 labels: an hour on 2 cores
     python jobs/bench/strategies.py --num-points 20000 --num-selected 500 --only d_optimal k_means_pp
 
-Each strategy runs in a process of its own, so that its peak memory is its own. Vectors are of length 1 in 200 clusters, four
-responses a prompt; heads are fitted on 500 labels. The plain implementations take one pass over the pool for each pick,
-and are timed on as many picks as `--plain-picks`, from which the whole is extrapolated.
+Each strategy runs in a process of its own, so that its peak memory is its own. Vectors are of length 1 in 200 clusters,
+four responses a prompt; heads are fitted on 500 labels. The plain implementations take one pass over the pool for each
+pick, and are timed on as many picks as `--plain-picks`, from which the whole is extrapolated.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 
 from rayrl.algorithms.heads import NUM_HEADS, Heads, fit_heads, fit_pair_heads
 from rayrl.algorithms.meter import LabelMeter, comparison_meter, judgement_meter
+from rayrl.algorithms.routing import held_out_pairs, sure_margin
 from rayrl.algorithms.selection.shards import Knowledge, ShardGroup, center_pool, find_vectors, left_of
 from rayrl.algorithms.selection.strategies import Strategy
 
@@ -65,6 +66,7 @@ def acquire(
     known: Labels | None = None,
     knowledge: Knowledge | None = None,
     num_heads: int = NUM_HEADS,
+    confidence: float = 0.9,
     stop: Callable[[Labels], bool] | None = None,
 ) -> Labels:
     """Spend `num_labels` on questions, in batches.
@@ -81,6 +83,7 @@ def acquire(
         known: labels from before, which cost nothing now; of the same ids.
         knowledge: seed, initial centres and sizes.
         num_heads: of the ensemble.
+        confidence: for a strategy that routes: how often the heads must be right where they are sure.
         stop: asked after each batch whether the labels are enough; what is left of the budget is then not spent.
 
     Returns:
@@ -94,12 +97,16 @@ def acquire(
         chooser = first if strategy.reads_heads and heads is None else strategy
         assert chooser is not None, "refused before: a strategy that reads the heads, and none for the first batch"
         now = replace(knowledge, taken=np.unique(labels.ids), heads=heads)
+        if chooser.routes and shards is not None:
+            now = replace(now, sure_margin=_sure_margin(shards, labels, knowledge, confidence))
         share = -(-num_left // max(1, num_batches - batch + 1))
         num_asked = min(share, num_choosable(ids, chooser, now))
         if num_asked == 0:
             break
         picks = chooser.choose(shards if chooser.reads_vectors else ids, num_asked, now).ids
-        questions = np.array(picks, np.int64).reshape(num_asked, -1)
+        if not picks:  # the heads are sure of all that is left
+            break
+        questions = np.array(picks, np.int64).reshape(-1, 2 if chooser.asks == "pairs" else 1)
         answers = ask(questions)
         labels = labels.with_answers(questions, answers.scores)
         num_left -= answers.num_spent
@@ -136,6 +143,11 @@ def meter_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge) -> La
     if labels.ids.shape[1] == 2:
         return comparison_meter(vectors, scores > TIE, groups, seed=knowledge.seed)
     return judgement_meter(vectors, scores, groups, seed=knowledge.seed)
+
+
+def _sure_margin(shards: ShardGroup, labels: Labels, knowledge: Knowledge, confidence: float) -> float:
+    vectors, scores, groups = _with_vectors(shards, labels, _decided(labels), knowledge)
+    return sure_margin(*held_out_pairs(vectors, scores, groups, seed=knowledge.seed), confidence)
 
 
 def _decided(labels: Labels) -> Int64[np.ndarray, " n"]:

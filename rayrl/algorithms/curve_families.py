@@ -239,7 +239,7 @@ class _Profile:
 
     def rates_near(self, limit: float) -> Float64[np.ndarray, " rates"]:
         """Finer rates: about the best one, and over all that have curves of a misfit up to a limit."""
-        near = np.flatnonzero(self.misfit <= limit).tolist() + [int(self.misfit.argmin())]
+        near = [*np.flatnonzero(self.misfit <= limit).tolist(), int(self.misfit.argmin())]
         # One more on either side: the misfit may pass the limit between two.
         low, high = max(0, min(near) - 1), min(len(self.rates) - 1, max(near) + 1)
         return _geometric(float(self.rates[low]), float(self.rates[high]), NUM_RATES)

@@ -50,9 +50,11 @@ class RunConfig(Table):
     rounds: int = Field(default=1, gt=0)
     """Repetitions of the algorithm, each on the policy that the last round made. All rounds share select.budget: each
     spends an even share of what is left of it."""
-    labels: Literal["proxy", "direct", "expert", "shuffled"] = "proxy"
-    """proxy is the method. Controls: "direct" (DPO on the paid judgements alone), "expert" (the oracle labels all
-    responses: the ceiling), "shuffled" (the paid scores are permuted: the floor)."""
+    labels: Literal["proxy", "routed", "direct", "expert", "shuffled"] = "proxy"
+    """proxy is the method. "routed": after the first batch the oracle is asked only where heads are not sure of a
+    prompt's best and worst response; what the budget then has left stays unspent. Controls: "direct" (DPO on the paid
+    judgements alone), "expert" (the oracle labels all responses: the ceiling), "shuffled" (the paid scores are
+    permuted: the floor)."""
 
     policy: PolicyConfig
     seed_data: SeedDataConfig | None = None
@@ -113,6 +115,11 @@ class RunConfig(Table):
     def learns_from_judgements(self) -> bool:
         """Return whether single responses are judged to learn from: proxy DPO, and PPO on an evaluator."""
         return self.pipeline == "proxy_dpo" or self.ppo.reward == "evaluator"
+
+    @property
+    def embeds_pool(self) -> bool:
+        """Return whether the selection reads vectors of all that may be asked about."""
+        return self.labels != "expert" and (self.select.reads_vectors or self.labels == "routed")
 
     @property
     def learns_from_comparisons(self) -> bool:
@@ -225,6 +232,24 @@ def _check_selection(config: RunConfig) -> None:
             f'select.strategy must choose responses where the oracle judges each one, got "{name}", which chooses '
             'pairs; set it to "k_center", or have pairs compared: pipeline = "rlp" and preferences.source = "oracle"'
         )
+    if config.labels == "routed":
+        if config.pipeline != "proxy_dpo":
+            raise ValueError(f'labels must be "proxy" when pipeline is "{config.pipeline}", got "routed"; leave it out')
+        if select.batches == 1:
+            raise ValueError(
+                'select.batches must be 2 or more with labels = "routed", got 1: the answers of the first batch tell '
+                "where the others are needed; set select.batches = 8"
+            )
+        if select.reads_heads:
+            raise ValueError(
+                'select.strategy chooses the first batch with labels = "routed", and must read no answers, got '
+                f'"{name}"; set it to "k_center" or "random"'
+            )
+        if select.text == "prompt":
+            raise ValueError(
+                'select.text must be "prompt_response" or "judge_prompt" with labels = "routed", got "prompt": both '
+                "responses to a prompt would have the same vector; leave it out"
+            )
     if select.batches > max(1, select.budget):
         raise ValueError(
             f"select.batches must be at most select.budget ({select.budget}), got {select.batches}: each batch asks at "

@@ -27,6 +27,9 @@ class SelectConfig(Table):
     """Strategy of the first batch, where there are no answers yet; needed where `strategy` reads the heads."""
     num_heads: int = Field(default=NUM_HEADS, ge=2)
     """Heads of the ensemble whose spread says what the answers leave open."""
+    sure_at: float = Field(default=0.9, gt=0.5, lt=1)
+    """labels = "routed": how often heads must be right on held-out prompts, from a margin on, for a pair with at least
+    this margin not to be asked about."""
     stop_at: float | None = Field(default=None, gt=0, lt=1)
     """Share of what is reachable above chance, such as 0.95, after which no more labels are bought: between batches,
     once the label meter is 90% sure of it. None spends the whole budget."""

@@ -21,10 +21,12 @@ def _select(config: RunConfig) -> str:
     if config.labels == "expert":
         return "all responses"
     name = select.strategy
-    if select.batches > 1:
+    if config.labels == "routed":
+        name = f"{name}, then where heads are unsure, in {select.batches} batches"
+    elif select.batches > 1:
         first = f", the first by {select.first_batch}" if select.first_batch else ""
         name += f" in {select.batches} batches{first}"
-    return f"{name} over {select.text}, {select.num_shards} shard(s)" if select.reads_vectors else name
+    return f"{name} over {select.text}, {select.num_shards} shard(s)" if config.embeds_pool else name
 
 
 def _query(config: RunConfig) -> str:

@@ -47,7 +47,7 @@ def _of_labels(config: RunConfig) -> Iterator[str]:
         return
     if config.labels in LABELS:
         yield LABELS[config.labels]
-    if not config.select.reads_vectors:
+    if not config.embeds_pool and config.labels != "expert":
         yield f"{config.select.strategy.replace('_', ' ')} selection"
     if config.generate.source == "seed":
         yield "off-policy queries: responses of the seed data"

@@ -336,8 +336,7 @@ def _selection(facts: RunFacts) -> Section | None:
         return None
     selection = run.last(SELECT)
     # A budget for everything picks nothing, so that a finished selection may leave no figure.
-    reads_vectors = run.config.labels != "expert" and run.config.select.reads_vectors
-    is_final = selection is not None or not reads_vectors
+    is_final = selection is not None or not run.config.embeds_pool
     cards: list[Card] = [
         FigureCard(name="coverage", title="Coverage of what was asked about", is_final=is_final),
         FigureCard(name="radius", title="Covering radius", is_final=is_final),

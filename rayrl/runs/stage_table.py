@@ -104,7 +104,7 @@ def stages_of(config: RunConfig) -> list[tuple[AnyStage, int]]:
 
 def fits_evaluator(config: RunConfig) -> bool:
     """Return whether an evaluator is trained; under the controls "direct" and "expert" only the oracle labels."""
-    return config.learns_from_judgements and config.labels in ("proxy", "shuffled")
+    return config.learns_from_judgements and config.labels in ("proxy", "routed", "shuffled")
 
 
 def num_refresh_blocks(num_wanted: int | None, block_size: int, num_blocks: int) -> int:
@@ -128,8 +128,7 @@ def _selecting_embedders(config: RunConfig) -> FleetUse:
 
 
 def _selection_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
-    select = config.select
-    if config.labels == "expert" or not select.reads_vectors:
+    if not config.embeds_pool:
         return ()
     return (_selecting_embedders(config),)
 

@@ -6,9 +6,10 @@
 from rayrl.algorithms.selection.k_center import CoresetShard, k_center
 from rayrl.algorithms.selection.sampling import random_selection
 from rayrl.algorithms.selection.shards import Knowledge, LocalShards, Selection, ShardGroup
-from rayrl.algorithms.selection.strategies import STRATEGIES, Strategy
+from rayrl.algorithms.selection.strategies import ROUTED, STRATEGIES, Strategy
 
 __all__ = [
+    "ROUTED",
     "STRATEGIES",
     "CoresetShard",
     "Knowledge",

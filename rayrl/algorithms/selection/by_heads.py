@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from rayrl.algorithms.heads import Heads, mean_and_spread
+from rayrl.algorithms.routing import margins_of
 from rayrl.algorithms.selection.greedy import facility_location
 from rayrl.algorithms.selection.k_center import k_center
 from rayrl.algorithms.selection.shards import (
@@ -113,6 +114,33 @@ def _narrow_pairs(
     first = np.flatnonzero(begins[:-1] & ~begins[1:])  # prompts with two or more
     pairs = np.stack([ids[first], ids[first + 1]], axis=1)
     return top(scores[first + 1] - scores[first], pairs, num)
+
+
+def unsure_pairs(shards: ShardGroup, num_selected: int, knowledge: Knowledge) -> Selection:
+    """Ask about each prompt's best and worst response whose order is not sure, the least sure first.
+
+    They are what DPO learns from. As many as there are: fewer than `num_selected` once the heads are sure of the rest.
+    """
+    center_pool(shards)
+    arguments = heads_of(knowledge), knowledge.taken, knowledge.prompt_stride, knowledge.sure_margin
+    pairs = largest(shards, num_selected, _unsure, *arguments)
+    picks = pairs.ravel()
+    return Selection(ids=picks[~np.isin(picks, knowledge.taken)].tolist()[:num_selected])
+
+
+def _unsure(
+    shard: VectorShard, num: int, heads: Heads, taken: np.ndarray, stride: int, sure: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each prompt's best and worst response that are not sure and not both asked about, and minus their margins."""
+    scores = shard.head_scores(heads)
+    order = np.lexsort((shard.ids, -scores.mean(1), shard.ids // stride))
+    prompts = shard.ids[order] // stride
+    changes = np.flatnonzero(np.diff(prompts)) + 1
+    best, worst = order[np.r_[0, changes]], order[np.r_[changes, len(order)] - 1]
+    margins, _ = margins_of(scores[best] - scores[worst])
+    is_asked = np.isin(shard.ids[best], taken) & np.isin(shard.ids[worst], taken)
+    unsure = (best != worst) & ~is_asked & (margins < sure)
+    return top(-margins[unsure], np.stack([shard.ids[best], shard.ids[worst]], axis=1)[unsure], num)
 
 
 def k_center_uncertain(shards: ShardGroup, num_selected: int, knowledge: Knowledge) -> Selection:

@@ -52,6 +52,8 @@ class Knowledge:
     """Vectors from outside of the pool that count as labelled: covered already."""
     heads: Heads | None = None
     """Fitted on the labels so far; None as long as there are none."""
+    sure_margin: float = float("inf")
+    """Margin between two responses, in the heads' standard deviations, from which on their order counts as known."""
     prompt_stride: int = 1
     """`id // prompt_stride` is the prompt of a response."""
     candidate_batch: int = 256

@@ -4,7 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rayrl.algorithms.selection.by_heads import bald, k_center_uncertain, margin, uncertainty, weighted_coverage
+from rayrl.algorithms.selection.by_heads import (
+    bald,
+    k_center_uncertain,
+    margin,
+    uncertainty,
+    unsure_pairs,
+    weighted_coverage,
+)
 from rayrl.algorithms.selection.greedy import d_optimal, facility_location
 from rayrl.algorithms.selection.k_center import k_center
 from rayrl.algorithms.selection.pairs import (
@@ -31,6 +38,8 @@ class Strategy:
     """Whether the pool has to be embedded."""
     reads_heads: bool = False
     """Whether it needs labels before it can choose: another strategy chooses the first batch."""
+    routes: bool = False
+    """Whether it needs to know from which margin on the heads are sure. It may then pick fewer than it is asked for."""
     asks: Literal["responses", "pairs"] = "responses"
     """"pairs": it chooses two responses to one prompt, to be compared. The ids come two by two, and `num_selected`
     counts the pairs."""
@@ -84,3 +93,6 @@ STRATEGIES: dict[str, Strategy] = {
     "pair_d_optimal": _of_pairs(pair_d_optimal, reads_heads=False),
 }
 """Values of `select.strategy`. Config, plan, preflight, selection and report learn of a strategy from its entry."""
+
+ROUTED = Strategy(choose=unsure_pairs, reads_vectors=True, reads_heads=True, routes=True)
+"""The choice of `labels = "routed"`, after the first batch."""

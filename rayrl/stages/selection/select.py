@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError
 from rayrl.algorithms.acquisition import Answers, Labels, acquire, meter_labels, num_choosable
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
 from rayrl.algorithms.meter import describe, stops
-from rayrl.algorithms.selection import STRATEGIES, Knowledge, Selection
+from rayrl.algorithms.selection import ROUTED, STRATEGIES, Knowledge, Selection
 from rayrl.data.blocks import BlockTable
 from rayrl.fleets.coreset import RayShards
 from rayrl.fleets.services import Services
@@ -88,7 +88,7 @@ def select(
         chosen, name = Chosen(selection=Selection(ids=list(_ordinals(run, responses)))), "all"
     elif num_wanted == 0:
         name = "none"  # a later round may have nothing left to spend, after calls that were lost
-    elif config.select.reads_vectors:
+    elif config.embeds_pool:
         chosen = _select_by_vectors(run, services, policy, responses, num_wanted, ask)
     else:
         chosen = _choose(run, responses, np.fromiter(_ordinals(run, responses), np.int64), None, num_wanted, None, ask)
@@ -125,7 +125,15 @@ def _inputs(run: Run, responses: Responses) -> list[KeyPart]:
     wording = load_rubric(config.rubric).version
     # In batches the picks follow the oracle's answers.
     oracle = [config.oracle] if config.select.batches > 1 else []
-    return [*inputs, run.budget, wording, responses.key, config.labels == "expert", paired, *oracle]
+    return [
+        *inputs,
+        run.budget,
+        wording,
+        responses.key,
+        config.labels in ("expert", "routed") and config.labels,
+        paired,
+        *oracle,
+    ]
 
 
 def num_units_wanted(run: Run, responses: Responses) -> int | None:
@@ -222,7 +230,9 @@ def _choose(
         prompt_stride=numbering(run.config).per_prompt,
         candidate_batch=select.candidate_batch,
     )
-    strategy = STRATEGIES[select.strategy]
+    is_routed = run.config.labels == "routed"
+    strategy = ROUTED if is_routed else STRATEGIES[select.strategy]
+    first = select.strategy if is_routed else select.first_batch
     if select.batches == 1:
         pool = shards if strategy.reads_vectors else ids
         num_possible = num_choosable(ids, strategy, knowledge)
@@ -234,7 +244,7 @@ def _choose(
         answers = ask(list(_rows_of(run, responses, chosen.ravel().tolist())))
         num_scored = sum(score is not None for score in answers.scores)
         batches.append(BatchMetrics(num_asked=len(chosen), num_scored=num_scored))
-        logger.info("select: batch %d of %d: %d of %d answered", len(batches), select.batches, num_scored, len(chosen))
+        logger.info("select: batch %d: %d of %d answered", len(batches), num_scored, len(chosen))
         return answers
 
     def is_enough(labels: Labels) -> bool:
@@ -251,9 +261,10 @@ def _choose(
         num_wanted,
         ask_chosen,
         num_batches=select.batches,
-        first=None if select.first_batch is None else STRATEGIES[select.first_batch],
+        first=None if first is None else STRATEGIES[first],
         knowledge=knowledge,
         num_heads=select.num_heads,
+        confidence=select.sure_at,
         stop=is_enough,
     )
     return Chosen(selection=Selection(ids=labels.ids.ravel().tolist()), batches=batches)

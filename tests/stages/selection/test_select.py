@@ -62,7 +62,7 @@ def responses(tmp_path_factory):
     return Responses(key="r", table=table, num_prompts=12, num_responses=33)
 
 
-def picks(folder, policy, responses, services, *, seed=0, ask=None, **settings):
+def picks(folder, policy, responses, services, *, seed=0, ask=None, labels="proxy", **settings):
     if not hasattr(services, "ready"):
         services = OnlyEmbedders(services)
     config = RunConfig.model_validate(
@@ -70,6 +70,7 @@ def picks(folder, policy, responses, services, *, seed=0, ask=None, **settings):
             "name": "test",
             "run_dir": str(folder),
             "seed": seed,
+            "labels": labels,
             "policy": {"path": policy.path, "dtype": "float32"},
             "pool": {"path": "prompts.jsonl"},
             "sft": {"enabled": False},
@@ -133,6 +134,16 @@ def test_batches_ask_as_they_pick_and_replace_abstentions(embedders, tiny_policy
     # The same command again asks nothing.
     again = picks(tmp_path / "1", tiny_policy, responses, NoEngine(), ask=None, num_shards=1, **settings)
     assert again == chosen[0]
+
+
+def test_routed_labels_are_asked_for_where_the_heads_are_unsure(embedders, tiny_policy, responses, tmp_path):
+    """The first batch by the strategy; then the best and the worst of a prompt, which few labels leave unsure."""
+    settings = {"strategy": "random", "batches": 2, "budget": 24, "labels": "routed", "ask": length_of}
+    one, two = (picks(tmp_path / str(n), tiny_policy, responses, embedders, num_shards=n, **settings) for n in (1, 2))
+    assert names(one) == names(two)
+    num_first = read_manifest(str(tmp_path / "1"), SELECT).metrics.batches[0].num_asked
+    of_prompts = [row["prompt_id"] for row in one[num_first:]]
+    assert max(of_prompts.count(prompt) for prompt in of_prompts) <= 2
 
 
 class NoEngine:
