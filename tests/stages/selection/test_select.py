@@ -109,14 +109,6 @@ def length_of(rows):
     return Answers(scores=scores, num_spent=sum(score is not None for score in scores))
 
 
-def test_the_label_meter_is_logged_after_each_batch(embedders, tiny_policy, responses, tmp_path, caplog):
-    settings = {"strategy": "d_optimal", "batches": 2, "budget": 20, "stop_at": 0.95}
-    with caplog.at_level("INFO", logger="rayrl.stages.selection.select"):
-        picks(tmp_path, tiny_policy, responses, embedders, ask=length_of, num_shards=1, **settings)
-    lines = [record.message for record in caplog.records if record.message.startswith("select: meter: ")]
-    assert len(lines) >= 2 and "20 judgements; not known yet: a curve takes 32 judgements of 16 prompts" in lines[-1]
-
-
 @pytest.mark.parametrize("strategy", ["uncertainty", "badge", "d_optimal", "random_by_prompt"])
 def test_batches_ask_as_they_pick_and_replace_abstentions(embedders, tiny_policy, responses, tmp_path, strategy):
     first = "k_center" if STRATEGIES[strategy].reads_heads else None
