@@ -1,11 +1,11 @@
-"""Loading of configs: a TOML file and overrides become a `RunConfig` or another table, or one message about all mistakes."""
+"""Loading of configs: a TOML file and overrides become a `RunConfig` or another table, or one message of all mistakes."""
 
 import datetime
 import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -67,7 +67,7 @@ def load_config(
     overrides: list[str] | None = None,
     *,
     pipeline: str | None = None,
-    settings: Mapping[str, object] | None = None,
+    settings: Iterable[tuple[str, object]] = (),
 ) -> RunConfig:
     """Read a TOML file, merge dotted `key=value` overrides (values are TOML expressions), and check everything.
 
@@ -75,14 +75,15 @@ def load_config(
         path: the file, in UTF-8.
         overrides: settings that replace the file's.
         pipeline: the only pipeline that the config may be for; None takes both.
-        settings: values by dotted key, merged last. A table is merged into the file's, unless it names another `type`.
+        settings: dotted keys with values, merged last, one after the other. A table is merged into the file's, unless
+            it names another `type`.
 
     Raises:
         ConfigError: one message that names field, rule, value and remedy for every mistake found.
     """
     path = Path(path).expanduser()
     tree = _tree_with(path, overrides)
-    for dotted, value in (settings or {}).items():
+    for dotted, value in settings:
         merge(tree, dotted, value)
     named = tree.get("pipeline", RunConfig.model_fields["pipeline"].default)
     others = [known for known in get_args(RunConfig.model_fields["pipeline"].annotation) if known != pipeline]
@@ -161,10 +162,9 @@ def _merge_override(tree: dict[str, Any], override: str) -> None:
             f"override {_shown(override, [])} must look like section.key=value, in one argument; quote it if it has "
             "spaces: 'select.budget = 64'"
         )
-    value: object = expression  # a bare word is a string, so that a shell user need not quote twice
     try:
         parsed = tomllib.loads(f"value = {expression}", parse_float=_Number.read)
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError:  # a bare word is a string, so that a shell user need not quote twice
         parsed = {"value": expression}
     if parsed.keys() != {"value"}:
         raise ConfigError(
