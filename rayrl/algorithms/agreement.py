@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64, Shaped
 from scipy.stats import rankdata
 
+ROUNDING = 1e-9
+"""Residuals below this share of the predictions' range are rounding."""
+
 
 def rank_correlation(predicted: Float[np.ndarray, " n"], oracle: Float[np.ndarray, " n"]) -> float:
     """Spearman's rank correlation, ties at their mean rank: 0 for equal predictions, NaN where the oracle ties all."""
@@ -52,8 +55,10 @@ def without_length(predicted: Float[np.ndarray, " n"], lengths: Shaped[np.ndarra
     """
     log_length = np.log1p(np.asarray(lengths, np.float64))
     design = np.stack([np.ones(len(log_length)), log_length], 1)
-    weights = np.linalg.lstsq(design, predicted.astype(np.float64), rcond=None)[0]
-    return predicted - design @ weights
+    predicted = np.asarray(predicted, np.float64)
+    residuals = predicted - design @ np.linalg.lstsq(design, predicted, rcond=None)[0]
+    # What is left of a prediction that is length alone is rounding, and must order nothing.
+    return np.where(np.abs(residuals) > ROUNDING * np.ptp(predicted), residuals, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Loading of configs: a TOML file and overrides become a `RunConfig` or another table, or one message of all mistakes."""
+"""Loading of configs: a TOML file and overrides become a `RunConfig` or another table, or one message of refusal."""
 
 import datetime
 import difflib

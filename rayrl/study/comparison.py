@@ -28,7 +28,7 @@ SHARES = (0.8, 0.9, 0.95)
 """Of the gain of labelling everything."""
 LEVEL = 0.05
 """Of all tests together."""
-LOSSES = frozenset({"regret", "regret_without_length", "kl", "perplexity", "paid"})
+LOSSES = frozenset({"regret", "regret_without_length", "kl", "perplexity", "labels"})
 """Measures of which less is better."""
 
 
@@ -82,9 +82,10 @@ class Comparison:
         self.outcomes = list(outcomes)
         self.measure = study.measured[0]
         """The measure that is tested and drawn."""
-        self._found: dict[Cell, dict[str, Measured]] = {
+        self.found: dict[Cell, dict[str, Measured]] = {
             outcome.cell: outcome.by_name() for outcome in outcomes if not outcome.failure
         }
+        """Measures by name of every cell that has a result."""
         self.points = study.points()
         self.budgets = sorted({outcome.cell.budget for outcome in outcomes if outcome.cell.arm in study.arms})
 
@@ -102,7 +103,7 @@ class Comparison:
         """Return the results of an arm at a budget, by seed; those that failed are left out."""
         found: dict[int, dict[str, Measured]] = {}
         for seed in self.study.seeds:
-            measured = self._found.get(Cell(arm=arm, budget=budget, seed=seed, point=point))
+            measured = self.found.get(Cell(arm=arm, budget=budget, seed=seed, point=point))
             if measured is not None:
                 found[seed] = measured
         return found
@@ -113,8 +114,8 @@ class Comparison:
         if self.study.kind == "runs":
             of_ceiling = [self.cells_of(arm, budget, point) for arm in ceilings for budget in self.budgets[-1:]]
             return of_ceiling[0] if of_ceiling and name == EVERYTHING else {}
-        controls = [cell for cell in self._found if cell.arm == name and cell.point == point]
-        return {cell.seed: self._found[cell] for cell in controls}
+        controls = [cell for cell in self.found if cell.arm == name and cell.point == point]
+        return {cell.seed: self.found[cell] for cell in controls}
 
     def mean_of(self, cells: Mapping[int, Mapping[str, Measured]], measure: str) -> SeedsMean | None:
         """Mean of a measure over seeds; None where no cell has it."""

@@ -27,7 +27,7 @@ LABEL_MEASURES = (
 """Measures of kind "labels", as `rayrl.algorithms.agreement.MEASURES` has them, whose module needs scipy."""
 RUN_MEASURES = (
     *("gain", "score", "win_rate", "kl", "against_references", "length_controlled_win_rate"),
-    *("perplexity", "distinct2", "tokens", "paid"),
+    *("perplexity", "distinct2", "tokens", "labels"),
 )
 """Measures of kind "runs", of a policy; those of reward models come on top (`rayrl.study.run_measures`)."""
 MEASURES = {"labels": LABEL_MEASURES, "runs": RUN_MEASURES}

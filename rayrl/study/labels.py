@@ -16,9 +16,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from rayrl.errors import RayRLError
+from rayrl.errors import BudgetExhausted, RayRLError
 from rayrl.metrics.progress import track
-from rayrl.oracles.pool import OraclePool
+from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool
 from rayrl.records import Judgement
 from rayrl.runs.stage_table import QUERY
 from rayrl.stages.labelling.ask import CHUNK, wait_for
@@ -78,6 +78,11 @@ class Labels:
             if isinstance(error.cause, RayRLError):  # in its own words, and not the actor's traceback
                 raise error.cause from None
             raise
+        if any(answer.rationale == BUDGET_EXHAUSTED for answer in answers):
+            raise BudgetExhausted(
+                "max_queries must cover all labels of the study, and is used up, with the calls that were lost when it "
+                "was killed; raise it, and run the same command again: what was answered stays in the ledger"
+            )
         return {identifier: answer.score for identifier, answer in zip(ids, answers, strict=True)}
 
 

@@ -13,7 +13,7 @@ from rayrl.report.formats import printable
 from rayrl.report.layout import FigureCard, Paragraph, Section, Table
 from rayrl.report.page import environment, image_of
 from rayrl.runs import storage
-from rayrl.study.comparison import EVERYTHING, LEVEL, NOTHING, SHARES, Comparison, Needed, title_of
+from rayrl.study.comparison import EVERYTHING, LEVEL, LOSSES, NOTHING, SHARES, Comparison, Difference, Needed, title_of
 from rayrl.study.config import Point
 from rayrl.study.label_cells import LENGTH
 from rayrl.study.plots import plot_efficiency, plot_means
@@ -80,9 +80,9 @@ def sections(comparison: Comparison) -> list[Section]:
     """Arrange the tables and figures."""
     parts = [
         _curves(comparison),
-        _means(comparison),
-        _tests(comparison),
         _labels_needed(comparison),
+        _tests(comparison),
+        _means(comparison),
         _failed(comparison),
     ]
     return [section for section in parts if section.parts]
@@ -123,68 +123,111 @@ def _curves(comparison: Comparison) -> Section:
 
 
 def _means(comparison: Comparison) -> Section:
-    """Make the table of means: a row per arm, budget and point; the controls below."""
+    """Arrange the means: a table per measure with the budgets beside each other, or one table where there is one."""
     study = comparison.study
-    factors = list(study.factors)
-    head = ["row", *factors, "labels", *(title_of(measure) for measure in study.measured), "mean rank", "seeds"]
+    note = Paragraph(
+        text="mean \u00b1 standard error over seeds, over prompts. The mean rank is over all seeds, budgets and "
+        f"points, by {title_of(comparison.measure)}; 1 is best."
+    )
+    if len(comparison.budgets) == 1:
+        return Section(title="Means", parts=[note, _means_at_one_budget(comparison)])
+    tables: list[Paragraph | Table] = [note]
+    for measure in study.measured:
+        less = " (less is better)" if measure in LOSSES else ""
+        tables += [Paragraph(text=f"{title_of(measure).capitalize()}{less}", is_note=False)]
+        tables += [_means_of(comparison, measure)]
+    return Section(title="Means", parts=tables)
+
+
+def _means_of(comparison: Comparison, measure: str) -> Table:
+    """Make the table of one measure: a row per arm and point, a column per budget, and the controls below."""
+    study = comparison.study
+    ranked = measure == comparison.measure
+    head = [
+        "row",
+        *study.factors,
+        *(f"{budget:,}" for budget in comparison.budgets),
+        *(["mean rank"] if ranked else []),
+    ]
     rows: list[list[str]] = []
     for point in comparison.points:
         for arm in study.arms:
-            for budget in comparison.budgets:
-                cells = comparison.cells_of(arm, budget, point)
-                rank = number_or_dash(comparison.ranks.get(arm, math.nan), ".2f")
-                labels = [study.title(arm), *_values(point), f"{budget:,}"]
-                means = [both_errors(comparison.mean_of(cells, measure)) for measure in study.measured]
-                rows.append([*labels, *means, rank, str(len(cells))])
-        for control in (NOTHING, LENGTH, EVERYTHING) if study.kind == "labels" else ():
-            cells = comparison.control_cells(control, point)
+            cells = [comparison.cells_of(arm, budget, point) for budget in comparison.budgets]
+            if not any(cells):
+                continue
+            means = [both_errors(comparison.mean_of(each, measure)) for each in cells]
+            rank = [number_or_dash(comparison.ranks.get(arm, math.nan), ".2f")] if ranked else []
+            rows.append([study.title(arm), *_values(point), *means, *rank])
+        for control, title in _CONTROLS.items() if study.kind == "labels" else ():
+            mean = comparison.mean_of(comparison.control_cells(control, point), measure)
+            if mean is not None:
+                others = [""] * (len(comparison.budgets) - 1 + ranked)
+                rows.append([title, *_values(point), both_errors(mean), *others])
+    return Table(head=head, rows=rows, num_text_columns=1 + len(study.factors), has_wide_names=True)
+
+
+def _means_at_one_budget(comparison: Comparison) -> Table:
+    """Make the table of all measures: a row per arm and point, a column per measure."""
+    study = comparison.study
+    (budget,) = comparison.budgets
+    measures = [name for name in study.measured if any(name in each for each in comparison.found.values())]
+    head = ["row", *study.factors, *(title_of(measure) for measure in measures), "mean rank"]
+    rows: list[list[str]] = []
+    for point in comparison.points:
+        rows_of = {study.title(arm): comparison.cells_of(arm, budget, point) for arm in study.arms}
+        if study.kind == "labels":
+            rows_of |= {title: comparison.control_cells(control, point) for control, title in _CONTROLS.items()}
+        for title, cells in rows_of.items():
             if cells:
-                num_labels = np_mean([each["labels"].mean for each in cells.values() if "labels" in each])
-                means = [both_errors(comparison.mean_of(cells, measure)) for measure in study.measured]
-                rows.append([control, *_values(point), f"{num_labels:,.0f}", *means, "-", str(len(cells))])
-    note = (
-        "mean \u00b1 standard error over seeds, over prompts. The mean rank is over all seeds, budgets and points, by "
-        f"{title_of(comparison.measure)}; 1 is best."
-    )
-    return Section(
-        title="Means",
-        parts=[Paragraph(text=note), Table(head=head, rows=rows, num_text_columns=1 + len(factors))],
-    )
+                means = [both_errors(comparison.mean_of(cells, measure)) for measure in measures]
+                rank = {study.title(arm): value for arm, value in comparison.ranks.items()}.get(title, math.nan)
+                rows.append([title, *_values(point), *means, number_or_dash(rank, ".2f")])
+    return Table(head=head, rows=rows, num_text_columns=1 + len(study.factors), has_wide_names=True)
 
 
 def _tests(comparison: Comparison) -> Section:
+    """Arrange the differences from the baseline and their p-values: a row per arm, a column per budget."""
     study = comparison.study
     if not comparison.differences:
         return Section(title="Tests", parts=[])
-    factors = list(study.factors)
-    head = [
-        "row",
-        *factors,
-        "labels",
-        f"difference in {title_of(comparison.measure)}",
-        "p",
-        "p after Holm",
-        "told apart",
-    ]
-    rows = [
-        [
-            study.title(each.arm),
-            *_values(each.point),
-            "all budgets" if each.budget is None else f"{each.budget:,}",
-            both_errors(each.difference, signed=True),
-            f"{each.p_value:.2g}",
-            f"{each.adjusted:.2g}",
-            "yes" if each.is_told_apart else "no",
-        ]
-        for each in comparison.differences
-    ]
+    found = {(each.arm, each.point, each.budget): each for each in comparison.differences}
+    budgets: list[int | None] = [*comparison.budgets, *([None] if len(comparison.budgets) > 1 else [])]
+    head = ["row", *study.factors, *("all budgets" if budget is None else f"{budget:,}" for budget in budgets)]
+    differences: list[list[str]] = []
+    p_values: list[list[str]] = []
+    for arm, point in dict.fromkeys((each.arm, each.point) for each in comparison.differences):
+        row = [found.get((arm, point, budget)) for budget in budgets]
+        names = [study.title(arm), *_values(point)]
+        differences.append([*names, *(_difference(each) for each in row)])
+        p_values.append(
+            [*names, *("-" if each is None else f"{each.p_value:.2g}, {each.adjusted:.2g}" for each in row)]
+        )
     note = (
-        f"Each row against {study.title(study.baseline)}, paired by seed and prompt. p is the larger one of the "
-        "t-tests over seeds and over prompts: a difference has to hold over both. Holm's correction is over all "
-        f"{len(rows)} comparisons; told apart is below {LEVEL:g} after it."
+        f"Each row less {study.title(study.baseline)} in {title_of(comparison.measure)}, paired by seed and prompt, "
+        f"with the standard errors over seeds and over prompts; * marks those that are told apart (p below {LEVEL:g} "
+        "after Holm's correction)."
     )
-    table = Table(head=head, rows=rows, num_text_columns=1 + len(factors))
-    return Section(title="Differences from the baseline", parts=[Paragraph(text=note), table])
+    tested = (
+        "p-values, and after Holm's correction over all "
+        f"{len(comparison.differences)} comparisons. p is the larger one of the t-tests over seeds and over prompts: a "
+        "difference has to hold over both."
+    )
+    num_text_columns = 1 + len(study.factors)
+    return Section(
+        title="Differences from the baseline",
+        parts=[
+            Paragraph(text=note),
+            Table(head=head, rows=differences, num_text_columns=num_text_columns, has_wide_names=True),
+            Paragraph(text=tested),
+            Table(head=head, rows=p_values, num_text_columns=num_text_columns, has_wide_names=True),
+        ],
+    )
+
+
+def _difference(each: Difference | None) -> str:
+    if each is None:
+        return "-"
+    return both_errors(each.difference, signed=True) + ("*" if each.is_told_apart else "")
 
 
 def _labels_needed(comparison: Comparison) -> Section:
@@ -264,11 +307,6 @@ def bounded(value: float, low: float, high: float, pattern: str) -> str:
 def number_or_dash(value: float, pattern: str) -> str:
     """Write a number; a dash where there is none."""
     return f"{value:{pattern}}" if math.isfinite(value) else "-"
-
-
-def np_mean(values: Sequence[float]) -> float:
-    """Return the mean; 0 of none."""
-    return math.fsum(values) / len(values) if values else 0.0
 
 
 def _values(point: Point) -> list[str]:

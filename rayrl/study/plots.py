@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rayrl.algorithms.study_statistics import SeedsMean
-from rayrl.report.plots import INK, M1, M2, MORE, MUTED, PPO, STYLE, add_legend, new_figure
+from rayrl.report.plots import INK, M1, M2, MORE, PPO, STYLE, add_legend, new_figure
 
 COLORS = (M2, PPO, *MORE)
 LINES = ("-", "--", ":", "-.")
@@ -38,7 +38,8 @@ def plot_efficiency(
     """
     figure, axes = new_figure(10.6, 4.6)
     for number, (name, level) in enumerate(controls.items()):
-        axes.axhline(level.mean, color=MUTED, linewidth=1.2, linestyle=LINES[(number + 1) % len(LINES)], label=name)
+        label = f"{name}, {level.mean:.3f}"  # which may be beyond the axis
+        axes.axhline(level.mean, color=M1, linewidth=1.2, linestyle=LINES[(number + 1) % len(LINES)], label=label)
     others = 0
     for name, curve in curves.items():
         if name == baseline:
@@ -48,6 +49,7 @@ def plot_efficiency(
             others += 1
         draw_band(axes, curve, name, style)
     budgets = sorted({budget for curve in curves.values() for budget in curve})
+    _fit_axis(axes, curves, controls)
     if budgets and budgets[-1] >= LOG_FROM * budgets[0]:
         axes.set_xscale("log")
     axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
@@ -55,6 +57,23 @@ def plot_efficiency(
     axes.set(xlabel="labels", ylabel=measure, title=title)
     add_legend(figure, axes, num_columns=4)
     return figure
+
+
+def _fit_axis(axes: Axes, curves: Mapping[str, Mapping[int, SeedsMean]], controls: Mapping[str, SeedsMean]) -> None:
+    """Show the curves and what lies next to them: a control far away would flatten them."""
+    means = [mean for curve in curves.values() for mean in curve.values()]
+    if not means:
+        return
+    ends = [
+        mean.mean + sign * (mean.seed_error if math.isfinite(mean.seed_error) else 0)
+        for mean in means
+        for sign in (-1, 1)
+    ]
+    low, high = min(ends), max(ends)
+    room = max(high - low, 1e-3)
+    near = [level.mean for level in controls.values() if low - room < level.mean < high + room]
+    low, high = min([low, *near]), max([high, *near])
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
 def draw_band(axes: Axes, curve: Mapping[int, SeedsMean], name: str, style: Mapping[str, Any]) -> None:

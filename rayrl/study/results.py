@@ -5,6 +5,7 @@
 
 import io
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from rayrl.records import from_table, to_table
 from rayrl.runs import storage
 from rayrl.study.config import Point, StudyConfig
 
+logger = logging.getLogger(__name__)
+
 CELLS, RESULTS = "cells", "results.parquet"
-RESULT = "result.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +102,15 @@ def result_place(study_dir: str, key: str) -> str:
 
 
 def read_result(study_dir: str, key: str) -> list[Measured] | None:
-    """Read the result of a cell; None if there is none."""
+    """Read the result of a cell; None if there is none that can be read."""
     place = result_place(study_dir, key)
     if not storage.exists(place):
         return None
-    return from_table(pq.read_table(io.BytesIO(storage.read_bytes(place))), Measured)
+    try:
+        return from_table(pq.read_table(io.BytesIO(storage.read_bytes(place))), Measured)
+    except (pa.ArrowException, TypeError) as error:
+        logger.warning("%s is damaged, or of another version, and is made again: %s", place, error)
+        return None
 
 
 def write_result(study_dir: str, key: str, measured: Sequence[Measured]) -> None:

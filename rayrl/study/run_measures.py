@@ -39,8 +39,8 @@ def measure_run(folder: str, policy: str, num_rounds: int) -> list[Measured]:
     evaluated = manifest.metrics
     if policy not in evaluated.policies:
         raise DataError(
-            f"variants.policy must be one of the run's policies, {', '.join(evaluated.policies)}, got {policy}; correct "
-            "it"
+            f"variants.policy must be one of the run's policies, {', '.join(evaluated.policies)}, got {policy}; "
+            "correct it"
         )
     measured = _of_policy(folder, policy, evaluated.policies[policy])
     if evaluated.references is not None and policy in evaluated.references.policies:

@@ -6,6 +6,7 @@ may own the ledger that they share. The first cell of a seed does the stages tha
 
 import importlib
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from rayrl.config import RunConfig
 from rayrl.errors import BudgetExhausted, ConfigError, DiskFull, JudgeFailed, ResourceError
+from rayrl.oracles.user_modules import check_function, found_first
 from rayrl.pipelines.stopping import Stopping
 from rayrl.preflight import check
 from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.content import contents_of
-from rayrl.runs.run import LEDGER, open_run, read_manifest
+from rayrl.runs.run import CONFIG, LEDGER, open_run, read_manifest
 from rayrl.runs.stage_table import EVALUATE
 from rayrl.study.config import StudyConfig, run_config
 from rayrl.study.results import CELLS, Cell, Outcome, read_result, write_result
@@ -43,6 +45,10 @@ class RunJob:
 
     cell: Cell
     config: RunConfig
+    settings: tuple[tuple[str, object], ...]
+    """Those that make the config of the base config and the study's."""
+    reuse: str | None
+    """Folder of the run whose finished stages it takes over; it may not be there yet."""
     pipeline: str | None
     """"module:function" in place of the config's."""
     policy: str
@@ -72,7 +78,7 @@ def plan_runs(study: StudyConfig, *, contact_oracle: bool = False) -> list[RunJo
             except ConfigError as error:
                 raise ConfigError(f"{job.cell.title}: {error}") from None
             if job.pipeline is not None:
-                _pipeline(job)
+                check_function(job.pipeline, f"variants.{job.cell.arm}.pipeline")
     return jobs
 
 
@@ -102,7 +108,7 @@ def _run(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> Outcome:
 
     started = time.monotonic()
     try:
-        folder = _finish(job, stopping)
+        folder = _finish(study, job, stopping)
         measured = measure_run(folder, job.policy, job.config.rounds)
         write_result(study.study_dir, job.key, measured)
     except FATAL:
@@ -113,32 +119,26 @@ def _run(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> Outcome:
     return Outcome(cell=job.cell, key=job.key, measured=measured, seconds=time.monotonic() - started)
 
 
-def _finish(job: RunJob, stopping: Stopping | None) -> str:
+def _finish(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> str:
     """Run a cell's pipeline to its evaluation, unless that is done; return the run's folder."""
     from rayrl.pipelines.run_pipeline import run_pipeline
 
     url = storage.absolute(job.config.run_dir)
     if read_manifest(url, EVALUATE) is not None:
         return open_run(job.config).url
-    run_pipeline(job.config, check(job.config), _pipeline(job), ray_start_s=0.0, stopping=stopping)
+    config = job.config
+    if job.reuse is not None and storage.exists(storage.join(job.reuse, CONFIG)):  # that run may have failed at once
+        config = run_config(study, *job.settings, ("reuse", job.reuse))
+    run_pipeline(config, check(config), _pipeline(job), ray_start_s=0.0, stopping=stopping)
     return url
 
 
 def _pipeline(job: RunJob) -> "Pipeline":
-    """Find the pipeline of a cell.
-
-    Raises:
-        ConfigError: there is no such function.
-    """
+    """Import the pipeline of a cell; the working directory comes first."""
     named = job.pipeline or f"rayrl.pipelines.{job.config.pipeline}:{job.config.pipeline}"
     module, _, function = named.partition(":")
-    try:
+    with found_first(os.getcwd()):
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"variants.{job.cell.arm}.pipeline must be importable from the working directory, got {named}: {error}; "
-            "correct it"
-        ) from None
 
 
 def _cells(study: StudyConfig) -> list[Cell]:
@@ -191,17 +191,18 @@ def _jobs(study: StudyConfig) -> list[RunJob]:
     for run in runs.values():
         name = names[run.key]
         placed: list[tuple[str, object]] = [("run_dir", storage.join(folder, name)), ("name", f"{study.name}-{name}")]
-        reused = names[runs[_reused(study, run.cell)].key]
-        if reused != name:
-            placed.append(("reuse", storage.join(folder, reused)))
         if run.config.oracle.ledger is None:
             placed.append(("oracle.ledger", storage.join(storage.absolute(study.study_dir), LEDGER)))
         variant = study.variants.get(run.cell.arm)
-        config = run_config(study, *run.settings, *placed)
+        settings = (*run.settings, *placed)
+        config = run_config(study, *settings)
+        reused = names[runs[_reused(study, run.cell)].key]
         jobs.append(
             RunJob(
                 cell=run.cell,
                 config=config,
+                settings=settings,
+                reuse=None if reused == name else storage.join(folder, reused),
                 pipeline=None if variant is None else variant.pipeline,
                 policy=(variant.policy if variant else None) or LAST_POLICY[config.pipeline],
                 run_key=run.key,

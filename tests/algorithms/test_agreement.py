@@ -32,7 +32,7 @@ def test_regret_is_the_best_score_less_that_of_the_proxys_first():
 
 def test_a_proxy_that_is_length_alone_knows_nothing_without_it():
     lengths = np.array([10, 100, 1000, 50])
-    assert without_length(2 * np.log1p(lengths) + 1, lengths) == pytest.approx(np.zeros(4), abs=1e-12)
+    assert (without_length(2 * np.log1p(lengths) + 1, lengths) == 0).all()  # no order is left, not even by rounding
 
 
 def test_values_by_prompt_leave_abstentions_and_lone_responses_out():
