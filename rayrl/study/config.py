@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from rayrl.algorithms.selection import STRATEGIES
+from rayrl.algorithms.selection.strategies import STRATEGIES
 from rayrl.config.function_name import FunctionName
 from rayrl.config.loading import load_config, load_table
 from rayrl.config.run import RunConfig
@@ -278,7 +278,7 @@ def _check_labels(study: StudyConfig) -> None:
         if setting in ("select.strategy", "select.budget"):
             raise ValueError(f"grid must not hold {setting}; write its values into {setting.removeprefix('select.')}s")
     for name in study.strategies:
-        if getattr(STRATEGIES[name], "asks", "responses") == "pairs":
+        if STRATEGIES[name].asks == "pairs":
             raise ValueError(
                 f'strategies must be of those that ask for scores where kind is "labels", got "{name}", which asks for '
                 'comparisons; leave it out, or set kind = "runs"'

@@ -203,13 +203,15 @@ def _pool_config(study: StudyConfig, point: Point) -> RunConfig:
 
 
 def _check_cell(study: StudyConfig, point: Point, strategy: str) -> None:
-    """Refuse a strategy that the base config cannot have."""
-    config = run_config(study, *point, ("select.budget", study.budgets[-1]))
-    if STRATEGIES[strategy].reads_heads and config.select.first_batch is None:
-        raise ConfigError(
-            f'strategies has "{strategy}", which needs labels before it can choose: set select.first_batch to a '
-            'strategy that needs none (for one [set] select.first_batch = "random"), or leave it out'
-        )
+    """Refuse a strategy that the base config cannot have, such as one that reads labels and has none to begin with.
+
+    Raises:
+        ConfigError: the run's own refusal, and how a study sets what it asks for.
+    """
+    try:
+        run_config(study, *point, ("select.strategy", strategy), ("select.budget", study.budgets[-1]))
+    except ConfigError as error:
+        raise ConfigError(f'strategies: "{strategy}" is refused; [set] holds settings of all cells. {error}') from None
 
 
 def _cells(study: StudyConfig) -> list[Cell]:
@@ -226,13 +228,13 @@ def _cells(study: StudyConfig) -> list[Cell]:
 
 
 def _job(study: StudyConfig, config: RunConfig, pool: str, cell: Cell) -> Job:
-    is_control = cell.arm in CONTROLS
-    reads_heads = not is_control and STRATEGIES[cell.arm].reads_heads
+    reads_heads = cell.arm not in CONTROLS and STRATEGIES[cell.arm].reads_heads
     return Job(
         cell=cell,
         held_out=study.held_out,
         split_seed=cell.seed if study.split == "seed" else 0,
-        num_batches=1 if is_control else config.select.batches,
+        # Other strategies choose the same in any number of batches.
+        num_batches=config.select.batches if reads_heads else 1,
         first=config.select.first_batch if reads_heads else None,
         num_heads=config.select.num_heads,
         evaluator=study.evaluator,

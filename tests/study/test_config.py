@@ -85,7 +85,10 @@ def test_a_budget_beyond_the_pool_is_refused(pool):
 def test_a_strategy_that_needs_labels_first_is_refused_without_a_first_batch(pool):
     with pytest.raises(ConfigError, match=r"uncertainty.*first_batch"):
         planned(pool, 'strategies=["random","uncertainty"]')
-    assert planned(pool, 'strategies=["random","uncertainty"]', "set.select.first_batch=random").jobs
+    batches = ("set.select.first_batch=random", "set.select.batches=2")
+    by_arm = {job.cell.arm: job for job in planned(pool, 'strategies=["random","uncertainty"]', *batches).jobs}
+    assert (by_arm["uncertainty"].first, by_arm["uncertainty"].num_batches) == ("random", 2)
+    assert (by_arm["random"].first, by_arm["random"].num_batches) == (None, 1)
 
 
 def test_a_strategy_of_pairs_is_refused(pool):
