@@ -23,8 +23,8 @@ FATAL = (BudgetExhausted, DiskFull, JudgeFailed, RunDirectoryError)
 """Errors that the next cell would meet as well: they end the study, which the same command continues."""
 MAX_RETRIES = 2
 """A cell whose worker process dies is started again so often."""
-POLL_S = 5.0
-"""Longest time between two looks at the cells' deadlines."""
+FETCH_S = 60.0
+"""Longest wait for the result of a cell that has ended."""
 
 
 def run_jobs(
@@ -51,7 +51,8 @@ def run_jobs(
             job = waiting.popleft()
             call = task.remote(job, pools[job.pool], labels, study_dir, resources.cpus_per_cell)
             under_way[call] = (job, time.monotonic() + resources.timeout_s)
-        ended, _ = ray.wait(list(under_way), num_returns=1, timeout=POLL_S)
+        first_deadline = min(deadline for _, deadline in under_way.values())
+        ended, _ = ray.wait(list(under_way), num_returns=1, timeout=max(0.0, first_deadline - time.monotonic()))
         for call in ended:
             job, _ = under_way.pop(call)
             yield _outcome(job, call)
@@ -85,7 +86,7 @@ def run_job(job: Job, pool: StudyPool, labels: Any, study_dir: str, num_threads:
 
 def _outcome(job: Job, call: Any) -> Outcome:
     try:
-        return ray.get(call, timeout=POLL_S)
+        return ray.get(call, timeout=FETCH_S)
     except RayTaskError as error:
         if isinstance(error.cause, FATAL):
             raise error.cause from None
