@@ -5,6 +5,7 @@ them, with what a proxy that knows nothing is worth: the labels' gain is counted
 """
 # scipy has no types: its results are unknown to the type checker.
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false
 
 import math
 from collections.abc import Callable

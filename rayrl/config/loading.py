@@ -179,13 +179,14 @@ def merge(tree: dict[str, Any], dotted: str, value: object) -> None:
     """Set one dotted key of a tree of settings; a table is merged into the one that is there, of the same `type`."""
     *sections, key = dotted.split(".")
     table = _section(tree, sections, dotted)
-    there = table.get(key)
-    is_merged = isinstance(there, dict) and isinstance(value, dict)
-    if is_merged and cast(dict[str, object], value).get("type", there.get("type")) == there.get("type"):
-        for name, nested in cast(dict[str, object], value).items():
-            merge(cast(dict[str, Any], there), name, nested)
-    else:
-        table[key] = value
+    there: object = table.get(key)
+    if isinstance(there, dict) and isinstance(value, dict):
+        old, new = cast(dict[str, Any], there), cast(dict[str, object], value)
+        if new.get("type", old.get("type")) == old.get("type"):
+            for name, nested in new.items():
+                merge(old, name, nested)
+            return
+    table[key] = value
 
 
 def _section(tree: dict[str, Any], sections: list[str], override: str) -> dict[str, Any]:

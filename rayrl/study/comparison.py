@@ -180,8 +180,8 @@ class Comparison:
         return [each for point in self.points for each in self._needed_at(point)] if len(self.budgets) > 1 else []
 
     def _needed_at(self, point: Point) -> list[Needed]:
-        arms = [arm for arm in self.study.strategies if arm != self.study.baseline]
-        arms = [arm for arm in (self.study.baseline, *arms) if arm in self.study.strategies]
+        others = [arm for arm in self.study.arms if arm != self.study.baseline]
+        arms = [arm for arm in (self.study.baseline, *others) if arm not in self.study.variants]
         seeds = self._whole_seeds(arms, point)
         if not seeds or not arms:
             return []

@@ -103,6 +103,8 @@ class StudyConfig(Table):
     """Lists of values by setting: a further factor each."""
     variants: dict[str, VariantConfig] = Field(default={})
     """kind "runs": rows beside the strategies, by name."""
+    rows: list[str] = Field(default=[])
+    """The strategies and variants that are run; none are all."""
 
     held_out: float = Field(default=0.3, gt=0, lt=1)
     """kind "labels": share of the pool's prompts on which the evaluator is compared with the oracle; labels are chosen
@@ -189,7 +191,8 @@ class StudyConfig(Table):
     @property
     def arms(self) -> list[str]:
         """Return the names of what is compared: strategies, then variants."""
-        return [*self.strategies, *self.variants]
+        every = [*self.strategies, *self.variants]
+        return [arm for arm in every if arm in self.rows] if self.rows else every
 
     @property
     def measured(self) -> list[str]:
@@ -240,6 +243,10 @@ def _leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _check_arms(study: StudyConfig) -> None:
+    unknown = [row for row in study.rows if row not in (*study.strategies, *study.variants)]
+    if unknown:
+        known = ", ".join(f'"{arm}"' for arm in (*study.strategies, *study.variants))
+        raise ValueError(f'rows must be of {known}, got "{unknown[0]}"; correct it, or leave it out')
     if not study.arms:
         raise ValueError('strategies is empty: name what is compared, for one strategies = ["random", "k_center"]')
     both = sorted({*study.strategies} & study.variants.keys())

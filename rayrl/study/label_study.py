@@ -83,7 +83,7 @@ def plan_labels(study: StudyConfig, *, contact_oracle: bool = False) -> LabelPla
     """
     configs = {point: _pool_config(study, point) for point in study.points()}
     for point in study.points():
-        for strategy in study.strategies:
+        for strategy in study.arms:
             _check_cell(study, point, strategy)
     keys = {point: pool_key(study, config) for point, config in configs.items()}
     tables = {key: _known_table(study, key) for key in keys.values()}
@@ -223,7 +223,7 @@ def _cells(study: StudyConfig) -> list[Cell]:
                 if control != EVERYTHING or study.ceiling:
                     cells.append(Cell(arm=control, budget=0, seed=seed, point=point))
             for budget in study.budgets:
-                cells += [Cell(arm=arm, budget=budget, seed=seed, point=point) for arm in study.strategies]
+                cells += [Cell(arm=arm, budget=budget, seed=seed, point=point) for arm in study.arms]
     return cells
 
 
@@ -286,7 +286,7 @@ def _num_queries(study: StudyConfig, num_responses: int, num_choosable: int) -> 
         return num_responses
     num_splits = len(study.seeds) if study.split == "seed" else 1
     num_held_out = num_splits * (num_responses - num_choosable)
-    num_chosen = sum(study.budgets) * len(study.strategies) * len(study.seeds) * len(study.points())
+    num_chosen = sum(study.budgets) * len(study.arms) * len(study.seeds) * len(study.points())
     return min(num_responses, num_held_out + num_chosen)
 
 

@@ -171,9 +171,13 @@ def _means_at_one_budget(comparison: Comparison) -> Table:
     study = comparison.study
     (budget,) = comparison.budgets
     measures = [name for name in study.measured if any(name in each for each in comparison.found.values())]
-    head = ["row", *study.factors, *(title_of(measure) for measure in measures), "mean rank"]
+    head = ["row", *study.factors, *(title_of(measure) for measure in measures), "of ceiling", "mean rank"]
     rows: list[list[str]] = []
     for point in comparison.points:
+        floor, ceiling = (
+            comparison.mean_of(comparison.control_cells(control, point), comparison.measure)
+            for control in (NOTHING, EVERYTHING)
+        )
         rows_of = {study.title(arm): comparison.cells_of(arm, budget, point) for arm in study.arms}
         if study.kind == "labels":
             rows_of |= {title: comparison.control_cells(control, point) for control, title in _CONTROLS.items()}
@@ -181,7 +185,8 @@ def _means_at_one_budget(comparison: Comparison) -> Table:
             if cells:
                 means = [both_errors(comparison.mean_of(cells, measure)) for measure in measures]
                 rank = {study.title(arm): value for arm, value in comparison.ranks.items()}.get(title, math.nan)
-                rows.append([title, *_values(point), *means, number_or_dash(rank, ".2f")])
+                share = share_of(comparison.mean_of(cells, comparison.measure), floor, ceiling)
+                rows.append([title, *_values(point), *means, share, number_or_dash(rank, ".2f")])
     return Table(head=head, rows=rows, num_text_columns=1 + len(study.factors), has_wide_names=True)
 
 
@@ -302,6 +307,14 @@ def bounded(value: float, low: float, high: float, pattern: str) -> str:
         return "-"
     shown = [">" if math.isinf(each) else f"{each:{pattern}}" for each in (value, low, high)]
     return shown[0] if math.isnan(low) else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def share_of(mean: SeedsMean | None, floor: SeedsMean | None, ceiling: SeedsMean | None) -> str:
+    """Write the gain over no labels as a share of what labelling everything gains; a run's gain is over M1 already."""
+    least = 0.0 if floor is None else floor.mean
+    if mean is None or ceiling is None or ceiling.mean == least:
+        return "-"
+    return f"{(mean.mean - least) / (ceiling.mean - least):.0%}"
 
 
 def number_or_dash(value: float, pattern: str) -> str:

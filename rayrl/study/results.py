@@ -125,7 +125,8 @@ def results_table(study: StudyConfig, outcomes: Sequence[Outcome]) -> pa.Table:
     rows: list[dict[str, object]] = []
     for outcome in outcomes:
         cell = outcome.cell
-        facts = {"study": study.name, "kind": study.kind, "arm": cell.arm, "budget": cell.budget, "seed": cell.seed}
+        facts: dict[str, object] = {"study": study.name, "kind": study.kind, "arm": cell.arm}
+        facts |= {"budget": cell.budget, "seed": cell.seed}
         facts |= {setting: json.dumps(value) for setting, value in cell.point} | {"key": outcome.key}
         if outcome.failure:
             rows.append(facts | {"state": "failed", "reason": outcome.failure})

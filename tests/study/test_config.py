@@ -39,6 +39,8 @@ def test_a_study_is_loaded(pool):
         ("strategys=[]", "strategys: unknown key; did you mean strategies?"),
         ("strategies=[]", "strategies is empty: name what is compared"),
         ("baseline=uncertainty", 'baseline must be one of "random", "k_center", got "uncertainty"'),
+        ('rows=["other"]', 'rows must be of "random", "k_center", got "other"'),
+        ('rows=["k_center"]', 'baseline must be one of "k_center", got "random"'),
         ("budgets=[20,10]", "budgets must be whole numbers above 0, ascending, each once, got [20, 10]"),
         ("budgets=[]", "budgets is empty"),
         (
