@@ -21,9 +21,10 @@ from rayrl.preflight import check
 from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.content import contents_of
-from rayrl.runs.run import CONFIG, LEDGER, open_run, read_manifest
+from rayrl.runs.run import CONFIG, LEDGER, open_run, read_manifest, round_name
+from rayrl.runs.stage_metrics import M1
 from rayrl.runs.stage_table import EVALUATE
-from rayrl.study.config import StudyConfig, run_config
+from rayrl.study.config import StudyConfig, VariantConfig, run_config
 from rayrl.study.results import CELLS, Cell, Outcome, read_result, write_result
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ FATAL = (BudgetExhausted, DiskFull, JudgeFailed, ResourceError)
 """Errors that the next run would meet as well: they end the study, which the same command continues."""
 VERSION = "1"
 """Raised by a change of `rayrl.study.run_measures` that changes results."""
-LAST_POLICY = {"proxy_dpo": "m2", "rlp": "rlp"}
-"""The policy that a pipeline ends with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +168,34 @@ def _in_order_of_reuse(study: StudyConfig) -> list[str]:
     return order
 
 
+def policies_of(config: RunConfig) -> list[str]:
+    """List the policies that the evaluation of a run tells of; the last one is what the run ends with."""
+    if config.pipeline == "proxy_dpo":
+        return [M1, "m2"]
+    best_of_n = ["best_of_n"] if config.best_of_n else []
+    if config.ppo.reward != "reward_model":
+        return [M1, *best_of_n, "ppo"]
+    rounds = range(1, config.rounds + 1)
+    return [M1, *best_of_n, *(round_name(name, number) for number in rounds for name in ("ppo", "rlp"))]
+
+
+def _policy(arm: str, variant: VariantConfig | None, config: RunConfig) -> str:
+    """Return the policy that a cell measures.
+
+    Raises:
+        ConfigError: the run has no such policy.
+    """
+    known = policies_of(config)
+    policy = None if variant is None else variant.policy
+    # Another pipeline may have policies of its own.
+    if policy is not None and policy not in known and (variant is None or variant.pipeline is None):
+        remedy = "; set evaluate.best_of_n, or leave that row out" if policy == "best_of_n" else "; correct it"
+        raise ConfigError(
+            f'variants.{arm}.policy must be one of {", ".join(known)}, which its run evaluates, got "{policy}"{remedy}'
+        )
+    return policy or known[-1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """A cell's run before it has its place."""
@@ -204,7 +231,7 @@ def _jobs(study: StudyConfig) -> list[RunJob]:
                 settings=settings,
                 reuse=None if reused == name else storage.join(folder, reused),
                 pipeline=None if variant is None else variant.pipeline,
-                policy=(variant.policy if variant else None) or LAST_POLICY[config.pipeline],
+                policy=_policy(run.cell.arm, variant, config),
                 run_key=run.key,
             )
         )

@@ -82,6 +82,8 @@ def test_arms_come_after_those_that_they_reuse(tmp_path):
 def test_a_cell_that_a_run_would_refuse_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"dpo\.beta"):
         plan_runs(quickstart(tmp_path, "grid.dpo.beta=[0.1,-1]"))
+    with pytest.raises(ConfigError, match=r'variants\.m1\.policy must be one of m1, m2, .* got "ppo"; correct it'):
+        plan_runs(quickstart(tmp_path, "variants.m1.policy=ppo"))
     with pytest.raises(ConfigError, match=r"variants\.direct\.pipeline.*has no function nothing"):
         plan_runs(quickstart(tmp_path, "variants.direct.pipeline=jobs.bench.plain_rlhf:nothing"))
 
