@@ -196,7 +196,7 @@ def _tests(comparison: Comparison) -> Section:
     if not comparison.differences:
         return Section(title="Tests", parts=[])
     found = {(each.arm, each.point, each.budget): each for each in comparison.differences}
-    budgets: list[int | None] = [*comparison.budgets, *([None] if len(comparison.budgets) > 1 else [])]
+    budgets: list[int | None] = [*([None] if len(comparison.budgets) > 1 else []), *comparison.budgets]
     head = ["row", *study.factors, *("all budgets" if budget is None else f"{budget:,}" for budget in budgets)]
     differences: list[list[str]] = []
     p_values: list[list[str]] = []

@@ -70,7 +70,7 @@ def _fit_axis(axes: Axes, curves: Mapping[str, Mapping[int, SeedsMean]], control
         for sign in (-1, 1)
     ]
     low, high = min(ends), max(ends)
-    room = max(high - low, 1e-3)
+    room = max((high - low) / 2, 1e-3)
     near = [level.mean for level in controls.values() if low - room < level.mean < high + room]
     low, high = min([low, *near]), max([high, *near])
     axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))

@@ -44,6 +44,7 @@ def run_jobs(
     """
     task: Any = ray.remote(run_job).options(num_cpus=resources.cpus_per_cell, max_retries=MAX_RETRIES)
     num_at_once = resources.max_cells or max(1, int(ray.cluster_resources().get("CPU", 1) // resources.cpus_per_cell))
+    started, num_seconds = time.monotonic(), 0.0
     waiting = deque(jobs)
     under_way: dict[Any, tuple[Job, float]] = {}
     while waiting or under_way:
@@ -55,12 +56,19 @@ def run_jobs(
         ended, _ = ray.wait(list(under_way), num_returns=1, timeout=max(0.0, first_deadline - time.monotonic()))
         for call in ended:
             job, _ = under_way.pop(call)
-            yield _outcome(job, call)
+            outcome = _outcome(job, call)
+            num_seconds += outcome.seconds
+            yield outcome
         late = [call for call, (_, deadline) in under_way.items() if time.monotonic() > deadline]
         for call in late:
             job, _ = under_way.pop(call)
             ray.cancel(call, force=True)
             yield _failed(job, f"it took longer than resources.timeout_s, {resources.timeout_s:g} s")
+    wall_s = time.monotonic() - started
+    share = num_seconds / (num_at_once * wall_s)
+    logger.info(
+        "%d cells in %.1f s, %d at once, which were busy %.0f%% of it", len(jobs), wall_s, num_at_once, 100 * share
+    )
 
 
 def run_job(job: Job, pool: StudyPool, labels: Any, study_dir: str, num_threads: int) -> Outcome:
