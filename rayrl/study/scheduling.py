@@ -44,14 +44,18 @@ def run_jobs(
     """
     task: Any = ray.remote(run_job).options(num_cpus=resources.cpus_per_cell, max_retries=MAX_RETRIES)
     num_at_once = resources.max_cells or max(1, int(ray.cluster_resources().get("CPU", 1) // resources.cpus_per_cell))
+    # Where CPUs are the limit, Ray keeps as many more in line: a core need not wait for this loop.
+    num_submitted = num_at_once if resources.max_cells is not None else 2 * num_at_once
     started, num_seconds = time.monotonic(), 0.0
     waiting = deque(jobs)
     under_way: dict[Any, tuple[Job, float]] = {}
     while waiting or under_way:
-        while waiting and len(under_way) < num_at_once:
+        while waiting and len(under_way) < num_submitted:
             job = waiting.popleft()
+            # One that waits for its turn waits for one cell, which takes no longer itself.
+            longest_s = resources.timeout_s * (2 if len(under_way) >= num_at_once else 1)
             call = task.remote(job, pools[job.pool], labels, study_dir, resources.cpus_per_cell)
-            under_way[call] = (job, time.monotonic() + resources.timeout_s)
+            under_way[call] = (job, time.monotonic() + longest_s)
         first_deadline = min(deadline for _, deadline in under_way.values())
         ended, _ = ray.wait(list(under_way), num_returns=1, timeout=max(0.0, first_deadline - time.monotonic()))
         for call in ended:
