@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int64
 
@@ -86,7 +87,7 @@ def study_pool(key: str, table: pa.Table) -> StudyPool:
         key=key,
         ids=ids,
         vectors=flat.reshape(len(ids), -1),
-        lengths=np.array([len(text) for text in table["response"].to_pylist()]),
+        lengths=pc.utf8_length(table["response"]).to_numpy().astype(np.int64),  # type: ignore[attr-defined]
         prompt_ids=tuple(prompt_ids),
     )
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rayrl.errors import ConfigError, DataError
-from rayrl.study.config import load_study
+from rayrl.study.config import load_study, run_config
 from tests.study.made_up import write_pool, write_rows, write_study
 
 
@@ -24,6 +24,12 @@ def planned(folder, *overrides, study="", oracle=None):
     from rayrl.study.label_study import plan_labels
 
     return plan_labels(load_study(write_study(folder, study=study, oracle=oracle), list(overrides)))
+
+
+@pytest.mark.parametrize("name", ["labels", "graded", "proxy_dpo", "rlp"])
+def test_the_shipped_studies_are_loaded(name):
+    study = load_study(f"jobs/configs/studies/{name}.toml")
+    assert run_config(study).name and study.baseline in study.arms
 
 
 def test_a_study_is_loaded(pool):
