@@ -143,19 +143,32 @@ def isotonic(values: Sequence[float]) -> Float64[np.ndarray, " n"]:
 
 
 def bootstrap_means(
-    seeds: Sequence[Float[np.ndarray, "prompts points"]], num_resamples: int, *, seed: int = 0
+    seeds: Sequence[Float[np.ndarray, "prompts points"]],
+    prompts: Sequence[Sequence[str]],
+    num_resamples: int,
+    *,
+    seed: int = 0,
 ) -> Float64[np.ndarray, "num_resamples points"]:
-    """Means over seeds and prompts of resampled data: seeds are drawn, and prompts within each drawn seed.
+    """Means over seeds and prompts of resampled data: seeds are drawn, and prompts of all that any seed has.
 
-    All points of a prompt are drawn together, so that resampled curves may be compared with each other. Of a single
-    seed the prompts alone are drawn.
+    A prompt is drawn for all seeds that have it, and all of its points together, so that resampled curves may be
+    compared with each other. Of a single seed the prompts alone are drawn.
+
+    Args:
+        seeds: values of each seed.
+        prompts: ids of their rows.
+        num_resamples: number of means.
+        seed: draws them.
     """
     rng = np.random.default_rng(seed)
-    means = np.zeros((num_resamples, seeds[0].shape[1]))
+    place = {prompt: number for number, prompt in enumerate(sorted(set().union(*prompts)))}
+    drawn = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), size=num_resamples)
     counts = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=num_resamples)
-    for number, values in enumerate(seeds):
-        num_prompts = len(values)
-        weights = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_resamples) / num_prompts
+    means = np.zeros((num_resamples, seeds[0].shape[1]))
+    for number, (values, ids) in enumerate(zip(seeds, prompts, strict=True)):
+        weights = drawn[:, [place[prompt] for prompt in ids]].astype(np.float64)
+        weights[weights.sum(1) == 0] = 1.0  # none of a seed's few prompts was drawn: as they are
+        weights /= weights.sum(1, keepdims=True)
         means += counts[:, number, None] / len(seeds) * (weights @ values)
     return means
 

@@ -182,12 +182,15 @@ class Comparison:
     def _needed_at(self, point: Point) -> list[Needed]:
         others = [arm for arm in self.study.arms if arm != self.study.baseline]
         arms = [arm for arm in (self.study.baseline, *others) if arm not in self.study.variants]
-        seeds = self._whole_seeds(arms, point)
-        if not seeds or not arms:
+        whole = self._whole_seeds(arms, point)
+        if not whole or not arms:
             return []
+        seeds = [values for _, values in whole]
         # Columns: no labels, everything, and then every arm at every budget.
         values = np.stack([seed.mean(0) for seed in seeds]).mean(0)[None]
-        resampled = bootstrap_means(seeds, self.study.num_resamples) if self.study.intervals else values[:0]
+        resampled = values[:0]
+        if self.study.intervals:
+            resampled = bootstrap_means(seeds, [prompts for prompts, _ in whole], self.study.num_resamples)
         found: list[Needed] = []
         for share in SHARES:
             estimates = self._labels(values, len(arms), share)[0]
@@ -224,10 +227,10 @@ class Comparison:
             needed[row] = [labels_needed(self.budgets, gain.tolist(), share) for gain in gains]
         return needed
 
-    def _whole_seeds(self, arms: Sequence[str], point: Point) -> list[np.ndarray]:
-        """Values (prompts, points) of the seeds of which every cell has a result."""
+    def _whole_seeds(self, arms: Sequence[str], point: Point) -> list[tuple[list[str], np.ndarray]]:
+        """Prompts, and values (prompts, points), of the seeds of which every cell has a result."""
         everything, nothing = self.control_cells(EVERYTHING, point), self.control_cells(NOTHING, point)
-        seeds: list[np.ndarray] = []
+        seeds: list[tuple[list[str], np.ndarray]] = []
         for seed in self.study.seeds:
             columns: list[dict[str, float]] = []
             if _has(everything, seed, self.measure):
@@ -241,7 +244,8 @@ class Comparison:
                     columns.append(values_of(cells[seed][self.measure]) if _has(cells, seed, self.measure) else {})
             common = set.intersection(*map(set, columns)) if columns else set[str]()
             if _has(everything, seed, self.measure) and common:
-                seeds.append(np.array([[column[prompt] for column in columns] for prompt in sorted(common)]))
+                prompts = sorted(common)
+                seeds.append((prompts, np.array([[column[prompt] for column in columns] for prompt in prompts])))
         return seeds
 
     @property

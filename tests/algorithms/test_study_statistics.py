@@ -84,19 +84,25 @@ def test_labels_needed_between_the_points_of_a_curve():
 
 
 def test_bootstrap_of_equal_prompts_draws_seeds_only():
-    seeds = [np.full((3, 2), 1.0), np.full((3, 2), 3.0)]
-    means = bootstrap_means(seeds, 400, seed=1)
+    seeds, prompts = [np.full((3, 2), 1.0), np.full((3, 2), 3.0)], [["a", "b", "c"], ["d", "e", "f"]]
+    means = bootstrap_means(seeds, prompts, 400, seed=1)
     assert means.shape == (400, 2)
     assert set(np.round(means[:, 0], 9)) == {1.0, 2.0, 3.0}
     assert np.array_equal(means[:, 0], means[:, 1])  # points are drawn together
     assert abs(means.mean() - 2) < 0.1
-    assert np.array_equal(means, bootstrap_means(seeds, 400, seed=1))
+    assert np.array_equal(means, bootstrap_means(seeds, prompts, 400, seed=1))
 
 
-def test_bootstrap_of_one_seed_draws_prompts():
-    values = np.arange(100.0)[:, None]
-    spread = bootstrap_means([values], 2000, seed=0).std()
-    assert spread == pytest.approx(values.std() / 10, rel=0.1)
+def test_bootstrap_of_prompts_that_seeds_share_or_have_alone():
+    values, ids = np.arange(100.0)[:, None], [f"p{i}" for i in range(100)]
+    error = values.std() / 10
+    assert bootstrap_means([values], [ids], 2000).std() == pytest.approx(error, rel=0.1)
+    # A second seed with the same prompts tells nothing new about prompts; one with others does.
+    assert bootstrap_means([values, values], [ids, ids], 2000).std() == pytest.approx(error, rel=0.1)
+    others = [f"q{i}" for i in range(100)]
+    alone = bootstrap_means([values, values], [ids, others], 2000).std()
+    # Either seed twice, or each once: the mean of error^2 and of error^2 / 2.
+    assert alone == pytest.approx(error * np.sqrt(0.75), rel=0.1)
 
 
 def test_an_interval_may_end_at_infinity():
