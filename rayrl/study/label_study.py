@@ -27,7 +27,7 @@ from rayrl.preflight.workload import TEST_BUDGET
 from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.content import contents_of
-from rayrl.runs.run import IDENTITY, LEDGER, identity, ledger_url
+from rayrl.runs.run import CONFIG, IDENTITY, LEDGER, identity, ledger_url
 from rayrl.study.config import Point, StudyConfig, run_config
 from rayrl.study.label_cells import CONTROLS, EVERYTHING, Job
 from rayrl.study.pool import (
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 SPARE_LABELS = 0.1
 """Queries beyond those planned, as a share, for calls that are lost when a study is killed; none with `max_queries`."""
-POOL_FOLDER = "pool"
-"""Of the run that samples and embeds, in the study's folder; those of further points have a key behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +171,8 @@ def _made_table(plan: LabelPlan, key: str, stopping: Stopping | None) -> pa.Tabl
     from rayrl.study.pool_stages import make_pool
 
     point = next(point for point, config in plan.configs.items() if pool_key(plan.study, config) == key)
-    table = make_pool(plan.configs[point], stopping)
+    # Loaded again: a pool that was made meanwhile gives what it has in common with this one.
+    table = make_pool(_pool_config(plan.study, point), stopping)
     write_pool_table(plan.study, key, table)
     return table
 
@@ -192,11 +191,12 @@ def _pool_config(study: StudyConfig, point: Point) -> RunConfig:
             'base must be a config whose oracle judges single responses (pipeline = "proxy_dpo", select.unit = '
             f'"response") where kind is "labels", got {study.base}; choose another, or kind = "runs"'
         )
-    is_first = point == study.points()[0]
-    name = POOL_FOLDER if is_first else f"{POOL_FOLDER}-{pool_key(study, config)}"
+    # By its key: another grid, or an edited prompt file, is another pool beside this one.
+    name = f"pool-{pool_key(study, config)}"
     settings: list[tuple[str, object]] = [("run_dir", storage.join(folder, name)), ("name", f"{study.name}-{name}")]
-    if not is_first:
-        settings.append(("reuse", storage.join(folder, POOL_FOLDER)))
+    first = f"pool-{pool_key(study, run_config(study, *study.points()[0]))}"
+    if first != name and storage.exists(storage.join(folder, first, CONFIG)):
+        settings.append(("reuse", storage.join(folder, first)))
     if config.oracle.ledger is None and storage.is_local(folder):
         settings.append(("oracle.ledger", storage.join(folder, LEDGER)))
     return run_config(study, *point, *settings)

@@ -14,3 +14,7 @@ def slow_judge(prompt, response):
         calls.write(f"{prompt} {response}\n")
     time.sleep(0.05)
     return judge(prompt, response)
+
+
+def broken_judge(prompt, response):
+    raise ValueError("no credit")

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rayrl.errors import JudgeFailed
 from rayrl.study.comparison import Comparison
 from rayrl.study.config import load_study
 from rayrl.study.label_cells import Job, measure_cell
@@ -160,8 +161,15 @@ def test_a_failing_cell_is_named_and_ends_no_other(folder, ray_cluster):
     assert "k_center, 20 labels, seed 1" in page
     (row,) = [row for row in results_table(study, outcomes).to_pylist() if row["state"] == "failed"]
     assert (row["arm"], row["budget"], row["seed"], row["mean"]) == ("k_center", 20, 1, None)
-    # Seed 0 alone has every cell of the pair, and one seed tells nothing apart.
-    assert [each.adjusted for each in comparison.differences if each.budget != 10] == [1.0]
+    # With 20 labels seed 0 alone has both, and one seed tells nothing apart.
+    assert [each.budget for each in comparison.differences] == [10]
+
+
+def test_a_judge_that_fails_ends_the_study(folder, ray_cluster):
+    path = write_study(folder, oracle=ORACLE.replace("judge", "broken_judge"))
+    with pytest.raises(JudgeFailed, match="no credit"):
+        run(path)
+    assert not (folder / "study" / "cells").exists()
 
 
 def test_a_damaged_result_is_made_again(folder, ray_cluster):
