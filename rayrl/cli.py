@@ -94,6 +94,18 @@ def _plan_or_run(command: str, arguments: list[str]) -> None:
     raise typer.Exit(command_line.main(None, arguments, None, command=f"rayrl {command}"))
 
 
+@app.command(context_settings=ANY_FLAG)
+def study(
+    config: Annotated[str, typer.Argument(metavar="STUDY.toml", help="The study's TOML file.")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show the cells and what they may pay for.")] = False,
+) -> None:
+    """Compare strategies, budgets and settings over seeds, with error bars; again after any interruption."""
+    from rayrl.study.command import main
+
+    raise typer.Exit(main(config, overrides or [], only_plan=plan))
+
+
 @app.command()
 def report(run_dir: RunDir) -> None:
     """Build report.html and report.json again, from the run directory alone."""

@@ -29,6 +29,7 @@ LAYERS = [
     {"report"},
     {"preflight"},
     {"pipelines"},
+    {"study"},
     {"cli"},
     {"jobs"},
 ]

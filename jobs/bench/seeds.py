@@ -1,4 +1,4 @@
-"""Parts that the studies share: variants run over seeds, each into its own folder, and means with standard errors."""
+"""Parts of a study that `rayrl study` cannot express: variants run over seeds, and means with standard errors."""
 
 import argparse
 import json
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import ray
 from hardware import hardware
 
 from rayrl.algorithms.estimate import Estimate
+from rayrl.algorithms.statistics import paired_difference
 from rayrl.config import RunConfig
 from rayrl.pipelines.run_pipeline import Pipeline, run_pipeline
 from rayrl.preflight import check
@@ -90,18 +92,12 @@ def finish(config: RunConfig, pipeline: Pipeline) -> str:
     return url
 
 
-def stage_metrics(folder: str, stage: Stage[M]) -> M | None:
-    """Read a stage's metrics; None for a stage that the run does not have."""
-    manifest = read_manifest(folder, stage)
-    return None if manifest is None else manifest.metrics
-
-
 def finished_metrics(folder: str, stage: Stage[M]) -> M:
     """Read the metrics of a stage that every run of a study has."""
-    metrics = stage_metrics(folder, stage)
-    if metrics is None:
+    manifest = read_manifest(folder, stage)
+    if manifest is None:
         raise ValueError(f"{folder} has not finished {stage.name}; rerun the study")
-    return metrics
+    return manifest.metrics
 
 
 def measured(value: T | None, name: str) -> T:
@@ -122,6 +118,22 @@ def pooled(estimates: Sequence[Estimate]) -> tuple[float, float, float]:
     mean, between = over_seeds([estimate.mean for estimate in estimates])
     within = math.sqrt(sum(estimate.standard_error**2 for estimate in estimates)) / len(estimates)
     return mean, between, within
+
+
+def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Estimate:
+    """Estimate the mean difference over the prompts that both have."""
+    both = sorted(ours.keys() & theirs.keys())
+    return paired_difference(np.array([ours[p] for p in both]), np.array([theirs[p] for p in both]))
+
+
+def plus_minus(estimates: Sequence[Estimate | None], pattern: str = ".3f") -> str:
+    """Format mean +- standard error over seeds (if there are several), over prompts; "-" without an estimate."""
+    known = [estimate for estimate in estimates if estimate is not None]
+    if not known:
+        return "-"
+    mean, between, within = pooled(known)
+    errors = [f"{error:{pattern.removeprefix('+')}}" for error in (between, within) if not math.isnan(error)]
+    return f"{mean:{pattern}} +- {', '.join(errors)}"
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from seeds import Result, finish, finished_metrics, markdown, measured, study
-from study_rlp import first_ppo_only, oracle_scores, paired, plus_minus
+from plain_rlhf import first_ppo_only
+from seeds import Result, finish, finished_metrics, markdown, measured, paired, plus_minus, study
 
 from rayrl.algorithms.estimate import Estimate
 from rayrl.config import RunConfig, load_config
@@ -21,6 +21,7 @@ from rayrl.config.ppo import VALUE_SETTINGS, PpoConfig
 from rayrl.runs import storage
 from rayrl.runs.stage_metrics import PolicyEvaluation, PpoMetrics
 from rayrl.runs.stage_table import EVALUATE, POOL, PPO
+from rayrl.study.run_measures import oracle_scores
 
 BASE = "gae"
 """The variant whose stages before PPO the others take over, and with which they are compared."""

@@ -1,20 +1,25 @@
-"""Loading of a run's config: a TOML file and overrides become a `RunConfig`, or one message about all mistakes."""
+"""Loading of configs: a TOML file and overrides become a `RunConfig` or another table, or one message of refusal."""
 
 import datetime
 import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rayrl.config.http_endpoint import NOT_SHOWN, looks_like_secret
 from rayrl.config.run import RunConfig
-from rayrl.config.table import kinds_of
+from rayrl.config.table import Table, kinds_of
 from rayrl.errors import ConfigError
+
+T = TypeVar("T", bound=Table)
+Root = type[BaseModel]
+"""The table that a whole file is."""
 
 _MAY_HOLD_A_KEY = ("api_key_env", "extra_headers", "extra_query", "extra_body", "base_url")
 """Fields whose values a message does not show, nor what is written in them."""
@@ -57,21 +62,29 @@ class _Number(float):
         return number
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, *, pipeline: str | None = None) -> RunConfig:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    pipeline: str | None = None,
+    settings: Iterable[tuple[str, object]] = (),
+) -> RunConfig:
     """Read a TOML file, merge dotted `key=value` overrides (values are TOML expressions), and check everything.
 
     Args:
         path: the file, in UTF-8.
         overrides: settings that replace the file's.
         pipeline: the only pipeline that the config may be for; None takes both.
+        settings: dotted keys with values, merged last, one after the other. A table is merged into the file's, unless
+            it names another `type`.
 
     Raises:
         ConfigError: one message that names field, rule, value and remedy for every mistake found.
     """
     path = Path(path).expanduser()
-    tree = _read_tree(path)
-    for override in overrides or []:
-        _merge(tree, override)
+    tree = _tree_with(path, overrides)
+    for dotted, value in settings:
+        merge(tree, dotted, value)
     named = tree.get("pipeline", RunConfig.model_fields["pipeline"].default)
     others = [known for known in get_args(RunConfig.model_fields["pipeline"].annotation) if known != pipeline]
     if pipeline is not None and named in others:
@@ -79,10 +92,27 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, pipelin
             f'pipeline must be "{pipeline}" for jobs/{pipeline}.py, got "{named}"; run jobs/{named}.py, '
             "or `rayrl run`, which takes every config"
         )
+    return _validated(tree, path, RunConfig)
+
+
+def load_table(path: str | Path, overrides: list[str] | None, root: type[T]) -> T:
+    """Read a TOML file that is another table than a run's config, as `load_config` does."""
+    path = Path(path).expanduser()
+    return _validated(_tree_with(path, overrides), path, root)
+
+
+def _tree_with(path: Path, overrides: list[str] | None) -> dict[str, Any]:
+    tree = _read_tree(path)
+    for override in overrides or []:
+        _merge_override(tree, override)
+    return tree
+
+
+def _validated(tree: dict[str, Any], path: Path, root: type[T]) -> T:
     try:
-        return RunConfig.model_validate(_with_texts(tree, []))
+        return root.model_validate(_with_texts(tree, [], root))
     except ValidationError as error:
-        raise ConfigError(f"{path} is refused:\n" + "\n".join(_explain(error))) from None
+        raise ConfigError(f"{path} is refused:\n" + "\n".join(_explain(error, root))) from None
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
@@ -123,7 +153,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}; text stands in quotes, tables in [brackets]") from None
 
 
-def _merge(tree: dict[str, Any], override: str) -> None:
+def _merge_override(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key of the tree, and make the sections on the way to it."""
     dotted, equals, expression = override.partition("=")
     dotted, expression = dotted.strip(), expression.strip()
@@ -132,18 +162,35 @@ def _merge(tree: dict[str, Any], override: str) -> None:
             f"override {_shown(override, [])} must look like section.key=value, in one argument; quote it if it has "
             "spaces: 'select.budget = 64'"
         )
-    value: object = expression  # a bare word is a string, so that a shell user need not quote twice
     try:
         parsed = tomllib.loads(f"value = {expression}", parse_float=_Number.read)
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError:  # a bare word is a string, so that a shell user need not quote twice
         parsed = {"value": expression}
     if parsed.keys() != {"value"}:
         raise ConfigError(
             f"override {dotted} must be one value, got more settings after a line break "
             f"({', '.join(parsed.keys() - {'value'})}); give each as an argument of its own"
         )
-    value = parsed["value"]
     *sections, key = dotted.split(".")
+    _section(tree, sections, override)[key] = parsed["value"]
+
+
+def merge(tree: dict[str, Any], dotted: str, value: object) -> None:
+    """Set one dotted key of a tree of settings; a table is merged into the one that is there, of the same `type`."""
+    *sections, key = dotted.split(".")
+    table = _section(tree, sections, dotted)
+    there: object = table.get(key)
+    if isinstance(there, dict) and isinstance(value, dict):
+        old, new = cast(dict[str, Any], there), cast(dict[str, object], value)
+        if new.get("type", old.get("type")) == old.get("type"):
+            for name, nested in new.items():
+                merge(old, name, nested)
+            return
+    table[key] = value
+
+
+def _section(tree: dict[str, Any], sections: list[str], override: str) -> dict[str, Any]:
+    """Find a section of a tree, and make those on the way to it."""
     table = tree
     for section in sections:
         nested: object = table.setdefault(section, {})
@@ -152,18 +199,20 @@ def _merge(tree: dict[str, Any], override: str) -> None:
                 f"override {_shown(override, sections)}: {section} is a value, not a section; leave out what follows it"
             )
         table = table[section]
-    table[key] = value
+    return table
 
 
-def _with_texts(value: object, location: list[str]) -> object:
+def _with_texts(value: object, location: list[str], root: Root) -> object:
     """Turn the numbers, dates and booleans of a tree to text where a setting is nothing but text, as a name is."""
     if isinstance(value, dict):
-        return {name: _with_texts(nested, [*location, name]) for name, nested in cast(dict[str, object], value).items()}
+        table = cast(dict[str, object], value)
+        return {name: _with_texts(nested, [*location, name], root) for name, nested in table.items()}
     if isinstance(value, list):
-        return [_with_texts(nested, [*location, str(place)]) for place, nested in enumerate(cast(list[object], value))]
+        entries = enumerate(cast(list[object], value))
+        return [_with_texts(nested, [*location, str(place)], root) for place, nested in entries]
     if isinstance(value, str) or not location:
         return value
-    fields = [model.model_fields.get(location[-1]) for model in _models_at(location[:-1])]
+    fields = [model.model_fields.get(location[-1]) for model in _models_at(location[:-1], root)]
     kinds = {kind for field in fields if field is not None for kind in kinds_of(field.annotation)}
     if not kinds or not kinds <= {str, type(None)}:
         return float(value) if isinstance(value, _Number) else value
@@ -172,13 +221,13 @@ def _with_texts(value: object, location: list[str]) -> object:
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else json.dumps(value)
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, root: Root) -> list[str]:
     """One line per mistake: the field, the rule and the value."""
     lines: list[str] = []
     for mistake in error.errors():
         location = [str(part) for part in mistake["loc"]]
-        field = _dotted(location)
-        what = _explain_one(mistake, location)
+        field = _dotted(location, root)
+        what = _explain_one(mistake, location, root)
         # Rules between fields name their fields themselves.
         for name in (field, field.rpartition(".")[2]):
             what = f" {what.removeprefix(f': {name} ')}" if what.startswith(f": {name} ") else what
@@ -188,24 +237,24 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
-def _explain_one(mistake: ErrorDetails, location: list[str]) -> str:
+def _explain_one(mistake: ErrorDetails, location: list[str], root: Root) -> str:
     """Say what is wrong with the field at a place, and what to do; the text goes behind the field."""
     got = _shown(mistake["input"], location)
     match mistake["type"]:
         case "extra_forbidden":
-            return f": {_explain_unknown(location)}"
+            return f": {_explain_unknown(location, root)}"
         case "union_tag_not_found":
-            return f".type: required, and missing; it is one of {_types_of(location)}"
+            return f".type: required, and missing; it is one of {_types_of(location, root)}"
         case "union_tag_invalid":
             tag = mistake.get("ctx", {}).get("tag")
-            return f".type: must be one of {_types_of(location)}, got {tag!r}"
+            return f".type: must be one of {_types_of(location, root)}, got {tag!r}"
         case "missing":
-            return f": required, and missing; {_example_of(location)}"
+            return f": required, and missing; {_example_of(location, root)}"
         case "value_error":
             # A rule of ours, whose message is complete.
             return f": {mistake['msg'].removeprefix('Value error, ')}"
         case kind if kind in _TABLES:
-            return f": must be a table of settings, got {got}; {_example_of(location)}"
+            return f": must be a table of settings, got {got}; {_example_of(location, root)}"
         case kind if kind in _RULES:
             return f": {_RULES[kind].format(**_written(mistake.get('ctx', {})))}, got {got}"
         case _:
@@ -217,24 +266,24 @@ def _written(limits: dict[str, Any]) -> dict[str, Any]:
     return {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in limits.items()}
 
 
-def _explain_unknown(location: list[str]) -> str:
+def _explain_unknown(location: list[str], root: Root) -> str:
     """Say that a key is unknown, and which one may have been meant, or for which type of the table it is."""
     *table, key = location
-    types = _types_at(table[:-1])
+    types = _types_at(table[:-1], root)
     owners = [f'"{name}"' for name, model in types.items() if key in model.model_fields]
     if owners and table[-1] in types:
         return (
             f'is a setting of type {" and ".join(owners)}, and this is type "{table[-1]}"; leave it out, or override '
-            f"the whole table: '{_dotted(table)}={{type = \"{table[-1]}\", ...}}'"
+            f"the whole table: '{_dotted(table, root)}={{type = \"{table[-1]}\", ...}}'"
         )
-    known = [name for model in _models_at(table) for name in model.model_fields]
+    known = [name for model in _models_at(table, root) for name in model.model_fields]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key; leave it out"
 
 
-def _example_of(location: list[str]) -> str:
+def _example_of(location: list[str], root: Root) -> str:
     """Show how a missing setting, or a table in whose place something else stands, may be written."""
-    field, models = _dotted(location), _models_at(location)
+    field, models = _dotted(location, root), _models_at(location, root)
     if not models or location[-1].isdigit():
         return f"add {field} = ..."
     name = next(iter(models[0].model_fields))
@@ -250,31 +299,31 @@ def _shown(value: object, location: list[str]) -> str:
     return NOT_SHOWN if is_secret else text
 
 
-def _types_of(location: list[str]) -> str:
+def _types_of(location: list[str], root: Root) -> str:
     """List the types of the table at a place of the tree, as the user may write them."""
-    return ", ".join(f'"{name}"' for name in _types_at(location))
+    return ", ".join(f'"{name}"' for name in _types_at(location, root))
 
 
-def _types_at(location: list[str]) -> dict[str, type[BaseModel]]:
+def _types_at(location: list[str], root: Root) -> dict[str, type[BaseModel]]:
     """The tables that may stand at a place of the tree, by their type; none where they have no types."""
-    models = _models_at(location)
+    models = _models_at(location, root)
     return {model.model_fields["type"].default: model for model in models if "type" in model.model_fields}
 
 
-def _dotted(location: list[str]) -> str:
+def _dotted(location: list[str], root: Root) -> str:
     """Write a place as the user wrote it: without the types that pydantic puts behind a field, oracle.http.model."""
     field = ""
     for number, part in enumerate(location):
         if part.isdigit():
             field += f"[{part}]"
-        elif part not in _types_at(location[:number]) and not _PYDANTIC_TYPE.match(part):
+        elif part not in _types_at(location[:number], root) and not _PYDANTIC_TYPE.match(part):
             field += f".{part}" if field else part
     return field
 
 
-def _models_at(location: list[str]) -> list[type[BaseModel]]:
+def _models_at(location: list[str], root: Root) -> list[type[BaseModel]]:
     """Find the tables that may stand at a place of the tree; walks them the way pydantic reported the place."""
-    models: list[type[BaseModel]] = [RunConfig]
+    models: list[type[BaseModel]] = [root]
     for part in location:
         if part.isdigit():
             continue  # a place in a list

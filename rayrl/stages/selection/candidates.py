@@ -11,6 +11,7 @@ from functools import partial
 
 import pyarrow as pa
 
+from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_seed_rows
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, renderer_of
@@ -26,7 +27,7 @@ CONCURRENCY = 4
 
 def candidates(run: Run, responses: Responses, paid: Sequence[Judgements] = ()) -> Responses:
     """Return what may be selected: the policy's responses, or the seed data's, without those judged in `paid`."""
-    pool = responses if run.config.generate.source == "policy" else _responses_of_seed_data(run)
+    pool = responses if run.config.generate.source == "policy" else responses_of_seed_data(run)
     return _without_judged(run, pool, paid) if paid else pool
 
 
@@ -66,7 +67,7 @@ def unjudged_block(judged: frozenset[ResponseKey], responses: BlockTable, block:
     return pa.Table.from_pylist(rows, schema=arrow_schema(Sampled))
 
 
-def _responses_of_seed_data(run: Run) -> Responses:
+def responses_of_seed_data(run: Run) -> Responses:
     """Lay the seed data's responses down as a responses table."""
     config = run.config
     key = run.key(SEED_RESPONSES, config.seed_data, config.policy, config.generate.block_size)
@@ -88,6 +89,15 @@ def _responses_of_seed_data(run: Run) -> Responses:
             summary=f"{num_responses} responses of the seed data stand in for M1's",
         )
     return Responses(key=key, table=table, num_prompts=len(rows), num_responses=num_responses)
+
+
+def count_seed_responses(config: RunConfig) -> dict[str, int]:
+    """Count the distinct responses of the seed data, by the id of their prompt."""
+    assert config.seed_data is not None, "the config is refused without seed data"
+    texts: dict[str, set[str]] = {}
+    for prompt, text in read_seed_rows(config.seed_data, renderer_of(load_tokenizer(config.policy), config.policy)):
+        texts.setdefault(prompt.id, set()).add(text)
+    return {prompt_id: len(responses) for prompt_id, responses in texts.items()}
 
 
 def seed_responses(run: Run) -> list[Sampled]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rayrl.config import PolicyConfig
 from rayrl.data.blocks import BlockTable, map_blocks
-from rayrl.data.tokenizing import context_length, encode_prompt, encode_text, load_tokenizer
+from rayrl.data.tokenizing import context_length, embedding_context_length, encode_prompt, encode_text, load_tokenizer
 from rayrl.errors import DataError
 from rayrl.fleets.fleet import Fleet
 from rayrl.fleets.services import Services
@@ -78,7 +78,7 @@ def embedding_of(run: Run, services: Services, m1: Checkpoint, *, embedder: str,
     else:
         setting = "select.embedder" if embedder == config.select.embedder else "refresh.spg.embedder"
         checkpoint = Checkpoint(path=embedder, version=content_id("embedder", embedder, *run.content(setting)))
-        max_tokens = context_length(PolicyConfig(path=embedder))
+        max_tokens = embedding_context_length(embedder)
         fleet = services.sentence_embedders(checkpoint, pooling)
     return Embedding(
         fleet=services.ready(fleet),

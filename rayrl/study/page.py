@@ -1,0 +1,334 @@
+"""Page of a study: one HTML file that loads nothing, with a sentence, the curves, and the tables behind them."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from rayrl.algorithms.study_statistics import SeedsMean
+from rayrl.report.formats import printable
+from rayrl.report.layout import FigureCard, Paragraph, Section, Table
+from rayrl.report.page import environment, image_of
+from rayrl.runs import storage
+from rayrl.study.comparison import EVERYTHING, LEVEL, LOSSES, NOTHING, SHARES, Comparison, Difference, Needed, title_of
+from rayrl.study.config import Point
+from rayrl.study.label_cells import LENGTH
+from rayrl.study.plots import plot_efficiency, plot_means
+
+PAGE = "study.html"
+TEMPLATES = Path(__file__).parent / "templates"
+FEW_SEEDS = 5
+"""Below so many seeds an interval over seeds is a rough one."""
+MAX_REASONS = 5
+"""Different reasons of failed cells that the page lists."""
+
+
+def write_page(comparison: Comparison) -> str:
+    """Write the page into the study's folder; return its place."""
+    place = storage.join(storage.absolute(comparison.study.study_dir), PAGE)
+    storage.write_bytes(place, render_page(comparison).encode())
+    return place
+
+
+def render_page(comparison: Comparison) -> str:
+    """Write the page of a study."""
+    study = comparison.study
+    figures = draw_figures(comparison)
+    about = (
+        f"kind {study.kind}, {len(study.arms)} rows, {len(study.seeds)} seeds, budgets {_listed(comparison.budgets)}"
+    )
+    return (
+        environment(TEMPLATES)
+        .get_template("study.html.jinja")
+        .render(
+            name=study.name,
+            about=f"{about}; {study.study_dir}",
+            conclusion=comparison.conclusion,
+            caveats=caveats(comparison),
+            sections=sections(comparison),
+            settings=settings(comparison),
+            figures={name: image_of(figure) for name, figure in figures.items()},
+        )
+    )
+
+
+def caveats(comparison: Comparison) -> list[str]:
+    """List what a reader has to know before the numbers."""
+    study, found = comparison.study, list[str]()
+    if comparison.failed:
+        reasons = Counter(outcome.failure for outcome in comparison.failed).most_common(MAX_REASONS)
+        told = "; ".join(f"{num} times: {printable(reason)}" for reason, num in reasons)
+        found.append(f"{len(comparison.failed)} of {len(comparison.outcomes)} cells failed and are left out. {told}.")
+    if len(study.seeds) < FEW_SEEDS:
+        found.append(f"{len(study.seeds)} seeds are few: the intervals are rough, and small differences cannot show.")
+    if study.kind == "labels":
+        found.append(
+            "All seeds draw from one pool. The errors over prompts say what other prompts would change; what another "
+            "pool, policy or oracle would change, no number here says."
+        )
+        if study.split == "study":
+            found.append(
+                "All seeds hold out the same prompts: the errors over seeds do not know what others would give."
+            )
+    return found
+
+
+def sections(comparison: Comparison) -> list[Section]:
+    """Arrange the tables and figures."""
+    parts = [
+        _curves(comparison),
+        _labels_needed(comparison),
+        _tests(comparison),
+        _means(comparison),
+        _failed(comparison),
+    ]
+    return [section for section in parts if section.parts]
+
+
+def draw_figures(comparison: Comparison) -> dict[str, Figure]:
+    """Draw the curves of every point of the grid, by name."""
+    return {f"curves{number}": _figure(comparison, point) for number, point in enumerate(comparison.points)}
+
+
+def _figure(comparison: Comparison, point: Point) -> Figure:
+    study, measure = comparison.study, comparison.measure
+    curves: dict[str, dict[int, SeedsMean]] = {}
+    for arm in study.arms:
+        found = {b: comparison.mean_of(comparison.cells_of(arm, b, point), measure) for b in comparison.budgets}
+        curves[study.title(arm)] = {budget: mean for budget, mean in found.items() if mean is not None}
+    less = ", less is better" if comparison.is_loss else ""
+    texts = {"measure": title_of(measure), "title": f"{title_of(measure).capitalize()}{less}{_at(point)}"}
+    baseline = study.title(study.baseline)
+    if len(comparison.budgets) == 1:
+        means = {arm: mean for arm, curve in curves.items() for mean in curve.values()}
+        return plot_means(means, baseline=baseline, **texts)
+    controls = {name: comparison.mean_of(comparison.control_cells(name, point), measure) for name in _CONTROLS}
+    known = {_CONTROLS[name]: mean for name, mean in controls.items() if mean is not None}
+    return plot_efficiency(curves, known, baseline=baseline, **texts)
+
+
+_CONTROLS = {EVERYTHING: "labelling everything", LENGTH: LENGTH, NOTHING: NOTHING}
+
+
+def _curves(comparison: Comparison) -> Section:
+    note = "Bands are one standard error over seeds."
+    cards = [
+        FigureCard(name=f"curves{number}", title=f"Label efficiency{_at(point)}", note=note)
+        for number, point in enumerate(comparison.points)
+    ]
+    return Section(title="What labels buy", parts=cards)
+
+
+def _means(comparison: Comparison) -> Section:
+    """Arrange the means: a table per measure with the budgets beside each other, or one table where there is one."""
+    study = comparison.study
+    note = Paragraph(
+        text="mean \u00b1 standard error over seeds, over prompts. The mean rank is over all seeds, budgets and "
+        f"points, by {title_of(comparison.measure)}; 1 is best."
+    )
+    if len(comparison.budgets) == 1:
+        return Section(title="Means", parts=[note, _means_at_one_budget(comparison)])
+    tables: list[Paragraph | Table] = [note]
+    for measure in study.measured:
+        less = " (less is better)" if measure in LOSSES else ""
+        tables += [Paragraph(text=f"{title_of(measure).capitalize()}{less}", is_note=False)]
+        tables += [_means_of(comparison, measure)]
+    return Section(title="Means", parts=tables)
+
+
+def _means_of(comparison: Comparison, measure: str) -> Table:
+    """Make the table of one measure: a row per arm and point, a column per budget, and the controls below."""
+    study = comparison.study
+    ranked = measure == comparison.measure
+    head = [
+        "row",
+        *study.factors,
+        *(f"{budget:,}" for budget in comparison.budgets),
+        *(["mean rank"] if ranked else []),
+    ]
+    rows: list[list[str]] = []
+    for point in comparison.points:
+        for arm in study.arms:
+            cells = [comparison.cells_of(arm, budget, point) for budget in comparison.budgets]
+            if not any(cells):
+                continue
+            means = [both_errors(comparison.mean_of(each, measure)) for each in cells]
+            rank = [number_or_dash(comparison.ranks.get(arm, math.nan), ".2f")] if ranked else []
+            rows.append([study.title(arm), *_values(point), *means, *rank])
+        for control, title in _CONTROLS.items() if study.kind == "labels" else ():
+            mean = comparison.mean_of(comparison.control_cells(control, point), measure)
+            if mean is not None:
+                others = [""] * (len(comparison.budgets) - 1 + ranked)
+                rows.append([title, *_values(point), both_errors(mean), *others])
+    return Table(head=head, rows=rows, num_text_columns=1 + len(study.factors), has_wide_names=True)
+
+
+def _means_at_one_budget(comparison: Comparison) -> Table:
+    """Make the table of all measures: a row per arm and point, a column per measure."""
+    study = comparison.study
+    (budget,) = comparison.budgets
+    measures = [name for name in study.measured if any(name in each for each in comparison.found.values())]
+    head = ["row", *study.factors, *(title_of(measure) for measure in measures), "of ceiling", "mean rank"]
+    rows: list[list[str]] = []
+    for point in comparison.points:
+        floor, ceiling = (
+            comparison.mean_of(comparison.control_cells(control, point), comparison.measure)
+            for control in (NOTHING, EVERYTHING)
+        )
+        rows_of = {study.title(arm): comparison.cells_of(arm, budget, point) for arm in study.arms}
+        if study.kind == "labels":
+            rows_of |= {title: comparison.control_cells(control, point) for control, title in _CONTROLS.items()}
+        for title, cells in rows_of.items():
+            if cells:
+                means = [both_errors(comparison.mean_of(cells, measure)) for measure in measures]
+                rank = {study.title(arm): value for arm, value in comparison.ranks.items()}.get(title, math.nan)
+                share = share_of(comparison.mean_of(cells, comparison.measure), floor, ceiling)
+                rows.append([title, *_values(point), *means, share, number_or_dash(rank, ".2f")])
+    return Table(head=head, rows=rows, num_text_columns=1 + len(study.factors), has_wide_names=True)
+
+
+def _tests(comparison: Comparison) -> Section:
+    """Arrange the differences from the baseline and their p-values: a row per arm, a column per budget."""
+    study = comparison.study
+    if not comparison.differences:
+        return Section(title="Tests", parts=[])
+    found = {(each.arm, each.point, each.budget): each for each in comparison.differences}
+    budgets: list[int | None] = [*([None] if len(comparison.budgets) > 1 else []), *comparison.budgets]
+    head = ["row", *study.factors, *("all budgets" if budget is None else f"{budget:,}" for budget in budgets)]
+    differences: list[list[str]] = []
+    p_values: list[list[str]] = []
+    for arm, point in dict.fromkeys((each.arm, each.point) for each in comparison.differences):
+        row = [found.get((arm, point, budget)) for budget in budgets]
+        names = [study.title(arm), *_values(point)]
+        differences.append([*names, *(_difference(each) for each in row)])
+        p_values.append(
+            [*names, *("-" if each is None else f"{each.p_value:.2g}, {each.adjusted:.2g}" for each in row)]
+        )
+    note = (
+        f"Each row less {study.title(study.baseline)} in {title_of(comparison.measure)}, paired by seed and prompt, "
+        f"with the standard errors over seeds and over prompts; * marks those that are told apart (p below {LEVEL:g} "
+        "after Holm's correction)."
+    )
+    tested = (
+        "p-values, and after Holm's correction over all "
+        f"{len(comparison.differences)} comparisons. p is the larger one of the t-tests over seeds and over prompts: a "
+        "difference has to hold over both."
+    )
+    num_text_columns = 1 + len(study.factors)
+    return Section(
+        title="Differences from the baseline",
+        parts=[
+            Paragraph(text=note),
+            Table(head=head, rows=differences, num_text_columns=num_text_columns, has_wide_names=True),
+            Paragraph(text=tested),
+            Table(head=head, rows=p_values, num_text_columns=num_text_columns, has_wide_names=True),
+        ],
+    )
+
+
+def _difference(each: Difference | None) -> str:
+    if each is None:
+        return "-"
+    return both_errors(each.difference, signed=True) + ("*" if each.is_told_apart else "")
+
+
+def _labels_needed(comparison: Comparison) -> Section:
+    if not comparison.needed:
+        return Section(title="Labels needed", parts=[])
+    study = comparison.study
+    factors = list(study.factors)
+    percents = [f"{share:.0%}" for share in SHARES]
+    head = [
+        "row",
+        *factors,
+        *(f"labels for {each}" for each in percents),
+        *(f"baseline's, times, {each}" for each in percents),
+    ]
+    rows: list[list[str]] = []
+    by_arm: dict[tuple[str, Point], list[Needed]] = {}
+    for each in comparison.needed:
+        by_arm.setdefault((each.arm, each.point), []).append(each)
+    for (arm, point), needed in by_arm.items():
+        labels = [bounded(each.labels, each.low, each.high, ",.0f") for each in needed]
+        ratios = [bounded(each.ratio, each.ratio_low, each.ratio_high, ".2f") for each in needed]
+        is_baseline = arm == study.baseline
+        rows.append([study.title(arm), *_values(point), *labels, *(["1"] * len(ratios) if is_baseline else ratios)])
+    note = (
+        "Labels with which the gain over no labels is this share of what labelling everything gains, by linear "
+        "interpolation of the monotone curve; in brackets the 95% interval of a bootstrap over seeds and prompts. "
+        "The last columns are the baseline's labels divided by the row's: above 1 the row needs fewer. "
+        f"> is more than {comparison.budgets[-1]:,}, the largest budget."
+    )
+    return Section(
+        title="Labels needed",
+        parts=[Paragraph(text=note), Table(head=head, rows=rows, num_text_columns=1 + len(factors))],
+    )
+
+
+def _failed(comparison: Comparison) -> Section:
+    rows = [[printable(outcome.cell.title), printable(outcome.failure)] for outcome in comparison.failed]
+    if not rows:
+        return Section(title="Failed cells", parts=[])
+    return Section(title="Failed cells", parts=[Table(head=["cell", "reason"], rows=rows, num_text_columns=2)])
+
+
+def settings(comparison: Comparison) -> dict[str, str]:
+    """List the settings that the page shows."""
+    study = comparison.study
+    shown = {
+        "base config": study.base,
+        "baseline": study.title(study.baseline),
+        "seeds": _listed(study.seeds),
+        "tested measure": title_of(comparison.measure),
+        "set": json.dumps(study.set) if study.set else "",
+        "grid": json.dumps(study.factors) if study.factors else "",
+    }
+    if study.kind == "labels":
+        shown |= {"held out": f"{study.held_out:.0%} of the prompts, by {study.split}", "evaluator": study.evaluator}
+    return {title: value for title, value in shown.items() if value}
+
+
+def both_errors(mean: SeedsMean | None, *, signed: bool = False) -> str:
+    """Write a mean with its errors over seeds and over prompts; those that are not known are left out."""
+    if mean is None:
+        return "-"
+    errors = [error for error in (mean.seed_error, mean.prompt_error) if math.isfinite(error)]
+    sign = "+" if signed else ""
+    written = f"{mean.mean:{sign}.3f}" if abs(mean.mean) < 100 else f"{mean.mean:{sign},.0f}"
+    return f"{written} \u00b1 {', '.join(f'{error:.3f}' for error in errors)}" if errors else written
+
+
+def bounded(value: float, low: float, high: float, pattern: str) -> str:
+    """Write a number with its interval; infinite ones as ">"."""
+    if math.isnan(value):
+        return "-"
+    shown = [">" if math.isinf(each) else f"{each:{pattern}}" for each in (value, low, high)]
+    return shown[0] if math.isnan(low) else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def share_of(mean: SeedsMean | None, floor: SeedsMean | None, ceiling: SeedsMean | None) -> str:
+    """Write the gain over no labels as a share of what labelling everything gains; a run's gain is over M1 already."""
+    least = 0.0 if floor is None else floor.mean
+    if mean is None or ceiling is None or ceiling.mean == least:
+        return "-"
+    return f"{(mean.mean - least) / (ceiling.mean - least):.0%}"
+
+
+def number_or_dash(value: float, pattern: str) -> str:
+    """Write a number; a dash where there is none."""
+    return f"{value:{pattern}}" if math.isfinite(value) else "-"
+
+
+def _values(point: Point) -> list[str]:
+    return [str(value) for _, value in point]
+
+
+def _at(point: Point) -> str:
+    return "".join(f", {setting} = {value}" for setting, value in point)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))

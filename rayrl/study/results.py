@@ -1,0 +1,156 @@
+"""Results of cells: one small Parquet file each, named by the hash of all that decides it; and the table of a study."""
+
+# pyarrow has no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import io
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrl.records import from_table, to_table
+from rayrl.runs import storage
+from rayrl.study.config import Point, StudyConfig
+
+logger = logging.getLogger(__name__)
+
+CELLS, RESULTS = "cells", "results.parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One measure of one cell."""
+
+    measure: str
+    mean: float
+    standard_error: float
+    """Over prompts; infinite of a single one, 0 where the measure is a count."""
+    num: int
+    """Prompts behind it."""
+    prompt_ids: list[str] = field(default_factory=list[str])
+    """Of the values; empty where the measure is not one of single prompts."""
+    values: list[float] = field(default_factory=list[float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One cell of a study."""
+
+    arm: str
+    """Strategy, variant or control."""
+    budget: int
+    """Labels; 0 of a control that reads none."""
+    seed: int
+    point: Point = ()
+    """Of the grid."""
+
+    @property
+    def title(self) -> str:
+        """Name it in messages."""
+        settings = "".join(f", {name} = {value!r}" for name, value in self.point)
+        return f"{self.arm}, {self.budget} labels, seed {self.seed}{settings}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a cell."""
+
+    cell: Cell
+    key: str
+    """Names all that decides its result."""
+    measured: Sequence[Measured] = ()
+    failure: str = ""
+    """Why it has no result."""
+    seconds: float = 0.0
+    """Of this start; 0 where the result was known."""
+
+    def by_name(self) -> dict[str, Measured]:
+        """Return its measures by name."""
+        return {each.measure: each for each in self.measured}
+
+
+def estimated(measure: str, values: dict[str, float]) -> Measured:
+    """Make a measure of its values by prompt.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not values:
+        raise ValueError(f"{measure} needs a prompt with two responses that the oracle tells apart, and found none")
+    numbers = list(values.values())
+    mean = math.fsum(numbers) / len(numbers)
+    squares = math.fsum((number - mean) ** 2 for number in numbers)
+    error = math.sqrt(squares / (len(numbers) - 1) / len(numbers)) if len(numbers) > 1 else math.inf
+    return Measured(
+        measure=measure, mean=mean, standard_error=error, num=len(numbers), prompt_ids=list(values), values=numbers
+    )
+
+
+def counted(measure: str, number: float) -> Measured:
+    """Make a measure of a count, which has no error."""
+    return Measured(measure=measure, mean=number, standard_error=0.0, num=1)
+
+
+def result_place(study_dir: str, key: str) -> str:
+    """Locate the result of a cell."""
+    return storage.join(storage.absolute(study_dir), CELLS, f"{key}.parquet")
+
+
+def read_result(study_dir: str, key: str) -> list[Measured] | None:
+    """Read the result of a cell; None if there is none that can be read."""
+    place = result_place(study_dir, key)
+    if not storage.exists(place):
+        return None
+    try:
+        return from_table(pq.read_table(io.BytesIO(storage.read_bytes(place))), Measured)
+    except (pa.ArrowException, TypeError) as error:
+        logger.warning("%s is damaged, or of another version, and is made again: %s", place, error)
+        return None
+
+
+def write_result(study_dir: str, key: str, measured: Sequence[Measured]) -> None:
+    """Keep the result of a cell, whole or not at all."""
+    storage.write_bytes(result_place(study_dir, key), _parquet(to_table(measured, Measured)))
+
+
+def results_table(study: StudyConfig, outcomes: Sequence[Outcome]) -> pa.Table:
+    """Make the table of a study: a row per cell and measure, and one per failed cell."""
+    columns = ["study", "kind", "arm", "budget", "seed", *study.factors]
+    columns += ["measure", "mean", "standard_error", "num", "state", "reason", "key"]
+    rows: list[dict[str, object]] = []
+    for outcome in outcomes:
+        cell = outcome.cell
+        facts: dict[str, object] = {"study": study.name, "kind": study.kind, "arm": cell.arm}
+        facts |= {"budget": cell.budget, "seed": cell.seed}
+        facts |= {setting: json.dumps(value) for setting, value in cell.point} | {"key": outcome.key}
+        if outcome.failure:
+            rows.append(facts | {"state": "failed", "reason": outcome.failure})
+        for each in outcome.measured:
+            numbers = {"mean": each.mean, "standard_error": each.standard_error, "num": each.num}
+            rows.append(facts | numbers | {"measure": each.measure, "state": "done", "reason": ""})
+    schema = pa.schema([pa.field(name, _type_of(name)) for name in columns])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def write_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> str:
+    """Write the table of a study; return its place."""
+    place = storage.join(storage.absolute(study.study_dir), RESULTS)
+    storage.write_bytes(place, _parquet(results_table(study, outcomes)))
+    return place
+
+
+def _type_of(column: str) -> pa.DataType:
+    if column in ("budget", "seed", "num"):
+        return pa.int64()
+    return pa.float64() if column in ("mean", "standard_error") else pa.string()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,259 @@
+"""Study of runs, from its config to the outcomes of its cells: each is a run of the pipeline in a folder of its own.
+
+Runs follow each other in this process: each uses the whole cluster through its fleets and trainings, and one at a time
+may own the ledger that they share. The first cell of a seed does the stages that all have in common.
+"""
+
+import importlib
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rayrl.config import RunConfig
+from rayrl.errors import BudgetExhausted, ConfigError, DiskFull, JudgeFailed, ResourceError
+from rayrl.oracles.user_modules import check_function, found_first
+from rayrl.pipelines.stopping import Stopping
+from rayrl.preflight import check
+from rayrl.records import content_id
+from rayrl.runs import storage
+from rayrl.runs.content import contents_of
+from rayrl.runs.run import CONFIG, LEDGER, open_run, read_manifest, round_name
+from rayrl.runs.stage_metrics import M1
+from rayrl.runs.stage_table import EVALUATE
+from rayrl.study.config import StudyConfig, VariantConfig, run_config
+from rayrl.study.results import CELLS, Cell, Outcome, read_result, write_result
+
+if TYPE_CHECKING:
+    from rayrl.pipelines.run_pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+FATAL = (BudgetExhausted, DiskFull, JudgeFailed, ResourceError)
+"""Errors that the next run would meet as well: they end the study, which the same command continues."""
+VERSION = "1"
+"""Raised by a change of `rayrl.study.run_measures` that changes results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunJob:
+    """Work of one cell: a run, and the policy of it that is measured."""
+
+    cell: Cell
+    config: RunConfig
+    settings: tuple[tuple[str, object], ...]
+    """Those that make the config of the base config and the study's."""
+    reuse: str | None
+    """Folder of the run whose finished stages it takes over; it may not be there yet."""
+    pipeline: str | None
+    """"module:function" in place of the config's."""
+    policy: str
+    run_key: str
+    """Names the run by all that decides its outcome; cells that measure other policies of it share it."""
+
+    @property
+    def key(self) -> str:
+        """Name all that decides the result."""
+        return content_id("run cell", VERSION, self.run_key, self.policy)
+
+
+def plan_runs(study: StudyConfig, *, contact_oracle: bool = False) -> list[RunJob]:
+    """Refuse a study of which a run cannot end well, or list its cells. Starts nothing.
+
+    Raises:
+        ConfigError, DataError, ResourceError, RunDirectoryError: one message: field, rule, value, remedy.
+    """
+    jobs = _jobs(study)
+    checked: set[str] = set()
+    for job in jobs:
+        # Seeds differ in nothing that is refused.
+        if job.cell.seed == study.seeds[0] and job.run_key not in checked:
+            checked.add(job.run_key)
+            try:
+                check(job.config, contact_oracle=contact_oracle and len(checked) == 1)
+            except ConfigError as error:
+                raise ConfigError(f"{job.cell.title}: {error}") from None
+            if job.pipeline is not None:
+                check_function(job.pipeline, f"variants.{job.cell.arm}.pipeline")
+    return jobs
+
+
+def missing_runs(study: StudyConfig, jobs: list[RunJob]) -> list[RunJob]:
+    """Return the cells that have no result yet."""
+    return [job for job in jobs if read_result(study.study_dir, job.key) is None]
+
+
+def run_runs(study: StudyConfig, jobs: list[RunJob], stopping: Stopping | None) -> Iterator[Outcome]:
+    """Run the cells, one after the other, and yield their outcomes. A run that fails ends no other.
+
+    Raises:
+        JudgeFailed and others of `FATAL`: no run could go on.
+    """
+    for number, job in enumerate(jobs, 1):
+        measured = read_result(study.study_dir, job.key)
+        if measured is not None:
+            yield Outcome(cell=job.cell, key=job.key, measured=measured)
+            continue
+        logger.info("cell %d of %d: %s", number, len(jobs), job.cell.title)
+        yield _run(study, job, stopping)
+
+
+def _run(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> Outcome:
+    # Only here: it imports Ray.
+    from rayrl.study.run_measures import measure_run
+
+    started = time.monotonic()
+    try:
+        folder = _finish(study, job, stopping)
+        measured = measure_run(folder, job.policy, job.config.rounds)
+        write_result(study.study_dir, job.key, measured)
+    except FATAL:
+        raise
+    except Exception as error:  # of any run: it is named and counted, and the others go on
+        logger.warning("%s: %s", job.cell.title, traceback.format_exc())
+        return Outcome(cell=job.cell, key=job.key, failure=f"{type(error).__name__}: {error}")
+    return Outcome(cell=job.cell, key=job.key, measured=measured, seconds=time.monotonic() - started)
+
+
+def _finish(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> str:
+    """Run a cell's pipeline to its evaluation, unless that is done; return the run's folder."""
+    from rayrl.pipelines.run_pipeline import run_pipeline
+
+    url = storage.absolute(job.config.run_dir)
+    if read_manifest(url, EVALUATE) is not None:
+        return open_run(job.config).url
+    config = job.config
+    if job.reuse is not None and storage.exists(storage.join(job.reuse, CONFIG)):  # that run may have failed at once
+        config = run_config(study, *job.settings, ("reuse", job.reuse))
+    run_pipeline(config, check(config), _pipeline(job), ray_start_s=0.0, stopping=stopping)
+    return url
+
+
+def _pipeline(job: RunJob) -> "Pipeline":
+    """Import the pipeline of a cell; the working directory comes first."""
+    named = job.pipeline or f"rayrl.pipelines.{job.config.pipeline}:{job.config.pipeline}"
+    module, _, function = named.partition(":")
+    with found_first(os.getcwd()):
+        return getattr(importlib.import_module(module), function)
+
+
+def _cells(study: StudyConfig) -> list[Cell]:
+    """List the cells: seeds outermost; the first of a seed does the stages that all have in common."""
+    budgets = study.budgets or [run_config(study).select.budget]
+    return [
+        Cell(arm=arm, budget=budget, seed=seed, point=point)
+        for seed in study.seeds
+        for point in study.points()
+        for budget in budgets
+        for arm in _in_order_of_reuse(study)
+    ]
+
+
+def _in_order_of_reuse(study: StudyConfig) -> list[str]:
+    """List the arms, those whose stages others take over before these."""
+    order: list[str] = []
+
+    def add(arm: str) -> None:
+        reused = study.variants[arm].reuse if arm in study.variants else None
+        if reused is not None and reused not in order and reused != arm:
+            add(reused)
+        if arm not in order:
+            order.append(arm)
+
+    for arm in study.arms:
+        add(arm)
+    return order
+
+
+def policies_of(config: RunConfig) -> list[str]:
+    """List the policies that the evaluation of a run tells of; the last one is what the run ends with."""
+    if config.pipeline == "proxy_dpo":
+        return [M1, "m2"]
+    best_of_n = ["best_of_n"] if config.best_of_n else []
+    if config.ppo.reward != "reward_model":
+        return [M1, *best_of_n, "ppo"]
+    rounds = range(1, config.rounds + 1)
+    return [M1, *best_of_n, *(round_name(name, number) for number in rounds for name in ("ppo", "rlp"))]
+
+
+def _policy(arm: str, variant: VariantConfig | None, config: RunConfig) -> str:
+    """Return the policy that a cell measures.
+
+    Raises:
+        ConfigError: the run has no such policy.
+    """
+    known = policies_of(config)
+    policy = None if variant is None else variant.policy
+    # Another pipeline may have policies of its own.
+    if policy is not None and policy not in known and (variant is None or variant.pipeline is None):
+        remedy = "; set evaluate.best_of_n, or leave that row out" if policy == "best_of_n" else "; correct it"
+        raise ConfigError(
+            f'variants.{arm}.policy must be one of {", ".join(known)}, which its run evaluates, got "{policy}"{remedy}'
+        )
+    return policy or known[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A cell's run before it has its place."""
+
+    cell: Cell
+    settings: tuple[tuple[str, object], ...]
+    config: RunConfig
+    key: str
+
+
+def _jobs(study: StudyConfig) -> list[RunJob]:
+    """Load the config of every cell's run, and give runs that are equal one folder."""
+    runs = {cell: _run_of(study, cell) for cell in _cells(study)}
+    folder = storage.join(storage.absolute(study.study_dir), CELLS)
+    # A run keeps the folder that an earlier start has given it, whichever cell came first then.
+    names = {name.rpartition("-")[2]: name for name in storage.children(folder)}
+    for run in runs.values():
+        names.setdefault(run.key, f"{run.cell.arm}-{run.cell.budget}-seed{run.cell.seed}-{run.key}")
+    jobs: list[RunJob] = []
+    for run in runs.values():
+        name = names[run.key]
+        placed: list[tuple[str, object]] = [("run_dir", storage.join(folder, name)), ("name", f"{study.name}-{name}")]
+        if run.config.oracle.ledger is None:
+            placed.append(("oracle.ledger", storage.join(storage.absolute(study.study_dir), LEDGER)))
+        variant = study.variants.get(run.cell.arm)
+        settings = (*run.settings, *placed)
+        config = run_config(study, *settings)
+        reused = names[runs[_reused(study, run.cell)].key]
+        jobs.append(
+            RunJob(
+                cell=run.cell,
+                config=config,
+                settings=settings,
+                reuse=None if reused == name else storage.join(folder, reused),
+                pipeline=None if variant is None else variant.pipeline,
+                policy=_policy(run.cell.arm, variant, config),
+                run_key=run.key,
+            )
+        )
+    return jobs
+
+
+def _run_of(study: StudyConfig, cell: Cell) -> _Run:
+    """Load the config of a cell, and name its run by all that decides the outcome."""
+    variant = study.variants.get(cell.arm)
+    own = [("select.strategy", cell.arm)] if variant is None else list(variant.set.items())
+    settings: list[tuple[str, object]] = [*cell.point, ("select.budget", cell.budget), *own, ("seed", cell.seed)]
+    config = run_config(study, *settings)
+    contents = contents_of(config, {})
+    parts = [f"{setting} {contents[setting]}" for setting in sorted(contents)]
+    pipeline = (variant.pipeline if variant else None) or ""
+    key = content_id("run", config.science_json(), pipeline, *parts)
+    return _Run(cell=cell, settings=tuple(settings), config=config, key=key)
+
+
+def _reused(study: StudyConfig, cell: Cell) -> Cell:
+    """Return the cell whose finished stages a cell takes over: the first one of its seed, if it names no other."""
+    variant = study.variants.get(cell.arm)
+    if variant is not None and variant.reuse is not None:
+        return Cell(arm=variant.reuse, budget=cell.budget, seed=cell.seed, point=cell.point)
+    return next(each for each in _cells(study) if each.seed == cell.seed)

@@ -1,0 +1,129 @@
+"""Studies that are refused before any work: field, rule, value, remedy."""
+
+import pytest
+
+from rayrl.errors import ConfigError, DataError
+from rayrl.study.config import load_study, run_config
+from tests.study.made_up import write_pool, write_rows, write_study
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    write_pool(folder)
+    return folder
+
+
+def refusal(folder, *overrides, study=""):
+    with pytest.raises(ConfigError) as refused:
+        load_study(write_study(folder, study=study), list(overrides))
+    return str(refused.value).replace(": must", " must")
+
+
+def planned(folder, *overrides, study="", oracle=None):
+    from rayrl.study.label_study import plan_labels
+
+    return plan_labels(load_study(write_study(folder, study=study, oracle=oracle), list(overrides)))
+
+
+@pytest.mark.parametrize("name", ["labels", "graded", "proxy_dpo", "rlp"])
+def test_the_shipped_studies_are_loaded(name):
+    study = load_study(f"jobs/configs/studies/{name}.toml")
+    assert run_config(study).name and study.baseline in study.arms
+
+
+def test_a_study_is_loaded(pool):
+    study = load_study(write_study(pool), ["seeds=[3,4,5]", "grid.select.batches=[1,4]"])
+    assert (study.arms, study.seeds, study.measured[0]) == (["random", "k_center"], [3, 4, 5], "pair_accuracy")
+    assert study.points() == [(("select.batches", 1),), (("select.batches", 4),)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('strategies=["randomm"]', 'strategies must be of "'),
+        ("strategys=[]", "strategys: unknown key; did you mean strategies?"),
+        ("strategies=[]", "strategies is empty: name what is compared"),
+        ("baseline=uncertainty", 'baseline must be one of "random", "k_center", got "uncertainty"'),
+        ('rows=["other"]', 'rows must be of "random", "k_center", got "other"'),
+        ('rows=["k_center"]', 'baseline must be one of "k_center", got "random"'),
+        ("budgets=[20,10]", "budgets must be whole numbers above 0, ascending, each once, got [20, 10]"),
+        ("budgets=[]", "budgets is empty"),
+        (
+            "seeds=[0]",
+            "seeds must be two or more where intervals are asked for, got [0]; add one, or set intervals = false",
+        ),
+        ("seeds=[1,1]", "seeds must name each once, got 1 twice"),
+        ('measures=["agreement"]', 'where kind is "labels", got "agreement"'),
+        ("grid.dpo.beta=[0.1,0.2]", 'grid must hold settings of select where kind is "labels", got dpo.beta'),
+        ("grid.select.batches=[1]", "grid must have a list of two values or more for each setting, got select.batches"),
+        ("grid.select.strategy=[random,k_center]", "must have a list of two values or more"),
+        ('variants.direct.set.labels="direct"', 'variants must be empty where kind is "labels", got direct'),
+        ("resources.max_cells=0", "resources.max_cells must be above 0, got 0"),
+        ("evaluator=scalar", "evaluator must be one of 'head', got 'scalar'"),
+    ],
+)
+def test_a_setting_that_breaks_a_rule_is_named(pool, override, message):
+    assert message in refusal(pool, override)
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ('kind = "runs"\nresources.max_cells = 2', 'resources.max_cells must be 1 where kind is "runs", got 2'),
+        ('kind = "runs"\nset.oracle.ledger = "mine.sqlite"', "set and grid must not hold oracle.ledger"),
+        ('kind = "runs"\nvariants.a.reuse = "b"', 'variants.a.reuse must name a strategy or variant, got "b"'),
+        ('kind = "runs"\nvariants.random.title = "same"', "variants must not have the name of a strategy"),
+    ],
+)
+def test_a_study_of_runs_that_breaks_a_rule_is_named(pool, study, message):
+    assert message in refusal(pool, *study.split("\n"))
+
+
+def test_a_setting_of_the_base_config_that_does_not_exist_is_named(pool):
+    with pytest.raises(ConfigError, match=r"select\.batchess: unknown key; did you mean batches\?"):
+        planned(pool, "grid.select.batchess=[1,2]")
+
+
+def test_a_budget_beyond_the_pool_is_refused(pool):
+    with pytest.raises(DataError, match=r"budgets must be at most the number of responses .*, 112 .*, got 113"):
+        planned(pool, "budgets=[113]")
+
+
+def test_a_strategy_that_needs_labels_first_is_refused_without_a_first_batch(pool):
+    with pytest.raises(ConfigError, match=r"uncertainty.*first_batch"):
+        planned(pool, 'strategies=["random","uncertainty"]')
+    batches = ("set.select.first_batch=random", "set.select.batches=2")
+    by_arm = {job.cell.arm: job for job in planned(pool, 'strategies=["random","uncertainty"]', *batches).jobs}
+    assert (by_arm["uncertainty"].first, by_arm["uncertainty"].num_batches) == ("random", 2)
+    assert (by_arm["random"].first, by_arm["random"].num_batches) == (None, 1)
+
+
+def test_a_strategy_of_pairs_is_refused(pool):
+    assert 'got "pair_bald", which asks for comparisons' in refusal(pool, 'strategies=["random","pair_bald"]')
+
+
+def test_an_unknown_score_column_is_refused(pool):
+    with pytest.raises(DataError, match=r"score column|points"):
+        planned(pool, "set.oracle.score_column=points")
+
+
+def test_a_study_that_may_pay_for_more_than_it_may_is_refused(pool):
+    with pytest.raises(ConfigError, match="max_queries must cover the study, which may ask for 160 labels"):
+        planned(pool, "max_queries=100")
+    # Without the ceiling: two splits of 48 responses, and 2 x 2 x (10 + 20) labels.
+    assert planned(pool, "ceiling=false", "budgets=[1,2]").num_queries == 2 * 48 + 2 * 2 * 3
+    assert planned(pool, "ceiling=false", "budgets=[1,2]", "split=study").num_queries == 48 + 2 * 2 * 3
+
+
+def test_vectors_of_two_widths_are_refused(tmp_path):
+    rows = [{"prompt": f"p{i}", "response": "r", "vector": [1.0] * (3 if i else 2)} for i in range(2)]
+    write_rows(tmp_path / "vectors.jsonl", rows)
+    write_rows(tmp_path / "judgements.jsonl", [{"prompt": "p0", "response": "r", "score": 1.0}])
+    with pytest.raises(DataError, match=r"row 2.*vectors of one width in all rows, 2 in the first, got 3"):
+        planned(tmp_path)
+
+
+def test_a_base_config_for_comparisons_is_refused(pool):
+    with pytest.raises(ConfigError, match="base must be a config whose oracle judges single responses"):
+        planned(pool, "set.select.unit=prompt")

@@ -1,0 +1,135 @@
+"""Studies of runs: which runs there are, what they share, and what is read of them. No run is made here."""
+
+from pathlib import Path
+
+import pytest
+
+from rayrl.errors import ConfigError
+from rayrl.runs import storage
+from rayrl.study.comparison import EVERYTHING, Comparison
+from rayrl.study.config import load_study
+from rayrl.study.page import render_page
+from rayrl.study.results import Cell, Outcome, counted, estimated, write_result
+from rayrl.study.run_measures import measure_run
+from rayrl.study.run_study import missing_runs, plan_runs, run_runs
+from tests.report.made_up_runs import write_proxy_dpo_run, write_rlp_run
+
+STUDIES = Path("jobs/configs/studies")
+
+
+def quickstart(folder, *overrides):
+    """The study of proxy DPO, on the quickstart."""
+    return load_study(
+        STUDIES / "proxy_dpo.toml",
+        ["base=jobs/configs/quickstart.toml", f"study_dir={folder}", "seeds=[0,1]", *overrides],
+    )
+
+
+def test_the_cells_of_a_seed_share_the_first_run_and_all_share_one_ledger(tmp_path):
+    jobs = plan_runs(quickstart(tmp_path))
+    # Two strategies and five variants; M1 is a policy of the first one's run.
+    assert [job.cell.arm for job in jobs[:7]] == [
+        "k_center",
+        "random",
+        "m1",
+        "off-policy",
+        "direct",
+        "expert",
+        "shuffled",
+    ]
+    assert len(jobs) == 14 and len({job.run_key for job in jobs}) == 12
+    first, random, m1 = jobs[:3]
+    assert (m1.run_key, m1.config.run_dir, m1.policy, first.policy) == (first.run_key, first.config.run_dir, "m1", "m2")
+    assert (first.reuse, random.reuse) == (None, first.config.run_dir)
+    assert jobs[8].reuse == jobs[7].config.run_dir  # of its own seed
+    assert {job.config.oracle.ledger for job in jobs} == {storage.join(str(tmp_path), "ledger.sqlite")}
+    assert {job.config.seed for job in jobs} == {0, 1}
+    assert jobs[4].config.labels == "direct" and jobs[4].config.select.unit == "prompt"
+
+
+def test_a_run_keeps_its_folder_when_the_grid_changes(tmp_path):
+    before = {job.run_key: job.config.run_dir for job in plan_runs(quickstart(tmp_path))}
+    for folder in before.values():
+        Path(folder).mkdir(parents=True)
+    after = plan_runs(quickstart(tmp_path, "grid.dpo.beta=[0.1,0.3]", 'strategies=["random","k_center"]'))
+    common = [job for job in after if job.run_key in before]
+    assert len({job.run_key for job in common}) == len(before)  # beta = 0.1 is the default
+    assert all(job.config.run_dir == before[job.run_key] for job in common)
+
+
+def test_arms_come_after_those_that_they_reuse(tmp_path):
+    study = load_study(
+        STUDIES / "rlp.toml",
+        [
+            f"study_dir={tmp_path}",
+            "base=jobs/configs/rlp_quickstart.toml",
+            "set.evaluate.best_of_n=4",
+            "set.evaluate.budget=400",
+            "seeds=[0,1]",
+            "variants.spg.reuse=uml",
+        ],
+    )
+    jobs = plan_runs(study)
+    arms = [job.cell.arm for job in jobs]
+    assert arms[:2] == ["uml", "spg"]
+    by_arm = {job.cell.arm: job for job in jobs if job.cell.seed == 0}
+    worst = by_arm["ensemble-worst-case"]
+    assert worst.reuse == by_arm["ensemble-mean"].config.run_dir
+    assert worst.pipeline == "jobs.bench.plain_rlhf:first_ppo_only" and worst.policy == "ppo"
+    assert by_arm["ppo"].run_key == by_arm["spg"].run_key != by_arm["uml"].run_key
+
+
+def test_a_cell_that_a_run_would_refuse_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"dpo\.beta"):
+        plan_runs(quickstart(tmp_path, "grid.dpo.beta=[0.1,-1]"))
+    with pytest.raises(ConfigError, match=r'variants\.m1\.policy must be one of m1, m2, .* got "ppo"; correct it'):
+        plan_runs(quickstart(tmp_path, "variants.m1.policy=ppo"))
+    with pytest.raises(ConfigError, match=r"variants\.direct\.pipeline.*has no function nothing"):
+        plan_runs(quickstart(tmp_path, "variants.direct.pipeline=jobs.bench.plain_rlhf:nothing"))
+
+
+def test_known_results_are_read_and_nothing_is_run(tmp_path):
+    study = quickstart(tmp_path)
+    jobs = plan_runs(study)
+    for job in jobs:
+        gain = 1.0 + 0.1 * job.cell.seed - (job.cell.arm == "shuffled")
+        values = {f"p{i}": gain + 0.01 * i for i in range(5)}
+        write_result(study.study_dir, job.key, [estimated("gain", values), counted("labels", 96)])
+    assert missing_runs(study, jobs) == []
+    outcomes = list(run_runs(study, jobs, None))
+    comparison = Comparison(study, outcomes)
+    assert comparison.control_cells(EVERYTHING, ()).keys() == {0, 1}
+    shuffled = [each for each in comparison.differences if each.arm == "shuffled"]
+    assert [(each.budget, round(each.difference.mean, 6)) for each in shuffled] == [(96, -1.0)]
+    page = render_page(comparison)
+    assert "the oracle labels everything (ceiling)" in page and "paid scores shuffled (floor)" in page
+
+
+def test_a_failed_run_is_told(tmp_path):
+    study = quickstart(tmp_path)
+    cell = Cell(arm="direct", budget=96, seed=0)
+    page = render_page(Comparison(study, [Outcome(cell=cell, key="k", failure="StageTimeout: waited <10 s")]))
+    assert "1 of 1 cells failed" in page and "waited &lt;10 s" in page
+
+
+def test_measures_of_a_finished_run(tmp_path):
+    folder = str(write_proxy_dpo_run(tmp_path))
+    measured = {each.measure: each for each in measure_run(folder, "m2", 1)}
+    assert {"gain", "score", "win_rate", "kl", "perplexity", "distinct2", "tokens", "labels"} <= measured.keys()
+    assert measured["gain"].num == len(measured["gain"].values) > 1
+    m1 = {each.measure: each for each in measure_run(folder, "m1", 1)}
+    assert m1["gain"].mean == 0
+    with pytest.raises(Exception, match=r"variants\.policy must be one of the run's policies, m1, m2, got ppo"):
+        measure_run(folder, "ppo", 1)
+
+
+def test_measures_of_reward_models(tmp_path):
+    folder = str(write_rlp_run(tmp_path))
+    measured = {each.measure for each in measure_run(folder, "rlp", 1)}
+    assert {
+        "agreement_r_held_out",
+        "agreement_refreshed_held_out",
+        "agreement_r_ppo_against_m1",
+        "agreement_r_pairs_of_ppo",
+        "agreement_refreshed_pairs_of_ppo_refreshed",
+    } <= measured
