@@ -17,7 +17,7 @@ def ray_cluster():
     """One small Ray cluster for all tests that need one."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="rayrl")
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="rayrl")
     yield
     ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""Stopping between batches: the label meter is logged after each, and ends the asking where `select.stop_at` says so."""
+"""Stopping between batches: the label meter is logged after each, and ends the asking at `select.stop_at`."""
 
 import numpy as np
 import pytest
