@@ -174,16 +174,37 @@ class Comparison:
         ranks = mean_ranks(np.array(blocks), is_loss=self.is_loss)
         return {arm: float(rank) for arm, rank in zip(self.study.arms, ranks, strict=True)}
 
+    def why_nothing_is_reachable(self, point: Point) -> str:
+        """Say why labels needed mean nothing, where labelling everything gains nothing that counts; "" if it does."""
+        everything, nothing = self.control_cells(EVERYTHING, point), self.control_cells(NOTHING, point)
+        gains: list[dict[str, float]] = []
+        for measured in (everything[seed] for seed in everything if _has(everything, seed, self.measure)):
+            gains.append(values_of(measured[self.measure]))
+        floors = [values_of(nothing[seed][self.measure]) for seed in everything if _has(nothing, seed, self.measure)]
+        if not gains:
+            return ""
+        # A run's gain is counted from M1 already.
+        paired = [paired_by_prompt(gain, floor) for gain, floor in zip(gains, floors, strict=True)] if floors else gains
+        gain = mean_over_seeds(paired)
+        p_value = paired_test(gain) if self.study.intervals else 0.0
+        if (-gain.mean if self.is_loss else gain.mean) > 0 and p_value < LEVEL:
+            return ""
+        return (
+            f"Labelling everything is not told apart from no labels in {title_of(self.measure)} ({gain.mean:+.3g}, "
+            f"p = {p_value:.2g}): the evaluator learns nothing that it shows, and how many labels are needed cannot be "
+            "told"
+        )
+
     @cached_property
     def needed(self) -> list[Needed]:
-        """Labels needed for shares of the gain of labelling everything; empty without that, or with one budget."""
+        """Labels needed for shares of the gain of labelling everything; empty where that is not known, or nothing."""
         return [each for point in self.points for each in self._needed_at(point)] if len(self.budgets) > 1 else []
 
     def _needed_at(self, point: Point) -> list[Needed]:
         others = [arm for arm in self.study.arms if arm != self.study.baseline]
         arms = [arm for arm in (self.study.baseline, *others) if arm not in self.study.variants]
         whole = self._whole_seeds(arms, point)
-        if not whole or not arms:
+        if not whole or not arms or self.why_nothing_is_reachable(point):
             return []
         seeds = [values for _, values in whole]
         # Columns: no labels, everything, and then every arm at every budget.
@@ -278,12 +299,11 @@ class Comparison:
 
     def _advice(self, arm: str) -> str:
         """Say how many labels an arm needs for 90% of what is reachable."""
+        why_not = [self.why_nothing_is_reachable(point) for point in self.points]
         found = [each for each in self.needed if each.arm == arm and each.share == 0.9]
         if not found:
-            return ""
+            return f"{why_not[0]}." if why_not[0] else ""
         needed = found[0]
-        if math.isnan(needed.labels):
-            return "Labelling everything gains nothing here, so that no number of labels is enough."
         if math.isinf(needed.labels):
             return (
                 f"{self.study.title(arm)} does not reach 90% of what labelling everything gives with "

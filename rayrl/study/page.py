@@ -236,8 +236,13 @@ def _difference(each: Difference | None) -> str:
 
 
 def _labels_needed(comparison: Comparison) -> Section:
+    unreachable = [
+        Paragraph(text=f"{why}{_at(point)}.", is_note=False)
+        for point in comparison.points
+        if (why := comparison.why_nothing_is_reachable(point))
+    ]
     if not comparison.needed:
-        return Section(title="Labels needed", parts=[])
+        return Section(title="Labels needed", parts=unreachable)
     study = comparison.study
     factors = list(study.factors)
     percents = [f"{share:.0%}" for share in SHARES]
@@ -264,7 +269,7 @@ def _labels_needed(comparison: Comparison) -> Section:
     )
     return Section(
         title="Labels needed",
-        parts=[Paragraph(text=note), Table(head=head, rows=rows, num_text_columns=1 + len(factors))],
+        parts=[*unreachable, Paragraph(text=note), Table(head=head, rows=rows, num_text_columns=1 + len(factors))],
     )
 
 

@@ -83,10 +83,13 @@ def test_a_share_that_no_budget_reaches_is_more_than_the_largest(tmp_path):
     assert "random does not reach 90% of what labelling everything gives with 40 labels" in comparison.conclusion
 
 
-def test_labels_that_gain_nothing_are_told(tmp_path):
+@pytest.mark.parametrize("everything", [0.4, 0.5])
+def test_labels_that_gain_nothing_are_told(tmp_path, everything):
     flat = {"random": (0.5, 0.5, 0.5), "k_center": (0.5, 0.5, 0.5)}
-    comparison = Comparison(study_of(tmp_path), outcomes(flat, everything=0.4))
-    assert "Labelling everything gains nothing here" in comparison.conclusion
+    comparison = Comparison(study_of(tmp_path), outcomes(flat, everything=everything))
+    assert comparison.needed == []
+    assert "Labelling everything is not told apart from no labels" in comparison.conclusion
+    assert "Labelling everything is not told apart from no labels" in render_page(comparison).split("Labels needed")[1]
 
 
 def test_one_seed_has_no_tests_and_no_intervals(tmp_path):
