@@ -29,7 +29,7 @@ class Measured:
     measure: str
     mean: float
     standard_error: float
-    """Over prompts; infinite of a single one, 0 where the measure is a count."""
+    """Over prompts; infinite of a single one, NaN of a measure that has none, as a count."""
     num: int
     """Prompts behind it."""
     prompt_ids: list[str] = field(default_factory=list[str])
@@ -92,8 +92,8 @@ def estimated(measure: str, values: dict[str, float]) -> Measured:
 
 
 def counted(measure: str, number: float) -> Measured:
-    """Make a measure of a count, which has no error."""
-    return Measured(measure=measure, mean=number, standard_error=0.0, num=1)
+    """Make a measure of a count, or of another number that has no error over prompts."""
+    return Measured(measure=measure, mean=number, standard_error=math.nan, num=1)
 
 
 def result_place(study_dir: str, key: str) -> str:
