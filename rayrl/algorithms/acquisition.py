@@ -31,6 +31,8 @@ class Answers:
     oracle abstained."""
     num_spent: int
     """Questions that were paid for, abstentions among them."""
+    unpaid: Sequence[int] = ()
+    """Numbers of the questions in the batch that were not answered and cost nothing: another time they may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ def acquire(
         ask: answers questions about responses (m, 1), or pairs (m, 2).
         num_batches: parts of the budget; the heads are fitted again between them. Where abstentions cost nothing, more
             follow, which ask about the next best in their place.
-        first: chooses until there are `MIN_LABELS` labels, for a strategy that reads the heads.
+        first: chooses the first batch, and for a strategy that reads the heads until there are `MIN_LABELS` labels.
         known: labels from before, which cost nothing now; of the same ids.
         knowledge: seed, initial centres and sizes.
         num_heads: of the ensemble.
@@ -94,11 +96,14 @@ def acquire(
     while num_left > 0:
         batch += 1
         heads = fit_labels(shards, labels, knowledge, num_heads) if shards is not None else None
-        chooser = first if strategy.reads_heads and heads is None else strategy
-        assert chooser is not None, "refused before: a strategy that reads the heads, and none for the first batch"
+        is_first = len(labels.ids) == 0 or (strategy.reads_heads and heads is None)
+        chooser = first if is_first and first is not None else strategy
+        assert heads is not None or not chooser.reads_heads, (
+            "refused before: heads, and no strategy for the first batch"
+        )
         now = replace(knowledge, taken=np.unique(labels.ids), heads=heads)
         if chooser.routes and shards is not None:
-            now = replace(now, sure_margin=_sure_margin(shards, labels, knowledge, confidence))
+            now = replace(now, sure_margin=_sure_margin(shards, labels, knowledge, confidence, num_heads))
         share = -(-num_left // max(1, num_batches - batch + 1))
         num_asked = min(share, num_choosable(ids, chooser, now))
         if num_asked == 0:
@@ -145,9 +150,10 @@ def meter_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge) -> La
     return judgement_meter(vectors, scores, groups, seed=knowledge.seed)
 
 
-def _sure_margin(shards: ShardGroup, labels: Labels, knowledge: Knowledge, confidence: float) -> float:
+def _sure_margin(shards: ShardGroup, labels: Labels, knowledge: Knowledge, confidence: float, num_heads: int) -> float:
     vectors, scores, groups = _with_vectors(shards, labels, _decided(labels), knowledge)
-    return sure_margin(*held_out_pairs(vectors, scores, groups, seed=knowledge.seed), confidence)
+    pairs = held_out_pairs(vectors, scores, groups, num_heads=num_heads, seed=knowledge.seed)
+    return sure_margin(*pairs, confidence)
 
 
 def _decided(labels: Labels) -> Int64[np.ndarray, " n"]:

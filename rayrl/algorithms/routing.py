@@ -8,11 +8,13 @@ heads' differences.
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
-from rayrl.algorithms.heads import fit_heads
+from rayrl.algorithms.heads import NUM_HEADS, fit_heads
 
 NUM_FOLDS = 5
 MIN_PAIRS = 20
 """Held-out pairs below which no margin is known to be sure."""
+MAX_DRAWN = 100
+"""Responses of a fold that are paired with each other, where a prompt has one judged response."""
 
 
 def sure_margin(margins: Float[np.ndarray, " p"], is_right: Bool[np.ndarray, " p"], confidence: float) -> float:
@@ -21,12 +23,12 @@ def sure_margin(margins: Float[np.ndarray, " p"], is_right: Bool[np.ndarray, " p
     Args:
         margins: of held-out pairs, at least 0.
         is_right: whether the heads prefer the response that the oracle prefers.
-        confidence: the share of pairs with this margin or a larger one that must be right.
+        confidence: the share of pairs with this margin or a larger one that must be right, less one standard error.
     """
     order = np.argsort(-margins, kind="stable")
     num = np.arange(1, len(order) + 1)
     share = np.cumsum(is_right[order]) / num
-    enough = np.flatnonzero((share >= confidence) & (num >= MIN_PAIRS))
+    enough = np.flatnonzero((share - np.sqrt(share * (1 - share) / num) >= confidence) & (num >= MIN_PAIRS))
     return float(margins[order[enough[-1]]]) if len(enough) else float("inf")
 
 
@@ -35,33 +37,60 @@ def held_out_pairs(
     scores: Float[np.ndarray, " n"],
     groups: Int64[np.ndarray, " n"],
     *,
+    num_heads: int = NUM_HEADS,
     seed: int = 0,
 ) -> tuple[Float64[np.ndarray, " p"], Bool[np.ndarray, " p"]]:
     """Margins of pairs of judged responses by heads that have not seen their prompts, and whether these are right.
 
-    Pairs are of one prompt, as those that are routed. Where these are fewer than `MIN_PAIRS`, they are of all responses
-    that were held out together. Equal scores make no pair.
+    Pairs are of one prompt, as those that are routed. Where these are fewer than `MIN_PAIRS`, they are drawn from all
+    responses that were held out together. Equal scores make no pair.
     """
     folds = np.unique(groups, return_inverse=True)[1] % NUM_FOLDS
-    within: list[tuple[np.ndarray, np.ndarray]] = []
-    across: list[tuple[np.ndarray, np.ndarray]] = []
-    for fold in range(NUM_FOLDS):
+    predicted = np.full((len(scores), num_heads), np.nan)
+    for fold in range(min(NUM_FOLDS, int(folds.max(initial=0)) + 1)):
         unseen = folds == fold
-        if not unseen.any() or unseen.all():
-            continue
-        predicted = fit_heads(vectors[~unseen], scores[~unseen], groups[~unseen], seed=seed).scores(vectors[unseen])
-        first, second = np.triu_indices(int(unseen.sum()), 1)
-        true = scores[unseen][first] - scores[unseen][second]
-        margins, prefers_first = margins_of(predicted[first] - predicted[second])
-        differ = true != 0
-        same = groups[unseen][first] == groups[unseen][second]
-        is_right = prefers_first == (true > 0)
-        within.append((margins[differ & same], is_right[differ & same]))
-        across.append((margins[differ], is_right[differ]))
-    chosen = within if sum(len(margins) for margins, _ in within) >= MIN_PAIRS else across
-    if not chosen:
-        return np.empty(0), np.empty(0, np.bool_)
-    return np.concatenate([margins for margins, _ in chosen]), np.concatenate([right for _, right in chosen])
+        if not unseen.all():
+            heads = fit_heads(vectors[~unseen], scores[~unseen], groups[~unseen], num_heads=num_heads, seed=seed)
+            predicted[unseen] = heads.scores(vectors[unseen])
+    is_known = ~np.isnan(predicted[:, 0])
+    first, second = _pairs_of_equal(groups, scores, is_known)
+    if len(first) < MIN_PAIRS:
+        first, second = _drawn_pairs_of_equal(folds, scores, is_known, seed)
+    margins, prefers_first = margins_of(predicted[first] - predicted[second])
+    return margins, prefers_first == (scores[first] > scores[second])
+
+
+def _pairs_of_equal(
+    groups: Int64[np.ndarray, " n"], scores: Float[np.ndarray, " n"], is_known: Bool[np.ndarray, " n"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (first, second) of all pairs of one group whose scores differ."""
+    order = np.flatnonzero(is_known)[np.argsort(groups[is_known], kind="stable")]
+    firsts, seconds = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for distance in range(1, len(order)):
+        same = np.flatnonzero(groups[order[distance:]] == groups[order[:-distance]])
+        if len(same) == 0:
+            break
+        firsts.append(order[same])
+        seconds.append(order[same + distance])
+    first, second = np.concatenate(firsts), np.concatenate(seconds)
+    differ = scores[first] != scores[second]
+    return first[differ], second[differ]
+
+
+def _drawn_pairs_of_equal(
+    folds: Int64[np.ndarray, " n"], scores: Float[np.ndarray, " n"], is_known: Bool[np.ndarray, " n"], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of pairs that were held out together, some of them drawn where they are many."""
+    rng = np.random.default_rng(seed)
+    firsts, seconds = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for fold in range(NUM_FOLDS):
+        rows = rng.permutation(np.flatnonzero((folds == fold) & is_known))[:MAX_DRAWN]
+        first, second = np.triu_indices(len(rows), 1)
+        firsts.append(rows[first])
+        seconds.append(rows[second])
+    first, second = np.concatenate(firsts), np.concatenate(seconds)
+    differ = scores[first] != scores[second]
+    return first[differ], second[differ]
 
 
 def margins_of(differences: Float[np.ndarray, "p m"]) -> tuple[Float64[np.ndarray, " p"], Bool[np.ndarray, " p"]]:

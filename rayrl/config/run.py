@@ -245,11 +245,28 @@ def _check_selection(config: RunConfig) -> None:
                 'select.strategy chooses the first batch with labels = "routed", and must read no answers, got '
                 f'"{name}"; set it to "k_center" or "random"'
             )
+        if select.first_batch is not None:
+            raise ValueError(
+                'select.first_batch must be left out with labels = "routed", got '
+                f'"{select.first_batch}": select.strategy chooses the first batch; leave it out'
+            )
         if select.text == "prompt":
             raise ValueError(
                 'select.text must be "prompt_response" or "judge_prompt" with labels = "routed", got "prompt": both '
                 "responses to a prompt would have the same vector; leave it out"
             )
+    if select.stop_at is not None and (select.batches == 1 or not config.embeds_pool):
+        raise ValueError(
+            "select.stop_at must be left out where there is one batch, or where the pool is not embedded, got "
+            f'{select.stop_at} with batches = {select.batches}, strategy = "{name}" and labels = "{config.labels}": '
+            "the label meter is read on vectors between batches; set batches = 8 and a strategy that reads vectors, "
+            "or leave it out"
+        )
+    if select.batches > 1 and config.labels == "expert":
+        raise ValueError(
+            f'select.batches must be 1 with labels = "expert", which asks about everything, got {select.batches}; '
+            "leave it out"
+        )
     if select.batches > max(1, select.budget):
         raise ValueError(
             f"select.batches must be at most select.budget ({select.budget}), got {select.batches}: each batch asks at "

@@ -24,7 +24,8 @@ class SelectConfig(Table):
     """Parts of a round's budget. Between them heads on the vectors are fitted to the answers so far, and strategies
     that read the heads choose by them."""
     first_batch: Annotated[str, name_in(STRATEGIES)] | None = None
-    """Strategy of the first batch, where there are no answers yet; needed where `strategy` reads the heads."""
+    """Strategy of the first batch, where there are no answers yet; needed where `strategy` reads the heads, which it
+    chooses for until there are 8 answers."""
     num_heads: int = Field(default=NUM_HEADS, ge=2)
     """Heads of the ensemble whose spread says what the answers leave open."""
     sure_at: float = Field(default=0.9, gt=0.5, lt=1)
@@ -85,12 +86,6 @@ class SelectConfig(Table):
             raise ValueError(
                 f'first_batch must ask about {strategy.asks}, as strategy = "{self.strategy}" does, got '
                 f'"{self.first_batch}", which asks about {first.asks}'
-            )
-        if self.stop_at is not None and (self.batches == 1 or not self.reads_vectors):
-            raise ValueError(
-                f"stop_at must be left out where there is one batch, or no strategy reads vectors, got {self.stop_at} "
-                f'with batches = {self.batches} and strategy = "{self.strategy}": the label meter is read on vectors '
-                "between batches; set batches = 8 and a strategy that reads vectors, or leave it out"
             )
         if self.batches > 1 and self.unit == "prompt" and strategy.asks == "responses":
             raise ValueError(

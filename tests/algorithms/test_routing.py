@@ -15,8 +15,8 @@ def test_the_margin_is_the_smallest_from_which_on_enough_are_right():
     margins = np.arange(100, dtype=float)
     is_right = margins >= 20  # of the 80 largest all are right, of all 100 only 80
     assert sure_margin(margins, is_right, 0.999) == 20
-    assert sure_margin(margins, is_right, 0.9) == 12  # 80 of the 88 largest: 0.909; of 89: 0.899
-    assert sure_margin(margins, is_right, 0.8) == 0
+    # 80 of the 86 largest are 0.930 +- 0.027, of 87 0.920 +- 0.029; of 95 0.842 +- 0.037, of 96 0.833 +- 0.038.
+    assert sure_margin(margins, is_right, 0.9) == 14 and sure_margin(margins, is_right, 0.8) == 5
     assert sure_margin(margins, ~is_right, 0.9) == np.inf
     assert sure_margin(margins[:19], np.ones(19, bool), 0.9) == np.inf, "too few to know"
 
@@ -45,6 +45,13 @@ def test_held_out_pairs_tell_a_clear_signal_from_none():
     # Labels of one response a prompt have no pair of one prompt: those held out together are compared.
     alone = ids % STRIDE == 0
     assert len(held_out_pairs(vectors[alone], scores[alone], ids[alone] // STRIDE)[0]) == 5 * 8 * 7 // 2
+
+
+def test_margins_are_those_of_as_many_heads_as_choose():
+    """With two heads a standard deviation is another one than with twenty."""
+    ids, vectors, scores = pool_of(40, noise=0.3)
+    few, many = (held_out_pairs(vectors, scores, ids // STRIDE, num_heads=num)[0] for num in (2, 20))
+    assert len(few) == len(many) and np.median(few) > 1.2 * np.median(many)
 
 
 def test_unsure_pairs_are_the_best_and_the_worst_by_rising_margin():

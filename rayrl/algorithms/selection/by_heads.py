@@ -66,7 +66,6 @@ def _informations(shard: VectorShard, num: int, heads: Heads, taken: np.ndarray)
 
 def label_information(scores: Float[np.ndarray, "n m"], noise: float) -> Float64[np.ndarray, " n"]:
     """The mutual information, in nats, between a label and the head that is right; at most log m."""
-    scores = scores.astype(np.float64)
     noise = max(noise, float(np.finfo(np.float32).tiny))
     low, high = scores.min(1) - GRADE_MARGIN * noise, scores.max(1) + GRADE_MARGIN * noise
     steps = np.arange(NUM_GRADES) / (NUM_GRADES - 1)

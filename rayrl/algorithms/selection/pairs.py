@@ -13,6 +13,7 @@ from rayrl.algorithms.heads import Heads
 from rayrl.algorithms.selection.by_heads import entropy, heads_of
 from rayrl.algorithms.selection.greedy import Information, LeverageBounds, information_of, lazy_greedy
 from rayrl.algorithms.selection.shards import (
+    ROWS_AT_ONCE,
     Knowledge,
     Selection,
     ShardGroup,
@@ -68,11 +69,11 @@ def _best_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pair of each prompt with the largest value, and these; the one that scores more goes first."""
     first, second = pairs_within(shard.ids, stride, taken)
-    scores = shard.head_scores(heads).astype(np.float64)
-    parts = np.array_split(np.arange(len(first)), 1 + len(first) * scores.shape[1] // MAX_SCORES)
-    differences = [scores[first[part]] - scores[second[part]] for part in parts]
-    value = np.concatenate([values(part) for part in differences])
-    is_worse = np.concatenate([part.mean(1) < 0 for part in differences])
+    scores = shard.head_scores(heads)
+    value, is_worse = np.empty(len(first)), np.empty(len(first), np.bool_)
+    for part in np.array_split(np.arange(len(first)), 1 + len(first) * scores.shape[1] // MAX_SCORES):
+        differences = scores[first[part]] - scores[second[part]]
+        value[part], is_worse[part] = values(differences), differences.mean(1) < 0
     pairs = np.stack([shard.ids[np.where(is_worse, second, first)], shard.ids[np.where(is_worse, first, second)]], 1)
     prompts = pairs[:, 0] // stride
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -value, prompts))
@@ -215,9 +216,12 @@ class Differences(VectorShard):
 
     def __init__(self, shard: VectorShard, stride: int, taken: np.ndarray):
         first, second = pairs_within(shard.ids, stride, taken)
-        super().__init__(
-            shard.ids[first] * stride + shard.ids[second] % stride, shard.vectors[first] - shard.vectors[second]
-        )
+        self.ids = shard.ids[first] * stride + shard.ids[second] % stride
+        self.vectors = np.empty((len(first), shard.vectors.shape[1]), np.float32)
+        for part in np.array_split(np.arange(len(first)), 1 + len(first) // ROWS_AT_ONCE):  # one copy of them
+            np.subtract(
+                shard.vectors[first[part]], shard.vectors[second[part]], out=self.vectors[part[0] : part[-1] + 1]
+            )
         self.norms = np.einsum("nd,nd->n", self.vectors, self.vectors, dtype=np.float64)
         self.stride = stride
 

@@ -19,6 +19,8 @@ from rayrl.errors import ConfigError, DataError
 
 MEAN_DIGITS = 1024
 """The subtracted mean is rounded to this share of each coordinate's magnitude."""
+ROWS_AT_ONCE = 65536
+"""Rows that are converted to float64 at once."""
 EQUAL_DIGITS = 9
 """Values that agree to so many digits of the largest one are equal, and the smallest id goes first."""
 
@@ -96,11 +98,16 @@ class VectorShard:
         owned = np.isin(self.ids, identifiers)
         return self.ids[owned], self.vectors[owned]
 
-    def head_scores(self, heads: Heads) -> Float32[np.ndarray, "n m"]:
-        """Every head's score of every vector, in one matrix product."""
+    def head_scores(self, heads: Heads) -> Float64[np.ndarray, "n m"]:
+        """Every head's score of every vector, in one matrix product.
+
+        In float64: the last digits of a float32 product depend on the size of the shard, and ties with them.
+        """
+        weights = heads.weights.astype(np.float64)
         # The heads were fitted on vectors as they were before they were centred.
-        bias = heads.bias + self.offset.astype(np.float64) @ heads.weights
-        return self.vectors @ heads.weights + bias.astype(np.float32)
+        bias = heads.bias + self.offset.astype(np.float64) @ weights
+        parts = np.array_split(self.vectors, 1 + len(self.vectors) // ROWS_AT_ONCE)
+        return np.concatenate([part.astype(np.float64) @ weights for part in parts]) + bias
 
     def rows_of(self, identifiers: Int64[np.ndarray, " m"]) -> np.ndarray:
         """Positions of those of some ids that this shard owns."""

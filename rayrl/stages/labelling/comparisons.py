@@ -64,10 +64,13 @@ def compare(
 
 def pairs_to_ask(run: Run, config: PreferencesConfig, responses: Responses, query_set: QuerySet) -> list[Sampled]:
     """Draw pairs of responses to the chosen prompts, as many as the round's budget pays for."""
-    num_possible = num_possible_pairs(responses, config.pairs_per_prompt)
+    select = run.config.select
     prompts = _chosen_prompts(responses, query_set)
     # Drawn lazily: no pairs are made beyond what the budget pays for.
     candidates = chain.from_iterable(draw_pairs(sampled, run.seed, config.pairs_per_prompt) for sampled in prompts)
+    if select.asks == "pairs" and select.batches > 1:
+        return list(candidates)  # these are asked about already, within the budget
+    num_possible = num_possible_pairs(responses, config.pairs_per_prompt)
     return list(islice(candidates, num_pairs_asked(run.budget, config.order, num_possible)))
 
 
@@ -156,10 +159,13 @@ def asking_pairs(run: Run, oracle: ActorHandle) -> AskBatch:
         for (first, _), (asked_first, _), decided in zip(pairs, ordered, verdicts, strict=True):
             is_turned = first["response_id"] != asked_first["response_id"]
             scores.append(None if decided is None else WON[TURNED[decided] if is_turned else decided])
-        num_decided = sum(score is not None for score in scores)
-        return Answers(
-            scores=scores, num_spent=max(num_spent(oracle, answers) // queries_per_pair(config.order), num_decided)
-        )
+        size = queries_per_pair(config.order)
+        unpaid = [
+            number
+            for number, score in enumerate(scores)
+            if score is None and num_spent(oracle, answers[size * number : size * (number + 1)]) == 0
+        ]
+        return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
 
     return ask_batch
 

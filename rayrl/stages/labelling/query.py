@@ -29,8 +29,8 @@ def asking(oracle: ActorHandle) -> AskBatch:
         answers = ask(oracle, [_as_question(row) for row in rows], QUERY, describe="asking the oracle")
         scores = [answer.score for answer in answers]
         # An answer that another run has paid for counts as one: the picks are the same with and without that run.
-        num_scored = sum(score is not None for score in scores)
-        return Answers(scores=scores, num_spent=max(num_spent(oracle, answers), num_scored))
+        unpaid = [n for n, answer in enumerate(answers) if answer.score is None and num_spent(oracle, [answer]) == 0]
+        return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
 
     return ask_batch
 

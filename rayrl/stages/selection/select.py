@@ -3,7 +3,8 @@
 Strategies are pure functions (`rayrl.algorithms.selection.STRATEGIES`). This stage gives them what they read: ordinals,
 or the coreset service, whose actors own the vectors. Where the budget covers everything there is, nothing is picked.
 With `select.batches` the answers to one batch decide the next, so that this stage asks as it picks; the stage that
-follows finds the answers in the ledger.
+follows finds the answers in the ledger. The answers of each batch are kept: what was refused for nothing may be
+answered another time, and a run that goes on must choose by what it was told.
 """
 
 import logging
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,7 @@ from rayrl.fleets.coreset import RayShards
 from rayrl.fleets.services import Services
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.records import Checkpoint
+from rayrl.runs import storage
 from rayrl.runs.run import KeyPart, Run
 from rayrl.runs.stage_metrics import BatchMetrics, SelectMetrics
 from rayrl.runs.stage_table import SELECT
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """A dead shard forgets its distances: the selection, which takes seconds, starts again so often."""
+ANSWERED = "answered-"
+"""In the stage's folder: the batches that were asked about, named by the selection that they are of."""
 MAX_RADII = 200
 """Points of the covering radius that are kept for the report, about."""
 
@@ -73,7 +78,7 @@ def select(
         policy: embeds, where the policy is the embedder.
         responses: what may be picked.
         ask: asks about one batch of chosen responses at once, where `select.batches` is 2 or more: the next batch is
-            chosen by its answers. A run that is repeated chooses and asks the same again, and pays nothing.
+            chosen by its answers. They are kept, so that a run that goes on chooses as if it had not been interrupted.
     """
     config = run.config
     key = run.key(SELECT, *_inputs(run, responses))
@@ -89,9 +94,11 @@ def select(
     elif num_wanted == 0:
         name = "none"  # a later round may have nothing left to spend, after calls that were lost
     elif config.embeds_pool:
-        chosen = _select_by_vectors(run, services, policy, responses, num_wanted, ask)
+        chosen = _select_by_vectors(run, key, services, policy, responses, num_wanted, ask)
     else:
-        chosen = _choose(run, responses, np.fromiter(_ordinals(run, responses), np.int64), None, num_wanted, None, ask)
+        chosen = _choose(
+            run, key, responses, np.fromiter(_ordinals(run, responses), np.int64), None, num_wanted, None, ask
+        )
     radii = chosen.selection.radii
     rows = list(_rows_of(run, responses, chosen.selection.ids))
     query_set.table.write(0, pa.Table.from_pylist(rows, schema=QUERY_SCHEMA))
@@ -177,6 +184,7 @@ def _ordinals(run: Run, responses: Responses) -> Iterator[int]:
 
 def _select_by_vectors(
     run: Run,
+    key: str,
     services: Services,
     policy: Checkpoint,
     responses: Responses,
@@ -199,7 +207,7 @@ def _select_by_vectors(
         name = f"{config.name}-coreset{'-again' * (attempt - 1)}"
         shards = RayShards(name, vectors, config.select.num_shards)
         try:
-            chosen = _choose(run, responses, ids, shards, num_wanted, centers, ask)
+            chosen = _choose(run, key, responses, ids, shards, num_wanted, centers, ask)
             break
         except RayActorError as error:
             if attempt == MAX_ATTEMPTS:
@@ -215,6 +223,7 @@ def _select_by_vectors(
 
 def _choose(
     run: Run,
+    key: str,
     responses: Responses,
     ids: np.ndarray,
     shards: RayShards | None,
@@ -238,13 +247,17 @@ def _choose(
         num_possible = num_choosable(ids, strategy, knowledge)
         return Chosen(selection=strategy.choose(pool, min(num_wanted, num_possible), knowledge))
     assert ask is not None, "whoever selects in batches asks"
-    batches: list[BatchMetrics] = []
+    batches = _kept_batches(run, key)
+    labels = Labels()
+    for batch in batches:
+        labels = labels.with_answers(batch.questions, batch.answers.scores)
 
-    def ask_chosen(chosen: np.ndarray) -> Answers:
-        answers = ask(list(_rows_of(run, responses, chosen.ravel().tolist())))
-        num_scored = sum(score is not None for score in answers.scores)
-        batches.append(BatchMetrics(num_asked=len(chosen), num_scored=num_scored))
-        logger.info("select: batch %d: %d of %d answered", len(batches), num_scored, len(chosen))
+    def ask_chosen(questions: np.ndarray) -> Answers:
+        answers = ask(list(_rows_of(run, responses, questions.ravel().tolist())))
+        batch = Batch(questions=questions, answers=answers)
+        storage.write_json(run.folder(SELECT, f"{ANSWERED}{key}-{len(batches)}.json"), batch.as_json())
+        batches.append(batch)
+        logger.info("select: batch %d: %d of %d answered", len(batches), batch.num_scored, len(questions))
         return answers
 
     def is_enough(labels: Labels) -> bool:
@@ -254,20 +267,63 @@ def _choose(
         logger.info("select: %s", describe(meter))
         return stops(meter, select.stop_at)
 
-    labels = acquire(
-        ids,
-        shards,
-        strategy,
-        num_wanted,
-        ask_chosen,
-        num_batches=select.batches,
-        first=None if first is None else STRATEGIES[first],
-        knowledge=knowledge,
-        num_heads=select.num_heads,
-        confidence=select.sure_at,
-        stop=is_enough,
-    )
-    return Chosen(selection=Selection(ids=labels.ids.ravel().tolist()), batches=batches)
+    num_left = num_wanted - sum(batch.answers.num_spent for batch in batches)
+    if num_left > 0 and not (batches and is_enough(labels)):
+        acquire(
+            ids,
+            shards,
+            strategy,
+            num_left,
+            ask_chosen,
+            num_batches=max(1, select.batches - len(batches)),
+            first=None if first is None else STRATEGIES[first],
+            known=labels,
+            knowledge=knowledge,
+            num_heads=select.num_heads,
+            confidence=select.sure_at,
+            stop=is_enough,
+        )
+    # What was refused for nothing is no part of Q: its place was given to another.
+    chosen = [row for batch in batches for row in batch.paid_questions().ravel().tolist()]
+    metrics = [BatchMetrics(num_asked=len(batch.questions), num_scored=batch.num_scored) for batch in batches]
+    return Chosen(selection=Selection(ids=chosen), batches=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch of questions and what came of it. Kept, so that a run that goes on chooses by the same answers."""
+
+    questions: np.ndarray
+    """Ordinals, (m, 1) of responses or (m, 2) of pairs."""
+    answers: Answers
+
+    @property
+    def num_scored(self) -> int:
+        """Questions that were answered."""
+        return sum(score is not None for score in self.answers.scores)
+
+    def paid_questions(self) -> np.ndarray:
+        """Return the questions that were answered, or at least paid for."""
+        return np.delete(self.questions, list(self.answers.unpaid), axis=0)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `_kept_batches` reads."""
+        return {
+            "questions": self.questions.tolist(),
+            "scores": list(self.answers.scores),
+            "num_spent": self.answers.num_spent,
+            "unpaid": list(self.answers.unpaid),
+        }
+
+
+def _kept_batches(run: Run, key: str) -> list[Batch]:
+    """Read the batches that this selection has asked about before it was interrupted, in their order."""
+    batches: list[Batch] = []
+    while storage.exists(place := run.folder(SELECT, f"{ANSWERED}{key}-{len(batches)}.json")):
+        kept = storage.read_json(place)
+        answers = Answers(scores=kept["scores"], num_spent=kept["num_spent"], unpaid=kept["unpaid"])
+        batches.append(Batch(questions=np.array(kept["questions"], np.int64), answers=answers))
+    return batches
 
 
 def _rows_of(run: Run, responses: Responses, ordinals: list[int]) -> Iterator[QueryRow]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from rayrl.algorithms.acquisition import Answers
 from rayrl.config import RunConfig
 from rayrl.data.blocks import BlockTable
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer
@@ -212,6 +213,26 @@ def test_only_prompts_with_two_responses_are_asked_about(tmp_path, tiny_policy, 
         generate={"block_size": 8},
     )
     assert len(picked) == min(budget, 8) and all(int(prompt[2]) >= 2 for prompt in picked)
+
+
+def test_all_pairs_that_were_paid_for_are_in_d(tmp_path, tiny_policy):
+    """Refusals that cost nothing give their places to other pairs; none of those that were paid for is left out."""
+    table = BlockTable(str(tmp_path / "responses"), 1)
+    table.write(0, to_table([sampled(2, f"p{i}") for i in range(12)], Sampled))
+    responses = Responses(key="y", table=table, num_prompts=12, num_responses=24)
+    select_settings = {"budget": 6, "strategy": "random_pairs", "batches": 2}
+    run = run_in(tmp_path, tiny_policy, {"source": "oracle", "order": "random"}, select=select_settings)
+    answered: list[str] = []
+
+    def refuses_every_third(rows):
+        scores = [None if number % 3 == 0 else 1.0 for number in range(len(rows) // 2)]
+        answered.extend(row["prompt_id"] for row, score in zip(rows[::2], scores, strict=True) if score is not None)
+        unpaid = [number for number, score in enumerate(scores) if score is None]
+        return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
+
+    query_set = select(run, None, tiny_policy.checkpoint, responses, refuses_every_third)  # type: ignore[arg-type]
+    pairs = pairs_to_ask(run, run.config.preferences, responses, query_set)
+    assert sorted(pair.prompt_id for pair in pairs) == sorted(answered) and len(answered) == 6
 
 
 def test_both_orders_are_two_questions_and_a_drawn_order_is_one():

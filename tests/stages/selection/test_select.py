@@ -106,7 +106,8 @@ def test_the_number_of_shards_changes_no_pick(embedders, tiny_policy, responses,
 def length_of(rows):
     """An oracle that scores the second token of a response, and abstains on every fifth question for nothing."""
     scores = [None if row["ordinal"] % 5 == 0 else float(row["token_ids"][-2]) for row in rows]
-    return Answers(scores=scores, num_spent=sum(score is not None for score in scores))
+    unpaid = [number for number, score in enumerate(scores) if score is None]
+    return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
 
 
 @pytest.mark.parametrize("strategy", ["uncertainty", "badge", "d_optimal", "random_by_prompt"])
@@ -117,20 +118,47 @@ def test_batches_ask_as_they_pick_and_replace_abstentions(embedders, tiny_policy
         picks(tmp_path / str(n), tiny_policy, responses, embedders, ask=length_of, num_shards=n, **settings)
         for n in (1, 2)
     ]
-    assert names(chosen[0]) == names(chosen[1]) and len(set(names(chosen[0]))) == len(chosen[0])
-    num_answered = sum(score is not None for score in length_of(chosen[0]).scores)
-    assert num_answered == 20 < len(chosen[0]), "abstentions cost nothing here, and others take their places"
+    assert names(chosen[0]) == names(chosen[1]) and len(set(names(chosen[0]))) == 20
+    assert all(row["ordinal"] % 5 for row in chosen[0]), "abstentions cost nothing here, and others take their places"
     manifest = read_manifest(str(tmp_path / "1"), SELECT)
     batches = manifest.metrics.batches
-    assert [batch.num_asked for batch in batches][:1] == [7] and sum(batch.num_scored for batch in batches) == 20
+    assert batches[0].num_asked == 7 and sum(batch.num_scored for batch in batches) == 20
+    assert sum(batch.num_asked for batch in batches) > 20
     # The same command again asks nothing.
     again = picks(tmp_path / "1", tiny_policy, responses, NoEngine(), ask=None, num_shards=1, **settings)
     assert again == chosen[0]
 
 
+def test_a_selection_that_goes_on_chooses_by_what_it_was_told(embedders, tiny_policy, responses, tmp_path):
+    """What was refused for nothing is answered the second time; the batches before the kill are not asked again."""
+    asked: list[list[int]] = []
+
+    def dies_at_the_third(rows):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append([row["ordinal"] for row in rows])
+        return length_of(rows)
+
+    def answers_all(rows):
+        asked.append([row["ordinal"] for row in rows])
+        return Answers(scores=[float(row["token_ids"][-2]) for row in rows], num_spent=len(rows))
+
+    settings = {"strategy": "uncertainty", "batches": 4, "first_batch": "k_center", "budget": 20}
+    with pytest.raises(KeyboardInterrupt):
+        picks(tmp_path, tiny_policy, responses, embedders, ask=dies_at_the_third, **settings)
+    chosen = picks(tmp_path, tiny_policy, responses, embedders, ask=answers_all, **settings)
+    assert len(asked) > 2 and len({ordinal for batch in asked for ordinal in batch}) == sum(map(len, asked))
+    paid = [ordinal for batch in asked[:2] for ordinal in batch if ordinal % 5]
+    assert [row["ordinal"] for row in chosen][: len(paid)] == paid and len(chosen) == 20
+
+
 def test_routed_labels_are_asked_for_where_the_heads_are_unsure(embedders, tiny_policy, responses, tmp_path):
     """The first batch by the strategy; then the best and the worst of a prompt, which few labels leave unsure."""
-    settings = {"strategy": "random", "batches": 2, "budget": 24, "labels": "routed", "ask": length_of}
+
+    def answers_all(rows):
+        return Answers(scores=[float(row["token_ids"][-2]) for row in rows], num_spent=len(rows))
+
+    settings = {"strategy": "random", "batches": 2, "budget": 24, "labels": "routed", "ask": answers_all}
     one, two = (picks(tmp_path / str(n), tiny_policy, responses, embedders, num_shards=n, **settings) for n in (1, 2))
     assert names(one) == names(two)
     first, *later = read_manifest(str(tmp_path / "1"), SELECT).metrics.batches

@@ -63,7 +63,7 @@ def test_labels_that_are_surely_enough_end_the_asking(tmp_path, responses, caplo
         return Answers(scores=[scores[row["ordinal"]] for row in rows], num_spent=len(rows))
 
     with caplog.at_level("INFO", logger="rayrl.stages.selection.select"):
-        chosen = _choose(run, responses, ids, LocalShards([CoresetShard(ids, vectors)]), 100, None, ask)
+        chosen = _choose(run, "key", responses, ids, LocalShards([CoresetShard(ids, vectors)]), 100, None, ask)
     assert len(chosen.selection.ids) == num_asked
     lines = [record.message for record in caplog.records if record.message.startswith("select: meter: ")]
     assert len(lines) == num_asked // 20
