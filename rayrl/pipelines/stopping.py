@@ -40,8 +40,10 @@ class Stopping:
 
     def __init__(self) -> None:
         self._first: list[Callable[[], object]] = []
-        self._begin_lock = threading.Lock()
+        # Reentrant: a signal may come while the main thread holds it.
+        self._begin_lock = threading.RLock()
         self._is_raised = False
+        self._acting: threading.Thread | None = None
         self.exit_code: int | None = None
         """Once a signal has come, 128 and its number; that of Ctrl-C for an operator's request."""
 
@@ -53,12 +55,19 @@ class Stopping:
 
     @contextmanager
     def first(self, action: Callable[[], object]) -> Generator[None]:
-        """Call `action` at the first signal that comes within the context, before and beside everything else."""
+        """Call `action` at the first signal that comes within the context, before and beside everything else.
+
+        The context does not end while an action is under way.
+        """
         self._first.append(action)
         try:
             yield
         finally:
             self._first.remove(action)
+            with self._begin_lock:
+                acting = self._acting
+            if acting is not None:
+                acting.join(END_S)
 
     def stop(self, number: int) -> NoReturn:
         """Begin to end, if that has not begun, and raise `Stopped`."""
@@ -81,17 +90,21 @@ class Stopping:
             if self.exit_code is not None:
                 return
             self.exit_code = STOPPED if number == STOP_REQUEST else 128 + number
-        threading.Thread(target=self._act, name="stop-first", daemon=True).start()
+            # With the actions of now: the main thread may leave their contexts before the thread runs.
+            acting = threading.Thread(target=_act, args=[list(self._first)], name="stop-first", daemon=True)
+            acting.start()
+            self._acting = acting
         countdown = threading.Timer(END_S, _end_hard, [self.exit_code])
         countdown.daemon = True
         countdown.start()
 
-    def _act(self) -> None:
-        for action in list(self._first):
-            try:
-                action()
-            except Exception as error:  # whatever it is, the process ends
-                logger.warning("while the run was stopped: %s", error)
+
+def _act(actions: list[Callable[[], object]]) -> None:
+    for action in actions:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the process ends
+            logger.warning("while the run was stopped: %s", error)
 
 
 @contextmanager

@@ -22,15 +22,23 @@ import sys, threading, time
 from rayrl.pipelines import stopping
 from rayrl.pipelines.command_line import main
 stopping.END_S = 2.0
-asked = []
 {body}
+
+def say(word):  # two threads print: each line is one write
+    sys.stdout.write(word + "\\n")
+    sys.stdout.flush()
+
+def first():
+    time.sleep(0.3)  # the main thread is at its end by then
+    say("first")
+
 with stopping.stoppable() as run:
-    with run.first(lambda: print("first", flush=True)):
+    with run.first(first):
         try:
-            print("ready", flush=True)
+            say("ready")
             work()
         except BaseException as error:
-            print(type(error).__name__, flush=True)
+            say(type(error).__name__)
             end()
             sys.exit(run.exit_code)
 """
