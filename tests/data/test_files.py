@@ -282,10 +282,6 @@ def test_large_json_lists_stream_over_the_ends_of_what_is_read(tmp_path):
     rows = [{"prompt": f"{n} " + "x" * (n % 97) + '"\\é', "n": [n, {"deep": [n]}]} for n in range(30_000)]
     path = saved(tmp_path, "a.json", json.dumps(rows, ensure_ascii=False))
     assert [row.cells for row in read_rows(str(path))] == rows
-    found = list(read_rows(str(saved(tmp_path, "c.json", f"[{', '.join(map(str, range(300_000)))}]"))))
-    assert [row.content for row in found[::99_999]] == [
-        f"it must be a JSON object, got {n}" for n in range(0, 300_000, 99_999)
-    ]
     path = saved(tmp_path, "b.json", json.dumps(rows[:3_000], indent=3))
     found = list(read_rows(str(path)))
     assert [row.cells for row in found] == rows[:3_000]

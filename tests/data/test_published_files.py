@@ -15,6 +15,7 @@ from rayrl.data.chats import read_chat
 from rayrl.data.files import refused_text
 from rayrl.data.pairs import PairCounts, read_pairs
 from rayrl.data.reading import PromptCounts, Room, read_prompts, read_seed_rows
+from rayrl.data.rows import read_rows
 from rayrl.errors import DataError
 from tests.chat_policies import assistant, user
 
@@ -404,6 +405,13 @@ def test_an_object_that_is_too_long_is_told_so(tmp_path, monkeypatch):
     path = saved(tmp_path, "a.json", json.dumps({"data": [{"prompt": "x" * 100}] * 400}, indent=1))
     with pytest.raises(DataError, match=r"line 1: the value that begins here is longer than 20,000 .*; write each row"):
         prompts_of(path)
+
+
+def test_numbers_are_not_cut_at_the_ends_of_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "_CHUNK_CHARACTERS", 10)
+    path = saved(tmp_path, "a.json", json.dumps([*range(1_000, 1_100)]))
+    found = [row.content for row in read_rows(str(path))]
+    assert found == [f"it must be a JSON object, got {number}" for number in range(1_000, 1_100)]
 
 
 def test_tool_calls_with_arguments_that_cannot_be_parsed_keep_them_as_text():
