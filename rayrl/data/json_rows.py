@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -29,6 +30,24 @@ _CUT_IN_A_TEXT = f"{_NOT_JSON}Invalid control character"
 
 Content = dict[str, object] | str
 """Cells of a row, or its fault."""
+
+
+class Ambiguous(dict[str, object]):
+    """An object that has keys twice, with the last value of each."""
+
+    twice: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    ambiguous = Ambiguous(found)
+    ambiguous.twice = frozenset(key for key, num in Counter(key for key, _ in pairs).items() if num > 1)
+    return ambiguous
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def json_rows(
@@ -106,7 +125,7 @@ def _may_span_lines(first: str, fault: str, second: str | None) -> bool:
 def _parse(line: str) -> Content:
     """Parse one line that should hold one object."""
     try:
-        return _as_row(json.loads(line.removeprefix("\ufeff")))
+        return _as_row(_DECODER.decode(line.removeprefix("\ufeff")))
     except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError too
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         return f"{_NOT_JSON}{reason}; got {line.strip()[:SHOWN_CHARACTERS]!r}"
@@ -120,7 +139,6 @@ def _as_row(value: object) -> Content:
 
 def _values(chunks: Iterator[str], path: str, line: int) -> Iterator[tuple[int, object]]:
     """Yield the values of lists, or values, one behind the other, each with its first line."""
-    decoder = json.JSONDecoder()
     buffer, start, at_end = "", 0, False
 
     def read(num_characters: int) -> None:
@@ -167,7 +185,7 @@ def _values(chunks: Iterator[str], path: str, line: int) -> Iterator[tuple[int, 
             start += 1
             continue
         try:
-            value, end = decoder.raw_decode(buffer, start)
+            value, end = _DECODER.raw_decode(buffer, start)
         except json.JSONDecodeError as error:
             # At the end of what is read, the value may go on behind it.
             is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - _LONGEST_TOKEN

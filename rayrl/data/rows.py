@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rayrl.data import files
 from rayrl.data.csv_rows import csv_rows
 from rayrl.data.files import OpenFile
-from rayrl.data.json_rows import json_rows
+from rayrl.data.json_rows import Ambiguous, json_rows
 from rayrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -131,6 +131,11 @@ class _Source:
             return columns
         return list(dict.fromkeys((*self.needed, *(name for name in self.optional if name in columns))))
 
+    def without_twins(self, row: Ambiguous) -> SourceRow | str:
+        """Return the row, or its fault if a column that is read is there twice."""
+        twice = row.twice if self.needed is None else row.twice.intersection((*self.needed, *self.optional))
+        return f"it has the key {min(twice)} twice; remove all but one of them" if twice else row
+
     def watched(self, columns: list[str]) -> list[str]:
         return [name for name in self.watch.columns if name in columns]
 
@@ -197,6 +202,8 @@ def _text_rows(file: OpenFile, path: str, source: _Source) -> Iterator[Row]:
             extra = (*source.optional, *source.watch.columns)
             rows = csv_rows(text, path, source.needed, extra, check_columns, is_tsv=file.format == "tsv")
         for number, (line, content) in enumerate(rows, 1):
+            if isinstance(content, Ambiguous):
+                content = source.without_twins(content)
             if watched and not isinstance(content, str):
                 source.watch.num_rows.update(name for name in watched & content.keys() if content[name])
             where = f"{path}, row {number}" if line in (number, None) else f"{path}, row {number} (line {line})"

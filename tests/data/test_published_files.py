@@ -82,6 +82,7 @@ READ = [
     ("lines.txt", lines({"prompt": EGG}, {"prompt": RIVER}), {}, BOTH),
     ("no-suffix", lines({"prompt": EGG}, {"prompt": RIVER}), {}, BOTH),
     ("list.json", json.dumps([{"prompt": EGG}, {"prompt": RIVER}]), {}, BOTH),
+    ("another-key-twice.jsonl", f'{{"x": 1, "x": 2, "prompt": "{EGG}", "y": {{"prompt": 1, "prompt": 2}}}}', {}, [EGG]),
     ("lists-behind-one-another.json", f'[{{"prompt": "{EGG}"}}]\n\n[]\ufeff[{{"prompt": "{RIVER}"}}]\n', {}, BOTH),
     ("lists-of-a-line-each.jsonl", f'[{{"prompt": "{EGG}"}}]\n[{{"prompt": "{RIVER}"}}]\n', {}, BOTH),
     ("list.jsonl", json.dumps([{"prompt": EGG}, {"prompt": RIVER}], indent=2), {}, BOTH),
@@ -206,6 +207,18 @@ REFUSED = [
         '[{"prompt": "a"}]\n{"prompt": "b"}\n',
         {},
         "line 2: text follows the end of the list; r",
+    ),
+    (
+        "key-twice.jsonl",
+        '{"prompt": "a", "prompt": "b"}\n',
+        {},
+        "row 1: it has the key prompt twice; remove all but one",
+    ),
+    (
+        "key-twice.json",
+        '[{"prompt": "a", "prompt": "b"}]',
+        {},
+        "row 1: it has the key prompt twice; remove all but one",
     ),
     ("text-behind-a-list.json", '[{"prompt": "a"}] more', {}, "line 1: text follows the end of the list; remove it"),
     (
