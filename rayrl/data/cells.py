@@ -15,12 +15,12 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def text_cell(cell: object, column: str, where: str) -> str:
-    """Read a cell that holds text, or nothing.
+    """Read a cell that holds text, or nothing (null, or the number NaN, as which pandas writes an empty cell).
 
     Raises:
         DataError: it holds something else, or text that is none (see `check_text`).
     """
-    if cell is None:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     if not isinstance(cell, str):
         hint = "; a chat belongs into messages_column" if isinstance(cell, list) else "; write it as text"
@@ -51,8 +51,8 @@ def check_text(text: str, what: str, where: str) -> None:
 
 
 def canonical(text: str) -> str:
-    """Write a text in the one way of all that differ from it in nothing but white space at the ends of lines, line
-    breaks, or the composition of characters (Unicode's normal form C).
+    """Write a text in the one way of all that differ from it in nothing but white space at the ends of lines and around
+    the whole text, Windows' line breaks (CR LF for LF), or the composition of characters (Unicode's normal form C).
     """
     text = text.replace("\r\n", "\n").strip()
     if " \n" in text or "\t\n" in text:

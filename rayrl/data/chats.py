@@ -45,9 +45,14 @@ _BEGINS_LIKE_A_TURN = re.compile(
     rf"(?:{'|'.join(LABELS.values())})(?: \(.*\))?(?: \[.*\])?:|{LABELS['assistant']} calls "
 )
 _DIALOGUE = re.compile(r"\s*(?:###\s*)?Human:")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
+_UNPARTED_ANSWER = re.compile(r"^Assistant:", re.MULTILINE)
 _HASHED_TURN = re.compile(r"\s*###\s*(Human|Assistant):")
 _PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'")
+_BEGINS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value|text)["']\s*:""")
+_KNOWN_ROLE = re.compile(
+    rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(map(re.escape, (*ROLES, *CALL_ROLES)))})["']""", re.IGNORECASE
+)
 
 
 def read_chat(cell: object, where: str, *, default_role: str | None = None) -> Messages:
@@ -61,8 +66,14 @@ def read_chat(cell: object, where: str, *, default_role: str | None = None) -> M
     Raises:
         DataError: it is none of these, or a message is malformed.
     """
-    if isinstance(cell, str) and is_dialogue(cell):
-        return _read_dialogue(cell)
+    if isinstance(cell, str):
+        if is_dialogue(cell):
+            return _read_dialogue(cell, where)
+        if not cell.lstrip().startswith(("[", "{")) and cell.strip():
+            raise DataError(
+                f"{where}: a list of messages was expected, got {cell[:SHOWN_CHARACTERS]!r}; a column of plain texts "
+                "belongs into prompt_column"
+            )
     return [read_message(message, where, default_role=default_role) for message in read_list(cell, where)]
 
 
@@ -71,7 +82,35 @@ def is_dialogue(text: str) -> bool:
     return _DIALOGUE.match(text) is not None
 
 
-def _read_dialogue(dialogue: str) -> Messages:
+def is_chat(text: str) -> bool:
+    """Return whether a text is a chat: a dialogue with a turn of the assistant, or messages with their roles, as JSON
+    or as Python's repr, which `read_chat` refuses.
+    """
+    if is_dialogue(text):
+        return "Assistant:" in text
+    # An object without a known role may be what a text is about.
+    return _BEGINS_LIKE_MESSAGES.match(text) is not None and _KNOWN_ROLE.search(text) is not None
+
+
+def read_reply(cell: object, where: str) -> str:
+    """Read the text of a reply: a text as it is, or the last assistant message of a chat, which need not name its role.
+
+    Raises:
+        DataError: it is neither, or a chat without an assistant message.
+    """
+    if cell is None or (isinstance(cell, str) and not is_chat(cell)):
+        return cell or ""
+    chat = read_chat(cell, where, default_role="assistant")
+    if not chat:
+        return ""
+    texts = [content_of(message) for message in chat if message["role"] == "assistant"]
+    if not texts:
+        shown = str(cell)[:SHOWN_CHARACTERS]
+        raise DataError(f"{where}: an assistant message is needed, got {shown}; add one, or remove the row")
+    return texts[-1]
+
+
+def _read_dialogue(dialogue: str, where: str) -> Messages:
     # A turn begins after a blank line, as all but the first do, or at its hashes; elsewhere "Human:" is text. The split
     # gives "" and then speaker, text, speaker, text, ...
     turn = _HASHED_TURN if dialogue.lstrip().startswith("#") else _TURN
@@ -79,6 +118,12 @@ def _read_dialogue(dialogue: str) -> Messages:
     messages: Messages = []
     for speaker, text in zip(turns[::2], turns[1::2], strict=True):
         messages.append({"role": SPEAKERS[speaker], "content": text.strip()})
+    # Inside a chat, a line of the user may begin so; at its end it is the answer, which must not stay in the prompt.
+    if messages[-1]["role"] == "user" and _UNPARTED_ANSWER.search(content_of(messages[-1])):
+        raise DataError(
+            f"{where}: each turn of a dialogue must begin after a blank line, and its last Assistant: does not, got "
+            f"{dialogue[-SHOWN_CHARACTERS:]!r}; put a blank line before each speaker"
+        )
     return messages
 
 
@@ -92,12 +137,12 @@ def read_list(cell: object, where: str) -> list[object]:
     if isinstance(cell, str):
         try:
             parsed = json.loads(cell) if cell.strip() else []
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of too many digits, or too many levels
             parsed = cell  # refused below, as any other text
     if parsed is None:
         return []
     if isinstance(parsed, dict):
-        return [cast("object", parsed)]
+        return _transposed(cast("dict[str, object]", parsed))
     if isinstance(parsed, list):
         return cast("list[object]", parsed)
     shown = str(cell)[:SHOWN_CHARACTERS]
@@ -107,6 +152,21 @@ def read_list(cell: object, where: str) -> list[object]:
             "write the column with json.dumps"
         )
     raise DataError(f"{where}: a list of messages was expected, got {shown!r}")
+
+
+def _transposed(fields: dict[str, object]) -> list[object]:
+    """Return the objects of a list that is written by fields, as `datasets` writes it; any other object alone."""
+    columns = [cast("list[object]", column) for column in fields.values() if isinstance(column, list)]
+    names = (*CONTENT_NAMES, *REPLY_NAMES)
+    has_texts = any(
+        name in names and isinstance(column, list) and all(isinstance(each, str | None) for each in column)
+        for name, column in fields.items()
+    )
+    # A message may have parts of content, or tool calls, that are lists: not both of texts and of one length.
+    is_by_fields = 1 < len(columns) == len(fields) and len(set(map(len, columns))) == 1
+    if not is_by_fields or not has_texts:
+        return [fields]
+    return [dict(zip(fields, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def read_message(cell: object, where: str, *, default_role: str | None = None) -> Message:
@@ -186,7 +246,7 @@ def _parse_calls(text: str, where: str) -> list[object]:
     """Read the content of a message in one of CALL_ROLES."""
     try:
         parsed = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         parsed = text  # refused by its reader
     calls = cast("list[object]", parsed) if isinstance(parsed, list) else [parsed]
     return [_read_tool_call(call, where) for call in calls]
@@ -207,7 +267,7 @@ def _read_tool_call(call: object, where: str) -> Message:
         # Chat templates write the arguments as JSON: an object that is JSON already would be quoted once more.
         try:
             parsed = json.loads(arguments)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             parsed = None
         arguments = cast("object", parsed) if isinstance(parsed, dict) else arguments
     read: Message = {

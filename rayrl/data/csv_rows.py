@@ -8,9 +8,8 @@ import csv
 import io
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rayrl.errors import DataError
@@ -22,7 +21,9 @@ SEPARATORS = (",", ";", "\t", "|")
 MAX_CELL_CHARACTERS = 1 << 26
 """Longest cell: a quotation mark that never closes must not take the rest of a large file into memory."""
 _SAMPLE_CHARACTERS = 1 << 16
-_NAMED_SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+_NAMED_SEPARATOR = re.compile(r"sep=([^\r\n])[^\S\r\n]*(\r\n?|\n)", re.IGNORECASE)
+_ESCAPED_MARK = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
+"""A quotation mark behind a backslash that is not behind another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +31,19 @@ class Dialect:
     """The way in which a file writes its cells."""
 
     separator: str
-    escape: str | None = None
-    """Character before a quotation mark inside a quoted cell; None if the mark is doubled."""
+    escapes_marks: bool = False
+    """Whether a backslash stands before a quotation mark inside a quoted cell, where others double the mark. Any other
+    backslash is text."""
     skips_space: bool = False
     """Whether a space behind a separator is no part of the cell."""
 
     def reader(self, lines: Iterable[str]) -> "Reader":
         """Parse lines, and raise at a quotation mark in a wrong place."""
-        return csv.reader(
-            lines,
-            delimiter=self.separator,
-            escapechar=self.escape,
-            doublequote=self.escape is None,
-            skipinitialspace=self.skips_space,
-            strict=True,
-        )
+        # Only the marks are written anew: an escape character of the parser would take every backslash for one, and
+        # accept marks in wrong places.
+        if self.escapes_marks:
+            lines = (_ESCAPED_MARK.sub(r'\1""', line) for line in lines)
+        return csv.reader(lines, delimiter=self.separator, skipinitialspace=self.skips_space, strict=True)
 
 
 def csv_rows(
@@ -67,7 +66,7 @@ def csv_rows(
         is_tsv: whether a tab is the likeliest separator.
 
     Raises:
-        DataError: a needed column is there twice, or a quotation mark is in a wrong place, or never closes.
+        DataError: a quotation mark is in a wrong place, or never closes.
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     sample = file.read(_SAMPLE_CHARACTERS) + file.readline()
@@ -80,8 +79,7 @@ def csv_rows(
     reader = dialect.reader(itertools.chain(io.StringIO(sample, newline=""), file))
     line = 1 + num_skipped
     try:
-        columns = [name.strip() for name in next(reader, [])]
-        _check_header(columns, needed, path)
+        columns = [name.strip() for name in _read_header(reader)]
         if columns:
             check_columns(columns)
         wanted = {
@@ -98,7 +96,7 @@ def csv_rows(
                 continue  # an empty line
             num_more = len(cells) - len(columns)
             if num_more < 0 or any(cells[len(columns) :]):
-                yield line, _wrong_number(len(cells), len(columns), dialect.separator)
+                yield line, _wrong_number(cells, len(columns), dialect.separator)
             else:
                 yield line, {name: cells[place] for place, name in wanted.items()}
     except csv.Error as error:
@@ -115,18 +113,20 @@ def _reason(error: csv.Error) -> str:
     return str(error)
 
 
-def _wrong_number(num_cells: int, num_columns: int, separator: str) -> str:
-    more = "more" if num_cells > num_columns else "fewer"
-    remedy = ""
-    if num_cells > num_columns:
-        remedy = f"; a cell that holds the separator {separator!r} must stand in quotation marks"
-    return f"it has {more} cells than the header, {num_cells} for {num_columns} columns{remedy}"
+def _wrong_number(cells: list[str], num_columns: int, separator: str) -> str:
+    more = "more" if len(cells) > num_columns else "fewer"
+    if any(re.match(r' +"', cell) for cell in cells):
+        remedy = "no space may stand before the quotation mark that opens a cell"
+    elif len(cells) > num_columns:
+        remedy = f"a cell that holds the separator {separator!r} must stand in quotation marks"
+    else:
+        remedy = f"write all of its cells, also the empty ones, with the separator {separator!r} between them"
+    return f"it has {more} cells than the header, {len(cells)} for {num_columns} columns; {remedy}"
 
 
-def _check_header(columns: list[str], needed: Sequence[str] | None, path: str) -> None:
-    for name, num in Counter(columns).items():
-        if num > 1 and needed is not None and name in needed:
-            raise DataError(f"{path} has {num} columns named {name}; rename all but one of them")
+def _read_header(reader: "Reader") -> list[str]:
+    """Read the first line that is not blank."""
+    return next((cells for cells in reader if any(map(str.strip, cells))), [])
 
 
 def find_dialect(
@@ -141,24 +141,24 @@ def find_dialect(
         separator: the one that the file names itself.
     """
     # A separator that the header lacks separates nothing: rows of one column that hold it are refused.
-    first_line = sample.partition("\n")[0]
+    first_line = re.split(r"[\r\n]", sample.lstrip("\r\n "), maxsplit=1)[0]
     found = [each for each in separators if each in first_line] or separators[:1]
     candidates = [
-        Dialect(separator=each, escape=escape)
+        Dialect(separator=each, escapes_marks=escapes_marks)
         for each in ([separator] if separator else found)
-        for escape in ((None, "\\") if '\\"' in sample else (None,))
+        for escapes_marks in ((False, True) if '\\"' in sample else (False,))
     ]
     # The first of equals counts; where no separator gives a needed column, the one with most columns makes the
     # clearest message.
     best = max(candidates, key=lambda dialect: _fitness(sample, dialect, needed))
     header = _header(sample, best)
     skips_space = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-    return Dialect(separator=best.separator, escape=best.escape, skips_space=skips_space)
+    return replace(best, skips_space=skips_space)
 
 
 def _header(sample: str, dialect: Dialect) -> list[str]:
     try:
-        return next(dialect.reader(io.StringIO(sample, newline="")), [])
+        return _read_header(dialect.reader(io.StringIO(sample, newline="")))
     except csv.Error:
         return []
 
@@ -173,6 +173,6 @@ def _fitness(sample: str, dialect: Dialect, needed: Sequence[str]) -> tuple[int,
         for cells in reader:
             num_broken += bool(cells) and len(cells) != len(header)
     except csv.Error as error:
-        # The sample may end inside a cell.
-        num_broken += 0 if "unexpected end of data" in str(error) else 1 + len(sample)
+        # The sample may end inside a cell. Of dialects that all break, that of the latest line names the true fault.
+        num_broken += 0 if "unexpected end of data" in str(error) else 2 * len(sample) - reader.line_num
     return num_found, -num_broken, len(header) if num_found == 0 else 0

@@ -36,6 +36,8 @@ FORMATS: dict[str, Format] = {
 """Formats by the suffix of a file, before that of its compression."""
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
+_WEB = ("http://", "https://")
+
 _PEEKED_BYTES = 256
 _BUFFER_BYTES = 1 << 20
 _BINARY: dict[bytes, Format] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -43,6 +45,14 @@ _BINARY: dict[bytes, Format] = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\x
 GIT_LFS = b"version https://git-lfs"
 """Beginning of a pointer that stands in the place of a file which Git LFS has not fetched."""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MARKS = {
+    "utf-8": codecs.BOM_UTF8,
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
+"""Byte order marks that Python reads as text; in the other encodings with marks it leaves them out."""
 
 
 def find_files(path: str) -> list[str] | None:
@@ -59,7 +69,8 @@ def find_files(path: str) -> list[str] | None:
     # An address may hold a question mark that is no pattern.
     if re.search(r"[*\[]" if is_url else r"[*?\[]", path):
         return _matching(path)
-    if suffix_of(path) is not None:
+    # Web servers have no folders, and a question whether an address is one would fetch the file.
+    if suffix_of(path) is not None and (not is_url or path.startswith(_WEB)):
         return [path]
     if is_url:
         with access_to(path):
@@ -106,10 +117,16 @@ def is_hub_name(path: str) -> bool:
 
 def suffix_of(path: str) -> str | None:
     """Return the suffix that names a file's format, in lower case; None without a known one."""
-    name = (urlsplit(path).path if path.startswith(("http://", "https://")) else path).lower()
+    name = (urlsplit(path).path if path.startswith(_WEB) else path).lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+
+
+def _is_text(path: str) -> bool:
+    """Return whether the suffix is that of a format of text."""
+    suffix = suffix_of(path)
+    return suffix is not None and FORMATS[suffix] in ("json", "csv", "tsv")
 
 
 def _known_suffixes() -> str:
@@ -131,16 +148,18 @@ def shards_in(folder: str, split: str) -> list[str]:
     """List the files of a folder that belong to a split, as `datasets.load_dataset` finds them.
 
     Raises:
-        DataError: the folder holds no file of a known format, files of several formats, or not the split.
+        DataError: the folder holds no file of a known format, files of several formats or of several configurations,
+            or not the split.
     """
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+    from datasets.data_files import EmptyDatasetError, get_data_patterns
 
+    _refuse_configurations(folder)
     try:
         patterns = {str(name): found for name, found in get_data_patterns(folder).items()}
     except (EmptyDatasetError, FileNotFoundError):
         patterns = {}
     by_split = {
-        name: sorted({file for pattern in found for file in resolve_pattern(pattern, folder) if suffix_of(file)})
+        name: sorted({file for pattern in found for file in _matches(pattern, folder) if suffix_of(file)})
         for name, found in patterns.items()
     }
     by_split = {name: files for name, files in by_split.items() if files}
@@ -158,6 +177,37 @@ def shards_in(folder: str, split: str) -> list[str]:
             f"{folder.rstrip('/')}/*.{formats[0]}"
         )
     return by_split[split]
+
+
+def _matches(pattern: str, folder: str) -> list[str]:
+    """List the files of a folder that match one pattern; `datasets` has several patterns for a split."""
+    from datasets.data_files import resolve_pattern
+
+    try:
+        return resolve_pattern(pattern, folder)
+    except FileNotFoundError:
+        return []
+
+
+def _refuse_configurations(folder: str) -> None:
+    """Refuse a local folder whose card, README.md, names several configurations: their rows belong apart.
+
+    Raises:
+        DataError: names them.
+    """
+    from huggingface_hub import metadata_load
+
+    # A card that is missing, or cannot be parsed, names nothing: YAML has errors of its own, and the shape is free.
+    try:
+        card = metadata_load(os.path.join(folder.removeprefix("file://"), "README.md")) or {}
+        names = [str(configuration["config_name"]) for configuration in card.get("configs") or []]
+    except Exception:
+        return
+    if len(names) > 1:
+        raise DataError(
+            f"{folder} holds several configurations of a data set, {', '.join(names)}; give a pattern for the files of "
+            f"one of them, such as {folder.rstrip('/')}/{names[0]}/*"
+        )
 
 
 @contextmanager
@@ -199,7 +249,9 @@ def open_file(path: str) -> Iterator[OpenFile]:
     """
     with ExitStack() as stack:
         with access_to(path):
-            raw = stack.enter_context(fsspec.open(path, "rb"))
+            # A text is read from its beginning to its end: one stream, which needs no server that gives parts of files.
+            streams = path.startswith(_WEB) and _is_text(path)
+            raw = stack.enter_context(fsspec.open(path, "rb", **({"block_size": 0} if streams else {})))
         file = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))  # pyright: ignore[reportArgumentType]
         beginning = file.peek(_PEEKED_BYTES)
         decompressed = _decompressed(file, beginning)
@@ -252,7 +304,10 @@ def as_text(file: io.BufferedReader, path: str, encoding: str, *, newline: str) 
     beginning = file.peek(2)
     if name == "utf-8" and beginning.startswith(_UTF_16):
         raise DataError(f'{path} is UTF-16 and not UTF-8; save it as UTF-8, or set encoding = "utf-16" for it')
-    return io.TextIOWrapper(file, "utf-8-sig" if name == "utf-8" else encoding, newline=newline)
+    mark = _MARKS.get(name, b"")
+    if mark and file.peek(len(mark)).startswith(mark):
+        file.read(len(mark))
+    return io.TextIOWrapper(file, encoding, newline=newline)
 
 
 def refused_text(path: str, encoding: str, error: UnicodeError) -> DataError:
@@ -260,13 +315,26 @@ def refused_text(path: str, encoding: str, error: UnicodeError) -> DataError:
     where, reason = path, str(error)
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
         with open_file(path) as opened:
-            for number, line in enumerate(opened.content, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as of_line:
-                    where, reason = f"{path}, line {number}", f"it has the byte 0x{line[of_line.start]:02x}"
-                    break
+            found = _first_bad_byte(opened.content)
+        if found is not None:
+            line, byte = found
+            where, reason = f"{path}, line {line}", f"it has the byte 0x{byte:02x}"
     return DataError(
         f"{where} is not in the encoding {encoding}: {reason}; save the file as UTF-8, or set its encoding, such as "
         'encoding = "cp1252" for files of Windows in western Europe'
     )
+
+
+def _first_bad_byte(file: io.BufferedReader) -> tuple[int, int] | None:
+    """Find the first byte that is not UTF-8, and its line; in pieces, since a file may be one line."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    while True:
+        piece = file.read(_BUFFER_BYTES)
+        try:
+            decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            return line + error.object.count(b"\n", 0, error.start), error.object[error.start]
+        if not piece:
+            return None
+        line += piece.count(b"\n")

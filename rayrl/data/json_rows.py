@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -21,16 +22,38 @@ MAX_VALUE_CHARACTERS = 1 << 28
 _CHUNK_CHARACTERS = 1 << 20
 _LONGEST_TOKEN = 16
 """Characters that may be missing at the end of a cut value: of a number, a word or an escaped character."""
-_BETWEEN_VALUES = re.compile(r"[\s,]*")
+# Files written one behind the other have byte order marks in the middle.
+_BETWEEN_VALUES = re.compile(r"[\s,\ufeff]*")
+_NOT_JSON = "the line is not JSON: "
+_CUT_IN_A_TEXT = f"{_NOT_JSON}Invalid control character"
+"""Beginning of the fault of a line that ends inside a text."""
 
 Content = dict[str, object] | str
 """Cells of a row, or its fault."""
 
 
+class Ambiguous(dict[str, object]):
+    """An object that has keys twice, with the last value of each."""
+
+    twice: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    ambiguous = Ambiguous(found)
+    ambiguous.twice = frozenset(key for key, num in Counter(key for key, _ in pairs).items() if num > 1)
+    return ambiguous
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def json_rows(
     file: io.TextIOWrapper, path: str, needed: Sequence[str] | None, check_columns: Callable[[list[str]], None]
-) -> Iterator[tuple[int, Content]]:
-    """Yield every row with its first line: its cells, or its fault.
+) -> Iterator[tuple[int | None, Content]]:
+    """Yield every row with its first line, if that is known: its cells, or its fault.
 
     Args:
         file: the text, with line breaks at line feeds alone: a JSON text may hold others.
@@ -51,25 +74,30 @@ def json_rows(
     yield from rows
 
 
-def _rows(file: io.TextIOWrapper, path: str, needed: Sequence[str] | None) -> Iterator[tuple[int, Content]]:
-    lines = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
-    number, line = next(lines, (0, ""))
-    if not line:
-        return
+def _rows(file: io.TextIOWrapper, path: str, needed: Sequence[str] | None) -> Iterator[tuple[int | None, Content]]:
+    # A list may be one line, as json.dump writes it: no more of it than a chunk is taken at a time.
+    number, line = 1, file.readline(_CHUNK_CHARACTERS)
+    while line.isspace():
+        number += line.count("\n")
+        line = file.readline(_CHUNK_CHARACTERS)
     if line.lstrip().startswith("["):
-        for at, value in _values(itertools.chain([line], file), path, number):
+        chunks = iter(lambda: file.read(_CHUNK_CHARACTERS), "")
+        for at, value in _values(itertools.chain([line], chunks), path, number):
             yield at, _as_row(value)
         return
+    if not line:
+        return
+    if not line.endswith("\n"):
+        line += file.readline()
+    lines = ((number, line) for number, line in enumerate(file, number + 1) if not line.isspace())
     content = _parse(line)
     second = next(lines, None)
-    spans_lines = isinstance(content, str) and line.lstrip().startswith("{")
-    if spans_lines and (second is None or isinstance(_parse(second[1]), str)):
+    if isinstance(content, str) and _may_span_lines(line, content, None if second is None else second[1]):
         text = itertools.chain([line], [] if second is None else [second[1]], file)
         yield from _lone_or_many(_values(text, path, number), path, needed)
         return
     if second is None and isinstance(content, dict):
-        for row in _rows_of_object(content, path, needed):
-            yield number, row
+        yield from _rows_of_object(content, number, path, needed)
         return
     yield number, content
     if second is not None:
@@ -78,14 +106,29 @@ def _rows(file: io.TextIOWrapper, path: str, needed: Sequence[str] | None) -> It
         yield number, _parse(line)
 
 
+def _may_span_lines(first: str, fault: str, second: str | None) -> bool:
+    """Return whether the first line, which is not JSON, may begin an object that goes on in the second one.
+
+    If not, it is a line that was cut, one fault among rows of a line each.
+    """
+    if not first.lstrip().startswith("{"):
+        return False
+    if second is None:
+        return True
+    if not isinstance(_parse(second), str):
+        return False
+    # No text goes on over the end of a line, and no object begins inside another one but behind one of these.
+    may_go_on = first.rstrip().endswith((":", "[", ",", "}")) and not fault.startswith(_CUT_IN_A_TEXT)
+    return may_go_on or not second.lstrip().startswith("{")
+
+
 def _parse(line: str) -> Content:
     """Parse one line that should hold one object."""
     try:
-        # Files written one behind the other have byte order marks in the middle.
-        return _as_row(json.loads(line.removeprefix("\ufeff")))
+        return _as_row(_DECODER.decode(line.removeprefix("\ufeff")))
     except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError too
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        return f"the line is not JSON: {reason}; got {line.strip()[:SHOWN_CHARACTERS]!r}"
+        return f"{_NOT_JSON}{reason}; got {line.strip()[:SHOWN_CHARACTERS]!r}"
 
 
 def _as_row(value: object) -> Content:
@@ -95,8 +138,7 @@ def _as_row(value: object) -> Content:
 
 
 def _values(chunks: Iterator[str], path: str, line: int) -> Iterator[tuple[int, object]]:
-    """Yield the values of a list, or values one behind the other, each with its first line."""
-    decoder = json.JSONDecoder()
+    """Yield the values of lists, or values, one behind the other, each with its first line."""
     buffer, start, at_end = "", 0, False
 
     def read(num_characters: int) -> None:
@@ -133,13 +175,26 @@ def _values(chunks: Iterator[str], path: str, line: int) -> Iterator[tuple[int, 
                 raise DataError(f"{path}, line {line}: the file is not JSON: its list is not closed; write it again")
             return
         if is_list and buffer[start] == "]":
-            return
+            start += 1
+            skip()
+            if start >= len(buffer):
+                return
+            # Files written one behind the other are several lists.
+            if buffer[start] != "[":
+                raise DataError(f"{path}, line {line}: text follows the end of the list; remove it, or write one list")
+            start += 1
+            continue
         try:
-            value, end = decoder.raw_decode(buffer, start)
+            value, end = _DECODER.raw_decode(buffer, start)
         except json.JSONDecodeError as error:
             # At the end of what is read, the value may go on behind it.
             is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - _LONGEST_TOKEN
-            if at_end or not is_cut or len(buffer) - start > MAX_VALUE_CHARACTERS:
+            if is_cut and not at_end and len(buffer) - start > MAX_VALUE_CHARACTERS:
+                raise DataError(
+                    f"{path}, line {line}: the value that begins here is longer than {MAX_VALUE_CHARACTERS:,} "
+                    "characters, or never closes; write each row as one object on a line of its own"
+                ) from None
+            if at_end or not is_cut:
                 at = line + buffer.count("\n", start, error.pos)
                 raise DataError(
                     f"{path}, line {at} is not JSON: {error.msg}; the value begins at line {line}. Correct it, or "
@@ -150,6 +205,10 @@ def _values(chunks: Iterator[str], path: str, line: int) -> Iterator[tuple[int, 
             continue
         except (ValueError, RecursionError) as error:  # too many digits, or too many levels
             raise DataError(f"{path}, line {line}: the value that begins here cannot be read: {error}") from None
+        # A number may go on behind what is read.
+        if end == len(buffer) and not at_end:
+            read(_CHUNK_CHARACTERS)
+            continue
         yield line, value
         line += buffer.count("\n", start, end)
         start = end
@@ -157,12 +216,11 @@ def _values(chunks: Iterator[str], path: str, line: int) -> Iterator[tuple[int, 
 
 def _lone_or_many(
     values: Iterator[tuple[int, object]], path: str, needed: Sequence[str] | None
-) -> Iterator[tuple[int, Content]]:
+) -> Iterator[tuple[int | None, Content]]:
     line, first = next(values, (0, None))
     second = next(values, None)
     if second is None and isinstance(first, dict):
-        for row in _rows_of_object(cast("dict[str, object]", first), path, needed):
-            yield line, row
+        yield from _rows_of_object(cast("dict[str, object]", first), line, path, needed)
         return
     yield line, _as_row(first)
     if second is not None:
@@ -171,8 +229,10 @@ def _lone_or_many(
         yield line, _as_row(value)
 
 
-def _rows_of_object(document: dict[str, object], path: str, needed: Sequence[str] | None) -> Iterator[Content]:
-    """Yield the rows of a file that is one object: itself, or those of the one list that it holds."""
+def _rows_of_object(
+    document: dict[str, object], line: int, path: str, needed: Sequence[str] | None
+) -> Iterator[tuple[int | None, Content]]:
+    """Yield the rows of a file that is one object: itself, or those of the one list that it holds, without lines."""
     if _is_by_columns(document, needed):
         raise DataError(
             f"{path} is one object of columns, and not of rows; write its rows, with pandas by "
@@ -183,9 +243,14 @@ def _rows_of_object(document: dict[str, object], path: str, needed: Sequence[str
         for key, value in document.items()
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in cast("list[object]", value))
     }
-    is_row = not lists or (needed is not None and any(name in document for name in needed))
-    if is_row:
-        yield document
+    # A row may hold lists of objects too, such as its messages: those of rows have a needed column.
+    items = itertools.chain.from_iterable(lists.values())
+    is_row = needed is not None and (
+        any(name in document for name in needed)
+        or not any(name in cast("dict[str, object]", item) for item in items for name in needed)
+    )
+    if is_row or not lists:
+        yield line, document
         return
     if len(lists) > 1:
         raise DataError(
@@ -193,7 +258,8 @@ def _rows_of_object(document: dict[str, object], path: str, needed: Sequence[str
             "file of its own"
         )
     (rows,) = lists.values()
-    yield from map(_as_row, rows)
+    for row in rows:
+        yield None, _as_row(row)
 
 
 def _is_by_columns(document: dict[str, object], needed: Sequence[str] | None) -> bool:

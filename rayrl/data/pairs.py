@@ -7,12 +7,13 @@ the assistant's turn at the end of each is the reply, and the messages before it
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rayrl.config import PreferenceDataConfig
-from rayrl.data.cells import SHOWN_CHARACTERS, check_text, number_cell
-from rayrl.data.chats import Messages, content_of, read_chat, read_list, read_message, split_reply
+from rayrl.data.cells import check_text, number_cell
+from rayrl.data.chats import Messages, content_of, read_chat, read_list, read_message, read_reply, split_reply
 from rayrl.data.reading import BadRows, Render, prompt_of, prompt_text, rows_of
 from rayrl.data.rows import Row, SourceRow
 from rayrl.errors import DataError
@@ -39,6 +40,8 @@ class PairCounts:
     bad_rows: BadRows = field(default_factory=BadRows)
     """Rows dropped by `on_bad_row`."""
     prompt_ids: set[str] = field(default_factory=set)
+    unread_columns: Counter[str] = field(default_factory=Counter[str])
+    """Rows by a column that holds something and is not used; see `reading.PromptCounts`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +80,8 @@ def read_pairs(
             and, once everything is read, rows whose preferred and other reply are the same text.
     """
     counts.bad_rows.are_dropped = config.on_bad_row == "drop"
-    rows_of_equal_texts: list[int] = []
-    for row in rows_of(config, pair_columns(config)):
+    num_equal_pairs, rows_of_equal_texts = 0, dict[int, None]()
+    for row in rows_of(config, pair_columns(config), counts.unread_columns):
         counts.num_rows += 1
         try:
             prompt = _prompt(row.cells, config, render, row.where)
@@ -99,17 +102,18 @@ def read_pairs(
                 if better.rank == worse.rank:
                     continue
                 if better.text.strip() == worse.text.strip():
-                    rows_of_equal_texts.append(row.number)
+                    num_equal_pairs += 1
+                    rows_of_equal_texts[row.number] = None
                     continue
                 counts.num_pairs += 1
                 counts.prompt_ids.add(prompt.id)
                 yield prompt, better, worse
     # Only now, so that one message counts them all.
     if rows_of_equal_texts:
-        shown = ", ".join(map(str, rows_of_equal_texts[:MAX_NAMED_ROWS]))
+        shown = ", ".join(map(str, itertools.islice(rows_of_equal_texts, MAX_NAMED_ROWS)))
         more = " ..." if len(rows_of_equal_texts) > MAX_NAMED_ROWS else ""
         error = DataError(
-            f"{config.path}: a chosen and a rejected answer must differ, and {len(rows_of_equal_texts)} pairs do not "
+            f"{config.path}: a chosen and a rejected answer must differ, and {num_equal_pairs} pairs do not "
             f"(row {shown}{more}); remove those rows"
         )
         counts.bad_rows.add(error, len(rows_of_equal_texts))
@@ -150,23 +154,14 @@ def _replies(row: Row, config: PreferenceDataConfig) -> list[RankedReply]:
 
 
 def _reply(cell: object, column: str, config: PreferenceDataConfig, where: str) -> str:
-    """Read the text of a reply; of a chat, its last assistant message, which need not name its role.
+    """Read the text of a reply; see `chats.read_reply`.
 
     A whole chat must end with the reply, since the messages before it are taken for the prompt: "" if it does not.
     """
     where = f"{where}, column {column}"
     if _holds_whole_chats(config):
         return split_reply(read_chat(cell, where))[1]
-    if isinstance(cell, str | None):
-        return cell or ""
-    chat = read_chat(cell, where, default_role="assistant")
-    if not chat:
-        return ""
-    texts = [content_of(message) for message in chat if message["role"] == "assistant"]
-    if not texts:
-        shown = str(cell)[:SHOWN_CHARACTERS]
-        raise DataError(f"{where}: an assistant message is needed, got {shown}; add one, or remove the row")
-    return texts[-1]
+    return read_reply(cell, where)
 
 
 def _holds_whole_chats(config: PreferenceDataConfig) -> bool:
@@ -184,11 +179,9 @@ def _differ_before_the_reply(cells: SourceRow, config: PreferenceDataConfig, whe
 def _rank(cell: object, where: str) -> float:
     """Read a reply's rank, or that of its score, the highest of which is best; NaN where it has neither."""
     assert isinstance(cell, dict)  # read_message refused it otherwise
-    if cell.get("rank") is not None:
-        rank = cell["rank"]
-        if isinstance(rank, bool) or not isinstance(rank, int | float):
-            raise DataError(f"{where}: a reply's rank must be a number, 0 for the best, got {rank!r}")
-        return float(rank)
+    rank = number_cell(cell.get("rank"), "rank", where)
+    if rank is not None:
+        return rank
     name = next((name for name in SCORE_NAMES if cell.get(name) is not None), None)
     score = None if name is None else number_cell(cell[name], name, where)
     return math.nan if score is None else -score

@@ -16,9 +16,10 @@ from rayrl.data.chats import (
     Messages,
     content_of,
     conversation_text,
-    is_dialogue,
+    is_chat,
     lone_text,
     read_chat,
+    read_reply,
     split_reply,
     split_turns,
 )
@@ -89,7 +90,7 @@ class PromptCounts:
     num_null_words: int = 0
     """Prompts that are but a word that programs write for an empty cell, such as "nan"."""
     num_dialogues: int = 0
-    """Prompts of `prompt_column` that are a whole dialogue, "Human: ... Assistant: ..."."""
+    """Prompts of `prompt_column` that are a whole chat, "Human: ... Assistant: ..." or messages as JSON."""
     unread_columns: Counter[str] = field(default_factory=Counter[str])
     """Rows by a column of `UNREAD_COLUMNS` or `UNREAD_CONTEXT` that holds something and is not used."""
 
@@ -139,8 +140,8 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """Yield the prompts of a pool, without empty ones and without duplicates.
 
-    Prompts are duplicates if their texts differ in nothing but white space at the ends of lines, line breaks and the
-    composition of characters (Unicode's normal form C); the first one counts.
+    Prompts are duplicates if their texts differ in nothing but white space at the ends of lines and around the whole
+    text, Windows' line breaks and the composition of characters (Unicode's normal form C); the first one counts.
 
     Args:
         config: source of the prompts. Of chat messages, the assistant's turn at the end is cut off.
@@ -164,7 +165,7 @@ def read_prompts(
             if config.on_bad_row == "drop":
                 raise DataError(f"{row.where}: its prompt has {num_tokens} tokens, and the context {room.num_tokens}")
             too_long.add(num_tokens, row.where)
-        counts.num_dialogues += isinstance(source, str) and is_dialogue(source) and "Assistant:" in source
+        counts.num_dialogues += isinstance(source, str) and is_chat(source)
         return prompt
 
     for prompt in _parsed(config, counts, parse):
@@ -181,7 +182,7 @@ def read_prompts(
         counts.num_null_words += len(prompt.text) < 16 and prompt.text.strip().lower() in NULL_WORDS
         yield prompt
     if room is not None:
-        too_long.refuse(room, counts.num_kept)
+        too_long.refuse(room, counts.num_kept + counts.num_duplicate)
 
 
 def read_seed_rows(
@@ -268,7 +269,14 @@ def rows_of(config: DataConfig, needed: Sequence[str], unread_columns: Counter[s
     watched = [name for name in unread if name not in needed and name not in optional]
     watch = Watch(columns=watched, num_rows=Counter() if unread_columns is None else unread_columns)
     rows = read_rows(config.path, needed, optional=optional, split=config.split, encoding=config.encoding, watch=watch)
-    return itertools.islice(rows, config.limit)
+    num_rows = 0
+    for row in itertools.islice(rows, config.limit):
+        num_rows += 1
+        yield row
+    # Of Parquet and Arrow, whole files and batches are counted, also behind the limit.
+    for name in watched:
+        if watch.num_rows[name] > num_rows:
+            watch.num_rows[name] = num_rows
 
 
 def _parsed(config: DataConfig, counts: PromptCounts, parse: Callable[[Row], T]) -> Iterator[T]:
@@ -289,7 +297,10 @@ def _split_row(row: Row, config: DataConfig, response_column: str | None, turns:
     if config.messages_column is not None:
         chat = read_chat(row.cells.get(config.messages_column), f"{row.where}, column {config.messages_column}")
         return [*split_turns(chat)] if turns == "all" else [split_reply(chat)]
-    response = text_cell(row.cells.get(response_column), response_column, row.where) if response_column else ""
+    response = ""
+    if response_column:
+        cell = text_cell(row.cells.get(response_column), response_column, row.where)
+        response = read_reply(cell, f"{row.where}, column {response_column}")
     return [(prompt_text(row.cells, config, row.where), response)]
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rayrl.data import files
 from rayrl.data.csv_rows import csv_rows
 from rayrl.data.files import OpenFile
-from rayrl.data.json_rows import json_rows
+from rayrl.data.json_rows import Ambiguous, json_rows
 from rayrl.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ SourceRow = dict[str, object]
 BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 16
 _UNREADABLE = (OSError, EOFError, LZMAError, zlib.error, pa.ArrowException)
+_WITHOUT_PARTS = ("support range requests", "Cannot seek streaming")
+"""Words of fsspec's errors about a web server that gives whole files alone."""
 _UNCONVERTIBLE = (ValueError, OverflowError, pa.ArrowException)
 
 
@@ -120,34 +122,38 @@ class _Source:
 
     def check_columns(self, path: str) -> Callable[[list[str]], None]:
         """Return the check of a file's columns."""
-        return lambda columns: _check_columns(path, self.needed or (), columns)
+        return lambda columns: _check_columns(path, self.needed or (), self.optional, columns)
 
     def wanted(self, path: str, columns: list[str]) -> list[str]:
         """Return those of a file's columns that are read."""
-        _check_columns(path, self.needed or (), columns)
+        _check_columns(path, self.needed or (), self.optional, columns)
         if self.needed is None:
             return columns
-        wanted = list(dict.fromkeys((*self.needed, *(name for name in self.optional if name in columns))))
-        for name in wanted:
-            if columns.count(name) > 1:
-                raise DataError(f"{path} has {columns.count(name)} columns named {name}; rename all but one of them")
-        return wanted
+        return list(dict.fromkeys((*self.needed, *(name for name in self.optional if name in columns))))
+
+    def without_twins(self, row: Ambiguous) -> SourceRow | str:
+        """Return the row, or its fault if a column that is read is there twice."""
+        twice = row.twice if self.needed is None else row.twice.intersection((*self.needed, *self.optional))
+        return f"it has the key {min(twice)} twice; remove all but one of them" if twice else row
 
     def watched(self, columns: list[str]) -> list[str]:
         return [name for name in self.watch.columns if name in columns]
 
 
-def _check_columns(path: str, needed: Sequence[str], columns: list[str]) -> None:
-    """Refuse a file that lacks a needed column.
+def _check_columns(path: str, needed: Sequence[str], optional: Sequence[str], columns: list[str]) -> None:
+    """Refuse a file that lacks a needed column, or has one that is read twice.
 
     Raises:
-        DataError: names the column, and the columns that exist.
+        DataError: names the column, and for one that is missing the columns that exist.
     """
     for column in needed:
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise DataError(f"{path} has no column {column}; the columns there are {', '.join(columns)}{hint}")
+    for column in (*needed, *optional):
+        if columns.count(column) > 1:
+            raise DataError(f"{path} has {columns.count(column)} columns named {column}; rename all but one of them")
 
 
 def _all_rows(path: str, split: str, source: _Source) -> Iterator[Row]:
@@ -174,6 +180,11 @@ def _file_rows(path: str, source: _Source) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:
+        if any(words in str(error) for words in _WITHOUT_PARTS):
+            raise DataError(
+                f"{path} needs a server that gives parts of a file, and this one does not; download it first, and give "
+                "the file"
+            ) from None
         # Filesystems behind a URL have errors of their own.
         if "://" not in path and not isinstance(error, _UNREADABLE):
             raise
@@ -191,9 +202,11 @@ def _text_rows(file: OpenFile, path: str, source: _Source) -> Iterator[Row]:
             extra = (*source.optional, *source.watch.columns)
             rows = csv_rows(text, path, source.needed, extra, check_columns, is_tsv=file.format == "tsv")
         for number, (line, content) in enumerate(rows, 1):
+            if isinstance(content, Ambiguous):
+                content = source.without_twins(content)
             if watched and not isinstance(content, str):
                 source.watch.num_rows.update(name for name in watched & content.keys() if content[name])
-            where = f"{path}, row {number}" if line == number else f"{path}, row {number} (line {line})"
+            where = f"{path}, row {number}" if line in (number, None) else f"{path}, row {number} (line {line})"
             yield Row(where, number, content)
 
 
@@ -312,7 +325,7 @@ def _saved(path: str, split: str) -> "Dataset":
 
     try:
         saved = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # any, as below
         raise DataError(f"{path} is no folder written by save_to_disk: {error}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
@@ -327,7 +340,8 @@ def _from_hub(path: str, split: str) -> "Dataset":
     name, _, configuration = path.partition(":")
     try:
         return cast("Dataset", datasets.load_dataset(name, configuration or None, split=split))
-    except (OSError, ValueError) as error:
+    # Of any kind: a loading script is a RuntimeError, and a file that cannot be parsed an error of `datasets`.
+    except Exception as error:
         raise DataError(
             f"{path} is no local file or folder, and loading split {split} from the hub failed ({error}); "
             "correct the path, or download the data set and give its file or folder"

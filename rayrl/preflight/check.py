@@ -68,7 +68,7 @@ def check(
     pool = inspect_pool(config, model)
     check_held_out(config, pool.counts)
     seed = inspect_seed_data(config, model)
-    inspect_others(config, model)
+    references = inspect_others(config, model)
     tables = inspect_oracle_tables(config, pool.longest)
     inspect_clustering_models(config, online=contact_oracle)
     pairs = _inspect_rlp(config, model, cluster, online=contact_oracle) if config.pipeline == "rlp" else None
@@ -114,6 +114,7 @@ def check(
             model=model,
             pool=pool,
             seed=seed,
+            references=references,
             tables=tables,
             pairs=pairs,
             workload=workload,

@@ -13,6 +13,7 @@ from pathlib import Path
 from rayrl.config import ReferenceAnswersConfig, RunConfig
 from rayrl.data import tokenizing
 from rayrl.data.chats import conversation_text
+from rayrl.data.pairs import PairCounts
 from rayrl.data.reading import (
     PromptCounts,
     Render,
@@ -193,8 +194,20 @@ def _read_to_the_end(rows: Iterable[object], setting: str) -> None:
         raise DataError(f"{setting}: {error}") from None
 
 
-def inspect_others(config: RunConfig, model: ModelFacts) -> None:
+def unread_warnings(name: str, counts: PromptCounts | PairCounts) -> list[str]:
+    """Warn of columns that hold something and are not read."""
+    return [
+        f"{name}: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
+        "oracle sees it"
+        for column, num_rows in counts.unread_columns.items()
+    ]
+
+
+def inspect_others(config: RunConfig, model: ModelFacts) -> PromptCounts | None:
     """Refuse missing trackers, reference answers, benchmark tasks, functions and keys, without the network.
+
+    Returns:
+        Counts of the reference answers, if there are any.
 
     Raises:
         DataError: the table of reference answers is missing, lacks a column, or has a bad row or no answer.
@@ -202,8 +215,7 @@ def inspect_others(config: RunConfig, model: ModelFacts) -> None:
     """
     _inspect_tracking(config)
     answers = config.evaluate.reference_answers
-    if answers is not None:
-        _inspect_reference_answers(answers, renderer(config, model))
+    references = None if answers is None else _inspect_reference_answers(answers, renderer(config, model))
     lm_eval = config.evaluate.lm_eval
     if lm_eval.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
@@ -218,9 +230,10 @@ def inspect_others(config: RunConfig, model: ModelFacts) -> None:
     if config.pipeline == "rlp" and config.ppo.function is not None:
         check_function(config.ppo.function, "ppo.function")
     _inspect_oracle(config)
+    return references
 
 
-def _inspect_reference_answers(answers: ReferenceAnswersConfig, render: Render) -> None:
+def _inspect_reference_answers(answers: ReferenceAnswersConfig, render: Render) -> PromptCounts:
     counts = PromptCounts()
     _read_to_the_end(read_reference_answers(answers, render, counts), "evaluate.reference_answers.path")
     if counts.num_kept == 0:
@@ -228,6 +241,7 @@ def _inspect_reference_answers(answers: ReferenceAnswersConfig, render: Render) 
             f"evaluate.reference_answers.path {answers.path} has no row with a prompt and an answer "
             f"({counts.num_rows} rows{_dropped(counts)}); complete the rows, or correct the columns"
         )
+    return counts
 
 
 def _inspect_oracle(config: RunConfig) -> None:

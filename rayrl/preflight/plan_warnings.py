@@ -7,7 +7,7 @@ from rayrl.config import RunConfig
 from rayrl.data.reading import PromptCounts
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.cost import Cost
-from rayrl.preflight.inputs import PoolFacts
+from rayrl.preflight.inputs import PoolFacts, unread_warnings
 from rayrl.preflight.judge_prompts import JudgePromptFacts
 from rayrl.preflight.model import ModelFacts
 from rayrl.preflight.oracle_tables import TableFacts
@@ -25,6 +25,7 @@ def plan_warnings(
     model: ModelFacts,
     pool: PoolFacts,
     seed: PromptCounts | None,
+    references: PromptCounts | None,
     tables: Sequence[TableFacts],
     pairs: PairFacts | None,
     workload: Workload,
@@ -41,6 +42,7 @@ def plan_warnings(
         model: facts of the policy.
         pool: facts of the prompts.
         seed: counts of the seed data, if there is any.
+        references: counts of the reference answers, if there are any.
         tables: facts of the tables that the oracle answers from.
         pairs: facts of the file of pairs, if there is one.
         workload: responses, queries and pairs.
@@ -52,6 +54,7 @@ def plan_warnings(
     return (
         *_pool_warnings(config, pool, model),
         *([] if seed is None else _seed_warnings(seed)),
+        *([] if references is None else _table_warnings("evaluate.reference_answers", references)),
         *(warning for table in tables for warning in table.warnings()),
         *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
         *_cost_warnings(config, cost),
@@ -77,8 +80,8 @@ def _pool_warnings(config: RunConfig, pool: PoolFacts, model: ModelFacts) -> lis
         )
     if counts.num_dialogues:
         found.append(
-            f"pool: {counts.num_dialogues} prompts are whole dialogues, Human: ... Assistant: ..., with answers in "
-            f"them; to have them read as chats, name their column in pool.messages_column instead"
+            f"pool: {counts.num_dialogues} prompts are whole dialogues, Human: ... Assistant: ... or messages as JSON, "
+            "with answers in them; to have them read as chats, name their column in pool.messages_column instead"
         )
     found += _table_warnings("pool", counts)
     if pool.num_cut:
@@ -102,11 +105,7 @@ def _table_warnings(name: str, counts: PromptCounts) -> list[str]:
             f"{name}: {counts.num_null_words} prompts are but a word for an empty cell, such as nan, None or NULL; "
             "leave those cells empty if they are"
         )
-    found += [
-        f"{name}: {num_rows} rows hold something in the column {column}, which is not read: neither the policy nor the "
-        "oracle sees it"
-        for column, num_rows in counts.unread_columns.items()
-    ]
+    found += unread_warnings(name, counts)
     return found
 
 

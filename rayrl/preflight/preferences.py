@@ -10,7 +10,7 @@ from rayrl.config import PreferencesConfig, RunConfig
 from rayrl.data.control_tokens import control_tokens
 from rayrl.data.pairs import PairCounts, read_pairs
 from rayrl.errors import ConfigError, DataError
-from rayrl.preflight.inputs import count_tokens, renderer
+from rayrl.preflight.inputs import count_tokens, renderer, unread_warnings
 from rayrl.preflight.model import ModelFacts
 
 _MEASURED_PAIRS = 2000
@@ -30,13 +30,14 @@ class PairFacts:
     """Pairs of which the context cuts an answer, or leaves nothing; of the measured ones."""
 
     def warnings(self) -> list[str]:
-        """Warn of rows that were dropped, and of pairs that the context cuts."""
+        """Warn of rows that were dropped, of columns that are not read, and of pairs that the context cuts."""
         bad_rows = self.counts.bad_rows
-        dropped = [f"preferences: {bad_rows.in_words()}"] if bad_rows.num else []
+        of_rows = [f"preferences: {bad_rows.in_words()}"] if bad_rows.num else []
+        of_rows += unread_warnings("preferences", self.counts)
         if not self.num_cut:
-            return dropped
+            return of_rows
         return [
-            *dropped,
+            *of_rows,
             f"preferences: the context cuts an answer of {self.num_cut} of {self.counts.num_pairs} pairs, or leaves no "
             "room for one; raise policy.max_model_len if the model allows it",
         ]

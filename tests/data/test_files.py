@@ -1,9 +1,13 @@
 """Files found, opened and read: formats, compressions, patterns, folders, and only the columns that are used."""
 
 import bz2
+import contextlib
+import functools
 import gzip
+import http.server
 import json
 import lzma
+import threading
 import tracemalloc
 
 import datasets
@@ -125,6 +129,91 @@ def test_folders_of_a_hub_data_set_have_its_splits(tmp_path):
         prompts_of(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("train/x", "test/x"), ("my_train", "my_test")])
+def test_folders_with_files_of_several_splits_have_them(tmp_path, train, test):
+    for name, prompt in ((train, EGG), (test, RIVER)):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(lines({"prompt": prompt}))
+    assert prompts_of(tmp_path) == [EGG]
+    assert prompts_of(tmp_path, split="test") == [RIVER]
+
+
+CARD = """---
+configs:
+- config_name: main
+  data_files: main/*
+- config_name: socratic
+  data_files: socratic/*
+---
+"""
+
+
+def test_a_folder_of_several_configurations_is_refused_with_a_pattern(tmp_path):
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        saved(tmp_path / name, "rows.jsonl", lines({"prompt": name}))
+    saved(tmp_path, "README.md", CARD)
+    for path in (str(tmp_path), f"file://{tmp_path}"):
+        with pytest.raises(DataError, match=r"several configurations of a data set, main, socratic; .*/main/\*"):
+            prompts_of(path)
+    assert prompts_of(f"{tmp_path}/main/*") == ["main"]
+    for card in (
+        "---\nconfigs: [\n---\n",
+        "---\nconfigs: 3\n---\n",
+        "---\nconfigs: [x]\n---\n",
+        "---\n- x\n---\n",
+        "\xff",
+    ):
+        saved(tmp_path, "README.md", card.encode("latin-1"))
+        assert len(prompts_of(tmp_path)) == 2
+
+
+def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path):
+    (tmp_path / "out.parquet").mkdir()
+    pq.write_table(pa.table({"prompt": [EGG]}), tmp_path / "out.parquet" / "part-0.parquet")
+    for path in (f"{tmp_path}/out.parquet", f"file://{tmp_path}/out.parquet", f"file://{tmp_path}/out.parquet/"):
+        assert prompts_of(path) == [EGG]
+
+
+class QuietServer(http.server.SimpleHTTPRequestHandler):
+    """A web server that gives whole files alone."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def copyfile(self, source, outputfile):
+        with contextlib.suppress(ConnectionError):  # a reader may close before the end
+            super().copyfile(source, outputfile)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(folder, address of the folder)."""
+    handler = functools.partial(QuietServer, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_large_texts_of_a_web_server_without_parts_are_read_and_other_files_refused(served):
+    folder, address = served
+    num_rows = 7 << 10
+    saved(folder, "large.jsonl", lines(*({"prompt": f"{n} " + "x" * 1000} for n in range(num_rows))))
+    saved(folder, "small.jsonl.gz", gzip.compress(lines({"prompt": EGG}).encode()))
+    assert sum(1 for _ in read_rows(f"{address}/large.jsonl", ["prompt"])) == num_rows
+    assert prompts_of(f"{address}/small.jsonl.gz") == [EGG]
+    texts = pa.array([f"{n} " + "x" * 1000 for n in range(num_rows)])
+    pq.write_table(pa.table({"prompt": texts}), folder / "large.parquet", compression="none", use_dictionary=False)
+    saved(folder, "parquet.jsonl", (folder / "large.parquet").read_bytes())
+    for name in ("large.parquet", "parquet.jsonl"):
+        with pytest.raises(DataError, match=r"needs a server that gives parts of a file, .*; download it first"):
+            prompts_of(f"{address}/{name}")
+
+
 def test_an_address_with_a_query_has_the_format_of_its_path():
     with pytest.raises(DataError, match=r"data.jsonl\?download=true (does not exist|cannot be)"):
         prompts_of("http://127.0.0.1:9/data.jsonl?download=true")
@@ -203,6 +292,23 @@ def test_a_filesystem_that_refuses_is_named(tmp_path, monkeypatch):
     for path in ("nonsense://bucket/pool.jsonl", "nonsense://bucket/*.jsonl", "nonsense://bucket/folder"):
         with pytest.raises(DataError, match=r"nonsense://bucket/\S+ cannot be opened: ValueError: Protocol not known"):
             prompts_of(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Dataset scripts are no longer supported, but found x.py"),
+        datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset"),
+        TypeError("unexpected"),
+    ],
+)
+def test_whatever_the_hub_raises_is_a_refusal(monkeypatch, error):
+    def load_dataset(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"user/name is no local file or folder, .*from the hub failed .*; correct the"):
+        prompts_of("user/name")
 
 
 def test_a_hub_data_set_is_read_by_configuration_split_and_column(monkeypatch):

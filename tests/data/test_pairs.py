@@ -169,8 +169,10 @@ def test_a_chosen_answer_equal_to_the_rejected_one_is_refused_with_its_row(tmp_p
         read(tmp_path, rows)
     with pytest.raises(DataError, match=r"9 pairs do not \(row 1, 2, 3, 4, 5 \.\.\.\)"):
         read(tmp_path, [same] * 9)
-    replies = [{"text": "x", "rank": 0}, {"text": "x", "rank": 1}]
-    with pytest.raises(DataError, match=r"row 1"):
+    replies = [{"text": "x", "rank": n} for n in range(3)]
+    _, counts = read(tmp_path, [{"prompt": "p", "replies": replies}], replies_column="replies", on_bad_row="drop")
+    assert counts.bad_rows.num == 1
+    with pytest.raises(DataError, match=r"3 pairs do not \(row 1\)"):
         read(tmp_path, [{"prompt": "p", "replies": replies}], replies_column="replies")
 
 
@@ -194,7 +196,16 @@ def test_a_chosen_answer_equal_to_the_rejected_one_is_refused_with_its_row(tmp_p
             r"row 1, column \w+: a message must be",
         ),
         ({"prompt": "p", "replies": ["x"]}, {"replies_column": "replies"}, r"row 1, column \w+: a message must be"),
-        ({"prompt": "p", "replies": [{"text": "x", "rank": "1"}]}, {"replies_column": "replies"}, "rank must be a num"),
+        (
+            {"prompt": "p", "replies": [{"text": "x", "rank": "1st"}]},
+            {"replies_column": "replies"},
+            "rank must be a num",
+        ),
+        (
+            {"prompt": "p", "replies": [{"text": "x", "rank": 10**400}]},
+            {"replies_column": "replies"},
+            "row 1, column replies: column rank must be a number",
+        ),
         ({"prompt": "p", "chosen": "a"}, {}, "has no column rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"replies_column": "x"}, "has no column x"),
         ({"chat": "no chat", "chosen": "a", "rejected": "b"}, {"messages_column": "chat"}, "a list of messages was"),

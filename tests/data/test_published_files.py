@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rayrl.config import DataConfig, PreferenceDataConfig, SeedDataConfig
+from rayrl.data import json_rows
 from rayrl.data.cells import check_text, number_cell
 from rayrl.data.chats import read_chat
+from rayrl.data.files import refused_text
 from rayrl.data.pairs import PairCounts, read_pairs
-from rayrl.data.reading import PromptCounts, read_prompts, read_seed_rows
+from rayrl.data.reading import PromptCounts, Room, read_prompts, read_seed_rows
+from rayrl.data.rows import read_rows
 from rayrl.errors import DataError
 from tests.chat_policies import assistant, user
 
@@ -48,6 +52,16 @@ READ = [
     ("spaces-in-header.csv", f'id, prompt\n1, {EGG}\n2, "a, b"\n', {}, [EGG, "a, b"]),
     ("doubled-marks.csv", 'id,prompt\n1,"say ""a"", then\n\nb"\n', {}, ['say "a", then\n\nb']),
     ("backslashes.csv", 'id,prompt\n1,"say \\"a\\", then b"\n', {}, ['say "a", then b']),
+    (
+        "escaped-marks-and-other-backslashes.csv",
+        'id,prompt\n1,"Simplify \\frac{1}{2}, say \\"a\\" and \\\\"\n2,Open C:\\temp\\new\n',
+        {},
+        ['Simplify \\frac{1}{2}, say "a" and \\\\', "Open C:\\temp\\new"],
+    ),
+    ("blank-lines-first.csv", f"\r\n  \r\nid,prompt\r\n1,{EGG}\r\n", {}, [EGG]),
+    ("blank-lines-first.tsv", f"\n\n\tprompt\n0\t{EGG}, or fry\n", {}, [f"{EGG}, or fry"]),
+    ("old-mac-semicolons.csv", "prompt\rBoil; or fry?\r", {}, ["Boil; or fry?"]),
+    ("marked-utf-16-le.csv", f"\ufeffprompt\n{EGG}\n".encode("utf-16-le"), {"encoding": "utf-16-le"}, [EGG]),
     ("cell-ends-in-backslash.csv", 'id,prompt,x\n1,"C:\\",y\n', {}, ["C:\\"]),
     ("empty-cells-behind.csv", f"prompt,response\n{EGG},x,,\n", {}, [EGG]),
     ("duplicate-of-another-column.csv", f"x,x,prompt\n1,2,{EGG}\n", {}, [EGG]),
@@ -68,6 +82,9 @@ READ = [
     ("lines.txt", lines({"prompt": EGG}, {"prompt": RIVER}), {}, BOTH),
     ("no-suffix", lines({"prompt": EGG}, {"prompt": RIVER}), {}, BOTH),
     ("list.json", json.dumps([{"prompt": EGG}, {"prompt": RIVER}]), {}, BOTH),
+    ("another-key-twice.jsonl", f'{{"x": 1, "x": 2, "prompt": "{EGG}", "y": {{"prompt": 1, "prompt": 2}}}}', {}, [EGG]),
+    ("lists-behind-one-another.json", f'[{{"prompt": "{EGG}"}}]\n\n[]\ufeff[{{"prompt": "{RIVER}"}}]\n', {}, BOTH),
+    ("lists-of-a-line-each.jsonl", f'[{{"prompt": "{EGG}"}}]\n[{{"prompt": "{RIVER}"}}]\n', {}, BOTH),
     ("list.jsonl", json.dumps([{"prompt": EGG}, {"prompt": RIVER}], indent=2), {}, BOTH),
     ("over-lines.jsonl", "".join(json.dumps({"prompt": p}, indent=2) + "\n" for p in BOTH), {}, BOTH),
     ("under-a-key.json", json.dumps({"version": 1, "data": [{"prompt": EGG}, {"prompt": RIVER}]}, indent=1), {}, BOTH),
@@ -77,6 +94,7 @@ READ = [
     ("other-line-breaks.jsonl", json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), {}, ["a\u2028b\x85c"]),
     ("utf-16.jsonl", lines({"prompt": EGG}).encode("utf-16"), {"encoding": "utf-16"}, [EGG]),
     ("joined-files.jsonl", "\ufeff" + lines({"prompt": EGG}) + "\ufeff" + lines({"prompt": RIVER}), {}, BOTH),
+    ("not-a-number.jsonl", lines({"instruction": EGG, "input": float("nan")}), {"prompt_column": "instruction"}, [EGG]),
     # Instructions, and dialogues in one string
     (
         "alpaca.jsonl",
@@ -108,6 +126,18 @@ READ = [
     ),
     ("without-input.jsonl", lines({"instruction": RIVER}), {"prompt_column": "instruction"}, [RIVER]),
     ("hh.jsonl", lines({"text": f"\n\nHuman: {EGG}\n\nAssistant: Ten minutes."}), {"messages_column": "text"}, [EGG]),
+    (
+        "windows-dialogue.csv",
+        'text\r\n"Human: a\r\n\r\nAssistant: b\r\n\r\nHuman: c"\r\n',
+        {"messages_column": "text"},
+        ["User: a\n\nAssistant: b\n\nUser: c"],
+    ),
+    (
+        "by-fields.jsonl",
+        lines({"c": {"from": ["human", "gpt"], "value": [EGG, "Ten minutes."]}}),
+        {"messages_column": "c"},
+        [EGG],
+    ),
     (
         "guanaco.jsonl",
         lines({"text": f"### Human: {EGG}### Assistant: Ten minutes."}),
@@ -157,7 +187,64 @@ REFUSED = [
     ),
     ("short-row.csv", f"id,prompt\n1,{EGG}\n2\n3,{RIVER}\n", {}, r"row 2 \(line 3\): it has fewer cells than the head"),
     ("commas.csv", "prompt\nWell, you\n", {}, r"row 1 \(line 2\): it has more cells than the header, 2 for 1 col.*','"),
+    (
+        "short-row-alone.csv",
+        "id,prompt\n1\n",
+        {},
+        r"fewer cells .*; write all of its cells, also the empty ones, .*','",
+    ),
+    ("space-before-mark.csv", 'id,prompt\n1, "a, b"\n', {}, "no space may stand before the quotation mark"),
     ("two-of-a-name.csv", f"prompt,prompt\n{EGG},\n", {}, "has 2 columns named prompt; rename all but one"),
+    (
+        "two-of-an-optional-name.csv",
+        "instruction,input,input\nSum,A,B\n",
+        {"prompt_column": "instruction"},
+        "has 2 columns named input; rename",
+    ),
+    ("escaped-and-broken.csv", 'id,prompt\n1,"use \\"a\\""\n2,"b"c\n', {}, "line 3: the row that begins here breaks"),
+    (
+        "object-behind-a-list.json",
+        '[{"prompt": "a"}]\n{"prompt": "b"}\n',
+        {},
+        "line 2: text follows the end of the list; r",
+    ),
+    (
+        "key-twice.jsonl",
+        '{"prompt": "a", "prompt": "b"}\n',
+        {},
+        "row 1: it has the key prompt twice; remove all but one",
+    ),
+    (
+        "key-twice.json",
+        '[{"prompt": "a", "prompt": "b"}]',
+        {},
+        "row 1: it has the key prompt twice; remove all but one",
+    ),
+    ("text-behind-a-list.json", '[{"prompt": "a"}] more', {}, "line 1: text follows the end of the list; remove it"),
+    (
+        "rows-under-a-key.json",
+        json.dumps({"data": [{"prompt": "a"}, {"prompt": 3}]}, indent=1),
+        {},
+        "json, row 2: column prompt must",
+    ),
+    (
+        "one-chat.jsonl",
+        lines({"messages": [user("a")]}),
+        {"messages_column": "conversations"},
+        "no column conversations; the columns there are messages",
+    ),
+    (
+        "texts-as-messages.jsonl",
+        lines({"m": EGG}),
+        {"messages_column": "m"},
+        "a list of messages was expected, .*; a column of plain texts belongs into prompt_column",
+    ),
+    (
+        "unparted.jsonl",
+        lines({"m": "Human: a\nAssistant: b"}),
+        {"messages_column": "m"},
+        "row 1, column m: each turn .* must begin after a blank line, .*; put a blank line before each",
+    ),
     (
         "open-mark.csv",
         'prompt\n"How do I boil\nName\nx\n',
@@ -283,6 +370,13 @@ DROPPED = [
     ),
     ("cells.csv", f"id,prompt\n1,{EGG}\n2\n3,a,b\n4,{RIVER}\n", {}, 2, r"row 2 \(line 3\): it has fewer cells"),
     (
+        "deep.csv",
+        "m\n" + "\n".join([f"Human: {EGG}", "[" * 20_000, "9" * 5_000, f"Human: {RIVER}"]) + "\n",
+        {"messages_column": "m"},
+        2,
+        "a list of messages was expected",
+    ),
+    (
         "list.json",
         json.dumps([{"prompt": EGG}, 7, {"prompt": "\ud83d"}, {"prompt": RIVER}]),
         {},
@@ -311,6 +405,63 @@ def test_bad_rows_are_dropped_and_counted(tmp_path, name, content, settings, num
         prompts_of(path, **settings)
 
 
+def test_two_lines_that_are_cut_at_the_beginning_are_two_bad_rows(tmp_path):
+    path = saved(tmp_path, "a.jsonl", '{"prompt": "x,\n{"prompt": "y"\n' + lines({"prompt": EGG}, {"prompt": RIVER}))
+    counts = PromptCounts()
+    assert prompts_of(path, counts, on_bad_row="drop") == BOTH
+    assert counts.bad_rows.num == 2
+
+
+def test_an_object_that_is_too_long_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "MAX_VALUE_CHARACTERS", 20_000)
+    monkeypatch.setattr(json_rows, "_CHUNK_CHARACTERS", 1_000)
+    path = saved(tmp_path, "a.json", json.dumps({"data": [{"prompt": "x" * 100}] * 400}, indent=1))
+    with pytest.raises(DataError, match=r"line 1: the value that begins here is longer than 20,000 .*; write each row"):
+        prompts_of(path)
+
+
+def test_numbers_are_not_cut_at_the_ends_of_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "_CHUNK_CHARACTERS", 10)
+    path = saved(tmp_path, "a.json", json.dumps([*range(1_000, 1_100)]))
+    found = [row.content for row in read_rows(str(path))]
+    assert found == [f"it must be a JSON object, got {number}" for number in range(1_000, 1_100)]
+
+
+def test_tool_calls_with_arguments_that_cannot_be_parsed_keep_them_as_text():
+    calls = [{"name": "f", "arguments": "[" * 30_000}]
+    chat = read_chat([user("a"), {"role": "assistant", "content": "b", "tool_calls": calls}], "here")
+    assert chat[1]["tool_calls"][0]["function"]["arguments"] == "[" * 30_000
+    with pytest.raises(DataError, match="here: a tool call must be"):
+        read_chat([{"from": "function_call", "value": "9" * 5_000}], "here")
+
+
+def test_the_first_bad_byte_of_a_file_of_one_line_is_found_in_pieces(tmp_path):
+    path = saved(tmp_path, "a.json", b'\n[{"prompt": "' + "\u00e9".encode() * (1 << 23) + b'\xe9"}]')
+    tracemalloc.start()
+    try:
+        refusal = refused_text(str(path), "utf-8", UnicodeError("x"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
+    assert "line 2 is not in the encoding utf-8: it has the byte 0xe9" in str(refusal)
+    path = saved(tmp_path, "b.json", b'[{"prompt": "a"}]\xe9')
+    with pytest.raises(DataError, match="line 1 is not in the encoding utf-8: it has the byte 0xe9"):
+        prompts_of(path)
+
+
+def test_prompts_that_are_too_long_are_counted_of_all_with_duplicates(tmp_path):
+    path = saved(tmp_path, "a.jsonl", lines({"prompt": "y" * 50}) * 3)
+    with pytest.raises(DataError, match="but 3 of 3 are not"):
+        list(read_prompts(DataConfig(path=str(path)), plain, None, Room(num_tokens=10, count_tokens=len)))
+
+
+def test_a_limit_bounds_the_rows_that_are_counted_as_unread(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"] * 50, "system": ["s"] * 50}), tmp_path / "a.parquet")
+    counts = PromptCounts()
+    assert prompts_of(tmp_path / "a.parquet", counts, limit=2) == ["a"]
+    assert counts.unread_columns == {"system": 2}
+
+
 def test_columns_that_nothing_is_made_of_are_counted(tmp_path):
     rows = [{"prompt": "a", "system": "Be brief.", "history": [], "tools": None}, {"prompt": "b", "input": "c"}]
     whole = [rows[0] | {"input": None}, rows[1] | {"system": None, "history": [], "tools": None}]
@@ -331,6 +482,9 @@ def test_words_for_empty_cells_and_whole_dialogues_are_counted(tmp_path):
     assert counts.num_null_words == 3
     counts = PromptCounts()
     prompts_of(saved(tmp_path, "b.jsonl", lines({"prompt": "\n\nHuman: a\n\nAssistant: b"}, {"prompt": "c"})), counts)
+    assert counts.num_dialogues == 1
+    counts = PromptCounts()
+    prompts_of(saved(tmp_path, "c.jsonl", lines({"prompt": json.dumps([user("a"), assistant("b")])})), counts)
     assert counts.num_dialogues == 1
 
 
@@ -423,6 +577,37 @@ def test_published_pairs(tmp_path):
     nectar = {"prompt": "q", "answers": [{"answer": "bad", "rank": 2.0}, {"answer": "good", "rank": 1.0}]}
     path = saved(tmp_path, "c.jsonl", lines(nectar, nectar))
     assert pairs_of(path, replies_column="answers")[0] == [("q", "good", "bad")] * 2
+
+
+CHATS_AS_TEXT = [
+    json.dumps([assistant("good")]),
+    json.dumps([{"content": "q", "role": "user"}, {"content": "good", "role": "assistant"}]),
+    json.dumps({"from": "gpt", "value": "good"}),
+    "\n\nHuman: q\n\nAssistant: good",
+]
+
+
+@pytest.mark.parametrize("cell", CHATS_AS_TEXT)
+def test_replies_that_are_chats_written_as_text_are_read_as_chats(tmp_path, cell):
+    row = {"prompt": "q", "chosen": cell, "rejected": cell.replace("good", "bad"), "response": cell}
+    path = saved(tmp_path, "a.jsonl", lines(row))
+    assert pairs_of(path)[0] == [("q", "good", "bad")]
+    assert [response for _, response in read_seed_rows(SeedDataConfig(path=str(path)), plain)] == ["good"]
+
+
+def test_replies_that_are_objects_of_another_kind_are_texts(tmp_path):
+    texts = ['{"text": "good"}', '{"from": "Oslo", "to": "Bergen"}', "{'role': 3}", "Human: rights are"]
+    path = saved(tmp_path, "a.jsonl", lines(*({"prompt": "q", "chosen": text, "rejected": "x"} for text in texts)))
+    assert [chosen for _, chosen, _ in pairs_of(path)[0]] == texts
+    path = saved(tmp_path, "b.jsonl", lines({"prompt": "q", "chosen": str([assistant("good")]), "rejected": "x"}))
+    with pytest.raises(DataError, match=r"row 1, column chosen: .*Python's repr of a list"):
+        pairs_of(path)
+
+
+def test_columns_beside_pairs_that_are_not_read_are_counted(tmp_path):
+    row = {"system": "Answer in French.", "question": "q", "chosen": "oui", "rejected": "yes"}
+    _, counts = pairs_of(saved(tmp_path, "a.jsonl", lines(row, row)), prompt_column="question")
+    assert counts.unread_columns == {"system": 2}
 
 
 def test_several_rejected_texts_are_several_pairs(tmp_path):

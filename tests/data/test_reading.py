@@ -27,7 +27,8 @@ def write(path, rows):
         case "jsonl":
             content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         case "json":
-            content = json.dumps(rows, indent=1).encode()
+            # As json.dump writes it: all in one line.
+            content = json.dumps(rows).encode()
         case "csv":
             with path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])

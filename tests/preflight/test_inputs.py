@@ -194,6 +194,14 @@ def test_the_plan_tells_what_is_dropped_and_what_is_not_read(tree, tmp_path):
     assert warned(plan, "pool: 1 prompts are whole dialogues")
 
 
+def test_columns_beside_reference_answers_that_are_not_read_are_told(tree, tmp_path):
+    rows = [{"prompt": "q", "response": "r", "system": "Be brief."}, {"prompt": 3}]
+    answers = {"path": save_rows(tmp_path / "answers.jsonl", rows), "on_bad_row": "drop"}
+    plan = plan_of(tree, evaluate__reference_answers=answers)
+    assert warned(plan, "evaluate.reference_answers: 1 rows hold something in the column system, which is not read")
+    assert warned(plan, "evaluate.reference_answers: dropped 1 bad rows")
+
+
 def test_seed_rows_are_read_to_the_end(tree, tmp_path):
     rows = [{"prompt": f"q {n}", "response": "r", "score": n} for n in range(3000)]
     path = save_rows(tmp_path / "seed.jsonl", [*rows, {"prompt": "q", "response": 7, "score": None}])

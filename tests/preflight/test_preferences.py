@@ -55,6 +55,12 @@ def test_a_file_of_pairs_is_counted(tmp_path):
     assert (counts.num_rows, counts.num_pairs, len(counts.prompt_ids)) == (3, 3, 2)
 
 
+def test_columns_beside_pairs_that_are_not_read_are_told(tmp_path):
+    rows = [row | {"system": "Answer in French."} for row in PAIRS]
+    (warning,) = inspect({"data": {"path": save(tmp_path / "a.jsonl", rows)}}).warnings()
+    assert warning.startswith("preferences: 3 rows hold something in the column system, which is not read")
+
+
 def test_a_policy_that_is_not_here_does_not_keep_chats_from_being_read(tmp_path):
     chats = [{"chat": [{"role": "user", "content": p}], "chosen": "a", "rejected": "b"} for p in "pq"]
     facts = inspect({"data": {"path": save(tmp_path / "a.jsonl", chats), "messages_column": "chat"}})
