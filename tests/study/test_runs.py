@@ -1,5 +1,7 @@
 """Studies of runs: which runs there are, what they share, and what is read of them. No run is made here."""
 
+import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,20 @@ def test_known_results_are_read_and_nothing_is_run(tmp_path):
     assert [(each.budget, round(each.difference.mean, 6)) for each in shuffled] == [(96, -1.0)]
     page = render_page(comparison)
     assert "the oracle labels everything (ceiling)" in page and "paid scores shuffled (floor)" in page
+
+
+def test_ratios_are_taken_against_a_baseline_that_is_a_variant(tmp_path):
+    study = quickstart(tmp_path, "baseline=direct", "budgets=[16,32]", 'measures=["gain"]')
+    gains = {"k_center": (0.9, 1.0), "random": (0.9, 1.0), "direct": (0.45, 0.9), "expert": (1.0, 1.0)}
+    outcomes = []
+    for arm, budget, seed in product(gains, (16, 32), (0, 1)):
+        values = {f"p{i}": gains[arm][budget == 32] + 0.001 * math.sin(i + seed) for i in range(20)}
+        cell = Cell(arm=arm, budget=budget, seed=seed)
+        outcomes.append(Outcome(cell=cell, key=f"{arm}{budget}{seed}", measured=[estimated("gain", values)]))
+    needed = {(each.arm, each.share): each for each in Comparison(study, outcomes).needed}
+    assert {arm for arm, _ in needed} == {"direct", "k_center", "random"}
+    assert needed["direct", 0.9].labels == pytest.approx(32, abs=0.1)
+    assert [needed[arm, 0.9].ratio for arm in ("direct", "random")] == [1.0, pytest.approx(2, abs=0.01)]
 
 
 def test_a_failed_run_is_told(tmp_path):
