@@ -55,7 +55,7 @@ class VariantConfig(Table):
     title: str = ""
     """In tables; empty is the variant's name."""
     set: dict[str, Any] = Field(default={})
-    """Settings of its runs, merged last."""
+    """Settings of its runs, merged last; none that the study decides (`SET_BY_STUDY`), and none that is on the grid."""
     policy: str | None = None
     """The policy of its run that is measured ("m1", "ppo"); None is the last one, "m2" or "rlp"."""
     pipeline: FunctionName | None = None
@@ -114,7 +114,7 @@ class StudyConfig(Table):
     set: dict[str, Any] = Field(default={})
     """Settings of all cells, merged into the base config."""
     grid: dict[str, Any] = Field(default={})
-    """Lists of values by setting: a further factor each."""
+    """Lists of values by setting: a further factor each. Of kind "labels" only what its cells read."""
     variants: dict[str, VariantConfig] = Field(default={})
     """kind "runs": rows beside the strategies, by name."""
     rows: list[str] = Field(default=[])
@@ -337,7 +337,8 @@ def _check_runs(study: StudyConfig) -> None:
             "workers use the cluster"
         )
     tables = {"grid": study.grid_settings, "set": [setting for setting, _ in _leaves(study.set)]}
-    own = {f"variants.{name}.set": [setting for setting, _ in _leaves(v.set)] for name, v in study.variants.items()}
+    variants = {name: variant for name, variant in study.variants.items() if name in study.arms}
+    own = {f"variants.{name}.set": [setting for setting, _ in _leaves(v.set)] for name, v in variants.items()}
     for table, settings in (tables | own).items():
         for setting in settings:
             if setting in SET_BY_STUDY:

@@ -135,10 +135,12 @@ def test_a_setting_that_no_cell_of_labels_reads_is_refused(pool, overrides):
         planned(pool, *(f"set.select.{each}" for each in overrides))
 
 
-def test_a_row_that_is_not_run_breaks_no_rule_of_reuse():
+def test_a_row_that_is_not_run_breaks_no_rule():
     study = load_study("jobs/configs/studies/rlp.toml", ['rows=["ppo","ensemble-worst-case","ensemble-mean"]'])
     assert load_study("jobs/configs/studies/rlp.toml", ['rows=["ppo","spg"]']).arms == ["spg", "ppo"]
     assert study.arms[1:] == ["ensemble-mean", "ensemble-worst-case"]
+    grid = ('rows=["ppo","spg"]', "grid.refresh.spg.gamma=[0.0,0.5]")  # which another row, "select-all", sets
+    assert len(load_study("jobs/configs/studies/rlp.toml", grid).points()) == 2
 
 
 def test_remote_vectors_are_known_by_what_they_hold(pool):
