@@ -28,8 +28,8 @@ SHARES = (0.8, 0.9, 0.95)
 """Of the gain of labelling everything."""
 LEVEL = 0.05
 """Of all tests together."""
-GAINS_OF_M1 = {"gain": 0.0, "win_rate": 0.5}
-"""Values of measures that are counted from M1, which has no labels, for M1 itself."""
+FROM_M1 = {"gain": 0.0, "win_rate": 0.5}
+"""Value of M1 itself, which has no labels, in each measure of runs that is counted from it."""
 LOSSES = frozenset({"regret", "regret_without_length", "kl", "perplexity", "labels"})
 """Measures of which less is better."""
 
@@ -187,8 +187,8 @@ class Comparison:
         for seed in everything:
             ceiling = values_of(everything[seed][self.measure]) if _has(everything, seed, self.measure) else {}
             floor: dict[str, float] = {}
-            if self.study.kind == "runs" and self.measure in GAINS_OF_M1:
-                floor = dict.fromkeys(ceiling, GAINS_OF_M1[self.measure])
+            if self.study.kind == "runs" and self.measure in FROM_M1:
+                floor = dict.fromkeys(ceiling, FROM_M1[self.measure])
             elif _has(nothing, seed, self.measure):
                 floor = values_of(nothing[seed][self.measure])
             if ceiling.keys() & floor.keys():

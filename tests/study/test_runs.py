@@ -144,6 +144,18 @@ def test_ratios_are_taken_against_a_baseline_that_is_a_variant(tmp_path):
     assert [needed[arm, 0.9].ratio for arm in ("direct", "random")] == [1.0, pytest.approx(2, abs=0.01)]
 
 
+@pytest.mark.parametrize(("measure", "of_m1"), [("gain", 0.0), ("win_rate", 0.5), ("score", None)])
+def test_what_labels_gain_is_counted_from_m1(tmp_path, measure, of_m1):
+    study = quickstart(tmp_path, f'measures=["{measure}"]')
+    outcomes = [
+        Outcome(cell=Cell(arm="expert", budget=96, seed=seed), key=f"{seed}", measured=[estimated(measure, {"p": 0.9})])
+        for seed in (0, 1)
+    ]
+    reachable = Comparison(study, outcomes).reachable(())
+    # A score of M1 is no constant: nothing is told of it.
+    assert reachable == ({} if of_m1 is None else {seed: ({"p": of_m1}, {"p": 0.9}) for seed in (0, 1)})
+
+
 def test_a_failed_run_is_told(tmp_path):
     study = quickstart(tmp_path)
     cell = Cell(arm="direct", budget=96, seed=0)
