@@ -133,6 +133,12 @@ class Labels:
     groups: np.ndarray
     compares: bool
 
+    @property
+    def digest(self) -> str:
+        """Name the texts, by their vectors, and the grades."""
+        arrays = (self.vectors, self.labels, self.groups)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
+
     def curve(self, rows: np.ndarray, num_heads: int, seed: int):
         measure = pair_learning_curve if self.compares else learning_curve
         return measure(self.vectors[rows], self.labels[rows], self.groups[rows], num_heads=num_heads, seed=seed)
@@ -179,6 +185,12 @@ def real_labels(folder: Path, cache: Path, compares: bool, with_length: bool) ->
         second += pairs[:, 1].tolist()
     differences, wins = vectors[first] - vectors[second], scores[first] > scores[second]
     return Labels(vectors=differences, labels=wins, groups=prompts[first], compares=True), name
+
+
+def trials_file(labels: Labels, what: str, vectors: str, budget: int, num_heads: int) -> str:
+    """Name the file of finished trials by all that decides them."""
+    told = f"{what}-{vectors}".replace(",", "").replace(" ", "-")
+    return f"{told}-{labels.digest}-{budget}-{num_heads}.jsonl"
 
 
 def minilm(texts: list[str]) -> np.ndarray:
@@ -290,7 +302,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for budget in arguments.budget:
-        kept = arguments.cache / f"{what.replace(', ', '-').replace(' ', '-')}-{budget}-{arguments.heads}.jsonl"
+        kept = arguments.cache / trials_file(labels, what, name, budget, arguments.heads)
         found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
         trials = range(1 + max((each["trial"] for each in found), default=-1), arguments.trials)
         with kept.open("a") as lines:

@@ -154,6 +154,12 @@ def bootstrap_means(
     A prompt is drawn for all seeds that have it, and all of its points together, so that resampled curves may be
     compared with each other. Of a single seed the prompts alone are drawn.
 
+    Resamples of few seeds are too near to each other: their variance is (S - 1) / S of an unbiased one, and their tails
+    are those of a normal distribution where the mean of S seeds has a t-distribution. What a seed's weight differs from
+    1 by is therefore multiplied by sqrt(S / (S - 1)) t(0.975, S - 1) / 1.96, as in the expanded percentile interval of
+    Hesterberg, "What Teachers Should Know About the Bootstrap" (2015): 9.2 with two seeds, 1.6 with five. A weight may
+    be negative.
+
     Args:
         seeds: values of each seed.
         prompts: ids of their rows.
@@ -164,22 +170,32 @@ def bootstrap_means(
     place = {prompt: number for number, prompt in enumerate(sorted(set().union(*prompts)))}
     drawn = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), size=num_resamples)
     counts = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=num_resamples)
+    seed_weights = 1 + (counts - 1) * _widening(len(seeds))
     means = np.zeros((num_resamples, seeds[0].shape[1]))
     for number, (values, ids) in enumerate(zip(seeds, prompts, strict=True)):
         weights = drawn[:, [place[prompt] for prompt in ids]].astype(np.float64)
         weights[weights.sum(1) == 0] = 1.0  # none of a seed's few prompts was drawn: as they are
         weights /= weights.sum(1, keepdims=True)
-        means += counts[:, number, None] / len(seeds) * (weights @ values)
+        means += seed_weights[:, number, None] / len(seeds) * (weights @ values)
     return means
 
 
-def interval(values: Float[np.ndarray, " n"], level: float = 0.95) -> tuple[float, float]:
-    """Central interval of resampled values, infinite ones included; NaN, which are undefined, are left out.
+def _widening(num_seeds: int) -> float:
+    """Factor by which a 95% interval of resampled seeds has to be wider."""
+    if num_seeds == 1:
+        return 1.0
+    return math.sqrt(num_seeds / (num_seeds - 1)) * float(t.ppf(0.975, num_seeds - 1)) / 1.96
 
-    Both ends are resampled values, since nothing lies between a number and infinity.
+
+def interval(values: Float[np.ndarray, " n"], level: float = 0.95) -> tuple[float, float]:
+    """Central interval of resampled values, infinite ones included; NaN of no values.
+
+    Both ends are resampled values, since nothing lies between a number and infinity. A value that is not defined (NaN)
+    may be anything: it counts as -inf at the low end, and as inf at the high one.
     """
-    known = np.sort(values[~np.isnan(values)])
-    if not len(known):
+    if not len(values):
         return math.nan, math.nan
-    beyond = round((1 - level) / 2 * (len(known) - 1), 9)  # rounded: 0.05 of 100 is 5
-    return float(known[int(beyond)]), float(known[len(known) - 1 - int(beyond)])
+    is_undefined = np.isnan(values)
+    lows, highs = (np.sort(np.where(is_undefined, end, values)) for end in (-np.inf, np.inf))
+    beyond = int(round((1 - level) / 2 * (len(values) - 1), 9))  # rounded: 0.05 of 100 is 5
+    return float(lows[beyond]), float(highs[len(values) - 1 - beyond])

@@ -34,11 +34,13 @@ def plan(study: StudyConfig) -> int:
             f"cells: {len(labels.jobs)}, {num_missing} of them to be done; {_at_once(study)}"
         )
         return 0
-    from rayrl.study.run_study import missing_runs, plan_runs
+    from rayrl.study.run_study import missing_runs, num_queries, plan_runs
 
     jobs = plan_runs(study)
     keys = {job.run_key for job in missing_runs(study, jobs)}
     print(
+        f"oracle: {jobs[0].config.oracle.label()}, at most {num_queries(jobs):,} queries by all runs together: labels, "
+        "and those of the evaluation\n"
         f"cells: {len(jobs)}, of {len({job.run_key for job in jobs})} runs; {len(keys)} of these to be done, one at a "
         "time"
     )

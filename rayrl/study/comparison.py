@@ -28,6 +28,8 @@ SHARES = (0.8, 0.9, 0.95)
 """Of the gain of labelling everything."""
 LEVEL = 0.05
 """Of all tests together."""
+FROM_M1 = {"gain": 0.0, "win_rate": 0.5}
+"""Value of M1 itself, which has no labels, in each measure of runs that is counted from it."""
 LOSSES = frozenset({"regret", "regret_without_length", "kl", "perplexity", "labels"})
 """Measures of which less is better."""
 
@@ -62,7 +64,8 @@ class Needed:
     """Infinite: more than the largest budget."""
     low: float
     high: float
-    """Of a bootstrap interval of 95% over seeds and prompts; NaN where none is asked for."""
+    """Of a bootstrap interval of 95% over seeds and prompts; NaN where none is asked for. -inf and inf where too many
+    resamples tell no number, so that it may be any."""
     ratio: float
     """The baseline's labels over these; NaN where neither reaches it."""
     ratio_low: float
@@ -174,18 +177,30 @@ class Comparison:
         ranks = mean_ranks(np.array(blocks), is_loss=self.is_loss)
         return {arm: float(rank) for arm, rank in zip(self.study.arms, ranks, strict=True)}
 
+    def reachable(self, point: Point) -> dict[int, tuple[dict[str, float], dict[str, float]]]:
+        """Return the values by prompt of no labels and of everything, for each seed that has both.
+
+        Of a study of runs no labels are M1, from which some measures are counted; empty for others.
+        """
+        everything, nothing = self.control_cells(EVERYTHING, point), self.control_cells(NOTHING, point)
+        found: dict[int, tuple[dict[str, float], dict[str, float]]] = {}
+        for seed in everything:
+            ceiling = values_of(everything[seed][self.measure]) if _has(everything, seed, self.measure) else {}
+            floor: dict[str, float] = {}
+            if self.study.kind == "runs" and self.measure in FROM_M1:
+                floor = dict.fromkeys(ceiling, FROM_M1[self.measure])
+            elif _has(nothing, seed, self.measure):
+                floor = values_of(nothing[seed][self.measure])
+            if ceiling.keys() & floor.keys():
+                found[seed] = floor, ceiling
+        return found
+
     def why_nothing_is_reachable(self, point: Point) -> str:
         """Say why labels needed mean nothing, where labelling everything gains nothing that counts; "" if it does."""
-        everything, nothing = self.control_cells(EVERYTHING, point), self.control_cells(NOTHING, point)
-        gains: list[dict[str, float]] = []
-        for measured in (everything[seed] for seed in everything if _has(everything, seed, self.measure)):
-            gains.append(values_of(measured[self.measure]))
-        floors = [values_of(nothing[seed][self.measure]) for seed in everything if _has(nothing, seed, self.measure)]
-        if not gains:
+        reachable = self.reachable(point)
+        if not reachable:
             return ""
-        # A run's gain is counted from M1 already.
-        paired = [paired_by_prompt(gain, floor) for gain, floor in zip(gains, floors, strict=True)] if floors else gains
-        gain = mean_over_seeds(paired)
+        gain = mean_over_seeds([paired_by_prompt(everything, nothing) for nothing, everything in reachable.values()])
         p_value = paired_test(gain) if self.study.intervals else 0.0
         if (-gain.mean if self.is_loss else gain.mean) > 0 and p_value < LEVEL:
             return ""
@@ -202,9 +217,14 @@ class Comparison:
 
     def _needed_at(self, point: Point) -> list[Needed]:
         others = [arm for arm in self.study.arms if arm != self.study.baseline]
-        arms = [arm for arm in (self.study.baseline, *others) if arm not in self.study.variants]
+        # Variants are controls, but for one that all others are compared with, which is the first here.
+        arms = [
+            arm
+            for arm in (self.study.baseline, *others)
+            if arm not in self.study.variants or arm == self.study.baseline
+        ]
         whole = self._whole_seeds(arms, point)
-        if not whole or not arms or self.why_nothing_is_reachable(point):
+        if not whole or self.why_nothing_is_reachable(point):
             return []
         seeds = [values for _, values in whole]
         # Columns: no labels, everything, and then every arm at every budget.
@@ -250,21 +270,14 @@ class Comparison:
 
     def _whole_seeds(self, arms: Sequence[str], point: Point) -> list[tuple[list[str], np.ndarray]]:
         """Prompts, and values (prompts, points), of the seeds of which every cell has a result."""
-        everything, nothing = self.control_cells(EVERYTHING, point), self.control_cells(NOTHING, point)
         seeds: list[tuple[list[str], np.ndarray]] = []
-        for seed in self.study.seeds:
-            columns: list[dict[str, float]] = []
-            if _has(everything, seed, self.measure):
-                ceiling = values_of(everything[seed][self.measure])
-                # A run's gain is counted from M1, so that no labels gain nothing.
-                floor = values_of(nothing[seed][self.measure]) if seed in nothing else dict.fromkeys(ceiling, 0.0)
-                columns = [floor, ceiling]
+        for seed, (nothing, everything) in self.reachable(point).items():
+            columns = [nothing, everything]
             for arm in arms:
                 for budget in self.budgets:
                     cells = self.cells_of(arm, budget, point)
                     columns.append(values_of(cells[seed][self.measure]) if _has(cells, seed, self.measure) else {})
-            common = set.intersection(*map(set, columns)) if columns else set[str]()
-            if _has(everything, seed, self.measure) and common:
+            if common := set.intersection(*map(set, columns)):
                 prompts = sorted(common)
                 seeds.append((prompts, np.array([[column[prompt] for column in columns] for prompt in prompts])))
         return seeds
@@ -274,7 +287,7 @@ class Comparison:
         """Say which strategy, and how many labels; or that no strategy is told apart."""
         baseline = self.study.title(self.study.baseline)
         if not self.study.intervals:
-            return f"Nothing is tested: intervals = false. {self._advice(self.study.baseline)}".strip()
+            return f"Nothing is tested: intervals = false.{self._advice_at_points(self.study.baseline)}"
         tested = [each for each in self.differences if each.arm in self.study.arms]
         if not tested:
             return "Nothing is compared: no other strategy has results with the baseline's seeds and prompts."
@@ -286,31 +299,40 @@ class Comparison:
             smallest = min(each.adjusted for each in tested)
             return (
                 f"No strategy is told apart from {baseline} for the better: the smallest p-value of {len(tested)} "
-                f"comparisons is {smallest:.2g} after Holm's correction.{worse} {self._advice(self.study.baseline)}"
-            ).replace("  ", " ")
+                f"comparisons is {smallest:.2g} after Holm's correction.{worse}"
+                f"{self._advice_at_points(self.study.baseline)}"
+            )
         overall = [each for each in better if each.budget is None] or better
         best = max(overall, key=lambda each: sign * each.difference.mean)
         at = "over all budgets" if best.budget is None else f"with {best.budget:,} labels"
+        at += settings_of(best.point)
         return (
             f"Take {self.study.title(best.arm)}: {at} it is better than {baseline} by "
             f"{abs(best.difference.mean):.3g} in {title_of(self.measure)} (p = {best.adjusted:.2g} after Holm's "
-            f"correction, {len(tested)} comparisons). {self._advice(best.arm)}"
+            f"correction, {len(tested)} comparisons). {self._advice(best.arm, best.point)}"
         ).strip()
 
-    def _advice(self, arm: str) -> str:
-        """Say how many labels an arm needs for 90% of what is reachable."""
-        why_not = [self.why_nothing_is_reachable(point) for point in self.points]
-        found = [each for each in self.needed if each.arm == arm and each.share == 0.9]
+    def _advice_at_points(self, arm: str) -> str:
+        """Say how many labels an arm needs, after another sentence: on a line for each point of the grid."""
+        separator = "\n" if len(self.points) > 1 else " "
+        sentences = [self._advice(arm, point) for point in self.points]
+        return "".join(f"{separator}{sentence}" for sentence in sentences if sentence)
+
+    def _advice(self, arm: str, point: Point) -> str:
+        """Say how many labels an arm needs at a point of the grid for 90% of what is reachable there."""
+        at = settings_of(point)
+        found = [each for each in self.needed if (each.arm, each.point, each.share) == (arm, point, 0.9)]
         if not found:
-            return f"{why_not[0]}." if why_not[0] else ""
-        needed = found[0]
+            why_not = self.why_nothing_is_reachable(point)
+            return f"{why_not}{at}." if why_not else ""
+        (needed,) = found
         if math.isinf(needed.labels):
             return (
-                f"{self.study.title(arm)} does not reach 90% of what labelling everything gives with "
+                f"{self.study.title(arm)}{at} does not reach 90% of what labelling everything gives with "
                 f"{self.budgets[-1]:,} labels: buy more, or look for better vectors."
             )
         return (
-            f"{self.study.title(arm)} needs {needed.labels:,.0f} labels for 90% of what labelling everything gives"
+            f"{self.study.title(arm)}{at} needs {needed.labels:,.0f} labels for 90% of what labelling everything gives"
             f"{_bounds(needed.low, needed.high)}{self._saving(needed)}."
         )
 
@@ -322,23 +344,31 @@ class Comparison:
 
 
 def over_seeds(measured: Sequence[Measured]) -> SeedsMean:
-    """Mean over seeds of one measure; by prompt where it has prompts, else from the errors of each seed."""
+    """Mean over seeds of one measure; by prompt where it has prompts, else from the errors of each seed.
+
+    Which prompts seeds share is not known then: the error over prompts is that of the same prompts with every seed, the
+    largest that it may be, and so many prompts are counted.
+    """
     if all(each.values for each in measured):
         return mean_over_seeds([values_of(each) for each in measured])
     means = [each.mean for each in measured]
-    squares = math.fsum(each.standard_error**2 for each in measured)
     return SeedsMean(
         mean=float(np.mean(means)),
         seed_error=float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.inf,
-        prompt_error=math.sqrt(squares) / len(means),
+        prompt_error=math.fsum(each.standard_error for each in measured) / len(means),
         num_seeds=len(means),
-        num_prompts=sum(each.num for each in measured),
+        num_prompts=max(each.num for each in measured),
     )
 
 
 def values_of(measured: Measured) -> dict[str, float]:
     """Return a measure's values by prompt."""
     return dict(zip(measured.prompt_ids, measured.values, strict=True))
+
+
+def settings_of(point: Point) -> str:
+    """Write the settings of a point of the grid, as they follow on what they are of; "" without a grid."""
+    return "".join(f", {setting} = {value}" for setting, value in point)
 
 
 def title_of(measure: str) -> str:
@@ -375,6 +405,5 @@ def _bounds(low: float, high: float, pattern: str = ",.0f") -> str:
     """Write an interval; nothing where there is none."""
     if math.isnan(low):
         return ""
-    upper = "more than was tried" if math.isinf(high) else f"{high:{pattern}}"
-    lower = "more than was tried" if math.isinf(low) else f"{low:{pattern}}"
+    lower, upper = ("more than was tried" if end == math.inf else f"{max(end, 0.0):{pattern}}" for end in (low, high))
     return f" (95% interval {lower} to {upper})"

@@ -29,10 +29,24 @@ RUN_MEASURES = (
     *("gain", "score", "win_rate", "kl", "against_references", "length_controlled_win_rate"),
     *("perplexity", "distinct2", "tokens", "labels"),
 )
-"""Measures of kind "runs", of a policy; those of reward models come on top (`rayrl.study.run_measures`)."""
+"""Measures of kind "runs", of a policy (`rayrl.study.run_measures`)."""
+AGREEMENT_MEASURES = tuple(
+    f"agreement_{reward}_{pairs}"
+    for reward in ("r", "refreshed")
+    for pairs in ("held_out", "ppo_against_m1", "pairs_of_ppo", "pairs_of_ppo_refreshed")
+)
+"""Measures of kind "runs", of reward models."""
+MEASURES_BY_PROMPT = ("gain", "score", "win_rate")
+"""Measures of kind "runs" that have a value for each prompt, so that they can be paired and tested."""
 MEASURES = {"labels": LABEL_MEASURES, "runs": RUN_MEASURES}
-LABEL_SETTINGS = ("select.",)
-"""Settings that may be on the grid of kind "labels": those of the choice, and of the vectors that it reads."""
+CHOICE_SETTINGS = ("batches", "first_batch", "num_heads")
+"""Settings of select that a cell of kind "labels" reads."""
+VECTOR_SETTINGS = ("text", "embedder", "pooling", "normalize")
+"""Settings of select that decide the vectors of a pool, unless it comes with them."""
+SET_BY_STUDY = ("run_dir", "name", "reuse", "seed", "oracle.ledger")
+"""Settings of runs that a study decides for each cell."""
+LISTED = {"select.strategy": "strategies", "select.budget": "budgets"}
+"""Settings that are factors of every study, by the list of their values."""
 
 
 class VariantConfig(Table):
@@ -41,7 +55,7 @@ class VariantConfig(Table):
     title: str = ""
     """In tables; empty is the variant's name."""
     set: dict[str, Any] = Field(default={})
-    """Settings of its runs, merged last."""
+    """Settings of its runs, merged last; none that the study decides (`SET_BY_STUDY`), and none that is on the grid."""
     policy: str | None = None
     """The policy of its run that is measured ("m1", "ppo"); None is the last one, "m2" or "rlp"."""
     pipeline: FunctionName | None = None
@@ -100,7 +114,7 @@ class StudyConfig(Table):
     set: dict[str, Any] = Field(default={})
     """Settings of all cells, merged into the base config."""
     grid: dict[str, Any] = Field(default={})
-    """Lists of values by setting: a further factor each."""
+    """Lists of values by setting: a further factor each. Of kind "labels" only what its cells read."""
     variants: dict[str, VariantConfig] = Field(default={})
     """kind "runs": rows beside the strategies, by name."""
     rows: list[str] = Field(default=[])
@@ -118,7 +132,8 @@ class StudyConfig(Table):
     vectors: VectorsConfig | None = None
     """kind "labels": a pool with vectors; None samples and embeds with the base config's models."""
     max_queries: Operation[int | None] = Field(default=None, gt=0)
-    """Refuse a study that may pay for more label queries than so many; None takes what it needs."""
+    """Refuse a study that may pay for more queries than so many: labels, and of runs those of the evaluation as well;
+    None takes what it needs."""
     resources: Operation[ResourcesConfig] = ResourcesConfig()
     num_resamples: int = Field(default=2000, ge=100)
     """Of the bootstrap."""
@@ -177,6 +192,9 @@ class StudyConfig(Table):
     def _rules(self) -> "StudyConfig":
         _check_arms(self)
         _check_measures(self)
+        for setting in self.grid_settings:
+            if setting in LISTED:
+                raise ValueError(f"grid must not hold {setting}; write its values into {LISTED[setting]}")
         if self.intervals and len(self.seeds) < 2:
             raise ValueError(
                 f"seeds must be two or more where intervals are asked for, got {self.seeds}; add one, or set "
@@ -203,6 +221,12 @@ class StudyConfig(Table):
     def factors(self) -> dict[str, list[Any]]:
         """Return the grid: values by dotted setting."""
         return dict(_leaves(self.grid))
+
+    @property
+    def grid_settings(self) -> list[str]:
+        """Return the dotted settings that the grid changes; a value may be a table of several."""
+        values = [{setting: value} for setting, levels in self.factors.items() for value in levels]
+        return list(dict.fromkeys(name for each in values for name, _ in _leaves(each)))
 
     def points(self) -> list[Point]:
         """List the points of the grid; one empty one without a grid."""
@@ -258,13 +282,17 @@ def _check_arms(study: StudyConfig) -> None:
 
 
 def _check_measures(study: StudyConfig) -> None:
-    known = MEASURES[study.kind]
-    unknown = [name for name in study.measures if name not in known and not name.startswith("agreement_")]
-    if study.kind == "labels":
-        unknown = [name for name in study.measures if name not in known]
+    known = (*MEASURES[study.kind], *(AGREEMENT_MEASURES if study.kind == "runs" else ()))
+    unknown = [name for name in study.measures if name not in known]
     if unknown:
         raise ValueError(
             f'measures must be of {", ".join(known)} where kind is "{study.kind}", got "{unknown[0]}"; correct it'
+        )
+    if study.kind == "runs" and study.intervals and study.measured[0] not in MEASURES_BY_PROMPT:
+        raise ValueError(
+            f"measures must begin with {', '.join(MEASURES_BY_PROMPT[:-1])} or {MEASURES_BY_PROMPT[-1]}, which have a "
+            f'value for each prompt, where intervals are asked for, got "{study.measured[0]}": the first one is '
+            "tested; put one of them first, or set intervals = false"
         )
 
 
@@ -276,14 +304,22 @@ def _check_labels(study: StudyConfig) -> None:
             f'variants must be empty where kind is "labels", got {", ".join(study.variants)}: no policy is trained; '
             'set kind = "runs", or leave them out'
         )
-    for setting in study.factors:
-        if not setting.startswith(LABEL_SETTINGS):
+    read = CHOICE_SETTINGS if study.vectors is not None else (*CHOICE_SETTINGS, *VECTOR_SETTINGS)
+    for setting in study.grid_settings:
+        if setting.removeprefix("select.") not in read or not setting.startswith("select."):
             raise ValueError(
-                f'grid must hold settings of select where kind is "labels", got {setting}: the pool is sampled once, '
-                'and no policy is trained; put it into [set], or set kind = "runs"'
+                f'grid must hold {", ".join(f"select.{name}" for name in read)} where kind is "labels"'
+                f"{' and the pool has vectors' if study.vectors is not None else ''}, which cells read, got {setting}; "
+                'put it into [set], or set kind = "runs"'
             )
-        if setting in ("select.strategy", "select.budget"):
-            raise ValueError(f"grid must not hold {setting}; write its values into {setting.removeprefix('select.')}s")
+    if "select.first_batch" in study.grid_settings and not any(STRATEGIES[arm].reads_heads for arm in study.arms):
+        raise ValueError(
+            "grid must not hold select.first_batch where no strategy reads heads, got "
+            f"{', '.join(study.arms)}: it is of those that do; leave it out"
+        )
+    for setting, _ in _leaves(study.set):
+        if setting in ("run_dir", "name"):
+            raise ValueError(f"set must not hold {setting}, which the study decides for its pools; leave it out")
     for name in study.strategies:
         if STRATEGIES[name].asks == "pairs":
             raise ValueError(
@@ -300,17 +336,43 @@ def _check_runs(study: StudyConfig) -> None:
             "twice for one question, since one run at a time may own the ledger; leave it out. A run's own fleets and "
             "workers use the cluster"
         )
-    for setting in [*study.factors, *dict(_leaves(study.set))]:
-        if setting in ("run_dir", "name", "reuse", "seed", "oracle.ledger"):
-            raise ValueError(
-                f"set and grid must not hold {setting}, which the study decides for each cell: its runs lie in "
-                "study_dir, and share one ledger; leave it out"
-            )
-    for name, variant in study.variants.items():
-        if variant.reuse is not None and variant.reuse not in study.arms:
-            raise ValueError(f'variants.{name}.reuse must name a strategy or variant, got "{variant.reuse}"')
+    tables = {"grid": study.grid_settings, "set": [setting for setting, _ in _leaves(study.set)]}
+    variants = {name: variant for name, variant in study.variants.items() if name in study.arms}
+    own = {f"variants.{name}.set": [setting for setting, _ in _leaves(v.set)] for name, v in variants.items()}
+    for table, settings in (tables | own).items():
+        for setting in settings:
+            if setting in SET_BY_STUDY:
+                raise ValueError(
+                    f"{table} must not hold {setting}, which the study decides for each cell: its runs lie in "
+                    "study_dir, and share one ledger; leave it out"
+                )
+            if setting == "select.budget" and (table in own or study.budgets):
+                raise ValueError(f"{table} must not hold select.budget, which budgets decides; write it there")
+            if table in own and setting in study.grid_settings:
+                raise ValueError(
+                    f"{table} must not hold {setting}, of which the grid has the values; leave it out of one of them"
+                )
+    _check_reuse(study)
     ceilings = [name for name, variant in study.variants.items() if variant.is_ceiling]
     if len(ceilings) > 1:
         raise ValueError(f"variants must have one ceiling at most, got {', '.join(ceilings)}; choose one")
     if study.vectors is not None:
         raise ValueError('vectors must be left out where kind is "runs": runs embed what they sample themselves')
+
+
+def _check_reuse(study: StudyConfig) -> None:
+    reused = {arm: study.variants[arm].reuse for arm in study.arms if arm in study.variants}
+    for name, other in reused.items():
+        if other is not None and other not in study.arms:
+            known = ", ".join(f'"{arm}"' for arm in study.arms)
+            raise ValueError(
+                f'variants.{name}.reuse must name a strategy or variant that is run, {known}, got "{other}"; correct '
+                "it, or leave it out, which takes the first one"
+            )
+        path = [name]
+        # Of itself a row takes nothing over.
+        while other is not None and other != path[-1]:
+            path.append(other)
+            if other in path[:-1]:
+                raise ValueError(f"variants.{name}.reuse must not come round, got {' -> '.join(path)}; leave one out")
+            other = reused.get(other)

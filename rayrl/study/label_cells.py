@@ -23,8 +23,9 @@ from rayrl.study.results import Cell, Measured, counted, estimated
 NOTHING, LENGTH, EVERYTHING = "no labels", "length alone", "everything"
 """Controls: a proxy that knows nothing, one that prefers longer responses, and one that has all labels."""
 CONTROLS = (NOTHING, LENGTH, EVERYTHING)
-VERSION = "1"
-"""Raised by a change of this file that changes results: those that are kept are then made again."""
+VERSION = "2"
+"""Raised by a change that changes results, of this file or of what it calls: heads, acquisition, selection and
+agreement. Those that are kept are then made again."""
 
 Evaluator = Callable[
     [StudyPool, Int64[np.ndarray, " n"], Float64[np.ndarray, " n"], "Job"], Float64[np.ndarray, " all"]
@@ -123,8 +124,8 @@ def choose_labels(
 
     def answer(questions: Int64[np.ndarray, "m u"]) -> Answers:
         scores = ask(questions[:, 0].tolist())
-        # An abstention is not counted: the next best response takes its place, as where it costs nothing.
-        return Answers(scores=scores, num_spent=sum(score is not None for score in scores))
+        # Abstentions too: another cell may have paid for them, and a result depends on no other cell.
+        return Answers(scores=scores, num_spent=len(scores))
 
     labels = acquire(
         ids,

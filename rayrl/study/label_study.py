@@ -191,6 +191,12 @@ def _pool_config(study: StudyConfig, point: Point) -> RunConfig:
             'base must be a config whose oracle judges single responses (pipeline = "proxy_dpo", select.unit = '
             f'"response") where kind is "labels", got {study.base}; choose another, or kind = "runs"'
         )
+    for name, unset in (("seed_centers", False), ("stop_at", None)):
+        if getattr(config.select, name) != unset:
+            raise ConfigError(
+                f'select.{name} must be left out where kind is "labels", got {getattr(config.select, name)!r}: no '
+                'cell reads it; leave it out of base and [set], or set kind = "runs"'
+            )
     # By its key: another grid, or an edited prompt file, is another pool beside this one.
     name = f"pool-{pool_key(study, config)}"
     settings: list[tuple[str, object]] = [("run_dir", storage.join(folder, name)), ("name", f"{study.name}-{name}")]
@@ -228,13 +234,15 @@ def _cells(study: StudyConfig) -> list[Cell]:
 
 
 def _job(study: StudyConfig, config: RunConfig, pool: str, cell: Cell) -> Job:
-    reads_heads = cell.arm not in CONTROLS and STRATEGIES[cell.arm].reads_heads
+    chooses = cell.arm not in CONTROLS
+    reads_heads = chooses and STRATEGIES[cell.arm].reads_heads
     return Job(
         cell=cell,
         held_out=study.held_out,
         split_seed=cell.seed if study.split == "seed" else 0,
-        # Other strategies choose the same in any number of batches.
-        num_batches=config.select.batches if reads_heads else 1,
+        num_batches=config.select.batches if chooses else 1,
+        # A run's first batch is chosen by `first_batch` whatever its strategy is. Settings of a study are of all cells:
+        # strategies that read no heads go without it, and are compared by what they choose themselves.
         first=config.select.first_batch if reads_heads else None,
         num_heads=config.select.num_heads,
         evaluator=study.evaluator,

@@ -8,12 +8,23 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from rayrl.algorithms.study_statistics import SeedsMean
+from rayrl.algorithms.study_statistics import SeedsMean, mean_over_seeds
 from rayrl.report.formats import printable
 from rayrl.report.layout import FigureCard, Paragraph, Section, Table
 from rayrl.report.page import environment, image_of
 from rayrl.runs import storage
-from rayrl.study.comparison import EVERYTHING, LEVEL, LOSSES, NOTHING, SHARES, Comparison, Difference, Needed, title_of
+from rayrl.study.comparison import (
+    EVERYTHING,
+    LEVEL,
+    LOSSES,
+    NOTHING,
+    SHARES,
+    Comparison,
+    Difference,
+    Needed,
+    settings_of,
+    title_of,
+)
 from rayrl.study.config import Point
 from rayrl.study.label_cells import LENGTH
 from rayrl.study.plots import plot_efficiency, plot_means
@@ -100,7 +111,7 @@ def _figure(comparison: Comparison, point: Point) -> Figure:
         found = {b: comparison.mean_of(comparison.cells_of(arm, b, point), measure) for b in comparison.budgets}
         curves[study.title(arm)] = {budget: mean for budget, mean in found.items() if mean is not None}
     less = ", less is better" if comparison.is_loss else ""
-    texts = {"measure": title_of(measure), "title": f"{title_of(measure).capitalize()}{less}{_at(point)}"}
+    texts = {"measure": title_of(measure), "title": f"{title_of(measure).capitalize()}{less}{settings_of(point)}"}
     baseline = study.title(study.baseline)
     if len(comparison.budgets) == 1:
         means = {arm: mean for arm, curve in curves.items() for mean in curve.values()}
@@ -116,7 +127,7 @@ _CONTROLS = {EVERYTHING: "labelling everything", LENGTH: LENGTH, NOTHING: NOTHIN
 def _curves(comparison: Comparison) -> Section:
     note = "Bands are one standard error over seeds."
     cards = [
-        FigureCard(name=f"curves{number}", title=f"Label efficiency{_at(point)}", note=note)
+        FigureCard(name=f"curves{number}", title=f"Label efficiency{settings_of(point)}", note=note)
         for number, point in enumerate(comparison.points)
     ]
     return Section(title="What labels buy", parts=cards)
@@ -174,9 +185,9 @@ def _means_at_one_budget(comparison: Comparison) -> Table:
     head = ["row", *study.factors, *(title_of(measure) for measure in measures), "of ceiling", "mean rank"]
     rows: list[list[str]] = []
     for point in comparison.points:
+        reachable = list(comparison.reachable(point).values())
         floor, ceiling = (
-            comparison.mean_of(comparison.control_cells(control, point), comparison.measure)
-            for control in (NOTHING, EVERYTHING)
+            mean_over_seeds([values[end] for values in reachable]).mean if reachable else math.nan for end in (0, 1)
         )
         rows_of = {study.title(arm): comparison.cells_of(arm, budget, point) for arm in study.arms}
         if study.kind == "labels":
@@ -237,7 +248,7 @@ def _difference(each: Difference | None) -> str:
 
 def _labels_needed(comparison: Comparison) -> Section:
     unreachable = [
-        Paragraph(text=f"{why}{_at(point)}.", is_note=False)
+        Paragraph(text=f"{why}{settings_of(point)}.", is_note=False)
         for point in comparison.points
         if (why := comparison.why_nothing_is_reachable(point))
     ]
@@ -265,7 +276,8 @@ def _labels_needed(comparison: Comparison) -> Section:
         "Labels with which the gain over no labels is this share of what labelling everything gains, by linear "
         "interpolation of the monotone curve; in brackets the 95% interval of a bootstrap over seeds and prompts. "
         "The last columns are the baseline's labels divided by the row's: above 1 the row needs fewer. "
-        f"> is more than {comparison.budgets[-1]:,}, the largest budget."
+        f"> is more than {comparison.budgets[-1]:,}, the largest budget, and of a ratio any number: too many resamples "
+        "do not reach the share, which counts against both ends."
     )
     return Section(
         title="Labels needed",
@@ -307,19 +319,18 @@ def both_errors(mean: SeedsMean | None, *, signed: bool = False) -> str:
 
 
 def bounded(value: float, low: float, high: float, pattern: str) -> str:
-    """Write a number with its interval; infinite ones as ">"."""
+    """Write a number with its interval; infinite ones as ">", and one that may be any as from 0 to that."""
     if math.isnan(value):
         return "-"
-    shown = [">" if math.isinf(each) else f"{each:{pattern}}" for each in (value, low, high)]
+    shown = [">" if each == math.inf else f"{max(each, 0.0):{pattern}}" for each in (value, low, high)]
     return shown[0] if math.isnan(low) else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def share_of(mean: SeedsMean | None, floor: SeedsMean | None, ceiling: SeedsMean | None) -> str:
-    """Write the gain over no labels as a share of what labelling everything gains; a run's gain is over M1 already."""
-    least = 0.0 if floor is None else floor.mean
-    if mean is None or ceiling is None or ceiling.mean == least:
+def share_of(mean: SeedsMean | None, floor: float, ceiling: float) -> str:
+    """Write the gain over no labels as a share of what labelling everything gains; a dash where that is not known."""
+    if mean is None or math.isnan(floor) or ceiling == floor:
         return "-"
-    return f"{(mean.mean - least) / (ceiling.mean - least):.0%}"
+    return f"{(mean.mean - floor) / (ceiling - floor):.0%}"
 
 
 def number_or_dash(value: float, pattern: str) -> str:
@@ -329,10 +340,6 @@ def number_or_dash(value: float, pattern: str) -> str:
 
 def _values(point: Point) -> list[str]:
     return [str(value) for _, value in point]
-
-
-def _at(point: Point) -> str:
-    return "".join(f", {setting} = {value}" for setting, value in point)
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -21,20 +21,17 @@ from jaxtyping import Bool, Float32, Int64
 
 from rayrl.config import RunConfig
 from rayrl.data.cells import text_cell
-from rayrl.data.files import files_of
 from rayrl.data.rows import read_rows
 from rayrl.errors import DataError
 from rayrl.records import content_id
 from rayrl.runs import storage
-from rayrl.runs.content import contents_of
-from rayrl.runs.machine_cache import file_digest
-from rayrl.study.config import StudyConfig, VectorsConfig
+from rayrl.runs.content import Input, content_of, contents_of
+from rayrl.study.config import VECTOR_SETTINGS, StudyConfig, VectorsConfig
 
 STRIDE = 1 << 20
 """`id // STRIDE` is the number of a response's prompt."""
 TABLES = ("seed", "device", "policy", "seed_data", "pool", "sft", "generate", "rubric", "generators", "embedders")
-"""Tables and settings of a run that decide its responses and their vectors, with those of `select` below."""
-SELECT_SETTINGS = ("text", "embedder", "pooling", "normalize")
+"""Tables and settings of a run that decide its responses and their vectors, with `VECTOR_SETTINGS` of `select`."""
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -95,9 +92,9 @@ def study_pool(key: str, table: pa.Table) -> StudyPool:
 def pool_key(study: StudyConfig, config: RunConfig) -> str:
     """Name a pool by all that decides it: settings, and the content of the files and models that they name."""
     if study.vectors is not None:
-        return content_id("vectors", study.vectors.science_json(), *_file_contents(study.vectors))
+        return content_id("vectors", study.vectors.science_json(), _content(study.vectors))
     science = config.science()
-    select = {name: science["select"][name] for name in SELECT_SETTINGS}
+    select = {name: science["select"][name] for name in VECTOR_SETTINGS}
     parts = [f"{name}={science[name]!r}" for name in TABLES] + [f"select={select!r}"]
     contents = contents_of(config, {})
     prefixes = (*(f"{name}." for name in TABLES), "select.")
@@ -105,8 +102,9 @@ def pool_key(study: StudyConfig, config: RunConfig) -> str:
     return content_id("pool", *parts)
 
 
-def _file_contents(vectors: VectorsConfig) -> list[str]:
-    return [file_digest(file) if storage.is_local(file) else file for file in files_of(vectors.path)]
+def _content(vectors: VectorsConfig) -> str:
+    """Return the digest of local files; of remote ones of their marks, such as an ETag, and of the hub's its commit."""
+    return content_of(Input(setting="vectors.path", place=vectors.path, kind="data")) or ""
 
 
 def pool_place(study: StudyConfig, key: str) -> str:

@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rayrl.config import RunConfig
@@ -53,6 +53,8 @@ class RunJob:
     policy: str
     run_key: str
     """Names the run by all that decides its outcome; cells that measure other policies of it share it."""
+    num_queries: int = 0
+    """Queries that the run may pay for: labels, and those of the evaluation; known once it is checked."""
 
     @property
     def key(self) -> str:
@@ -67,18 +69,31 @@ def plan_runs(study: StudyConfig, *, contact_oracle: bool = False) -> list[RunJo
         ConfigError, DataError, ResourceError, RunDirectoryError: one message: field, rule, value, remedy.
     """
     jobs = _jobs(study)
-    checked: set[str] = set()
+    queries: dict[str, int] = {}
     for job in jobs:
-        # Seeds differ in nothing that is refused.
-        if job.cell.seed == study.seeds[0] and job.run_key not in checked:
-            checked.add(job.run_key)
+        if job.cell.seed == study.seeds[0] and job.run_key not in queries:
             try:
-                check(job.config, contact_oracle=contact_oracle and len(checked) == 1)
+                plan = check(job.config, contact_oracle=contact_oracle and not queries)
             except ConfigError as error:
                 raise ConfigError(f"{job.cell.title}: {error}") from None
+            queries[job.run_key] = plan.budgets["label"] + plan.budgets["evaluate"]
             if job.pipeline is not None:
                 check_function(job.pipeline, f"variants.{job.cell.arm}.pipeline")
+    # Seeds differ in nothing that is refused, and in no budget.
+    of_first_seed = {job.cell: queries[job.run_key] for job in jobs if job.cell.seed == study.seeds[0]}
+    jobs = [replace(job, num_queries=of_first_seed[replace(job.cell, seed=study.seeds[0])]) for job in jobs]
+    if study.max_queries is not None and num_queries(jobs) > study.max_queries:
+        raise ConfigError(
+            f"max_queries must cover the study, whose {len({job.run_key for job in jobs})} runs may ask for "
+            f"{num_queries(jobs):,} labels and answers of their evaluation, got {study.max_queries:,}; raise it, lower "
+            "budgets or evaluate.budget, or leave out seeds or rows"
+        )
     return jobs
+
+
+def num_queries(jobs: list[RunJob]) -> int:
+    """Bound the queries that all runs together pay for. Cells of one run share them."""
+    return sum({job.run_key: job.num_queries for job in jobs}.values())
 
 
 def missing_runs(study: StudyConfig, jobs: list[RunJob]) -> list[RunJob]:

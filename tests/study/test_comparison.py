@@ -1,12 +1,13 @@
 """Comparison of a study's arms, on made-up results whose answers are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from rayrl.study.comparison import Comparison
 from rayrl.study.config import load_study
-from rayrl.study.page import render_page
+from rayrl.study.page import bounded, render_page
 from rayrl.study.results import Cell, Measured, Outcome, estimated
 from tests.study.made_up import write_study
 
@@ -118,6 +119,70 @@ def test_points_of_the_grid_are_compared_apart(tmp_path):
     assert "select.num_heads = 20" in page
 
 
+def at_points(points, curves_by_point):
+    """Cells at several points of the grid, controls included."""
+    return [
+        replace(each, cell=replace(each.cell, point=point), key=f"{each.key}{point}")
+        for point, curves in zip(points, curves_by_point, strict=True)
+        for each in outcomes(curves)
+    ]
+
+
+def test_labels_are_told_of_the_point_at_which_the_strategy_is_better(tmp_path):
+    study = study_of(tmp_path, "grid.select.num_heads=[10,20]")
+    same = {"random": BETTER["random"], "k_center": BETTER["random"]}
+    much_better = {"random": BETTER["random"], "k_center": (0.8, 0.9, 0.9)}
+    comparison = Comparison(study, at_points(study.points(), [same, much_better]))
+    assert comparison.conclusion.startswith("Take k_center: over all budgets, select.num_heads = 20 it is better")
+    # 75% with 10 labels, and 100% with 20; at the other point it needs 36.
+    assert "k_center, select.num_heads = 20 needs 16 labels for 90%" in comparison.conclusion
+
+
+def test_without_a_better_strategy_labels_are_told_of_every_point(tmp_path):
+    study = study_of(tmp_path, "grid.select.num_heads=[10,20]")
+    first, second = BETTER["random"], (0.55, 0.6, 0.65)
+    points = [{"random": curve, "k_center": curve} for curve in (first, second)]
+    _, *lines = Comparison(study, at_points(study.points(), points)).conclusion.splitlines()
+    assert [line[:60] for line in lines] == [
+        "random, select.num_heads = 10 needs 36 labels for 90% of wha",
+        "random, select.num_heads = 20 does not reach 90% of what lab",
+    ]
+
+
+def test_a_seed_without_one_of_the_controls_is_left_out_of_labels_needed(tmp_path):
+    study = study_of(tmp_path)
+    whole = Comparison(study, outcomes(BETTER))
+    failing = [each for each in outcomes(BETTER) if (each.cell.arm, each.cell.seed) != ("no labels", 1)]
+    comparison = Comparison(study, failing)
+    assert comparison.conclusion.startswith("Take k_center")
+    expected = [each.labels for each in whole.needed]
+    assert [each.labels for each in comparison.needed] == pytest.approx(expected, abs=0.2)
+    assert render_page(comparison)
+
+    # Without the control in any seed nothing is told, and no floor is made up.
+    none = Comparison(study, [each for each in outcomes(BETTER) if each.cell.arm != "no labels"])
+    assert none.needed == [] and "needs" not in none.conclusion
+
+
+def test_a_share_of_the_ceiling_needs_both_controls(tmp_path):
+    study = study_of(tmp_path, "budgets=[10]")
+    found = [each for each in outcomes(BETTER) if each.cell.budget in (0, 10)]
+    assert ">25%<" in render_page(Comparison(study, found))
+    found = [each for each in found if each.cell.arm != "no labels"]
+    page = render_page(Comparison(study, found))
+    assert ">67%<" not in page and ">25%<" not in page
+
+
+def test_resamples_in_which_nobody_reaches_the_target_widen_the_ratio(tmp_path):
+    # Two seeds reach 80% with either strategy, the other two with none, and so do some resamples.
+    found = outcomes({"random": (0.6, 0.7, 0.9), "k_center": (0.7, 0.9, 0.9)}, seeds=range(2))
+    found += outcomes({"random": (0.5, 0.5, 0.5), "k_center": (0.5, 0.5, 0.5)}, seeds=range(2, 4))
+    comparison = Comparison(study_of(tmp_path), found)
+    needed = {(each.arm, each.share): each for each in comparison.needed}["k_center", 0.8]
+    assert (needed.ratio_low, needed.ratio_high) == (-math.inf, math.inf)
+    assert bounded(1.5, -math.inf, math.inf, ".2f") == "1.50 [0.00, >]"
+
+
 def test_a_measure_without_prompts_has_the_errors_of_its_seeds(tmp_path):
     study = study_of(tmp_path)
     kl = [Measured(measure="kl", mean=mean, standard_error=0.3, num=50) for mean in (1.0, 3.0)]
@@ -125,4 +190,5 @@ def test_a_measure_without_prompts_has_the_errors_of_its_seeds(tmp_path):
     mean = Comparison(study, []).mean_of(cells, "kl")
     assert mean is not None
     assert (mean.mean, mean.seed_error) == (2.0, pytest.approx(1.0))
-    assert mean.prompt_error == pytest.approx(0.3 / math.sqrt(2))
+    # Seeds may share their prompts: two seeds tell no more of these than one.
+    assert (mean.prompt_error, mean.num_prompts) == (pytest.approx(0.3), 50)

@@ -1,5 +1,6 @@
 """Studies that are refused before any work: field, rule, value, remedy."""
 
+import fsspec
 import pytest
 
 from rayrl.errors import ConfigError, DataError
@@ -55,9 +56,22 @@ def test_a_study_is_loaded(pool):
         ),
         ("seeds=[1,1]", "seeds must name each once, got 1 twice"),
         ('measures=["agreement"]', 'where kind is "labels", got "agreement"'),
-        ("grid.dpo.beta=[0.1,0.2]", 'grid must hold settings of select where kind is "labels", got dpo.beta'),
+        (
+            "grid.dpo.beta=[0.1,0.2]",
+            'select.num_heads where kind is "labels" and the pool has vectors, which cells read',
+        ),
+        ("grid.select.seed_centers=[false,true]", "which cells read, got select.seed_centers"),
+        ("grid.select=[{candidate_batch=1},{candidate_batch=2}]", "which cells read, got select.candidate_batch"),
+        ('grid.select.text=["prompt","judge_prompt"]', "which cells read, got select.text"),
+        (
+            'grid.select.first_batch=["random","k_center"]',
+            "grid must not hold select.first_batch where no strategy reads",
+        ),
+        ("grid.select.budget=[10,20]", "grid must not hold select.budget; write its values into budgets"),
+        ("grid.select.strategy=[random,margin]", "must have a list of two values or more"),
+        ('grid.select.strategy=["random","margin"]', "must not hold select.strategy; write its values into strategies"),
+        ("set.run_dir=here", "set must not hold run_dir, which the study decides for its pools"),
         ("grid.select.batches=[1]", "grid must have a list of two values or more for each setting, got select.batches"),
-        ("grid.select.strategy=[random,k_center]", "must have a list of two values or more"),
         ('variants.direct.set.labels="direct"', 'variants must be empty where kind is "labels", got direct'),
         ("resources.max_cells=0", "resources.max_cells must be above 0, got 0"),
         ("evaluator=scalar", "evaluator must be one of 'head', got 'scalar'"),
@@ -71,8 +85,36 @@ def test_a_setting_that_breaks_a_rule_is_named(pool, override, message):
     ("study", "message"),
     [
         ('kind = "runs"\nresources.max_cells = 2', 'resources.max_cells must be 1 where kind is "runs", got 2'),
-        ('kind = "runs"\nset.oracle.ledger = "mine.sqlite"', "set and grid must not hold oracle.ledger"),
-        ('kind = "runs"\nvariants.a.reuse = "b"', 'variants.a.reuse must name a strategy or variant, got "b"'),
+        ('kind = "runs"\nset.oracle.ledger = "mine.sqlite"', "set must not hold oracle.ledger"),
+        ('kind = "runs"\nset.select.budget = 8', "set must not hold select.budget, which budgets decides"),
+        ('kind = "runs"\ngrid.seed = [0, 1]', "grid must not hold seed"),
+        ('kind = "runs"\ngrid.oracle = [{ledger = "a"}, {ledger = "b"}]', "grid must not hold oracle.ledger"),
+        (
+            'kind = "runs"\ngrid.select.budget = [10, 20]',
+            "grid must not hold select.budget; write its values into budg",
+        ),
+        ('kind = "runs"\ngrid.select.strategy = ["random", "margin"]', "write its values into strategies"),
+        ('kind = "runs"\nvariants.a.set.oracle.ledger = "mine.sqlite"', "variants.a.set must not hold oracle.ledger"),
+        ('kind = "runs"\nvariants.a.set.oracle = {ledger = "mine"}', "variants.a.set must not hold oracle.ledger"),
+        ('kind = "runs"\nvariants.a.set.seed = 3', "variants.a.set must not hold seed, which the study decides"),
+        ('kind = "runs"\nvariants.a.set.run_dir = "here"', "variants.a.set must not hold run_dir"),
+        ('kind = "runs"\nvariants.a.set.name = "mine"', "variants.a.set must not hold name"),
+        (
+            'kind = "runs"\nvariants.a.set.select.budget = 8',
+            "variants.a.set must not hold select.budget, which budgets",
+        ),
+        (
+            'kind = "runs"\nvariants.a.set.dpo.beta = 0.3\ngrid.dpo.beta = [0.1, 0.2]',
+            "variants.a.set must not hold dpo.beta, of which the grid has the values",
+        ),
+        ('kind = "runs"\nvariants.a.reuse = "b"', 'that is run, "random", "k_center", "a", got "b"; correct it, or'),
+        (
+            'kind = "runs"\nvariants.a.reuse = "b"\nvariants.b.reuse = "c"\nvariants.c.reuse = "a"',
+            "variants.a.reuse must not come round, got a -> b -> c -> a; leave one out",
+        ),
+        ('kind = "runs"\nmeasures = ["agreement_nonsense"]', 'got "agreement_nonsense"; correct it'),
+        ('kind = "runs"\nmeasures = ["kl", "gain"]', "measures must begin with gain, score or win_rate"),
+        ('kind = "runs"\nmeasures = ["agreement_r_held_out"]', 'got "agreement_r_held_out": the first one is tested'),
         ('kind = "runs"\nvariants.random.title = "same"', "variants must not have the name of a strategy"),
     ],
 )
@@ -82,7 +124,33 @@ def test_a_study_of_runs_that_breaks_a_rule_is_named(pool, study, message):
 
 def test_a_setting_of_the_base_config_that_does_not_exist_is_named(pool):
     with pytest.raises(ConfigError, match=r"select\.batchess: unknown key; did you mean batches\?"):
-        planned(pool, "grid.select.batchess=[1,2]")
+        planned(pool, "set.select.batchess=2")
+
+
+@pytest.mark.parametrize(
+    "overrides", [("seed_centers=true",), ("batches=8", "strategy=k_center", "stop_at=0.9")], ids=str
+)
+def test_a_setting_that_no_cell_of_labels_reads_is_refused(pool, overrides):
+    with pytest.raises(ConfigError, match=r'select\.(seed_centers|stop_at) must be left out where kind is "labels"'):
+        planned(pool, *(f"set.select.{each}" for each in overrides))
+
+
+def test_a_row_that_is_not_run_breaks_no_rule():
+    study = load_study("jobs/configs/studies/rlp.toml", ['rows=["ppo","ensemble-worst-case","ensemble-mean"]'])
+    assert load_study("jobs/configs/studies/rlp.toml", ['rows=["ppo","spg"]']).arms == ["spg", "ppo"]
+    assert study.arms[1:] == ["ensemble-mean", "ensemble-worst-case"]
+    grid = ('rows=["ppo","spg"]', "grid.refresh.spg.gamma=[0.0,0.5]")  # which another row, "select-all", sets
+    assert len(load_study("jobs/configs/studies/rlp.toml", grid).points()) == 2
+
+
+def test_remote_vectors_are_known_by_what_they_hold(pool):
+    remote = fsspec.filesystem("memory")
+    keys = []
+    for num_lines in (None, -1):
+        rows = (pool / "vectors.jsonl").read_text().splitlines()[:num_lines]
+        remote.pipe_file("/study/vectors.jsonl", "\n".join(rows).encode())
+        keys.append(planned(pool, 'vectors.path="memory://study/vectors.jsonl"').jobs[0].pool)
+    assert keys[0] != keys[1]
 
 
 def test_a_budget_beyond_the_pool_is_refused(pool):
@@ -96,7 +164,9 @@ def test_a_strategy_that_needs_labels_first_is_refused_without_a_first_batch(poo
     batches = ("set.select.first_batch=random", "set.select.batches=2")
     by_arm = {job.cell.arm: job for job in planned(pool, 'strategies=["random","uncertainty"]', *batches).jobs}
     assert (by_arm["uncertainty"].first, by_arm["uncertainty"].num_batches) == ("random", 2)
-    assert (by_arm["random"].first, by_arm["random"].num_batches) == (None, 1)
+    # Each strategy chooses in batches, as a run would; the first batch's is theirs alone that need it.
+    assert (by_arm["random"].first, by_arm["random"].num_batches) == (None, 2)
+    assert (by_arm["everything"].first, by_arm["everything"].num_batches) == (None, 1)
 
 
 def test_a_strategy_of_pairs_is_refused(pool):

@@ -1,17 +1,20 @@
 """Studies of runs: which runs there are, what they share, and what is read of them. No run is made here."""
 
+import math
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from rayrl.errors import ConfigError
 from rayrl.runs import storage
+from rayrl.study.command import plan
 from rayrl.study.comparison import EVERYTHING, Comparison
-from rayrl.study.config import load_study
+from rayrl.study.config import AGREEMENT_MEASURES, RUN_MEASURES, load_study
 from rayrl.study.page import render_page
 from rayrl.study.results import Cell, Outcome, counted, estimated, write_result
 from rayrl.study.run_measures import measure_run
-from rayrl.study.run_study import missing_runs, plan_runs, run_runs
+from rayrl.study.run_study import missing_runs, num_queries, plan_runs, run_runs
 from tests.report.made_up_runs import write_proxy_dpo_run, write_rlp_run
 
 STUDIES = Path("jobs/configs/studies")
@@ -88,6 +91,28 @@ def test_a_cell_that_a_run_would_refuse_is_named(tmp_path):
         plan_runs(quickstart(tmp_path, "variants.direct.pipeline=jobs.bench.plain_rlhf:nothing"))
 
 
+def test_runs_are_bounded_in_what_they_pay_for_together(tmp_path):
+    jobs = plan_runs(quickstart(tmp_path))
+    by_arm = {job.cell.arm: job.num_queries for job in jobs}
+    # 96 labels and 200 answers of the evaluation; the ceiling pays for every response. M1 is of the first one's run.
+    config = jobs[0].config
+    assert by_arm["k_center"] == by_arm["m1"] == config.select.budget + config.evaluate.budget
+    assert by_arm["expert"] > 10 * by_arm["k_center"]
+    each_seed = sum(num for arm, num in by_arm.items() if arm != "m1")
+    assert num_queries(jobs) == 2 * each_seed
+    refused = (
+        f"max_queries must cover the study, whose 12 runs may ask for {2 * each_seed:,} .*, got {2 * each_seed - 1:,}"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        plan_runs(quickstart(tmp_path, f"max_queries={2 * each_seed - 1}"))
+    assert len(plan_runs(quickstart(tmp_path, f"max_queries={2 * each_seed}"))) == len(jobs)
+
+
+def test_the_plan_of_runs_tells_the_queries(tmp_path, capsys):
+    assert plan(quickstart(tmp_path, 'rows=["random"]')) == 0
+    assert "at most 592 queries by all runs together" in capsys.readouterr().out
+
+
 def test_known_results_are_read_and_nothing_is_run(tmp_path):
     study = quickstart(tmp_path)
     jobs = plan_runs(study)
@@ -103,6 +128,32 @@ def test_known_results_are_read_and_nothing_is_run(tmp_path):
     assert [(each.budget, round(each.difference.mean, 6)) for each in shuffled] == [(96, -1.0)]
     page = render_page(comparison)
     assert "the oracle labels everything (ceiling)" in page and "paid scores shuffled (floor)" in page
+
+
+def test_ratios_are_taken_against_a_baseline_that_is_a_variant(tmp_path):
+    study = quickstart(tmp_path, "baseline=direct", "budgets=[16,32]", 'measures=["gain"]')
+    gains = {"k_center": (0.9, 1.0), "random": (0.9, 1.0), "direct": (0.45, 0.9), "expert": (1.0, 1.0)}
+    outcomes = []
+    for arm, budget, seed in product(gains, (16, 32), (0, 1)):
+        values = {f"p{i}": gains[arm][budget == 32] + 0.001 * math.sin(i + seed) for i in range(20)}
+        cell = Cell(arm=arm, budget=budget, seed=seed)
+        outcomes.append(Outcome(cell=cell, key=f"{arm}{budget}{seed}", measured=[estimated("gain", values)]))
+    needed = {(each.arm, each.share): each for each in Comparison(study, outcomes).needed}
+    assert {arm for arm, _ in needed} == {"direct", "k_center", "random"}
+    assert needed["direct", 0.9].labels == pytest.approx(32, abs=0.1)
+    assert [needed[arm, 0.9].ratio for arm in ("direct", "random")] == [1.0, pytest.approx(2, abs=0.01)]
+
+
+@pytest.mark.parametrize(("measure", "of_m1"), [("gain", 0.0), ("win_rate", 0.5), ("score", None)])
+def test_what_labels_gain_is_counted_from_m1(tmp_path, measure, of_m1):
+    study = quickstart(tmp_path, f'measures=["{measure}"]')
+    outcomes = [
+        Outcome(cell=Cell(arm="expert", budget=96, seed=seed), key=f"{seed}", measured=[estimated(measure, {"p": 0.9})])
+        for seed in (0, 1)
+    ]
+    reachable = Comparison(study, outcomes).reachable(())
+    # A score of M1 is no constant: nothing is told of it.
+    assert reachable == ({} if of_m1 is None else {seed: ({"p": of_m1}, {"p": 0.9}) for seed in (0, 1)})
 
 
 def test_a_failed_run_is_told(tmp_path):
@@ -133,3 +184,4 @@ def test_measures_of_reward_models(tmp_path):
         "agreement_r_pairs_of_ppo",
         "agreement_refreshed_pairs_of_ppo_refreshed",
     } <= measured
+    assert measured <= {*RUN_MEASURES, *AGREEMENT_MEASURES}
