@@ -18,6 +18,8 @@ from rayrl.algorithms.selection.strategies import Strategy
 MIN_LABELS = 8
 """Labels below which no heads are fitted, and the strategy of the first batch goes on."""
 
+MAX_SILENT = 3
+"""Batches in a row without one answer, after which no more are asked."""
 TIE = 0.5
 """Answer to a comparison in which neither response won."""
 
@@ -92,7 +94,7 @@ def acquire(
         The labels, `known` ones first.
     """
     labels, knowledge = known or Labels(), knowledge or Knowledge()
-    num_left, batch = num_labels, 0
+    num_left, batch, num_silent = num_labels, 0, 0
     while num_left > 0:
         batch += 1
         heads = fit_labels(shards, labels, knowledge, num_heads) if shards is not None else None
@@ -115,8 +117,8 @@ def acquire(
         answers = ask(questions)
         labels = labels.with_answers(questions, answers.scores)
         num_left -= answers.num_spent
-        # Without a new payment the answers were known, or none can be had: what is left is asked about next.
-        if answers.num_spent == 0 and all(score is None for score in answers.scores):
+        num_silent = 0 if answers.num_spent else num_silent + 1
+        if num_silent == MAX_SILENT:
             break
         if stop is not None and stop(labels):
             break
