@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -250,8 +250,8 @@ def open_file(path: str) -> Iterator[OpenFile]:
     with ExitStack() as stack:
         with access_to(path):
             # A text is read from its beginning to its end: one stream, which needs no server that gives parts of files.
-            streams = path.startswith(_WEB) and _is_text(path)
-            raw = stack.enter_context(fsspec.open(path, "rb", **({"block_size": 0} if streams else {})))
+            settings: dict[str, Any] = {"block_size": 0} if path.startswith(_WEB) and _is_text(path) else {}
+            raw = stack.enter_context(fsspec.open(path, "rb", **settings))
         file = stack.enter_context(io.BufferedReader(raw, _BUFFER_BYTES))  # pyright: ignore[reportArgumentType]
         beginning = file.peek(_PEEKED_BYTES)
         decompressed = _decompressed(file, beginning)
