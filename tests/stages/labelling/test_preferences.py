@@ -225,7 +225,7 @@ def test_all_pairs_that_were_paid_for_are_in_d(tmp_path, tiny_policy):
     answered: list[str] = []
 
     def refuses_every_third(rows):
-        scores = [None if number % 3 == 0 else 1.0 for number in range(len(rows) // 2)]
+        scores = [None if int(row["prompt_id"][1:]) % 3 == 0 else 1.0 for row in rows[::2]]
         answered.extend(row["prompt_id"] for row, score in zip(rows[::2], scores, strict=True) if score is not None)
         unpaid = [number for number, score in enumerate(scores) if score is None]
         return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
