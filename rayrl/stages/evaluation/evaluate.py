@@ -67,7 +67,6 @@ def evaluate(
     started = time.monotonic()
     m1 = policies[M1]
     services.ready(services.generators(m1))
-    served = {name: reward.serve(services) for name, reward in rewards.items()}
     # The trained policies first: the engines then end with M1's weights, under which all answers are read.
     trained = [name for name in policies if name != M1]
     answers: dict[str, list[HeldOut]] = {}
@@ -77,7 +76,7 @@ def evaluate(
         own[name] = own_samples(run, services, m1, policies[name], pool, name, answers[name])
     answers = {M1: answers_of(run, services, m1, m1, pool, M1), **answers}
     if config.best_of_n:
-        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(served.values())))
+        answers[BEST_OF_N] = best_of_n(run, services, m1, pool, next(iter(rewards.values())).serve(services))
 
     queries_each = queries_per_prompt(len(answers), config.competes_by)
     # Every policy is judged on the same prompts, as many as the budget pays for whole.
@@ -94,7 +93,8 @@ def evaluate(
     metrics = EvaluateMetrics(
         num_judged=num_judged,
         policies=rows,
-        rewards={name: _agreement(reward, judged) for name, reward in served.items()},
+        # Served only now: in mode "alternate" the engines that were asked above have ended a fleet that was up before.
+        rewards={name: _agreement(reward.serve(services), judged) for name, reward in rewards.items()},
         references=references,
         lm_eval=benchmark(run, services, policies) if config.evaluate.lm_eval.tasks else {},
         ledger=ledger_counts(oracle),
