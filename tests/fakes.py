@@ -42,6 +42,21 @@ class FinishedRun(Run):
         return Manifest(stage=stage.name, key=key, seconds=0.0, num_rows=1, metrics=metrics, summary="", finished_at="")
 
 
+class OnlyEmbedders:
+    """The one service that embedding may use."""
+
+    dtype = "float32"
+
+    def __init__(self, fleet):
+        self.fleet = fleet
+
+    def embedders(self, checkpoint, pooling):
+        return self.fleet
+
+    def ready(self, fleet):
+        return fleet
+
+
 def sampled(num, prompt="p"):
     """A prompt with `num` different responses."""
     responses = [

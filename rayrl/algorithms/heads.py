@@ -194,7 +194,7 @@ def _mean_square(x: np.ndarray) -> float:
 
 
 def _bootstrap(groups: np.ndarray, num_heads: int, rng: np.random.Generator) -> Float64[np.ndarray, "n m"]:
-    """How often each head drew each row's prompt."""
+    """Draw prompts for each head, with replacement; the count of each row's prompt."""
     distinct, numbers = np.unique(groups, return_inverse=True)
     drawn = rng.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=num_heads)  # (m, prompts)
     return drawn.T[numbers].astype(np.float64)

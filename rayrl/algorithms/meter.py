@@ -105,7 +105,7 @@ class LabelMeter:
 
     @property
     def unit(self) -> str:
-        """What the labels are."""
+        """Name of one kind of label, in the plural."""
         return "comparisons" if self.compares else "judgements"
 
 
@@ -241,7 +241,7 @@ def _band(fit: CurveFit, curve: LearningCurve) -> list[BandPoint]:
 
 
 def _rises(fit: CurveFit, curve: LearningCurve) -> bool:
-    """Whether every possible curve rises over the measured sizes."""
+    """Return whether every possible curve rises over the measured sizes."""
     rise = fit.possible.at(float(curve.sizes[-1])) - fit.possible.at(float(curve.sizes[0]))
     return bool(rise.min() > 0)
 

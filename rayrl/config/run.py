@@ -4,7 +4,6 @@ Rules within one table are checked by that table. Rules that need the data, the 
 `rayrl.preflight`.
 """
 
-import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -27,7 +26,7 @@ from rayrl.config.reward_model import RewardModelConfig
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.select import SelectConfig
 from rayrl.config.sft import SftConfig
-from rayrl.config.table import Operation, Place, Table
+from rayrl.config.table import Operation, Place, Table, plain_name
 from rayrl.config.tracking import TrackingConfig
 
 
@@ -82,10 +81,7 @@ class RunConfig(Table):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w.-]+", name):
-            plain = re.sub(r"[^\w.-]+", "-", name).strip("-") or "my-run"
-            raise ValueError(f'must be letters, digits, ".", "_" and "-", got {name!r}; write "{plain}"')
-        return name
+        return plain_name(name, "my-run")
 
     @field_validator("run_dir", "reuse")
     @classmethod

@@ -102,7 +102,7 @@ class SelectConfig(Table):
 
     @property
     def asks(self) -> Literal["responses", "pairs"]:
-        """What the strategy asks about."""
+        """Kind of question that the strategy chooses."""
         return STRATEGIES[self.strategy].asks
 
     def vectors_json(self) -> str:

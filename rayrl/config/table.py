@@ -8,6 +8,7 @@ places, workers) is how it is carried out, and may change between two starts. A 
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
@@ -26,6 +27,14 @@ Growing = Annotated[T, _GROWING]
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, a URL or a hub name; a leading ~ is the home directory."""
+
+
+def plain_name(name: str, example: str) -> str:
+    """Return a name that is fit for reports, trackers and folders; refuse any other, and propose one, or `example`."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        plain = re.sub(r"[^\w.-]+", "-", name).strip("-") or example
+        raise ValueError(f'must be letters, digits, ".", "_" and "-", got {name!r}; write "{plain}"')
+    return name
 
 
 class Table(BaseModel):

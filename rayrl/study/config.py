@@ -3,7 +3,6 @@
 Importing this module loads no torch, scipy, ray or vllm.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from rayrl.algorithms.selection.strategies import STRATEGIES
 from rayrl.config.function_name import FunctionName
 from rayrl.config.loading import load_config, load_table
 from rayrl.config.run import RunConfig
-from rayrl.config.table import Operation, Place, Table
+from rayrl.config.table import Operation, Place, Table, plain_name
 
 Point = tuple[tuple[str, Any], ...]
 """A point of the grid: settings by dotted name, with their values; empty without a grid."""
@@ -141,10 +140,7 @@ class StudyConfig(Table):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w.-]+", name):
-            plain = re.sub(r"[^\w.-]+", "-", name).strip("-") or "my-study"
-            raise ValueError(f'must be letters, digits, ".", "_" and "-", got {name!r}; write "{plain}"')
-        return name
+        return plain_name(name, "my-study")
 
     @field_validator("strategies")
     @classmethod

@@ -94,7 +94,7 @@ class Objective(Protocol):
         ...
 
     def gains(self, vectors: Float32[np.ndarray, "m d"]) -> Float64[np.ndarray, " m"]:
-        """What each point would gain now."""
+        """The gain that each point would bring now."""
         ...
 
     def tell(self, shards: ShardGroup, picked: Int64[np.ndarray, " p"]) -> None:

@@ -1,4 +1,4 @@
-"""What every strategy of selection works on: shards of a pool's vectors, and what is known besides them.
+"""Shards of a pool's vectors, on which every strategy of selection works, and the knowledge that it is given.
 
 A pool is split over shards, in this process or in others (`rayrl.fleets.coreset`). A strategy runs functions on all of
 them at once and sees ids and the few vectors that they offer, never the whole pool. The number of shards changes no

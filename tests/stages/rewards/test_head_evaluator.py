@@ -14,21 +14,9 @@ from rayrl.stages.proxy.fit_evaluator import fit_evaluator
 from rayrl.stages.rewards.evaluators import evaluator_of
 from rayrl.stages.rewards.head_evaluator import HeadEvaluator, vectors_of
 from rayrl.stages.selection.select import QUERY_SCHEMA
+from tests.fakes import OnlyEmbedders
 
 QUICKSTART = "jobs/configs/quickstart.toml"
-
-
-class OnlyEmbedders:
-    dtype = "float32"
-
-    def __init__(self, fleet):
-        self.fleet = fleet
-
-    def embedders(self, checkpoint, pooling):
-        return self.fleet
-
-    def ready(self, fleet):
-        return fleet
 
 
 def item(number):

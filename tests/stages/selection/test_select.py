@@ -19,21 +19,9 @@ from rayrl.runs.run import Run, read_manifest
 from rayrl.runs.stage_table import SELECT
 from rayrl.stages.artifacts import Responses
 from rayrl.stages.selection.select import select
+from tests.fakes import OnlyEmbedders
 
 NUM_BLOCKS, PROMPTS_PER_BLOCK, K = 3, 4, 3
-
-
-class OnlyEmbedders:
-    """The one service selection may use."""
-
-    def __init__(self, fleet):
-        self.fleet = fleet
-
-    def embedders(self, checkpoint, pooling):
-        return self.fleet
-
-    def ready(self, fleet):
-        return fleet
 
 
 def sampled(prompt):
