@@ -190,16 +190,17 @@ def _matches(pattern: str, folder: str) -> list[str]:
 
 
 def _refuse_configurations(folder: str) -> None:
-    """Refuse a local folder whose card, README.md, names several configurations: their rows belong apart.
+    """Refuse a folder whose card, README.md, names several configurations: their rows belong apart.
 
     Raises:
         DataError: names them.
     """
-    from huggingface_hub import metadata_load
+    from huggingface_hub import DatasetCard
 
     # A card that is missing, or cannot be parsed, names nothing: YAML has errors of its own, and the shape is free.
     try:
-        card = metadata_load(os.path.join(folder.removeprefix("file://"), "README.md")) or {}
+        with fsspec.open(f"{folder.rstrip('/')}/README.md", "rt", encoding="utf-8") as file:
+            card = DatasetCard(cast("io.TextIOBase", file).read()).data.to_dict()
         names = [str(configuration["config_name"]) for configuration in card.get("configs") or []]
     except Exception:
         return
@@ -298,12 +299,15 @@ def as_text(file: io.BufferedReader, path: str, encoding: str, *, newline: str) 
     """Read the bytes of an open file as text, without a byte order mark.
 
     Raises:
-        DataError: it begins as UTF-16 does, and another encoding is set.
+        DataError: it begins with the byte order mark of UTF-8 or UTF-16, and another encoding is set.
     """
     name = codecs.lookup(encoding).name
-    beginning = file.peek(2)
-    if name == "utf-8" and beginning.startswith(_UTF_16):
-        raise DataError(f'{path} is UTF-16 and not UTF-8; save it as UTF-8, or set encoding = "utf-16" for it')
+    beginning = file.peek(3)
+    # In an encoding of one byte a character, every byte would be read as some text, and a wrong one.
+    if beginning.startswith(codecs.BOM_UTF8) and not name.startswith("utf-8"):
+        raise DataError(f"{path} begins with the byte order mark of UTF-8; leave out encoding, which is {encoding}")
+    if beginning.startswith(_UTF_16) and not name.startswith(("utf-16", "utf-32")):
+        raise DataError(f'{path} is UTF-16 and not {encoding}; save it as UTF-8, or set encoding = "utf-16" for it')
     mark = _MARKS.get(name, b"")
     if mark and file.peek(len(mark)).startswith(mark):
         file.read(len(mark))

@@ -15,8 +15,8 @@ from typing import cast
 from rayrl.data.cells import SHOWN_CHARACTERS
 from rayrl.errors import DataError
 
-PEEKED_ROWS = 20
-"""Rows that tell the columns of a file: JSON rows may leave a column out, so one row is not enough."""
+PEEKED_ROWS = 1000
+"""Rows in which every needed column must be once: JSON rows may leave a column out, so one row is not enough."""
 MAX_VALUE_CHARACTERS = 1 << 28
 """Longest object that spans lines. It bounds the memory; one that is malformed may seem to go on for ever."""
 _CHUNK_CHARACTERS = 1 << 20
@@ -59,17 +59,23 @@ def json_rows(
         file: the text, with line breaks at line feeds alone: a JSON text may hold others.
         path: for messages.
         needed: columns, which tell a row from an object that holds the rows; None if any will do.
-        check_columns: refuses the columns of the file, which are those of its first rows.
+        check_columns: refuses the columns of the file: those of its first rows, until each needed one was there.
 
     Raises:
         DataError: the file is no JSON at its beginning, or in the middle of an object that spans lines.
     """
     rows = _rows(file, path, needed)
-    first = list(itertools.islice(rows, PEEKED_ROWS))
-    columns = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
+    first: list[tuple[int | None, Content]] = []
+    columns: dict[str, None] = {}
+    for each in itertools.islice(rows, PEEKED_ROWS):
+        first.append(each)
+        if isinstance(each[1], dict):
+            columns |= dict.fromkeys(each[1])
+        if columns.keys() >= set(needed or ()):
+            break
     # Without a readable row, the fault of the first one is the message to give.
     if columns:
-        check_columns(columns)
+        check_columns(list(columns))
     yield from first
     yield from rows
 

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from rayrl.config import PreferenceDataConfig
 from rayrl.data.cells import check_text, number_cell
@@ -135,9 +136,10 @@ def _replies(row: Row, config: PreferenceDataConfig) -> list[RankedReply]:
     texts: list[tuple[str, float]] = []
     if config.replies_column is not None:
         where = f"{row.where}, column {config.replies_column}"
-        for cell in read_list(row.cells.get(config.replies_column), where):
-            message = read_message(cell, where, default_role="assistant")
-            texts.append((content_of(message), _rank(cell, where)))
+        cells = read_list(row.cells.get(config.replies_column), where)
+        messages = [read_message(cell, where, default_role="assistant") for cell in cells]
+        ranks = _ranks(cast("list[SourceRow]", cells), where)
+        texts += zip(map(content_of, messages), ranks, strict=True)
     else:
         for rank, column in enumerate((config.chosen_column, config.rejected_column)):
             cell = row.cells.get(column)
@@ -176,12 +178,24 @@ def _differ_before_the_reply(cells: SourceRow, config: PreferenceDataConfig, whe
     return split_reply(chosen)[0] != split_reply(rejected)[0]
 
 
-def _rank(cell: object, where: str) -> float:
-    """Read a reply's rank, or that of its score, the highest of which is best; NaN where it has neither."""
-    assert isinstance(cell, dict)  # read_message refused it otherwise
-    rank = number_cell(cell.get("rank"), "rank", where)
-    if rank is not None:
-        return rank
-    name = next((name for name in SCORE_NAMES if cell.get(name) is not None), None)
-    score = None if name is None else number_cell(cell[name], name, where)
-    return math.nan if score is None else -score
+def _ranks(replies: list[SourceRow], where: str) -> list[float]:
+    """Read the ranks of a row's replies, or those of their scores, the highest of which is best; NaN for none.
+
+    Raises:
+        DataError: some of the replies have a rank, and others a score alone.
+    """
+    ranks = [number_cell(reply.get("rank"), "rank", where) for reply in replies]
+    scores = [_score(reply, where) for reply in replies]
+    if all(rank is None for rank in ranks):
+        return [math.nan if score is None else -score for score in scores]
+    if any(rank is None and score is not None for rank, score in zip(ranks, scores, strict=True)):
+        raise DataError(
+            f"{where}: some replies have a rank and others only a score, and the two cannot be ordered; give all of "
+            "them ranks, or all of them scores"
+        )
+    return [math.nan if rank is None else rank for rank in ranks]
+
+
+def _score(reply: SourceRow, where: str) -> float | None:
+    name = next((name for name in SCORE_NAMES if reply.get(name) is not None), None)
+    return None if name is None else number_cell(reply[name], name, where)

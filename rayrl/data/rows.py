@@ -342,8 +342,10 @@ def _from_hub(path: str, split: str) -> "Dataset":
         return cast("Dataset", datasets.load_dataset(name, configuration or None, split=split))
     # Of any kind: a loading script is a RuntimeError, and a file that cannot be parsed an error of `datasets`.
     except Exception as error:
+        # Of a file that cannot be parsed, the error says only that; its cause names what is wrong.
+        reason = f"{error}: {error.__cause__}" if error.__cause__ is not None else str(error)
         raise DataError(
-            f"{path} is no local file or folder, and loading split {split} from the hub failed ({error}); "
+            f"{path} is no local file or folder, and loading split {split} from the hub failed ({reason}); "
             "correct the path, or download the data set and give its file or folder"
         ) from None
 

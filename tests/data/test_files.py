@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
@@ -154,10 +155,13 @@ def test_a_folder_of_several_configurations_is_refused_with_a_pattern(tmp_path):
         (tmp_path / name).mkdir()
         saved(tmp_path / name, "rows.jsonl", lines({"prompt": name}))
     saved(tmp_path, "README.md", CARD)
-    for path in (str(tmp_path), f"file://{tmp_path}"):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(tmp_path), "/configurations", recursive=True)
+    for path in (str(tmp_path), f"file://{tmp_path}", "memory://configurations"):
         with pytest.raises(DataError, match=r"several configurations of a data set, main, socratic; .*/main/\*"):
             prompts_of(path)
-    assert prompts_of(f"{tmp_path}/main/*") == ["main"]
+    assert prompts_of(f"{tmp_path}/main/*") == prompts_of("memory://configurations/main/*") == ["main"]
+    remote.rm("/configurations", recursive=True)
     for card in (
         "---\nconfigs: [\n---\n",
         "---\nconfigs: 3\n---\n",
@@ -307,7 +311,10 @@ def test_whatever_the_hub_raises_is_a_refusal(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"user/name is no local file or folder, .*from the hub failed .*; correct the"):
+    error.__cause__ = ValueError("row 7 of a.json")
+    with pytest.raises(
+        DataError, match=r"user/name is no local .*from the hub failed .*: row 7 of a.json\); correct the"
+    ):
         prompts_of("user/name")
 
 

@@ -206,6 +206,11 @@ def test_a_chosen_answer_equal_to_the_rejected_one_is_refused_with_its_row(tmp_p
             {"replies_column": "replies"},
             "row 1, column replies: column rank must be a number",
         ),
+        (
+            {"prompt": "p", "replies": [{"text": "x", "rank": 0}, {"text": "y", "score": 9.0}]},
+            {"replies_column": "replies"},
+            "row 1, column replies: some replies have a rank and others only a score, .*; give all of them ranks, or",
+        ),
         ({"prompt": "p", "chosen": "a"}, {}, "has no column rejected"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, {"replies_column": "x"}, "has no column x"),
         ({"chat": "no chat", "chosen": "a", "rejected": "b"}, {"messages_column": "chat"}, "a list of messages was"),

@@ -163,7 +163,7 @@ REFUSED = [
         "utf-16.csv",
         f"prompt\n{EGG}\n".encode("utf-16"),
         {},
-        r'is UTF-16 and not UTF-8; save it as UTF-8, or set enc.* = "utf-16"',
+        r'is UTF-16 and not utf-8; save it as UTF-8, or set enc.* = "utf-16"',
     ),
     ("utf-16.jsonl", lines({"prompt": EGG}).encode("utf-16"), {}, r'is UTF-16 .* encoding = "utf-16"'),
     (
@@ -306,6 +306,13 @@ REFUSED = [
         {"prompt_column": "instruction"},
         "column input must",
     ),
+    ("marked.csv", f"\ufeffprompt\n{EGG}\n", {"encoding": "cp1252"}, "mark of UTF-8; leave out encoding, which is cp"),
+    (
+        "utf-16-as-cp1252.csv",
+        f"prompt\n{EGG}\n".encode("utf-16"),
+        {"encoding": "cp1252"},
+        "is UTF-16 and not cp1252; save it as",
+    ),
     ("null-row.jsonl", f"{lines({'prompt': EGG})}null\n", {}, "row 2: it must be a JSON object, got null"),
     (
         "broken-line.jsonl",
@@ -418,6 +425,13 @@ def test_an_object_that_is_too_long_is_told_so(tmp_path, monkeypatch):
     path = saved(tmp_path, "a.json", json.dumps({"data": [{"prompt": "x" * 100}] * 400}, indent=1))
     with pytest.raises(DataError, match=r"line 1: the value that begins here is longer than 20,000 .*; write each row"):
         prompts_of(path)
+
+
+def test_a_column_that_comes_late_in_a_json_file_is_there(tmp_path):
+    path = saved(tmp_path, "late.jsonl", lines(*[{"id": 1}] * 500, {"prompt": EGG}))
+    counts = PromptCounts()
+    assert prompts_of(path, counts) == [EGG]
+    assert (counts.num_rows, counts.num_empty) == (501, 500)
 
 
 def test_numbers_are_not_cut_at_the_ends_of_what_is_read(tmp_path, monkeypatch):
