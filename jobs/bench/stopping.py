@@ -145,6 +145,8 @@ def stop(command: list[str], folder: Path, stage: str, number: str) -> Row:
             family.update(process.children(recursive=True))
         time.sleep(0.05)
     is_late = manifest.exists() or job.poll() is not None
+    if job.poll():
+        sys.exit(f"the run ended by itself with exit code {job.poll()}, before the signal; see {folder}.log")
     with contextlib.suppress(psutil.NoSuchProcess):
         family.update(process.children(recursive=True))
     sent = time.monotonic()
