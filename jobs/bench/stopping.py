@@ -146,7 +146,10 @@ def stop(command: list[str], folder: Path, stage: str, number: str) -> Row:
         time.sleep(0.05)
     is_late = manifest.exists() or job.poll() is not None
     if job.poll():
-        sys.exit(f"the run ended by itself with exit code {job.poll()}, before the signal; see {folder}.log")
+        said = Path(f"{folder}.log").read_text().splitlines()[-10:]
+        sys.exit(
+            "\n".join([f"the run ended by itself with exit code {job.poll()}, before the signal; it said:", *said])
+        )
     with contextlib.suppress(psutil.NoSuchProcess):
         family.update(process.children(recursive=True))
     sent = time.monotonic()
