@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.exceptions import RayActorError
 
-from rayrl.algorithms.acquisition import Answers, Labels, acquire, meter_labels, num_choosable
+from rayrl.algorithms.acquisition import Acquisition, Answers, Labels, acquire, meter_labels, num_choosable
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
 from rayrl.algorithms.meter import describe, stops
 from rayrl.algorithms.selection import ROUTED, STRATEGIES, Knowledge, Selection
@@ -269,20 +269,15 @@ def _choose(
 
     num_left = num_wanted - sum(batch.answers.num_spent for batch in batches)
     if num_left > 0 and not (batches and is_enough(labels)):
-        acquire(
-            ids,
-            shards,
-            strategy,
-            num_left,
-            ask_chosen,
-            num_batches=max(1, select.batches - len(batches)),
+        acquisition = Acquisition(
+            strategy=strategy,
             first=None if first is None else STRATEGIES[first],
-            known=labels,
-            knowledge=knowledge,
+            num_batches=max(1, select.batches - len(batches)),
             num_heads=select.num_heads,
             confidence=select.sure_at,
-            stop=is_enough,
+            knowledge=knowledge,
         )
+        acquire(ids, shards, acquisition, num_left, ask_chosen, known=labels, stop=is_enough)
     # What was refused for nothing is no part of Q: its place was given to another.
     chosen = [row for batch in batches for row in batch.paid_questions().ravel().tolist()]
     metrics = [BatchMetrics(num_asked=len(batch.questions), num_scored=batch.num_scored) for batch in batches]
