@@ -70,8 +70,9 @@ def one(arguments: argparse.Namespace, name: str) -> None:
     ids = np.arange(len(vectors)) // PER_PROMPT * 64 + np.arange(len(vectors)) % PER_PROMPT
     heads = heads_on(vectors, pairs=strategy.asks == "pairs")
     pool = LocalShards([CoresetShard(ids, vectors)]) if strategy.reads_vectors else ids
+    knowledge = Knowledge(heads=heads, entropies=np.random.default_rng(2).random(len(ids)), prompt_stride=64)
     started = time.perf_counter()
-    picks = strategy.choose(pool, arguments.num_selected, Knowledge(heads=heads, prompt_stride=64)).ids
+    picks = strategy.choose(pool, arguments.num_selected, knowledge).ids
     seconds = time.perf_counter() - started
     assert len(set(picks)) == len(picks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the plain loop, which has its own copies

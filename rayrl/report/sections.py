@@ -348,6 +348,8 @@ def _selection(facts: RunFacts) -> Section | None:
         ["candidates", number_of(selection, lambda found: found.num_candidates)],
         ["selected", number_of(selection, lambda found: found.num_selected)],
     ]
+    if selection is not None and selection.num_unread:
+        rows.append(["the evaluator abstained from", number(selection.num_unread)])
     if selection is not None and selection.batches:
         sizes = ", ".join(number(batch.num_asked) for batch in selection.batches)
         rows.append(["asked in batches of", sizes])

@@ -132,6 +132,8 @@ class SelectMetrics(StageMetrics):
     """In the order of asking; empty where all is picked at once."""
     num_embedded: int | None = None
     embed_s: float | None = None
+    num_unread: int | None = None
+    """Candidates from which the evaluator of the round before abstained; None where the strategy does not read it."""
 
 
 SPENT_STATES = ("scored", "abstained", "lost")

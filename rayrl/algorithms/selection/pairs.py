@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from rayrl.algorithms.heads import Heads
-from rayrl.algorithms.selection.by_heads import entropy, heads_of
+from rayrl.algorithms.scoring import entropy
+from rayrl.algorithms.selection.by_heads import heads_of
 from rayrl.algorithms.selection.greedy import Information, LeverageBounds, information_of, lazy_greedy
 from rayrl.algorithms.selection.shards import (
     ROWS_AT_ONCE,

@@ -54,6 +54,8 @@ class Knowledge:
     """Vectors from outside of the pool that count as labelled: covered already."""
     heads: Heads | None = None
     """Fitted on the labels so far; None as long as there are none."""
+    entropies: Float64[np.ndarray, " n"] | None = None
+    """Of the evaluator's score of every response of the pool, by rising id; NaN where it abstains."""
     sure_margin: float = float("inf")
     """Margin between two responses, in the heads' standard deviations, from which on their order counts as known."""
     prompt_stride: int = 1
