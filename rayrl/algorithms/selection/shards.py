@@ -111,6 +111,15 @@ class VectorShard:
         parts = np.array_split(self.vectors, 1 + len(self.vectors) // ROWS_AT_ONCE)
         return np.concatenate([part.astype(np.float64) @ weights for part in parts]) + bias
 
+    @property
+    def width(self) -> int:
+        """Of its vectors."""
+        return self.vectors.shape[1]
+
+    def vectors_at(self, rows: np.ndarray | slice) -> Float32[np.ndarray, "m d"]:
+        """The vectors of some rows."""
+        return self.vectors[rows]
+
     def rows_of(self, identifiers: Int64[np.ndarray, " m"]) -> np.ndarray:
         """Positions of those of some ids that this shard owns."""
         return np.flatnonzero(np.isin(self.ids, identifiers))
