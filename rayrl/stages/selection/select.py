@@ -61,6 +61,8 @@ class Chosen:
 
     selection: Selection
     batches: list[BatchMetrics] = field(default_factory=list)
+    num_unspent: int = 0
+    is_enough: bool = False
     num_embedded: int | None = None
     embed_s: float | None = None
 
@@ -129,12 +131,15 @@ def select(
             num_candidates=responses.num_responses,
             radius=[round(radius, 5) for radius in radii[:: max(1, len(radii) // MAX_RADII)]],
             batches=chosen.batches,
+            num_unspent=chosen.num_unspent,
+            is_enough=chosen.is_enough,
             num_embedded=chosen.num_embedded,
             embed_s=chosen.embed_s,
             num_unread=None if entropies is None else int(np.isnan(entropies).sum()),
         ),
         summary=f"{len(rows)} of {responses.num_responses} responses by {name}"
-        + (f" in {len(chosen.batches)} batches" if chosen.batches else ""),
+        + (f" in {len(chosen.batches)} batches" if chosen.batches else "")
+        + (f"; {chosen.num_unspent} not asked: select.stop_at is reached" if chosen.is_enough else ""),
     )
     return query_set
 
@@ -290,6 +295,7 @@ def _choose(
         return Chosen(selection=strategy.choose(pool, min(num_wanted, num_possible), knowledge))
     assert ask is not None, "whoever selects in batches asks"
     batches = _kept_batches(run, key)
+    verdicts = [False]  # of the label meter
     labels = Labels()
     for batch in batches:
         labels = labels.with_answers(batch.questions, batch.answers.scores)
@@ -303,20 +309,27 @@ def _choose(
         return answers
 
     def is_enough(labels: Labels) -> bool:
-        if shards is None:
-            return False
-        meter = meter_labels(shards, labels, knowledge)
-        logger.info("select: %s", describe(meter))
-        return stops(meter, select.stop_at)
+        if shards is not None:
+            meter = meter_labels(shards, labels, knowledge)
+            logger.info("select: %s", describe(meter))
+            verdicts.append(stops(meter, select.stop_at))
+        return verdicts[-1]
 
-    num_left = num_wanted - sum(batch.answers.num_spent for batch in batches)
-    if num_left > 0 and not (batches and is_enough(labels)):
+    def num_left() -> int:
+        return num_wanted - sum(batch.answers.num_spent for batch in batches)
+
+    if num_left() > 0 and not (batches and is_enough(labels)):
         rest = replace(acquisition, num_batches=max(1, select.batches - len(batches)))
-        acquire(ids, shards, rest, num_left, ask_chosen, known=labels, stop=is_enough)
+        acquire(ids, shards, rest, num_left(), ask_chosen, known=labels, stop=is_enough)
     # What was refused for nothing is no part of Q: its place was given to another.
     chosen = [row for batch in batches for row in batch.paid_questions().ravel().tolist()]
     metrics = [BatchMetrics(num_asked=len(batch.questions), num_scored=batch.num_scored) for batch in batches]
-    return Chosen(selection=Selection(ids=chosen), batches=metrics)
+    return Chosen(
+        selection=Selection(ids=chosen),
+        batches=metrics,
+        num_unspent=num_left(),
+        is_enough=verdicts[-1] and num_left() > 0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
