@@ -82,7 +82,7 @@ class PairCounts:
         return (len(ordered) - 1) * (changes - changes.mean())
 
 
-Labels = Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]
+LabelArray = Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]
 """Scores of judgements, or whether the first response of comparisons won."""
 Measure = Callable[[Int64[np.ndarray, " fitted"], Int64[np.ndarray, " held_out"]], PairCounts]
 """Fits heads on some of the labels, given as rows, and compares them on others."""
@@ -90,7 +90,7 @@ Measure = Callable[[Int64[np.ndarray, " fitted"], Int64[np.ndarray, " held_out"]
 
 def learning_curve(
     vectors: Float[np.ndarray, "n d"],
-    labels: Labels,
+    labels: LabelArray,
     groups: Int64[np.ndarray, " n"],
     *,
     compares: bool = False,

@@ -21,7 +21,7 @@ from rayrl.algorithms.learning_curve import (
     MIN_PROMPTS,
     NUM_HEADS,
     NUM_SPLITS,
-    Labels,
+    LabelArray,
     LearningCurve,
     learning_curve,
 )
@@ -111,7 +111,7 @@ class LabelMeter:
 
 def label_meter(
     vectors: Float[np.ndarray, "n d"],
-    labels: Labels,
+    labels: LabelArray,
     groups: Int64[np.ndarray, " n"],
     *,
     compares: bool = False,
