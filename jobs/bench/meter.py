@@ -30,7 +30,7 @@ from hardware import hardware
 
 from rayrl.algorithms.curve_families import CurveFit, fit_curves
 from rayrl.algorithms.heads import fit_heads, fit_pair_heads
-from rayrl.algorithms.learning_curve import NUM_HEADS, accuracy, concordance, learning_curve, pair_learning_curve
+from rayrl.algorithms.learning_curve import NUM_HEADS, accuracy, concordance, learning_curve
 from rayrl.algorithms.meter import CHANCE
 
 FILE = "bon16_tulu2dpo13b_gpt4_even.jsonl.gz"
@@ -140,8 +140,8 @@ class Labels:
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
 
     def curve(self, rows: np.ndarray, num_heads: int, seed: int):
-        measure = pair_learning_curve if self.compares else learning_curve
-        return measure(self.vectors[rows], self.labels[rows], self.groups[rows], num_heads=num_heads, seed=seed)
+        of_rows = self.vectors[rows], self.labels[rows], self.groups[rows]
+        return learning_curve(*of_rows, compares=self.compares, num_heads=num_heads, seed=seed)
 
     def agreement(self, fitted: np.ndarray, held_out: np.ndarray, num_heads: int, seed: int) -> float:
         fit = fit_pair_heads if self.compares else fit_heads

@@ -3,9 +3,10 @@
     python jobs/bench/strategies.py                                # 1,000,000 x 384, 10,000 labels: an hour on 2 cores
     python jobs/bench/strategies.py --num-points 20000 --num-selected 500 --only d_optimal k_means_pp
 
-Each strategy runs in a process of its own, so that its peak memory is its own. Vectors are of length 1 in 200 clusters,
-four responses a prompt; heads are fitted on 500 labels. The plain implementations take one pass over the pool for each
-pick, and are timed on as many picks as `--plain-picks`, from which the whole is extrapolated.
+Each strategy runs in a process of its own, so that its peak memory is its own, or that of making the vectors, which
+takes three times their size. Vectors are of length 1 in 200 clusters, `--per-prompt` responses a prompt; heads are
+fitted on 500 labels. The plain implementations take one pass over the pool for each pick, and are timed on as many
+picks as `--plain-picks`, from which the whole is extrapolated.
 """
 
 import argparse
@@ -22,18 +23,18 @@ from k_center import clustered
 from rayrl.algorithms.heads import fit_heads, fit_pair_heads
 from rayrl.algorithms.selection import STRATEGIES, CoresetShard, Knowledge, LocalShards
 
-PER_PROMPT = 4
 NUM_LABELS = 500
+STRIDE = 64
 
 
-def heads_on(vectors: np.ndarray, *, pairs: bool):
+def heads_on(vectors: np.ndarray, prompts: np.ndarray, *, pairs: bool):
     rng = np.random.default_rng(1)
     rows = np.arange(2 * NUM_LABELS)
     true = rng.standard_normal(vectors.shape[1])
     if pairs:
         differences = vectors[rows[::2]] - vectors[rows[1::2]]
         return fit_pair_heads(differences, differences @ true > 0, rows[::2])
-    return fit_heads(vectors[rows], vectors[rows] @ true + rng.standard_normal(len(rows)), rows // PER_PROMPT)
+    return fit_heads(vectors[rows], vectors[rows] @ true + rng.standard_normal(len(rows)), prompts[rows])
 
 
 def plain_d_optimal(vectors: np.ndarray, num: int) -> None:
@@ -67,11 +68,13 @@ def one(arguments: argparse.Namespace, name: str) -> None:
     torch.set_num_threads(arguments.threads)
     vectors = clustered(arguments.num_points, arguments.dimension)
     strategy = STRATEGIES[name]
-    ids = np.arange(len(vectors)) // PER_PROMPT * 64 + np.arange(len(vectors)) % PER_PROMPT
-    heads = heads_on(vectors, pairs=strategy.asks == "pairs")
+    prompts, places = np.divmod(np.arange(len(vectors)), arguments.per_prompt)
+    ids = prompts * STRIDE + places
+    heads = heads_on(vectors, prompts, pairs=strategy.asks == "pairs")
     pool = LocalShards([CoresetShard(ids, vectors)]) if strategy.reads_vectors else ids
+    knowledge = Knowledge(heads=heads, entropies=np.random.default_rng(2).random(len(ids)), prompt_stride=STRIDE)
     started = time.perf_counter()
-    picks = strategy.choose(pool, arguments.num_selected, Knowledge(heads=heads, prompt_stride=64)).ids
+    picks = strategy.choose(pool, arguments.num_selected, knowledge).ids
     seconds = time.perf_counter() - started
     assert len(set(picks)) == len(picks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the plain loop, which has its own copies
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--num-points", type=int, default=1_000_000)
     parser.add_argument("--dimension", type=int, default=384)
     parser.add_argument("--num-selected", type=int, default=10_000)
+    parser.add_argument("--per-prompt", type=int, choices=range(2, STRIDE + 1), default=4, metavar="K")
     parser.add_argument("--plain-picks", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(STRATEGIES), default=list(STRATEGIES))

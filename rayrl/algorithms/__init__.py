@@ -16,6 +16,7 @@ the last three.
 | argmax_i sum_j w_j max(0, D_j - d(x_i, x_j)^2)      | arXiv 1411.0541     | `selection.facility_location` |
 | argmax_i log det(V + x_i x_i')                      | arXiv 2503.01076    | `selection.d_optimal`         |
 | argmax_i std_m s_m(x_i)                             | Seung et al., 1992  | `selection.uncertainty`       |
+| argmax_i H(mean_r p(s | x_i, r))                    | Settles, 2009       | `selection.score_entropy`     |
 | H(mean_m p_m) - mean_m H(p_m)                       | arXiv 1112.5745     | `selection.bald`              |
 | |mean_m d_m| + std_m d_m                            | arXiv 2603.09692    | `selection.delta_ucb`         |
 | argmin_w sum c (y - w.x)^2 + ridge |w - prior|^2    | arXiv 1806.03335    | `heads.fit_heads`             |

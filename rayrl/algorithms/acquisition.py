@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from rayrl.algorithms.heads import NUM_HEADS, Heads, fit_heads, fit_pair_heads
-from rayrl.algorithms.meter import LabelMeter, comparison_meter, judgement_meter
+from rayrl.algorithms.meter import LabelMeter, label_meter
 from rayrl.algorithms.routing import held_out_pairs, sure_margin
 from rayrl.algorithms.selection.shards import Knowledge, ShardGroup, center_pool, find_vectors, left_of
 from rayrl.algorithms.selection.strategies import Strategy
@@ -47,6 +47,11 @@ class Labels:
     """NaN where the oracle abstained."""
 
     @property
+    def compares(self) -> bool:
+        """Whether the questions are comparisons of two responses."""
+        return self.ids.shape[1] == 2
+
+    @property
     def answered(self) -> np.ndarray:
         """Rows that were answered."""
         return np.flatnonzero(~np.isnan(self.scores))
@@ -58,19 +63,32 @@ class Labels:
         return Labels(ids=np.concatenate([known, ids]), scores=np.concatenate([self.scores, answers]))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acquisition:
+    """How labels are chosen."""
+
+    strategy: Strategy
+    first: Strategy | None = None
+    """Chooses the first batch, and for a strategy that reads the heads until there are `MIN_LABELS` labels."""
+    num_batches: int = 1
+    """Parts of the budget; the heads are fitted again between them. Where abstentions cost nothing, more follow, which
+    ask about the next best in their place."""
+    num_heads: int = NUM_HEADS
+    """Of the ensemble."""
+    confidence: float = 0.9
+    """For a strategy that routes: how often the heads must be right where they are sure."""
+    knowledge: Knowledge = field(default_factory=Knowledge)
+    """Seed, initial centres and sizes."""
+
+
 def acquire(
     ids: Int64[np.ndarray, " n"],
     shards: ShardGroup | None,
-    strategy: Strategy,
+    acquisition: Acquisition,
     num_labels: int,
     ask: Callable[[Int64[np.ndarray, "m u"]], Answers],
     *,
-    num_batches: int = 1,
-    first: Strategy | None = None,
     known: Labels | None = None,
-    knowledge: Knowledge | None = None,
-    num_heads: int = NUM_HEADS,
-    confidence: float = 0.9,
     stop: Callable[[Labels], bool] | None = None,
 ) -> Labels:
     """Spend `num_labels` on questions, in batches.
@@ -78,35 +96,29 @@ def acquire(
     Args:
         ids: what may be asked about.
         shards: the vectors of these; None for strategies that read none.
-        strategy: chooses.
+        acquisition: how the questions are chosen.
         num_labels: questions that may be paid for. All there is, where that is less.
         ask: answers questions about responses (m, 1), or pairs (m, 2).
-        num_batches: parts of the budget; the heads are fitted again between them. Where abstentions cost nothing, more
-            follow, which ask about the next best in their place.
-        first: chooses the first batch, and for a strategy that reads the heads until there are `MIN_LABELS` labels.
         known: labels from before, which cost nothing now; of the same ids.
-        knowledge: seed, initial centres and sizes.
-        num_heads: of the ensemble.
-        confidence: for a strategy that routes: how often the heads must be right where they are sure.
         stop: asked after each batch whether the labels are enough; what is left of the budget is then not spent.
 
     Returns:
         The labels, `known` ones first.
     """
-    labels, knowledge = known or Labels(), knowledge or Knowledge()
+    strategy, labels = acquisition.strategy, known or Labels()
     num_left, batch, num_silent = num_labels, 0, 0
     while num_left > 0:
         batch += 1
-        heads = fit_labels(shards, labels, knowledge, num_heads) if shards is not None else None
+        heads = fit_labels(shards, labels, acquisition) if shards is not None else None
         is_first = len(labels.ids) == 0 or (strategy.reads_heads and heads is None)
-        chooser = first if is_first and first is not None else strategy
+        chooser = acquisition.first if is_first and acquisition.first is not None else strategy
         assert heads is not None or not chooser.reads_heads, (
             "refused before: heads, and no strategy for the first batch"
         )
-        now = replace(knowledge, taken=np.unique(labels.ids), heads=heads)
+        now = replace(acquisition.knowledge, taken=np.unique(labels.ids), heads=heads)
         if chooser.routes and shards is not None:
-            now = replace(now, sure_margin=_sure_margin(shards, labels, knowledge, confidence, num_heads))
-        share = -(-num_left // max(1, num_batches - batch + 1))
+            now = replace(now, sure_margin=_sure_margin(shards, labels, acquisition))
+        share = -(-num_left // max(1, acquisition.num_batches - batch + 1))
         num_asked = min(share, num_choosable(ids, chooser, now))
         if num_asked == 0:
             break
@@ -133,46 +145,44 @@ def num_choosable(ids: Int64[np.ndarray, " n"], strategy: Strategy, knowledge: K
     return len(left_of(prompts[counts > 1], knowledge.taken // knowledge.prompt_stride))
 
 
-def fit_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge, num_heads: int = NUM_HEADS) -> Heads | None:
+def fit_labels(shards: ShardGroup, labels: Labels, acquisition: Acquisition) -> Heads | None:
     """Fit the heads on the answered questions; None with fewer than `MIN_LABELS`. Ties teach comparisons nothing."""
     rows = _decided(labels)
     if len(rows) < MIN_LABELS:
         return None
-    vectors, scores, groups = _with_vectors(shards, labels, rows, knowledge)
-    if labels.ids.shape[1] == 2:
-        return fit_pair_heads(vectors, scores > TIE, groups, num_heads=num_heads, seed=knowledge.seed)
-    return fit_heads(vectors, scores, groups, num_heads=num_heads, seed=knowledge.seed)
+    vectors, scores, groups = _with_vectors(shards, labels, rows, acquisition.knowledge)
+    fit = fit_pair_heads if labels.compares else fit_heads
+    return fit(vectors, scores, groups, num_heads=acquisition.num_heads, seed=acquisition.knowledge.seed)
 
 
 def meter_labels(shards: ShardGroup, labels: Labels, knowledge: Knowledge) -> LabelMeter:
     """Read the label meter on the answered questions."""
     vectors, scores, groups = _with_vectors(shards, labels, _decided(labels), knowledge)
-    if labels.ids.shape[1] == 2:
-        return comparison_meter(vectors, scores > TIE, groups, seed=knowledge.seed)
-    return judgement_meter(vectors, scores, groups, seed=knowledge.seed)
+    return label_meter(vectors, scores, groups, compares=labels.compares, seed=knowledge.seed)
 
 
-def _sure_margin(shards: ShardGroup, labels: Labels, knowledge: Knowledge, confidence: float, num_heads: int) -> float:
+def _sure_margin(shards: ShardGroup, labels: Labels, acquisition: Acquisition) -> float:
+    knowledge = acquisition.knowledge
     vectors, scores, groups = _with_vectors(shards, labels, _decided(labels), knowledge)
-    pairs = held_out_pairs(vectors, scores, groups, num_heads=num_heads, seed=knowledge.seed)
-    return sure_margin(*pairs, confidence)
+    pairs = held_out_pairs(vectors, scores, groups, num_heads=acquisition.num_heads, seed=knowledge.seed)
+    return sure_margin(*pairs, acquisition.confidence)
 
 
 def _decided(labels: Labels) -> Int64[np.ndarray, " n"]:
     """Rows that teach: those that were answered, but for ties of comparisons."""
     rows = labels.answered
-    return rows[labels.scores[rows] != TIE] if labels.ids.shape[1] == 2 else rows
+    return rows[labels.scores[rows] != TIE] if labels.compares else rows
 
 
 def _with_vectors(
     shards: ShardGroup, labels: Labels, rows: Int64[np.ndarray, " n"], knowledge: Knowledge
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Vectors (of comparisons the first less the second), scores and prompts of some questions."""
+    """Vectors, scores and prompts of some questions; of comparisons differences, and whether the first one won."""
     pool = center_pool(shards)
     ids, scores = labels.ids[rows], labels.scores[rows]
     groups = ids[:, 0] // knowledge.prompt_stride
-    if ids.shape[1] == 2:
+    if labels.compares:
         both = find_vectors(shards, np.unique(ids))
         first, second = (both[np.searchsorted(np.unique(ids), ids[:, side])] for side in (0, 1))
-        return first - second, scores, groups
+        return first - second, scores > TIE, groups
     return find_vectors(shards, ids[:, 0]) + pool.offset, scores, groups  # as they were before they were centred

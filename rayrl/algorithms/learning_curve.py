@@ -82,26 +82,30 @@ class PairCounts:
         return (len(ordered) - 1) * (changes - changes.mean())
 
 
+LabelArray = Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]
+"""Scores of judgements, or whether the first response of comparisons won."""
 Measure = Callable[[Int64[np.ndarray, " fitted"], Int64[np.ndarray, " held_out"]], PairCounts]
 """Fits heads on some of the labels, given as rows, and compares them on others."""
 
 
 def learning_curve(
     vectors: Float[np.ndarray, "n d"],
-    scores: Float[np.ndarray, " n"],
+    labels: LabelArray,
     groups: Int64[np.ndarray, " n"],
     *,
+    compares: bool = False,
     sizes: Sequence[int] | None = None,
     num_splits: int = NUM_SPLITS,
     num_heads: int = NUM_HEADS,
     seed: int = 0,
 ) -> LearningCurve | None:
-    """Measure the learning curve of judgements.
+    """Measure the learning curve of judgements, or of comparisons.
 
     Args:
-        vectors: of the judged responses.
-        scores: the oracle's.
-        groups: each response's prompt, as a number.
+        vectors: of the judged responses; of comparisons the first response's less the second's.
+        labels: the oracle's scores; of comparisons whether the first response won.
+        groups: each label's prompt, as a number.
+        compares: whether the labels are of comparisons.
         sizes: numbers of labels to fit on; by default a geometric series up to what the splits leave.
         num_splits: repeats, each with other prompts held out and another order of the rest.
         num_heads: of each fit.
@@ -111,33 +115,14 @@ def learning_curve(
         The curve; None for fewer labels or prompts than a curve takes, and for scores that are all the same.
 
     Raises:
-        ValueError: vectors, scores and groups are not of one length or not finite, or a size is not possible.
+        ValueError: vectors, labels and groups are not of one length or not finite, or a size is not possible.
     """
-    _check(vectors, scores, groups)
+    _check(vectors, labels, groups)
+    fit, count = (fit_pair_heads, accuracy) if compares else (fit_heads, concordance)
 
     def measure(fitted: np.ndarray, held_out: np.ndarray) -> PairCounts:
-        heads = fit_heads(vectors[fitted], scores[fitted], groups[fitted], num_heads=num_heads, seed=seed)
-        return concordance(_mean_score(heads, vectors[held_out]), scores[held_out], groups[held_out])
-
-    return _measured(measure, groups, sizes, num_splits, seed)
-
-
-def pair_learning_curve(
-    differences: Float[np.ndarray, "n d"],
-    first_wins: Bool[np.ndarray, " n"],
-    groups: Int64[np.ndarray, " n"],
-    *,
-    sizes: Sequence[int] | None = None,
-    num_splits: int = NUM_SPLITS,
-    num_heads: int = NUM_HEADS,
-    seed: int = 0,
-) -> LearningCurve | None:
-    """Measure the learning curve of comparisons: as `learning_curve`, on the first vector less the second."""
-    _check(differences, first_wins, groups)
-
-    def measure(fitted: np.ndarray, held_out: np.ndarray) -> PairCounts:
-        heads = fit_pair_heads(differences[fitted], first_wins[fitted], groups[fitted], num_heads=num_heads, seed=seed)
-        return accuracy(_mean_score(heads, differences[held_out]), first_wins[held_out], groups[held_out])
+        heads = fit(vectors[fitted], labels[fitted], groups[fitted], num_heads=num_heads, seed=seed)
+        return count(_mean_score(heads, vectors[held_out]), labels[held_out], groups[held_out])
 
     return _measured(measure, groups, sizes, num_splits, seed)
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 
 from rayrl.algorithms.curve_families import CurveFit, Curves, fit_curves
 from rayrl.algorithms.learning_curve import (
@@ -21,9 +21,9 @@ from rayrl.algorithms.learning_curve import (
     MIN_PROMPTS,
     NUM_HEADS,
     NUM_SPLITS,
+    LabelArray,
     LearningCurve,
     learning_curve,
-    pair_learning_curve,
 )
 
 CHANCE = 0.5
@@ -109,32 +109,21 @@ class LabelMeter:
         return "comparisons" if self.compares else "judgements"
 
 
-def judgement_meter(
+def label_meter(
     vectors: Float[np.ndarray, "n d"],
-    scores: Float[np.ndarray, " n"],
+    labels: LabelArray,
     groups: Int64[np.ndarray, " n"],
     *,
+    compares: bool = False,
     num_splits: int = NUM_SPLITS,
     num_heads: int = NUM_HEADS,
     seed: int = 0,
 ) -> LabelMeter:
-    """Read the meter on judgements; the arguments are those of `learning_curve`."""
-    curve = learning_curve(vectors, scores, groups, num_splits=num_splits, num_heads=num_heads, seed=seed)
-    return read_meter(curve, groups, compares=False)
-
-
-def comparison_meter(
-    differences: Float[np.ndarray, "n d"],
-    first_wins: Bool[np.ndarray, " n"],
-    groups: Int64[np.ndarray, " n"],
-    *,
-    num_splits: int = NUM_SPLITS,
-    num_heads: int = NUM_HEADS,
-    seed: int = 0,
-) -> LabelMeter:
-    """Read the meter on comparisons that are no ties; the arguments are those of `pair_learning_curve`."""
-    curve = pair_learning_curve(differences, first_wins, groups, num_splits=num_splits, num_heads=num_heads, seed=seed)
-    return read_meter(curve, groups, compares=True)
+    """Read the meter on judgements, or on comparisons that are no ties; the arguments are those of `learning_curve`."""
+    curve = learning_curve(
+        vectors, labels, groups, compares=compares, num_splits=num_splits, num_heads=num_heads, seed=seed
+    )
+    return read_meter(curve, groups, compares=compares)
 
 
 def read_meter(curve: LearningCurve | None, groups: Int64[np.ndarray, " n"], *, compares: bool) -> LabelMeter:

@@ -228,6 +228,8 @@ def _check_selection(config: RunConfig) -> None:
             f'select.strategy must choose responses where the oracle judges each one, got "{name}", which chooses '
             'pairs; set it to "k_center", or have pairs compared: pipeline = "rlp" and preferences.source = "oracle"'
         )
+    if select.reads_evaluator:
+        _check_evaluator_is_read(config)
     if config.labels == "routed":
         if config.pipeline != "proxy_dpo":
             raise ValueError(f'labels must be "proxy" when pipeline is "{config.pipeline}", got "routed"; leave it out')
@@ -267,6 +269,28 @@ def _check_selection(config: RunConfig) -> None:
         raise ValueError(
             f"select.batches must be at most select.budget ({select.budget}), got {select.batches}: each batch asks at "
             "least one question; lower it"
+        )
+
+
+def _check_evaluator_is_read(config: RunConfig) -> None:
+    """Refuse a strategy that reads the last round's evaluator where there is none, or none with a distribution."""
+    name = config.select.strategy
+    remedy = 'or choose another strategy, such as "uncertainty" with select.batches = 8'
+    if not config.learns_from_judgements or config.labels not in ("proxy", "shuffled"):
+        raise ValueError(
+            f'select.strategy must read no evaluator where none is fitted before the labels are chosen, got "{name}" '
+            f'with pipeline = "{config.pipeline}", ppo.reward = "{config.ppo.reward}" and labels = "{config.labels}"; '
+            'set it to "k_center" or "random"'
+        )
+    if config.evaluator.type != "generative":
+        raise ValueError(
+            f'evaluator.type must be "generative" with select.strategy = "{name}", got "{config.evaluator.type}": '
+            f"it has a score and no distribution over the scores; leave it out, {remedy}"
+        )
+    if config.rounds == 1:
+        raise ValueError(
+            f'rounds must be 2 or more with select.strategy = "{name}", got 1: it reads the evaluator that the round '
+            f"before has fitted; set rounds = 2, {remedy}"
         )
 
 

@@ -19,13 +19,15 @@ class SelectConfig(Table):
     """Paid queries of all rounds together. The paper's headline is 1,700."""
     strategy: Annotated[str, name_in(STRATEGIES)] = "k_center"
     """The rule that chooses questions: "k_center" covers the embedded pool, "random" draws from it, "uncertainty" asks
-    where heads on the vectors disagree; jobs/README.md lists all."""
+    where heads on the vectors disagree, "entropy" where the evaluator of the round before is least sure of the score;
+    jobs/README.md lists all."""
     batches: int = Field(default=1, gt=0)
     """Parts of a round's budget. Between them heads on the vectors are fitted to the answers so far, and strategies
     that read the heads choose by them."""
     first_batch: Annotated[str, name_in(STRATEGIES)] | None = None
     """Strategy of the first batch, where there are no answers yet; needed where `strategy` reads the heads, which it
-    chooses for until there are 8 answers."""
+    chooses for until there are 8 answers. With "entropy" it chooses the whole first round, which has no evaluator
+    yet."""
     num_heads: int = Field(default=NUM_HEADS, ge=2)
     """Heads of the ensemble whose spread says what the answers leave open."""
     sure_at: float = Field(default=0.9, gt=0.5, lt=1)
@@ -72,12 +74,22 @@ class SelectConfig(Table):
                 f"that are fitted on answers, got {self.batches} and {self.first_batch}; set batches = 8 and "
                 f"first_batch to {like}"
             )
-        if first is not None and self.batches == 1:
+        if strategy.reads_evaluator and first is None:
+            raise ValueError(
+                f'first_batch must be set for strategy = "{self.strategy}", which reads the evaluator of the round '
+                'before: it chooses the first round; set it to "k_center" or "random"'
+            )
+        if strategy.reads_evaluator and self.unit == "prompt":
+            raise ValueError(
+                f'unit must be "response" for strategy = "{self.strategy}", which tells single responses apart, got '
+                '"prompt"; leave it out'
+            )
+        if first is not None and self.batches == 1 and not strategy.reads_evaluator:
             raise ValueError(
                 f'first_batch must be left out where there is one batch, got "{self.first_batch}"; set batches = 8, or '
                 "leave it out"
             )
-        if first is not None and first.reads_heads:
+        if first is not None and (first.reads_heads or first.reads_evaluator):
             raise ValueError(
                 f'first_batch must be a strategy that needs no answers, got "{self.first_batch}"; set it to "random" '
                 'or "k_center"'
@@ -113,6 +125,11 @@ class SelectConfig(Table):
     def reads_heads(self) -> bool:
         """Return whether the strategy reads heads that are fitted on answers."""
         return STRATEGIES[self.strategy].reads_heads
+
+    @property
+    def reads_evaluator(self) -> bool:
+        """Return whether the strategy reads the evaluator of the round before."""
+        return STRATEGIES[self.strategy].reads_evaluator
 
     @property
     def reads_vectors(self) -> bool:

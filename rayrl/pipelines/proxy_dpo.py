@@ -32,7 +32,7 @@ def proxy_dpo(run: Run, services: Services, oracle: ActorHandle) -> Manifest[Eva
     for now in run.rounds():
         responses = generate(now, services, policy, pool)  # Y ~ M1(. | X)
         unlabelled = candidates(now, responses, judgements)
-        query_set = select(now, services, policy, unlabelled, asking(oracle))  # Q, the coreset of Y
+        query_set = select(now, services, policy, unlabelled, asking(oracle), evaluator)  # Q, the coreset of Y
         judgements.append(query(now, oracle, query_set))  # E = oracle(Q); costs budget
         evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval = fit(M1, E)
         # P = M_eval(Y), best against worst

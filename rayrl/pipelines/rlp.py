@@ -101,10 +101,11 @@ def ppo_on_evaluator(
     policies: dict[str, Checkpoint] = {M1: m1}
     rewards: dict[str, Reward] = {}
     judgements: list[Judgements] = []
+    evaluator = None
     for now in run.rounds():
         responses = generate(now, services, policy, pool)  # Y ~ M1
         unlabelled = candidates(now, responses, judgements)
-        query_set = select(now, services, policy, unlabelled, asking(oracle))  # Q
+        query_set = select(now, services, policy, unlabelled, asking(oracle), evaluator)  # Q
         judgements.append(query(now, oracle, query_set))  # E; costs budget
         evaluator = fit_evaluator(now, services, m1, judgements)  # M_eval
         assert evaluator is not None, 'labels = "direct" and "expert" fit no evaluator, and are refused'

@@ -22,7 +22,7 @@ from rayrl.preflight.model import ModelFacts, inspect_model, model_folder
 from rayrl.preflight.oracle_tables import inspect_oracle_tables
 from rayrl.preflight.places import check_places
 from rayrl.preflight.plan import Plan
-from rayrl.preflight.plan_warnings import plan_warnings
+from rayrl.preflight.plan_warnings import PlanFacts, plan_warnings
 from rayrl.preflight.ppo_settings import check_room, check_transfer, check_warmup
 from rayrl.preflight.preferences import PairFacts, inspect_preferences
 from rayrl.preflight.ready_made_reward_model import inspect_reward_model
@@ -86,6 +86,20 @@ def check(
     if contact_oracle:
         _contact(config, rubric)
     cost = estimate_cost(config, rubric, pool, model, workload)
+    facts = PlanFacts(
+        cluster=cluster,
+        model=model,
+        pool=pool,
+        seed=seed,
+        references=references,
+        tables=tables,
+        pairs=pairs,
+        workload=workload,
+        cost=cost,
+        judge_prompts=judge_prompts,
+        disk=disk,
+        stages=planned.stages,
+    )
     return Plan(
         name=config.name,
         pipeline=config.pipeline,
@@ -108,21 +122,7 @@ def check(
         usd=None if cost is None else cost.total_usd,
         disk_bytes=disk.needed,
         free_bytes=disk.free,
-        warnings=plan_warnings(
-            config,
-            cluster=cluster,
-            model=model,
-            pool=pool,
-            seed=seed,
-            references=references,
-            tables=tables,
-            pairs=pairs,
-            workload=workload,
-            cost=cost,
-            judge_prompts=judge_prompts,
-            disk=disk,
-            stages=planned.stages,
-        ),
+        warnings=plan_warnings(config, facts),
         num_test_questions=num_test_questions(config),
         operation=operation_by_table(config),
         rounds=describe_rounds(config, workload.label_queries),

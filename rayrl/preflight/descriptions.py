@@ -23,9 +23,10 @@ def _select(config: RunConfig) -> str:
     name = select.strategy
     if config.labels == "routed":
         name = f"{name}, then where heads are unsure, in {select.batches} batches"
-    elif select.batches > 1:
-        first = f", the first by {select.first_batch}" if select.first_batch else ""
-        name += f" in {select.batches} batches{first}"
+    else:
+        name += f" in {select.batches} batches" if select.batches > 1 else ""
+        what = "round" if select.reads_evaluator else "batch"
+        name += f", the first {what} by {select.first_batch}" if select.first_batch else ""
     return f"{name} over {select.text}, {select.num_shards} shard(s)" if config.embeds_pool else name
 
 

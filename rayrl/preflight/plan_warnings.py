@@ -1,6 +1,7 @@
 """Warnings of a plan: what a user should know of a run that can start, but may not give what is wanted."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rayrl.algorithms.pairing import PAIRS_PER_QUERY
 from rayrl.config import RunConfig
@@ -18,53 +19,51 @@ from rayrl.preflight.workload import Workload, queries_per_eval_prompt
 from rayrl.runs.stage_table import DPO, FIT_REWARD_MODEL, stages_of
 
 
-def plan_warnings(
-    config: RunConfig,
-    *,
-    cluster: Cluster,
-    model: ModelFacts,
-    pool: PoolFacts,
-    seed: PromptCounts | None,
-    references: PromptCounts | None,
-    tables: Sequence[TableFacts],
-    pairs: PairFacts | None,
-    workload: Workload,
-    cost: Cost | None,
-    judge_prompts: JudgePromptFacts | None,
-    disk: DiskFacts,
-    stages: Sequence[StagePlan],
-) -> tuple[str, ...]:
-    """Collect all warnings, those about the data first.
+@dataclass(frozen=True, kw_only=True)
+class PlanFacts:
+    """What the check of a run has found."""
 
-    Args:
-        config: the run.
-        cluster: the nodes it has, and may get.
-        model: facts of the policy.
-        pool: facts of the prompts.
-        seed: counts of the seed data, if there is any.
-        references: counts of the reference answers, if there are any.
-        tables: facts of the tables that the oracle answers from.
-        pairs: facts of the file of pairs, if there is one.
-        workload: responses, queries and pairs.
-        cost: price of the queries; None without prices.
-        judge_prompts: facts of what the evaluator reads; None if nothing is known of it, or nothing read.
-        disk: needed and free bytes of the run directory.
-        stages: what each stage reserves.
-    """
+    cluster: Cluster
+    """The nodes it has, and may get."""
+    model: ModelFacts
+    """Of the policy."""
+    pool: PoolFacts
+    seed: PromptCounts | None
+    """Of the seed data, if there is any."""
+    references: PromptCounts | None
+    """Of the reference answers, if there are any."""
+    tables: Sequence[TableFacts]
+    """Of the tables that the oracle answers from."""
+    pairs: PairFacts | None
+    """Of the file of pairs, if there is one."""
+    workload: Workload
+    """Responses, queries and pairs."""
+    cost: Cost | None
+    """Price of the queries; None without prices."""
+    judge_prompts: JudgePromptFacts | None
+    """What the evaluator reads; None if nothing is known of it, or nothing read."""
+    disk: DiskFacts
+    """Needed and free bytes of the run directory."""
+    stages: Sequence[StagePlan]
+    """What each stage reserves."""
+
+
+def plan_warnings(config: RunConfig, facts: PlanFacts) -> tuple[str, ...]:
+    """Collect all warnings, those about the data first."""
     return (
-        *_pool_warnings(config, pool, model),
-        *([] if seed is None else _seed_warnings(seed)),
-        *([] if references is None else _table_warnings("evaluate.reference_answers", references)),
-        *(warning for table in tables for warning in table.warnings()),
-        *(_pair_warnings(config, workload) if pairs is None else pairs.warnings()),
-        *_cost_warnings(config, cost),
-        *_budget_warnings(config, workload),
-        *_batch_warnings(config, workload),
-        *([] if judge_prompts is None else judge_prompts.warnings()),
+        *_pool_warnings(config, facts.pool, facts.model),
+        *([] if facts.seed is None else _seed_warnings(facts.seed)),
+        *([] if facts.references is None else _table_warnings("evaluate.reference_answers", facts.references)),
+        *(warning for table in facts.tables for warning in table.warnings()),
+        *(_pair_warnings(config, facts.workload) if facts.pairs is None else facts.pairs.warnings()),
+        *_cost_warnings(config, facts.cost),
+        *_budget_warnings(config, facts.workload),
+        *_batch_warnings(config, facts.workload),
+        *([] if facts.judge_prompts is None else facts.judge_prompts.warnings()),
         *_ppo_warnings(config),
-        *_cpu_warnings(config, cluster),
-        *_gpu_warnings(config, cluster, stages),
-        *disk.warnings(),
+        *_cpu_warnings(config, facts.cluster),
+        *_gpu_warnings(config, facts.cluster, facts.stages),
+        *facts.disk.warnings(),
     )
 
 

@@ -18,9 +18,8 @@ from rayrl.algorithms.meter import (
     SHARES,
     Answer,
     LabelMeter,
-    comparison_meter,
     gain_text,
-    judgement_meter,
+    label_meter,
     labels_text,
     too_few,
     value_text,
@@ -79,7 +78,7 @@ def _of_judgements(run: RecordedRun) -> LabelMeter:
                 scores.append(judgement.score)
                 prompts.append(judgement.prompt_id)
     groups = np.unique(prompts, return_inverse=True)[1]
-    return judgement_meter(_stacked(run, vectors), np.array(scores), groups, seed=run.config.seed)
+    return label_meter(_stacked(run, vectors), np.array(scores), groups, seed=run.config.seed)
 
 
 def _of_comparisons(run: RecordedRun) -> LabelMeter:
@@ -94,7 +93,7 @@ def _of_comparisons(run: RecordedRun) -> LabelMeter:
             first_wins.append(preference == "first")
             prompts.append(prompt)
     groups = np.unique(prompts, return_inverse=True)[1]
-    return comparison_meter(_stacked(run, differences), np.array(first_wins), groups, seed=run.config.seed)
+    return label_meter(_stacked(run, differences), np.array(first_wins), groups, compares=True, seed=run.config.seed)
 
 
 def _decided(comparisons: Sequence[Comparison]) -> dict[tuple[str, str, str], Preference]:

@@ -348,9 +348,16 @@ def _selection(facts: RunFacts) -> Section | None:
         ["candidates", number_of(selection, lambda found: found.num_candidates)],
         ["selected", number_of(selection, lambda found: found.num_selected)],
     ]
+    if selection is not None and selection.num_unread:
+        rows.append(["the evaluator abstained from", number(selection.num_unread)])
     if selection is not None and selection.batches:
         sizes = ", ".join(number(batch.num_asked) for batch in selection.batches)
         rows.append(["asked in batches of", sizes])
+        if selection.is_enough:
+            stop_at = f"since select.stop_at = {run.config.select.stop_at} is reached"
+            rows.append([f"not asked, {stop_at}", number(selection.num_unspent)])
+        elif selection.num_unspent:
+            rows.append(["of the budget not asked", number(selection.num_unspent)])
     if selection is not None and selection.radius:
         rows.append(["covering radius at the end", number(selection.radius[-1], ".4g")])
     cards.append(Table(head=["selection", ""], rows=rows))

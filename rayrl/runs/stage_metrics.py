@@ -130,8 +130,14 @@ class SelectMetrics(StageMetrics):
     """Covering radius as the selection grew, at most about 200 points; empty for strategies without one."""
     batches: list[BatchMetrics] = field(default_factory=list)
     """In the order of asking; empty where all is picked at once."""
+    num_unspent: int = 0
+    """Questions that the round's budget had left when the last batch was answered."""
+    is_enough: bool = False
+    """Whether `select.stop_at` ended the asking."""
     num_embedded: int | None = None
     embed_s: float | None = None
+    num_unread: int | None = None
+    """Candidates from which the evaluator of the round before abstained; None where the strategy does not read it."""
 
 
 SPENT_STATES = ("scored", "abstained", "lost")

@@ -21,6 +21,8 @@ Purpose = Literal["label", "evaluate", "test"]
 """Budgets of the ledger: questions that teach, questions that measure, and those that try the judge out beforehand."""
 EMBEDDINGS = "embeddings-"
 """In the folder of the selection: vectors of the responses, named by the work that they are."""
+ENTROPIES = "entropies-"
+"""There too: entropies of the evaluator's score distributions, named likewise."""
 ANSWERS = "answers-"
 """In the folder of the evaluation: a policy's answers to the held-out prompts, named by the policy's version."""
 
@@ -128,9 +130,8 @@ def _selecting_embedders(config: RunConfig) -> FleetUse:
 
 
 def _selection_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
-    if not config.embeds_pool:
-        return ()
-    return (_selecting_embedders(config),)
+    readers = _evaluator_fleets(config) if config.select.reads_evaluator else ()
+    return (*readers, _selecting_embedders(config)) if config.embeds_pool else readers
 
 
 def _evaluator_fleets(config: RunConfig) -> tuple[FleetUse, ...]:
@@ -235,7 +236,7 @@ SELECT = Stage(
     occurs=lambda config, number: config.learns_from_judgements or config.asks_for_comparisons,
     fleets=_selection_fleets,
     prompts=lambda config: "pool" if config.generate.source == "policy" else None,
-    kept=(EMBEDDINGS,),
+    kept=(EMBEDDINGS, ENTROPIES),
 )
 QUERY = Stage(
     name="query",

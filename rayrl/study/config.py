@@ -322,6 +322,11 @@ def _check_labels(study: StudyConfig) -> None:
                 f'strategies must be of those that ask for scores where kind is "labels", got "{name}", which asks for '
                 'comparisons; leave it out, or set kind = "runs"'
             )
+        if STRATEGIES[name].reads_evaluator:
+            raise ValueError(
+                f'strategies must be of those that read no evaluator of an earlier round where kind is "labels", got '
+                f'"{name}"; leave it out, or set kind = "runs"'
+            )
 
 
 def _check_runs(study: StudyConfig) -> None:

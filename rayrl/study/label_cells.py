@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from rayrl.algorithms.acquisition import Answers, acquire
+from rayrl.algorithms.acquisition import Acquisition, Answers, acquire
 from rayrl.algorithms.agreement import MEASURES, by_prompt
 from rayrl.algorithms.heads import fit_heads, mean_and_spread
 from rayrl.algorithms.selection import STRATEGIES, CoresetShard, Knowledge, LocalShards
@@ -127,17 +127,15 @@ def choose_labels(
         # Abstentions too: another cell may have paid for them, and a result depends on no other cell.
         return Answers(scores=scores, num_spent=len(scores))
 
-    labels = acquire(
-        ids,
-        LocalShards([CoresetShard(ids, pool.vectors[choosable])]),
-        STRATEGIES[job.cell.arm],
-        job.cell.budget,
-        answer,
-        num_batches=job.num_batches,
+    acquisition = Acquisition(
+        strategy=STRATEGIES[job.cell.arm],
         first=STRATEGIES[job.first] if job.first is not None else None,
-        knowledge=Knowledge(seed=drawn_seed("study", str(job.cell.seed)), prompt_stride=STRIDE),
+        num_batches=job.num_batches,
         num_heads=job.num_heads,
+        knowledge=Knowledge(seed=drawn_seed("study", str(job.cell.seed)), prompt_stride=STRIDE),
     )
+    shards = LocalShards([CoresetShard(ids, pool.vectors[choosable])])
+    labels = acquire(ids, shards, acquisition, job.cell.budget, answer)
     return labels.ids[:, 0], labels.scores
 
 

@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -72,6 +74,26 @@ class Outcome:
     def by_name(self) -> dict[str, Measured]:
         """Return its measures by name."""
         return {each.measure: each for each in self.measured}
+
+
+def outcome_of(
+    cell: Cell, key: str, study_dir: str, measure: Callable[[], list[Measured]], *, fatal: tuple[type[Exception], ...]
+) -> Outcome:
+    """Measure a cell and keep its result. One that fails is named and counted, and the others go on.
+
+    Raises:
+        One of `fatal`: no cell could go on.
+    """
+    started = time.monotonic()
+    try:
+        measured = measure()
+        write_result(study_dir, key, measured)
+    except fatal:
+        raise
+    except Exception as error:  # of any cell
+        logger.warning("cell failed: %s: %s", cell.title, traceback.format_exc())
+        return Outcome(cell=cell, key=key, failure=f"{type(error).__name__}: {error}")
+    return Outcome(cell=cell, key=key, measured=measured, seconds=time.monotonic() - started)
 
 
 def estimated(measure: str, values: dict[str, float]) -> Measured:

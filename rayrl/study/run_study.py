@@ -7,8 +7,6 @@ may own the ledger that they share. The first cell of a seed does the stages tha
 import importlib
 import logging
 import os
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -25,7 +23,7 @@ from rayrl.runs.run import CONFIG, LEDGER, open_run, read_manifest, round_name
 from rayrl.runs.stage_metrics import M1
 from rayrl.runs.stage_table import EVALUATE
 from rayrl.study.config import StudyConfig, VariantConfig, run_config
-from rayrl.study.results import CELLS, Cell, Outcome, read_result, write_result
+from rayrl.study.results import CELLS, Cell, Measured, Outcome, outcome_of, read_result
 
 if TYPE_CHECKING:
     from rayrl.pipelines.run_pipeline import Pipeline
@@ -120,17 +118,10 @@ def _run(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> Outcome:
     # Only here: it imports Ray.
     from rayrl.study.run_measures import measure_run
 
-    started = time.monotonic()
-    try:
-        folder = _finish(study, job, stopping)
-        measured = measure_run(folder, job.policy, job.config.rounds)
-        write_result(study.study_dir, job.key, measured)
-    except FATAL:
-        raise
-    except Exception as error:  # of any run: it is named and counted, and the others go on
-        logger.warning("%s: %s", job.cell.title, traceback.format_exc())
-        return Outcome(cell=job.cell, key=job.key, failure=f"{type(error).__name__}: {error}")
-    return Outcome(cell=job.cell, key=job.key, measured=measured, seconds=time.monotonic() - started)
+    def measure() -> list[Measured]:
+        return measure_run(_finish(study, job, stopping), job.policy, job.config.rounds)
+
+    return outcome_of(job.cell, job.key, study.study_dir, measure, fatal=FATAL)
 
 
 def _finish(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from rayrl.study.config import ResourcesConfig
 from rayrl.study.label_cells import Job, measure_cell
 from rayrl.study.labels import asking
 from rayrl.study.pool import StudyPool
-from rayrl.study.results import Outcome, write_result
+from rayrl.study.results import Outcome, outcome_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +82,8 @@ def run_job(job: Job, pool: StudyPool, labels: Any, study_dir: str, num_threads:
     """
     import torch
 
-    started = time.monotonic()
-    try:
-        torch.set_num_threads(num_threads)  # numpy's are set by Ray, from the task's CPUs
-        measured = measure_cell(job, pool, asking(labels))
-        write_result(study_dir, job.key, measured)
-    except FATAL:
-        raise
-    except Exception as error:  # of any cell: it is named and counted, and the others go on
-        logger.warning("%s: %s", job.cell.title, traceback.format_exc())
-        return _failed(job, f"{type(error).__name__}: {error}")
-    return Outcome(cell=job.cell, key=job.key, measured=measured, seconds=time.monotonic() - started)
+    torch.set_num_threads(num_threads)  # numpy's are set by Ray, from the task's CPUs
+    return outcome_of(job.cell, job.key, study_dir, lambda: measure_cell(job, pool, asking(labels)), fatal=FATAL)
 
 
 def _outcome(job: Job, call: Any) -> Outcome:

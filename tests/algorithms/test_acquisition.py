@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rayrl.algorithms.acquisition import MIN_LABELS, Answers, Labels, acquire, meter_labels
+from rayrl.algorithms.acquisition import MIN_LABELS, Acquisition, Answers, Labels, acquire, meter_labels
 from rayrl.algorithms.heads import mean_and_spread
-from rayrl.algorithms.meter import LabelMeter, judgement_meter, stops
+from rayrl.algorithms.meter import LabelMeter, label_meter, stops
 from rayrl.algorithms.selection import STRATEGIES, CoresetShard, Knowledge, LocalShards
 
 STRIDE, PER_PROMPT, WIDTH = 8, 4, 6
@@ -41,13 +41,15 @@ def oracle(ids, scores, *, abstains=(), asked=None):
 KNOWLEDGE = Knowledge(prompt_stride=STRIDE, seed=2)
 
 
+def by(name, **settings):
+    return Acquisition(strategy=STRATEGIES[name], knowledge=KNOWLEDGE, **settings)
+
+
 @pytest.mark.parametrize("name", ["k_center", "random_by_prompt"])
 def test_a_strategy_that_learns_nothing_picks_the_same_in_batches_and_at_once(pool, name):
     ids, vectors, scores = pool
     at_once, parts = (
-        acquire(
-            ids, shards_of(ids, vectors), STRATEGIES[name], 30, oracle(ids, scores), num_batches=n, knowledge=KNOWLEDGE
-        ).ids.ravel()
+        acquire(ids, shards_of(ids, vectors), by(name, num_batches=n), 30, oracle(ids, scores)).ids.ravel()
         for n in (1, 5)
     )
     assert at_once.tolist() == parts.tolist()
@@ -65,7 +67,8 @@ def test_the_first_batch_is_by_another_strategy_and_the_next_by_heads_on_its_ans
     strategy = STRATEGIES["uncertainty"].__class__(choose=spread_first, reads_vectors=True, reads_heads=True)
     first = STRATEGIES["random"]
     ask = oracle(ids, scores, asked=asked)
-    acquire(ids, shards_of(ids, vectors), strategy, 40, ask, num_batches=4, first=first, knowledge=KNOWLEDGE)
+    acquisition = Acquisition(strategy=strategy, first=first, num_batches=4, knowledge=KNOWLEDGE)
+    acquire(ids, shards_of(ids, vectors), acquisition, 40, ask)
     assert [len(batch) for batch in asked] == [10, 10, 10, 10] and len(heads) == 3
     assert asked[0].ravel().tolist() == first.choose(ids, 10, KNOWLEDGE).ids
     # Forty exact labels of a linear score: the last heads know it, on vectors as they came.
@@ -75,34 +78,24 @@ def test_the_first_batch_is_by_another_strategy_and_the_next_by_heads_on_its_ans
 def test_abstentions_that_cost_nothing_are_replaced_and_the_budget_is_spent(pool):
     ids, _, scores = pool
     abstains = set(ids[::3].tolist())
-    labels = acquire(
-        ids, None, STRATEGIES["random"], 40, oracle(ids, scores, abstains=abstains), num_batches=2, knowledge=KNOWLEDGE
-    )
+    labels = acquire(ids, None, by("random", num_batches=2), 40, oracle(ids, scores, abstains=abstains))
     assert len(labels.answered) == 40 and len(np.unique(labels.ids)) == len(labels.ids)
 
 
 def test_it_ends_where_nothing_is_left_or_nobody_answers(pool):
     ids, _, scores = pool
-    everything = acquire(ids, None, STRATEGIES["random"], 500, oracle(ids, scores), num_batches=3, knowledge=KNOWLEDGE)
+    everything = acquire(ids, None, by("random", num_batches=3), 500, oracle(ids, scores))
     assert len(everything.answered) == len(ids)
     asked: list[np.ndarray] = []
     nobody = oracle(ids, scores, abstains=set(ids.tolist()), asked=asked)
-    labels = acquire(ids, None, STRATEGIES["random"], 40, nobody, num_batches=4, knowledge=KNOWLEDGE)
+    labels = acquire(ids, None, by("random", num_batches=4), 40, nobody)
     assert len(asked) == 3 and len(labels.answered) == 0
 
 
 def test_it_stops_where_it_is_told_that_the_labels_are_enough(pool):
     ids, _, scores = pool
-    labels = acquire(
-        ids,
-        None,
-        STRATEGIES["random"],
-        60,
-        oracle(ids, scores),
-        num_batches=6,
-        knowledge=KNOWLEDGE,
-        stop=lambda labels: len(labels.answered) >= 25,
-    )
+    acquisition = by("random", num_batches=6)
+    labels = acquire(ids, None, acquisition, 60, oracle(ids, scores), stop=lambda labels: len(labels.answered) >= 25)
     assert len(labels.answered) == 30
 
 
@@ -111,8 +104,7 @@ def test_pairs_are_asked_two_by_two_and_teach_the_heads_the_order(pool):
     asked: list[np.ndarray] = []
     ask = oracle(ids, scores, asked=asked)
     shards = shards_of(ids, vectors)
-    strategy, first = STRATEGIES["pair_bald"], STRATEGIES["random_pairs"]
-    labels = acquire(ids, shards, strategy, 20, ask, num_batches=2, first=first, knowledge=KNOWLEDGE)
+    labels = acquire(ids, shards, by("pair_bald", first=STRATEGIES["random_pairs"], num_batches=2), 20, ask)
     assert labels.ids.shape == (20, 2) and len(asked) == 2
     assert len(np.unique(labels.ids[:, 0] // STRIDE)) == 20
     assert (labels.ids[:, 0] // STRIDE == labels.ids[:, 1] // STRIDE).all()
@@ -122,15 +114,8 @@ def test_known_labels_cost_nothing_and_are_not_asked_again(pool):
     ids, vectors, scores = pool
     known = Labels().with_answers(ids[:MIN_LABELS, None], scores[:MIN_LABELS].tolist())
     asked: list[np.ndarray] = []
-    labels = acquire(
-        ids,
-        shards_of(ids, vectors),
-        STRATEGIES["uncertainty"],
-        10,
-        oracle(ids, scores, asked=asked),
-        known=known,
-        knowledge=KNOWLEDGE,
-    )
+    ask = oracle(ids, scores, asked=asked)
+    labels = acquire(ids, shards_of(ids, vectors), by("uncertainty"), 10, ask, known=known)
     assert len(labels.ids) == MIN_LABELS + 10 and not set(np.concatenate(asked).ravel()) & set(ids[:MIN_LABELS])
 
 
@@ -144,12 +129,12 @@ def test_the_label_meter_reads_what_was_answered(pool):
         return stops(read[-1], 0.5)
 
     ask = oracle(ids, scores, abstains=ids[:3].tolist())
-    labels = acquire(ids, shards, STRATEGIES["random"], 77, ask, num_batches=7, knowledge=KNOWLEDGE, stop=is_enough)
+    labels = acquire(ids, shards, by("random", num_batches=7), 77, ask, stop=is_enough)
     rows = labels.answered
     assert len(rows) == read[-1].num_labels < 77, "exact labels of a linear score are soon enough"
     assert [meter.family for meter in read[:2]] == [None, None] and read[-1].family is not None
     places = np.searchsorted(ids, labels.ids[rows, 0])
-    expected = judgement_meter(vectors[places], scores[places], ids[places] // STRIDE, seed=KNOWLEDGE.seed)
+    expected = label_meter(vectors[places], scores[places], ids[places] // STRIDE, seed=KNOWLEDGE.seed)
     assert [point.num_labels for point in read[-1].measured] == [point.num_labels for point in expected.measured]
     assert read[-1].agreement is not None and expected.agreement is not None
     assert read[-1].agreement.value == pytest.approx(expected.agreement.value, abs=0.02)

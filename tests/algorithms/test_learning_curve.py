@@ -10,7 +10,6 @@ from rayrl.algorithms.learning_curve import (
     accuracy,
     concordance,
     learning_curve,
-    pair_learning_curve,
 )
 
 
@@ -96,10 +95,10 @@ def test_comparisons_have_a_curve_of_the_same_scale():
     rng = np.random.default_rng(0)
     vectors, scores, groups = labelled(120)
     differences, margins = vectors[::2] - vectors[1::2], scores[::2] - scores[1::2]
-    curve = pair_learning_curve(differences, margins > 0, groups[::2], num_splits=6)
+    curve = learning_curve(differences, margins > 0, groups[::2], compares=True, num_splits=6)
     assert curve is not None
     assert 0.5 < curve.mean[0] < curve.mean[-1] < 0.9
-    drawn = pair_learning_curve(differences, rng.random(120) < 0.5, groups[::2], num_splits=6)
+    drawn = learning_curve(differences, rng.random(120) < 0.5, groups[::2], compares=True, num_splits=6)
     assert drawn is not None and abs(drawn.mean[-1] - 0.5) < 3 * np.sqrt(drawn.covariance[-1, -1])
 
 

@@ -11,9 +11,8 @@ from rayrl.algorithms.meter import (
     SHARES,
     Answer,
     LabelMeter,
-    comparison_meter,
     describe,
-    judgement_meter,
+    label_meter,
     labels_text,
     read_meter,
     stops,
@@ -104,7 +103,7 @@ def test_the_meter_stops_when_its_interval_says_so():
 
 
 def test_too_few_labels_are_said_to_be_too_few():
-    meter = judgement_meter(*judged(10, seed=0))
+    meter = label_meter(*judged(10, seed=0))
     assert meter.family is None and not meter.measured and not meter.labels_for
     assert not stops(meter, 0.1)
     assert describe(meter) == (
@@ -114,7 +113,7 @@ def test_too_few_labels_are_said_to_be_too_few():
 
 def test_labels_that_are_all_alike_are_said_to_be_so():
     vectors, scores, groups = judged(40, seed=0)
-    meter = judgement_meter(vectors, np.ones_like(scores), groups)
+    meter = label_meter(vectors, np.ones_like(scores), groups)
     assert describe(meter) == "meter: 80 judgements; not known yet: the 80 judgements are all alike"
 
 
@@ -141,7 +140,7 @@ def test_numbers_of_labels_in_two_digits(answer, text):
 def test_the_whole_meter_on_heads_whose_best_is_known():
     reachable, held, gains = reachable_agreement(), [], []
     for seed in range(16):
-        meter = judgement_meter(*judged(100, seed=seed), num_splits=8, seed=seed)
+        meter = label_meter(*judged(100, seed=seed), num_splits=8, seed=seed)
         assert meter.reachable is not None and meter.next_gain is not None
         held.append(meter.reachable.low <= reachable <= meter.reachable.high)
         gains.append(meter.next_gain.low < 0.02)
@@ -151,16 +150,15 @@ def test_the_whole_meter_on_heads_whose_best_is_known():
 
 def test_comparisons_have_a_meter_too():
     vectors, scores, groups = judged(120, seed=0)
-    meter = comparison_meter(
-        vectors[::2] - vectors[1::2], scores[::2] > scores[1::2], groups[::2], num_splits=6, num_heads=4
-    )
+    differences, first_wins = vectors[::2] - vectors[1::2], scores[::2] > scores[1::2]
+    meter = label_meter(differences, first_wins, groups[::2], compares=True, num_splits=6, num_heads=4)
     assert meter.compares and meter.unit == "comparisons" and meter.num_labels == 120
     assert meter.agreement is not None and 0.6 < meter.agreement.value < 0.9
     assert "meter: 120 comparisons, agreement 0." in describe(meter)
 
 
 def test_bands_widen_away_from_the_measurements_and_hold_them():
-    meter = judgement_meter(*judged(100, seed=0))
+    meter = label_meter(*judged(100, seed=0))
     assert meter.band[-1].num_labels == pytest.approx(800)
     for point in meter.band:
         assert point.new_low <= point.low <= point.agreement <= point.high <= point.new_high
@@ -173,5 +171,5 @@ def test_bands_widen_away_from_the_measurements_and_hold_them():
 
 
 def test_a_meter_is_plain_values():
-    meter = judgement_meter(*judged(40, seed=0), num_splits=4)
+    meter = label_meter(*judged(40, seed=0), num_splits=4)
     assert json.loads(json.dumps(asdict(meter)))["num_labels"] == 80

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrl.algorithms.acquisition import Answers, acquire
+from rayrl.algorithms.acquisition import Acquisition, Answers, acquire
 from rayrl.algorithms.heads import Heads
 from rayrl.algorithms.routing import held_out_pairs, margins_of, sure_margin
 from rayrl.algorithms.selection import ROUTED, STRATEGIES, CoresetShard, Knowledge, LocalShards
@@ -80,11 +80,10 @@ def test_a_budget_is_left_unspent_once_the_heads_are_sure():
     labels = acquire(
         ids,
         LocalShards([CoresetShard(ids, vectors)]),
-        ROUTED,
+        Acquisition(
+            strategy=ROUTED, first=STRATEGIES["random"], num_batches=10, knowledge=Knowledge(prompt_stride=STRIDE)
+        ),
         200,
         ask,
-        num_batches=10,
-        first=STRATEGIES["random"],
-        knowledge=Knowledge(prompt_stride=STRIDE),
     )
     assert 20 <= len(labels.ids) < 120, "an exact linear score is known after a few batches"

@@ -198,6 +198,34 @@ def test_what_rounds_and_synthetic_pairs_exclude_is_refused(small, overrides, me
     assert message in refusal(small, *overrides)
 
 
+ENTROPY = ["select.strategy=entropy", "select.first_batch=random", "rounds=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["select.strategy=entropy", "rounds=2"], 'first_batch must be set for strategy = "entropy", which reads the'),
+        ([*ENTROPY, "select.first_batch=uncertainty", "select.batches=2"], "first_batch must be a strategy that needs"),
+        ([*ENTROPY, "select.first_batch=entropy"], "first_batch must be a strategy that needs no answers"),
+        ([*ENTROPY, 'select.unit="prompt"'], 'unit must be "response" for strategy = "entropy"'),
+        ([*ENTROPY, "rounds=1"], 'rounds must be 2 or more with select.strategy = "entropy", got 1'),
+        ([*ENTROPY, "evaluator.type=scalar"], 'evaluator.type must be "generative" with select.strategy = "entropy"'),
+        ([*ENTROPY, "evaluator.type=head"], 'evaluator.type must be "generative" with select.strategy = "entropy"'),
+        ([*ENTROPY, "labels=routed", "select.batches=2"], "select.strategy must read no evaluator where none is"),
+        ([*ENTROPY, "rounds=1", "labels=expert"], "select.strategy must read no evaluator where none is fitted"),
+        ([*ENTROPY, *RLP], "select.strategy must read no evaluator where none is fitted before the labels are chosen"),
+    ],
+)
+def test_entropy_needs_a_generative_evaluator_of_an_earlier_round(small, overrides, message):
+    assert message in refusal(small, *overrides)
+
+
+@pytest.mark.parametrize("overrides", [[], ["select.batches=2"], ['pipeline="rlp"', "ppo.reward=evaluator"]])
+def test_entropy_is_accepted_with_one_batch_or_more(small, overrides):
+    config = load_config(small, [*ENTROPY, *overrides])
+    assert config.select.reads_evaluator and not config.embeds_pool
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -1,6 +1,7 @@
 """Both pipelines in two rounds on real parts: what carries over, what is drawn anew, and one budget for all."""
 
 import json
+import math
 import os
 import sqlite3
 
@@ -11,6 +12,8 @@ from rayrl.preflight import check
 from tests.pipelines.test_proxy_dpo import ROOT, SMALL, manifest, rows
 
 SPG = ["refresh.spg.clustering=embedding", "refresh.spg.threshold=0.999", "refresh.spg.gamma=0.0"]
+TWO_ROUNDS = [*SMALL, "rounds=2", "pseudo_label.synthetic=true", *SPG]
+TWO_ROUNDS += ["select.strategy=entropy", "select.first_batch=k_center"]
 RLP = [
     "pool.limit=60",
     "pool.num_eval=12",
@@ -54,11 +57,10 @@ def versions(folder):
 
 @pytest.fixture(scope="module")
 def proxy(ray_cluster, tmp_path_factory):
-    """Two rounds of proxy_dpo with synthetic pairs, in mode `overlap`."""
+    """Two rounds of proxy_dpo with synthetic pairs, in mode `overlap`; the second asks by the first one's evaluator."""
     os.chdir(ROOT)
-    overrides = [*SMALL, "rounds=2", "pseudo_label.synthetic=true", *SPG]
     folder = tmp_path_factory.mktemp("runs") / "two-rounds"
-    return run("proxy_dpo", folder, "jobs/configs/quickstart.toml", overrides)
+    return run("proxy_dpo", folder, "jobs/configs/quickstart.toml", TWO_ROUNDS)
 
 
 @pytest.mark.slow
@@ -70,6 +72,22 @@ def test_two_rounds_share_one_budget_and_ask_nothing_twice(proxy):
     assert len(asked[0]) == len(asked[1]) == 12 and not asked[0] & asked[1]
     judged_again = {(row["prompt_id"], r["text"]) for row in rows(second, "candidates") for r in row["responses"]}
     assert not asked[0] & judged_again
+
+
+@pytest.mark.slow
+def test_the_second_round_asks_about_what_the_first_ones_evaluator_is_least_sure_of(proxy):
+    second = proxy / "rounds" / "2"
+    first, later = (manifest(folder, "select")["metrics"] for folder in (proxy, second))
+    assert (first["strategy"], first["num_unread"], later["strategy"]) == ("k_center", None, "entropy")
+    (table,) = (second / "stages" / "select").glob("entropies-*")
+    assert not list((proxy / "stages" / "select").glob("entropies-*"))
+    entropies = [row["entropy"] for row in rows(second, "select", table.name)]
+    names = [response["id"] for row in rows(second, "candidates") for response in row["responses"]]
+    known = {name: value for name, value in zip(names, entropies, strict=True) if value is not None}
+    assert later["num_unread"] == len(names) - len(known) and len(known) >= 12
+    assert all(0 <= value <= math.log(6) + 1e-9 for value in known.values()) and len(set(known.values())) > 12
+    chosen = [known[row["response_id"]] for row in rows(second, "select")]
+    assert chosen == sorted(known.values(), reverse=True)[:12]
 
 
 @pytest.mark.slow
@@ -103,8 +121,7 @@ def test_synthetic_pairs_join_the_labelled_ones_once(proxy):
 @pytest.mark.slow
 def test_a_second_run_of_two_rounds_does_nothing_again(proxy):
     before = {path: path.stat().st_mtime_ns for path in proxy.rglob("stages/**/*") if path.is_file()}
-    overrides = [*SMALL, "rounds=2", "pseudo_label.synthetic=true", *SPG]
-    run("proxy_dpo", proxy, "jobs/configs/quickstart.toml", overrides)
+    run("proxy_dpo", proxy, "jobs/configs/quickstart.toml", TWO_ROUNDS)
     assert {path: path.stat().st_mtime_ns for path in proxy.rglob("stages/**/*") if path.is_file()} == before
 
 

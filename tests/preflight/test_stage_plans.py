@@ -117,6 +117,14 @@ def test_a_strategy_that_is_added_is_planned_by_what_it_reads(tree, monkeypatch,
     assert planned(rlp)["fit_evaluator"].num_gpus == 1 + 1, "what only selects has ended"
 
 
+def test_a_selection_by_the_last_rounds_evaluator_is_planned_with_the_generators_that_serve_it(tree):
+    by_evaluator = {"rounds": 2, "select__strategy": "entropy", "pseudo_label__mode": "alternate"}
+    alone = planned(changed(tree, **by_evaluator, select__first_batch="random", generators__num_replicas=2))["select"]
+    assert (alone.what, alone.num_gpus) == ("entropy, the first round by random", 2)
+    both = changed(tree, **by_evaluator, select__first_batch="k_center", embedders__num_replicas=3)
+    assert planned(both)["select"].num_gpus == 3, "in turn: the larger one of generators and embedders"
+
+
 def test_fleets_of_mode_overlap_stay_up_and_those_of_alternate_do_not(tree):
     tree["policy"]["dtype"] = "float32"
     overlap, alternate = (planned(changed(tree, pseudo_label__mode=mode)) for mode in ("overlap", "alternate"))

@@ -45,6 +45,7 @@ def test_a_study_is_loaded(pool):
         ('strategies=["randomm"]', 'strategies must be of "'),
         ("strategys=[]", "strategys: unknown key; did you mean strategies?"),
         ("strategies=[]", "strategies is empty: name what is compared"),
+        ('strategies=["random", "entropy"]', "must be of those that read no evaluator of an earlier round where kind"),
         ("baseline=uncertainty", 'baseline must be one of "random", "k_center", got "uncertainty"'),
         ('rows=["other"]', 'rows must be of "random", "k_center", got "other"'),
         ('rows=["k_center"]', 'baseline must be one of "k_center", got "random"'),

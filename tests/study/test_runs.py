@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from rayrl.errors import ConfigError
+from rayrl.errors import ConfigError, DiskFull
 from rayrl.runs import storage
 from rayrl.study.command import plan
 from rayrl.study.comparison import EVERYTHING, Comparison
 from rayrl.study.config import AGREEMENT_MEASURES, RUN_MEASURES, load_study
 from rayrl.study.page import render_page
-from rayrl.study.results import Cell, Outcome, counted, estimated, write_result
+from rayrl.study.results import Cell, Outcome, counted, estimated, outcome_of, read_result, write_result
 from rayrl.study.run_measures import measure_run
 from rayrl.study.run_study import missing_runs, num_queries, plan_runs, run_runs
 from tests.report.made_up_runs import write_proxy_dpo_run, write_rlp_run
@@ -154,6 +154,25 @@ def test_what_labels_gain_is_counted_from_m1(tmp_path, measure, of_m1):
     reachable = Comparison(study, outcomes).reachable(())
     # A score of M1 is no constant: nothing is told of it.
     assert reachable == ({} if of_m1 is None else {seed: ({"p": of_m1}, {"p": 0.9}) for seed in (0, 1)})
+
+
+def test_a_cell_that_fails_is_named_and_one_that_no_other_could_survive_ends_the_study(tmp_path):
+    cell = Cell(arm="direct", budget=96, seed=0)
+
+    def outcome(error):
+        def measure():
+            if error is not None:
+                raise error
+            return [estimated("gain", {"p": 1.0, "q": 0.5})]
+
+        return outcome_of(cell, "k", str(tmp_path), measure, fatal=(DiskFull,))
+
+    failed = outcome(KeyError("score"))
+    assert (failed.cell, failed.failure, failed.measured) == (cell, "KeyError: 'score'", ())
+    assert read_result(str(tmp_path), "k") is None
+    with pytest.raises(DiskFull):
+        outcome(DiskFull("no space"))
+    assert outcome(None).measured == read_result(str(tmp_path), "k") == [estimated("gain", {"p": 1.0, "q": 0.5})]
 
 
 def test_a_failed_run_is_told(tmp_path):

@@ -3,6 +3,7 @@
 `strategies.STRATEGIES` is the table. A strategy is one function and one entry there.
 """
 
+from rayrl.algorithms.selection.by_evaluator import score_entropy
 from rayrl.algorithms.selection.by_heads import bald, uncertainty
 from rayrl.algorithms.selection.greedy import d_optimal, facility_location
 from rayrl.algorithms.selection.k_center import CoresetShard, k_center
@@ -28,5 +29,6 @@ __all__ = [
     "k_center",
     "k_means_pp",
     "random_selection",
+    "score_entropy",
     "uncertainty",
 ]

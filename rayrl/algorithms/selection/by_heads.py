@@ -5,6 +5,7 @@ from jaxtyping import Float, Float64, Int64
 
 from rayrl.algorithms.heads import Heads, mean_and_spread
 from rayrl.algorithms.routing import margins_of
+from rayrl.algorithms.scoring import entropy
 from rayrl.algorithms.selection.greedy import facility_location
 from rayrl.algorithms.selection.k_center import k_center
 from rayrl.algorithms.selection.shards import (
@@ -74,12 +75,6 @@ def label_information(scores: Float[np.ndarray, "n m"], noise: float) -> Float64
     p = np.exp(logits - logits.max(2, keepdims=True))
     p /= p.sum(2, keepdims=True)
     return entropy(p.mean(1)) - entropy(p).mean(1)
-
-
-def entropy(p: Float64[np.ndarray, "*n c"]) -> Float64[np.ndarray, "*n"]:
-    """-sum_c p_c log p_c."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.where(p > 0, p * np.log(p), 0).sum(-1)
 
 
 def margin(shards: ShardGroup, num_selected: int, knowledge: Knowledge) -> Selection:

@@ -33,6 +33,8 @@ MIN_CLIENTS = 4096
 CLIENTS_PER_PICK = 2
 """Clients of a large pool, per pick: with fewer than one, late picks would have nothing left to cover."""
 
+MAX_NUMBERS = 1 << 20
+"""Coordinates of points that are made at once, of those that are not held: 4 MiB, which a processor keeps near."""
 NUM_EVALUATED = 16
 """Offered points whose gains are computed together, once the best one's may have fallen."""
 
@@ -40,14 +42,35 @@ Offer = tuple[np.ndarray, np.ndarray, np.ndarray]
 """ids (int64), centred vectors (float32) and gains (float64), largest first."""
 
 
+class Points(Protocol):
+    """What is picked from on one shard: its vectors, or what is made of them."""
+
+    ids: Int64[np.ndarray, " n"]
+    norms: Float64[np.ndarray, " n"]
+    """Squared."""
+
+    @property
+    def width(self) -> int:
+        """Of the vectors."""
+        ...
+
+    def vectors_at(self, rows: np.ndarray | slice) -> Float32[np.ndarray, "m d"]:
+        """The vectors of some rows."""
+        ...
+
+    def rows_of(self, identifiers: Int64[np.ndarray, " m"]) -> np.ndarray:
+        """Rows that are picked with, or excluded by, some ids."""
+        ...
+
+
 class Bounds(ABC):
     """Upper bounds on the gains of one shard's points: the shard's part of a lazy greedy selection."""
 
-    def __init__(self, shard: VectorShard, upper: Float64[np.ndarray, " n"], taken: Int64[np.ndarray, " t"]):
-        self.shard = shard
+    def __init__(self, points: Points, upper: Float64[np.ndarray, " n"], taken: Int64[np.ndarray, " t"]):
+        self.points = points
         self.upper = upper
         self.fresh = np.zeros(len(upper), np.bool_)  # where `upper` is the gain itself
-        self.exclude(shard.rows_of(taken))
+        self.exclude(points.rows_of(taken))
 
     def exclude(self, rows: np.ndarray) -> None:
         """Never offer some rows."""
@@ -62,7 +85,7 @@ class Bounds(ABC):
         """The `num` points that gain most, and how much each does; fewer only if there are no more."""
         num = min(num, int(np.isfinite(self.upper).sum()))
         if num == 0:
-            return np.empty(0, np.int64), self.shard.vectors[:0], np.empty(0)
+            return np.empty(0, np.int64), self.points.vectors_at(slice(0)), np.empty(0)
         margin = scale * 10.0**-EQUAL_DIGITS
         while True:
             # Whoever may tie with the last of the best by today's bounds has to be exact.
@@ -73,8 +96,8 @@ class Bounds(ABC):
                 break
             self.upper[stale] = self.gains(stale)
             self.fresh[stale] = True
-        best = rivals[largest_first(self.upper[rivals], self.shard.ids[rivals], scale)[:num]]
-        return self.shard.ids[best], self.shard.vectors[best], self.upper[best]
+        best = rivals[largest_first(self.upper[rivals], self.points.ids[rivals], scale)[:num]]
+        return self.points.ids[best], self.points.vectors_at(best), self.upper[best]
 
 
 def _bounds_of(shard: VectorShard) -> Bounds:
@@ -170,17 +193,17 @@ def _pick_certain(
 class LeverageBounds(Bounds):
     """Bounds on x' V^-1 x."""
 
-    def __init__(self, shard: VectorShard, inverse: Float64[np.ndarray, "d d"], taken: Int64[np.ndarray, " t"]):
+    def __init__(self, points: Points, inverse: Float64[np.ndarray, "d d"], taken: Int64[np.ndarray, " t"]):
         self.inverse = inverse
-        super().__init__(shard, np.full(len(shard.ids), np.inf), taken)
+        super().__init__(points, np.full(len(points.ids), np.inf), taken)
         rows = np.flatnonzero(self.upper > 0)
         self.upper[rows] = self.gains(rows)
         self.fresh[rows] = True
 
     def gains(self, rows: np.ndarray) -> Float64[np.ndarray, " m"]:
         gains = np.empty(len(rows))
-        for part in np.array_split(np.arange(len(rows)), 1 + len(rows) * self.shard.vectors.shape[1] // MAX_DISTANCES):
-            vectors = self.shard.vectors[rows[part]].astype(np.float64)
+        for part in np.array_split(np.arange(len(rows)), 1 + len(rows) * self.points.width // MAX_DISTANCES):
+            vectors = self.points.vectors_at(rows[part]).astype(np.float64)
             gains[part] = np.einsum("md,md->m", vectors @ self.inverse, vectors)
         return gains
 
@@ -189,16 +212,16 @@ class LeverageBounds(Bounds):
         import torch
 
         self.inverse = inverse
-        width = self.shard.vectors.shape[1]
+        width = self.points.width
         right = torch.from_numpy(falls.astype(np.float32).T.copy())  # pyright: ignore[reportUnknownMemberType]
         rounding = (width + 8) * np.finfo(np.float32).eps / 2 * float(np.linalg.norm(falls))
-        num_rows = 1 + MAX_DISTANCES // len(falls)
+        num_rows = 1 + min(MAX_DISTANCES // len(falls), MAX_NUMBERS // width)
         for start in range(0, len(self.upper), num_rows):
             rows = slice(start, start + num_rows)
-            left = torch.from_numpy(self.shard.vectors[rows])  # pyright: ignore[reportUnknownMemberType]
+            left = torch.from_numpy(self.points.vectors_at(rows))  # pyright: ignore[reportUnknownMemberType]
             length = np.sqrt((left @ right).square().sum(1).numpy().astype(np.float64))
             # |fl(B x)| is within `rounding` |x| of |B x|.
-            least = np.maximum(length - rounding * np.sqrt(self.shard.norms[rows]), 0)
+            least = np.maximum(length - rounding * np.sqrt(self.points.norms[rows]), 0)
             self.upper[rows] -= least**2
         self.fresh[np.isfinite(self.upper)] = False
 
@@ -213,7 +236,7 @@ def _absorb_leverage(shard: VectorShard, inverse: np.ndarray, falls: np.ndarray,
     bounds = _bounds_of(shard)
     assert isinstance(bounds, LeverageBounds)
     bounds.absorb(inverse, falls)
-    bounds.exclude(bounds.shard.rows_of(excluded))
+    bounds.exclude(bounds.points.rows_of(excluded))
 
 
 class Information:
@@ -304,7 +327,7 @@ class CoverBounds(Bounds):
     def gains(self, rows: np.ndarray) -> Float64[np.ndarray, " m"]:
         gains = np.empty(len(rows))
         for part in np.array_split(np.arange(len(rows)), 1 + len(rows) * len(self.clients) // MAX_DISTANCES):
-            squared = squared_distances(self.shard.vectors[rows[part]], self.clients)
+            squared = squared_distances(self.points.vectors_at(rows[part]), self.clients)
             gains[part] = np.maximum(self.distances - squared, 0) @ self.weights
         return gains
 

@@ -7,13 +7,13 @@ two, the first of a pair before its second.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from rayrl.algorithms.heads import Heads
-from rayrl.algorithms.selection.by_heads import entropy, heads_of
-from rayrl.algorithms.selection.greedy import Information, LeverageBounds, information_of, lazy_greedy
+from rayrl.algorithms.scoring import entropy
+from rayrl.algorithms.selection.by_heads import heads_of
+from rayrl.algorithms.selection.greedy import MAX_NUMBERS, Information, LeverageBounds, information_of, lazy_greedy
 from rayrl.algorithms.selection.shards import (
-    ROWS_AT_ONCE,
     Knowledge,
     Selection,
     ShardGroup,
@@ -211,19 +211,29 @@ def pair_d_optimal(shards: ShardGroup, num_selected: int, knowledge: Knowledge) 
     return Selection(ids=[identifier for pair in ids for identifier in pair])
 
 
-class Differences(VectorShard):
-    """Differences of two responses' vectors; `first * stride + (second - first's prompt)` is the id of a pair."""
+class Differences:
+    """Differences of two responses' vectors; `first * stride + (second - first's prompt)` is the id of a pair.
+
+    They are made as they are read: of k responses a prompt they would be (k - 1) / 2 times as large as the pool.
+    """
 
     def __init__(self, shard: VectorShard, stride: int, taken: np.ndarray):
-        first, second = pairs_within(shard.ids, stride, taken)
-        self.ids = shard.ids[first] * stride + shard.ids[second] % stride
-        self.vectors = np.empty((len(first), shard.vectors.shape[1]), np.float32)
-        for part in np.array_split(np.arange(len(first)), 1 + len(first) // ROWS_AT_ONCE):  # one copy of them
-            np.subtract(
-                shard.vectors[first[part]], shard.vectors[second[part]], out=self.vectors[part[0] : part[-1] + 1]
-            )
-        self.norms = np.einsum("nd,nd->n", self.vectors, self.vectors, dtype=np.float64)
-        self.stride = stride
+        self.shard, self.stride = shard, stride
+        self.first, self.second = pairs_within(shard.ids, stride, taken)
+        self.ids = shard.ids[self.first] * stride + shard.ids[self.second] % stride
+        self.norms = np.empty(len(self.ids))
+        for part in np.array_split(np.arange(len(self.ids)), 1 + len(self.ids) * self.width // MAX_NUMBERS):
+            vectors = self.vectors_at(part)
+            self.norms[part] = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
+
+    @property
+    def width(self) -> int:
+        """Of the vectors."""
+        return self.shard.width
+
+    def vectors_at(self, rows: np.ndarray | slice) -> Float32[np.ndarray, "m d"]:
+        """Make the differences of some pairs."""
+        return self.shard.vectors[self.first[rows]] - self.shard.vectors[self.second[rows]]
 
     def rows_of(self, identifiers: np.ndarray) -> np.ndarray:
         """Rows of all pairs of some prompts: of each prompt one pair is picked."""

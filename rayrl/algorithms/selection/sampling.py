@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from rayrl.algorithms.heads import Heads, mean_and_spread
+from rayrl.algorithms.selection.by_heads import heads_of
 from rayrl.algorithms.selection.k_center import MAX_DISTANCES, squared_distances
 from rayrl.algorithms.selection.shards import (
     Knowledge,
@@ -156,8 +157,7 @@ def badge(shards: ShardGroup, num_selected: int, knowledge: Knowledge) -> Select
     The gradient of a head's squared error by its weights is (prediction - label) x. A label that nobody has yet is
     as far off as the heads are from each other, so the embedding is spread(x) x.
     """
-    assert knowledge.heads is not None, "the first batch has another strategy"
-    return _draw_far(shards, num_selected, knowledge, knowledge.heads)
+    return _draw_far(shards, num_selected, knowledge, heads_of(knowledge))
 
 
 def _draw_far(shards: ShardGroup, num_selected: int, knowledge: Knowledge, heads: Heads | None) -> Selection:

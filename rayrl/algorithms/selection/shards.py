@@ -54,6 +54,8 @@ class Knowledge:
     """Vectors from outside of the pool that count as labelled: covered already."""
     heads: Heads | None = None
     """Fitted on the labels so far; None as long as there are none."""
+    entropies: Float64[np.ndarray, " n"] | None = None
+    """Of the evaluator's score of every response of the pool, by rising id; NaN where it abstains."""
     sure_margin: float = float("inf")
     """Margin between two responses, in the heads' standard deviations, from which on their order counts as known."""
     prompt_stride: int = 1
@@ -108,6 +110,15 @@ class VectorShard:
         bias = heads.bias + self.offset.astype(np.float64) @ weights
         parts = np.array_split(self.vectors, 1 + len(self.vectors) // ROWS_AT_ONCE)
         return np.concatenate([part.astype(np.float64) @ weights for part in parts]) + bias
+
+    @property
+    def width(self) -> int:
+        """Of its vectors."""
+        return self.vectors.shape[1]
+
+    def vectors_at(self, rows: np.ndarray | slice) -> Float32[np.ndarray, "m d"]:
+        """The vectors of some rows."""
+        return self.vectors[rows]
 
     def rows_of(self, identifiers: Int64[np.ndarray, " m"]) -> np.ndarray:
         """Positions of those of some ids that this shard owns."""

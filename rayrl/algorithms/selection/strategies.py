@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from rayrl.algorithms.selection.by_evaluator import score_entropy
 from rayrl.algorithms.selection.by_heads import (
     bald,
     k_center_uncertain,
@@ -38,6 +39,9 @@ class Strategy:
     """Whether the pool has to be embedded."""
     reads_heads: bool = False
     """Whether it needs labels before it can choose: another strategy chooses the first batch."""
+    reads_evaluator: bool = False
+    """Whether it reads how sure the generative evaluator of the round before is: another strategy chooses the first
+    round."""
     routes: bool = False
     """Whether it needs to know from which margin on the heads are sure. It may then pick fewer than it is asked for."""
     asks: Literal["responses", "pairs"] = "responses"
@@ -84,6 +88,7 @@ STRATEGIES: dict[str, Strategy] = {
     "badge": _by_heads(badge),
     "k_center_uncertain": _by_heads(k_center_uncertain),
     "weighted_coverage": _by_heads(weighted_coverage),
+    "entropy": Strategy(choose=score_entropy, reads_vectors=False, reads_evaluator=True),
     "random_pairs": Strategy(choose=random_pairs, reads_vectors=False, asks="pairs"),
     "double_thompson": _of_pairs(double_thompson),
     "delta_ucb": _of_pairs(delta_ucb),

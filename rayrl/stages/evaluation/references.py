@@ -24,7 +24,7 @@ from rayrl.runs.stage_metrics import ReferenceEvaluation, ReferencesEvaluation
 from rayrl.runs.stage_table import EVALUATE
 from rayrl.stages.evaluation.held_out import HeldOut
 from rayrl.stages.labelling.ask import oracle_scores
-from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, drawn
+from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, in_drawn_order, pair_question
 
 Wins = list[float | None]
 """Of a policy, by prompt: 1 for a win over the reference, 0.5 for a tie, 0; None where the oracle abstained."""
@@ -107,15 +107,7 @@ def compare_answers(
 def as_question(answer: HeldOut, reference: str, seed: int) -> Comparison:
     """Put a policy's answer and the reference as a question, in a drawn order."""
     sides = [(content_id(answer.prompt_id, text), text) for text in (answer.text, reference)]
-    (first_id, first), (second_id, second) = sorted(sides, key=lambda side: drawn(seed, side[0]))
-    return Comparison(
-        prompt_id=answer.prompt_id,
-        first_id=first_id,
-        second_id=second_id,
-        prompt=answer.prompt,
-        first=first,
-        second=second,
-    )
+    return pair_question(answer.prompt_id, answer.prompt, in_drawn_order(seed, *sides))
 
 
 def compare_scores(

@@ -15,10 +15,26 @@ from rayrl.runs.stage_metrics import ComparisonCounts
 from rayrl.runs.stage_table import AnyStage
 from rayrl.stages.labelling.ask import abstention_reasons, ask_comparisons
 
+Side = tuple[str, str]
+"""Id and text of one response of a pair."""
+
 
 def drawn(seed: int, response_id: str) -> str:
     """Key that sorts the responses to a prompt into a random order, a function of the seed."""
     return content_id("pair", str(seed), response_id)
+
+
+def in_drawn_order(seed: int, *sides: Side) -> list[Side]:
+    """Draw which response is read first."""
+    return sorted(sides, key=lambda side: drawn(seed, side[0]))
+
+
+def pair_question(prompt_id: str, prompt: str, sides: Sequence[Side]) -> Comparison:
+    """Put two responses to a prompt as a question, in their order."""
+    (first_id, first), (second_id, second) = sides
+    return Comparison(
+        prompt_id=prompt_id, first_id=first_id, second_id=second_id, prompt=prompt, first=first, second=second
+    )
 
 
 def ask_about(

@@ -24,7 +24,7 @@ from rayrl.runs.stage_metrics import AskedPairs, PreferencesMetrics
 from rayrl.runs.stage_table import PREFERENCES
 from rayrl.stages.artifacts import Preferences, QueryRow, QuerySet, Responses
 from rayrl.stages.labelling.ask import ledger_counts, num_spent
-from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, drawn
+from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, drawn, in_drawn_order, pair_question
 from rayrl.stages.selection.select import AskBatch, num_possible_pairs
 
 WON: dict[Preference, float] = {"first": 1.0, "second": 0.0, "tie": TIE}
@@ -142,22 +142,11 @@ def asking_pairs(run: Run, oracle: ActorHandle) -> AskBatch:
 
     def ask_batch(rows: list[QueryRow]) -> Answers:
         pairs = list(zip(rows[::2], rows[1::2], strict=True))
-        ordered = [sorted(pair, key=lambda row: drawn(run.seed, row["response_id"])) for pair in pairs]
-        asked = [
-            Comparison(
-                prompt_id=first["prompt_id"],
-                first_id=first["response_id"],
-                second_id=second["response_id"],
-                prompt=first["prompt"],
-                first=first["response"],
-                second=second["response"],
-            )
-            for first, second in ordered
-        ]
+        asked = [_drawn_question(run.seed, *pair) for pair in pairs]
         answers, verdicts = ask_about(oracle, asked, config.order, PREFERENCES, describe="asking the oracle")
         scores: list[float | None] = []
-        for (first, _), (asked_first, _), decided in zip(pairs, ordered, verdicts, strict=True):
-            is_turned = first["response_id"] != asked_first["response_id"]
+        for (first, _), question, decided in zip(pairs, asked, verdicts, strict=True):
+            is_turned = first["response_id"] != question.first_id
             scores.append(None if decided is None else WON[TURNED[decided] if is_turned else decided])
         size = queries_per_pair(config.order)
         unpaid = [
@@ -216,15 +205,13 @@ def draw_pairs(sampled: Sampled, seed: int, num_pairs: int = 1) -> list[Sampled]
 
 def as_question(pair: Sampled) -> Comparison:
     """Put a drawn pair as a question, in its drawn order."""
-    first, second = pair.responses
-    return Comparison(
-        prompt_id=pair.prompt_id,
-        first_id=first.id,
-        second_id=second.id,
-        prompt=pair.prompt,
-        first=first.text,
-        second=second.text,
-    )
+    return pair_question(pair.prompt_id, pair.prompt, [(response.id, response.text) for response in pair.responses])
+
+
+def _drawn_question(seed: int, a: QueryRow, b: QueryRow) -> Comparison:
+    """Put a chosen pair as a question, in the order in which `draw_pairs` has it."""
+    sides = [(row["response_id"], row["response"]) for row in (a, b)]
+    return pair_question(a["prompt_id"], a["prompt"], in_drawn_order(seed, *sides))
 
 
 def preferred(pair: Sampled, winner: Preference) -> PreferencePair:

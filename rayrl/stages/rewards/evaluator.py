@@ -10,14 +10,15 @@ Scorers travel to Ray tasks, each a process of its own, so this module loads tor
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
+from jaxtyping import Float64
 
-from rayrl.algorithms.scoring import expected_score, mean_of_samples
+from rayrl.algorithms.scoring import expected_score, mean_of_samples, predictive_entropy
 from rayrl.config import EvaluatorConfig, PolicyConfig
 from rayrl.data.judge_prompts import render_judge_prompt
 from rayrl.data.tokenizing import (
@@ -52,6 +53,9 @@ MIN_TARGET_TOKENS = 8
 """score_first: a judge prompt that leaves less room than this in the context is not trained on."""
 REVIEW_TEMPERATURE, REVIEW_TOP_P = 0.7, 0.9
 """Sampling of written reviews."""
+
+LogProbs = Float64[np.ndarray, " scores"]
+"""Of the scores that the rubric allows, by one judgement of a response."""
 
 
 class Scorer(ServedReward):
@@ -286,6 +290,21 @@ class GenerativeScorer(Scorer):
 
     def score(self, items: list[Scored], reasons: Reasons | None = None) -> list[float | None]:
         """Return one score per response on the rubric's scale; None where the evaluator abstains."""
+        scores = np.array(list(score_texts(self.rubric)))
+
+        def mean_score(judgements: Sequence[LogProbs]) -> float | None:
+            return mean_of_samples([expected_score(each, scores, min_mass=MIN_MASS) for each in judgements])
+
+        return self._read(items, mean_score, reasons)
+
+    def entropies(self, items: list[Scored]) -> list[float | None]:
+        """Return the entropy of each response's score, in nats; None where the evaluator abstains."""
+        return self._read(items, lambda judgements: predictive_entropy(judgements, min_mass=MIN_MASS), None)
+
+    def _read(
+        self, items: list[Scored], value: Callable[[Sequence[LogProbs]], float | None], reasons: Reasons | None
+    ) -> list[float | None]:
+        """Return `value` of the judgements of each response, one or several; None beyond the context."""
         tokenizer = load_tokenizer(self.policy)
         prompts = [
             judge_prompt_tokens(tokenizer, self.policy, self.rubric, item.prompt, item.response, self.settings.scoring)
@@ -294,26 +313,23 @@ class GenerativeScorer(Scorer):
         prefix, candidates = score_tokens(tokenizer, self.rubric)
         room = len(prefix) + _longest(candidates)
 
-        def scores(numbers: list[int]) -> list[float | None]:
+        def values(numbers: list[int]) -> list[float | None]:
             fitting = [prompts[number] for number in numbers]
             if self.settings.scoring == "score_first":
-                return self._read_first(tokenizer, fitting)
-            return self._write_reviews(tokenizer, fitting, [items[number] for number in numbers])
+                # The scores share their first tokens, so those are read as a part of the prompt.
+                upto = [prompt + prefix for prompt in fitting]
+                logprobs = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values()))
+                judgements = [[np.array(row)] for row in logprobs]
+            else:
+                judgements = self._write_reviews(tokenizer, fitting, [items[number] for number in numbers])
+            return [value(of_response) for of_response in judgements]
 
-        return score_fitting([len(prompt) + room for prompt in prompts], self.max_tokens, scores, reasons)
-
-    def _read_first(self, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]) -> list[float | None]:
-        """Read the expected score from one prefill of each judge prompt."""
-        prefix, candidates = score_tokens(tokenizer, self.rubric)
-        # The scores share their first tokens, so those are read as a part of the prompt.
-        upto = [prompt + prefix for prompt in prompts]
-        logprobs = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values()))
-        return _expected_scores(logprobs, candidates)
+        return score_fitting([len(prompt) + room for prompt in prompts], self.max_tokens, values, reasons)
 
     def _write_reviews(
         self, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], items: list[Scored]
-    ) -> list[float | None]:
-        """Have several reviews of each response written, and average the scores that they come to."""
+    ) -> list[list[LogProbs]]:
+        """Have several reviews of each response written; the scores' log-probabilities in those that come to one."""
         sampling = Sampling(
             temperature=REVIEW_TEMPERATURE, top_p=REVIEW_TOP_P, max_tokens=self.settings.max_rationale_tokens
         )
@@ -326,13 +342,14 @@ class GenerativeScorer(Scorer):
         written: list[tuple[list[int], Continuation]] = []
         for prompt, prompt_reviews in zip(prompts, reviews, strict=True):
             written += [(prompt, review) for review in prompt_reviews]
-        scores = self._read_scores(tokenizer, written)
-        return [mean_of_samples(scores[start : start + num_samples]) for start in range(0, len(scores), num_samples)]
+        found = self._read_reviews(tokenizer, written)
+        of_each = [found[start : start + num_samples] for start in range(0, len(found), num_samples)]
+        return [[logprobs for logprobs in of_response if logprobs is not None] for of_response in of_each]
 
-    def _read_scores(
+    def _read_reviews(
         self, tokenizer: "PreTrainedTokenizerBase", written: list[tuple[list[int], Continuation]]
-    ) -> list[float | None]:
-        """Return the expected score at the place where each review (judge prompt, answer) has it.
+    ) -> list[LogProbs | None]:
+        """Return the scores' log-probabilities at the place where each review (judge prompt, answer) has its score.
 
         None where the evaluator never got to a score. Where the scores' first tokens differ from each other, the
         log-probabilities that were recorded during writing are enough; otherwise every review takes one more prefill.
@@ -358,8 +375,8 @@ class GenerativeScorer(Scorer):
         else:
             upto = [prompt + review.token_ids[:place] for prompt, review, place in arrived]
             logprobs = candidate_logprobs(self.fleet, self.checkpoint, upto, list(candidates.values())) if upto else []
-        expected = iter(_expected_scores(logprobs, candidates))
-        return [None if place is None else next(expected) for place in places]
+        rows = iter(logprobs)
+        return [None if place is None else np.array(next(rows)) for place in places]
 
 
 def _longest(candidates: Mapping[int, list[int]]) -> int:
@@ -453,11 +470,6 @@ def candidate_logprobs(
         columns = [branches.index(candidates[n][depth]) for n in through]
         totals[:, through] += logprobs[:, columns]
     return totals.tolist()
-
-
-def _expected_scores(logprobs: list[list[float]], candidates: Mapping[int, list[int]]) -> list[float | None]:
-    scores = np.array(list(candidates))
-    return [expected_score(np.array(row), scores, min_mass=MIN_MASS) for row in logprobs]
 
 
 def score_place(tokenizer: "PreTrainedTokenizerBase", review: Continuation, prefix: list[int]) -> int | None:

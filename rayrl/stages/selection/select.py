@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.exceptions import RayActorError
 
-from rayrl.algorithms.acquisition import Answers, Labels, acquire, meter_labels, num_choosable
+from rayrl.algorithms.acquisition import Acquisition, Answers, Labels, acquire, meter_labels, num_choosable
 from rayrl.algorithms.comparisons import num_disjoint, num_pairs_asked
 from rayrl.algorithms.meter import describe, stops
 from rayrl.algorithms.selection import ROUTED, STRATEGIES, Knowledge, Selection
@@ -33,7 +33,9 @@ from rayrl.runs.run import KeyPart, Run
 from rayrl.runs.stage_metrics import BatchMetrics, SelectMetrics
 from rayrl.runs.stage_table import SELECT
 from rayrl.stages.artifacts import QueryRow, QuerySet, Responses
+from rayrl.stages.rewards.evaluator import Evaluator
 from rayrl.stages.selection.embedding import embed, embedding_of, seed_centers
+from rayrl.stages.selection.entropies import score_entropies
 from rayrl.stages.selection.ordinals import numbering
 from rayrl.stages.selection.projection import write_projection
 
@@ -59,6 +61,8 @@ class Chosen:
 
     selection: Selection
     batches: list[BatchMetrics] = field(default_factory=list)
+    num_unspent: int = 0
+    is_enough: bool = False
     num_embedded: int | None = None
     embed_s: float | None = None
 
@@ -68,7 +72,12 @@ AskBatch = Callable[[list[QueryRow]], Answers]
 
 
 def select(
-    run: Run, services: Services, policy: Checkpoint, responses: Responses, ask: AskBatch | None = None
+    run: Run,
+    services: Services,
+    policy: Checkpoint,
+    responses: Responses,
+    ask: AskBatch | None = None,
+    evaluator: Evaluator | None = None,
 ) -> QuerySet:
     """Pick Q: the responses, or whole prompts, whose labels teach most.
 
@@ -79,9 +88,12 @@ def select(
         responses: what may be picked.
         ask: asks about one batch of chosen responses at once, where `select.batches` is 2 or more: the next batch is
             chosen by its answers. They are kept, so that a run that goes on chooses as if it had not been interrupted.
+        evaluator: of the round before, for a strategy that reads it; None in the first round.
     """
     config = run.config
-    key = run.key(SELECT, *_inputs(run, responses))
+    if not config.select.reads_evaluator:
+        evaluator = None
+    key = run.key(SELECT, *_inputs(run, responses), *([evaluator.key] if evaluator is not None else []))
     query_set = QuerySet(key=key, table=BlockTable(run.folder(SELECT, "table"), 1))
     if run.finished(SELECT, key):
         return query_set
@@ -89,16 +101,22 @@ def select(
     num_wanted = num_units_wanted(run, responses)
     name = config.select.strategy
     chosen = Chosen(selection=Selection(ids=[]))
+    entropies = None
     if num_wanted is None:
         chosen, name = Chosen(selection=Selection(ids=list(_ordinals(run, responses)))), "all"
     elif num_wanted == 0:
         name = "none"  # a later round may have nothing left to spend, after calls that were lost
-    elif config.embeds_pool:
-        chosen = _select_by_vectors(run, key, services, policy, responses, num_wanted, ask)
     else:
-        chosen = _choose(
-            run, key, responses, np.fromiter(_ordinals(run, responses), np.int64), None, num_wanted, None, ask
-        )
+        if evaluator is not None:
+            entropies = score_entropies(run, services, evaluator, responses)
+        elif config.select.reads_evaluator:
+            name = str(config.select.first_batch)
+        acquisition = acquisition_of(run, entropies)
+        if config.embeds_pool:
+            chosen = _select_by_vectors(run, key, services, policy, responses, num_wanted, acquisition, ask)
+        else:
+            ids = np.fromiter(_ordinals(run, responses), np.int64)
+            chosen = _choose(run, key, responses, ids, None, num_wanted, acquisition, ask)
     radii = chosen.selection.radii
     rows = list(_rows_of(run, responses, chosen.selection.ids))
     query_set.table.write(0, pa.Table.from_pylist(rows, schema=QUERY_SCHEMA))
@@ -113,11 +131,15 @@ def select(
             num_candidates=responses.num_responses,
             radius=[round(radius, 5) for radius in radii[:: max(1, len(radii) // MAX_RADII)]],
             batches=chosen.batches,
+            num_unspent=chosen.num_unspent,
+            is_enough=chosen.is_enough,
             num_embedded=chosen.num_embedded,
             embed_s=chosen.embed_s,
+            num_unread=None if entropies is None else int(np.isnan(entropies).sum()),
         ),
         summary=f"{len(rows)} of {responses.num_responses} responses by {name}"
-        + (f" in {len(chosen.batches)} batches" if chosen.batches else ""),
+        + (f" in {len(chosen.batches)} batches" if chosen.batches else "")
+        + (f"; {chosen.num_unspent} not asked: select.stop_at is reached" if chosen.is_enough else ""),
     )
     return query_set
 
@@ -189,6 +211,7 @@ def _select_by_vectors(
     policy: Checkpoint,
     responses: Responses,
     num_wanted: int,
+    acquisition: Acquisition,
     ask: AskBatch | None,
 ) -> Chosen:
     """Embed all units, and pick on the shards."""
@@ -197,7 +220,9 @@ def _select_by_vectors(
     started = time.monotonic()
     vectors, num_units = embed(run, embedding, responses)
     embed_s = time.monotonic() - started
-    centers = seed_centers(run, embedding) if config.select.seed_centers else None
+    if config.select.seed_centers:
+        knowledge = replace(acquisition.knowledge, initial_centers=seed_centers(run, embedding))
+        acquisition = replace(acquisition, knowledge=knowledge)
     # In rlp every training runs beside all fleets that are up, so a fleet that only selects has to go.
     if config.pipeline == "rlp" and not config.selects_by_rewarders:
         services.retire(embedding.fleet)
@@ -207,7 +232,7 @@ def _select_by_vectors(
         name = f"{config.name}-coreset{'-again' * (attempt - 1)}"
         shards = RayShards(name, vectors, config.select.num_shards)
         try:
-            chosen = _choose(run, key, responses, ids, shards, num_wanted, centers, ask)
+            chosen = _choose(run, key, responses, ids, shards, num_wanted, acquisition, ask)
             break
         except RayActorError as error:
             if attempt == MAX_ATTEMPTS:
@@ -221,6 +246,36 @@ def _select_by_vectors(
     return replace(chosen, num_embedded=num_units, embed_s=embed_s)
 
 
+def acquisition_of(run: Run, entropies: np.ndarray | None = None) -> Acquisition:
+    """Return how a round's labels are chosen.
+
+    Args:
+        run: the round.
+        entropies: of the scores by the evaluator of the round before, by rising ordinal; None without one.
+    """
+    config, select = run.config, run.config.select
+    strategy = STRATEGIES[select.strategy]
+    first = None if select.first_batch is None else STRATEGIES[select.first_batch]
+    if config.labels == "routed":
+        strategy, first = ROUTED, strategy
+    elif strategy.reads_evaluator:
+        assert first is not None, "the config is refused without a strategy for the first round"
+        strategy, first = first if entropies is None else strategy, None
+    return Acquisition(
+        strategy=strategy,
+        first=first,
+        num_batches=select.batches,
+        num_heads=select.num_heads,
+        confidence=select.sure_at,
+        knowledge=Knowledge(
+            seed=run.seed,
+            entropies=entropies,
+            prompt_stride=numbering(config).per_prompt,
+            candidate_batch=select.candidate_batch,
+        ),
+    )
+
+
 def _choose(
     run: Run,
     key: str,
@@ -228,26 +283,19 @@ def _choose(
     ids: np.ndarray,
     shards: RayShards | None,
     num_wanted: int,
-    centers: np.ndarray | None,
+    acquisition: Acquisition,
     ask: AskBatch | None,
 ) -> Chosen:
     """Pick at once, or batch by batch."""
     select = run.config.select
-    knowledge = Knowledge(
-        seed=run.seed,
-        initial_centers=centers,
-        prompt_stride=numbering(run.config).per_prompt,
-        candidate_batch=select.candidate_batch,
-    )
-    is_routed = run.config.labels == "routed"
-    strategy = ROUTED if is_routed else STRATEGIES[select.strategy]
-    first = select.strategy if is_routed else select.first_batch
+    strategy, knowledge = acquisition.strategy, acquisition.knowledge
     if select.batches == 1:
         pool = shards if strategy.reads_vectors else ids
         num_possible = num_choosable(ids, strategy, knowledge)
         return Chosen(selection=strategy.choose(pool, min(num_wanted, num_possible), knowledge))
     assert ask is not None, "whoever selects in batches asks"
     batches = _kept_batches(run, key)
+    verdicts = [False]  # of the label meter
     labels = Labels()
     for batch in batches:
         labels = labels.with_answers(batch.questions, batch.answers.scores)
@@ -261,32 +309,27 @@ def _choose(
         return answers
 
     def is_enough(labels: Labels) -> bool:
-        if shards is None:
-            return False
-        meter = meter_labels(shards, labels, knowledge)
-        logger.info("select: %s", describe(meter))
-        return stops(meter, select.stop_at)
+        if shards is not None:
+            meter = meter_labels(shards, labels, knowledge)
+            logger.info("select: %s", describe(meter))
+            verdicts.append(stops(meter, select.stop_at))
+        return verdicts[-1]
 
-    num_left = num_wanted - sum(batch.answers.num_spent for batch in batches)
-    if num_left > 0 and not (batches and is_enough(labels)):
-        acquire(
-            ids,
-            shards,
-            strategy,
-            num_left,
-            ask_chosen,
-            num_batches=max(1, select.batches - len(batches)),
-            first=None if first is None else STRATEGIES[first],
-            known=labels,
-            knowledge=knowledge,
-            num_heads=select.num_heads,
-            confidence=select.sure_at,
-            stop=is_enough,
-        )
+    def num_left() -> int:
+        return num_wanted - sum(batch.answers.num_spent for batch in batches)
+
+    if num_left() > 0 and not (batches and is_enough(labels)):
+        rest = replace(acquisition, num_batches=max(1, select.batches - len(batches)))
+        acquire(ids, shards, rest, num_left(), ask_chosen, known=labels, stop=is_enough)
     # What was refused for nothing is no part of Q: its place was given to another.
     chosen = [row for batch in batches for row in batch.paid_questions().ravel().tolist()]
     metrics = [BatchMetrics(num_asked=len(batch.questions), num_scored=batch.num_scored) for batch in batches]
-    return Chosen(selection=Selection(ids=chosen), batches=metrics)
+    return Chosen(
+        selection=Selection(ids=chosen),
+        batches=metrics,
+        num_unspent=num_left(),
+        is_enough=verdicts[-1] and num_left() > 0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

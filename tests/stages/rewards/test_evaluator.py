@@ -14,6 +14,7 @@ from rayrl.models.judge_prompt import ADDITIVE_RUBRIC, Rubric
 from rayrl.models.policy import response_logprobs
 from rayrl.records import Scored
 from rayrl.stages.rewards.evaluator import (
+    MIN_MASS,
     GenerativeScorer,
     ScalarScorer,
     candidate_logprobs,
@@ -95,6 +96,7 @@ def review(token_ids, candidates):
 
 
 ITEM = Scored(prompt="How do I boil rice?", response="First add water.", token_ids=[])
+LONG = Scored(prompt="How do I boil rice?", response="First add water. " * 400, token_ids=[])
 
 
 @pytest.fixture
@@ -149,7 +151,36 @@ def test_scores_that_begin_alike_are_read_by_a_prefill_of_what_was_written(tiny_
     assert writer.prefills == [starts, [start + shared for start in starts]]
 
 
-LONG = Scored(prompt="How do I boil rice?", response="First add water. " * 400, token_ids=[])
+def test_entropies_are_of_the_mean_of_the_reviews_distributions(tiny_policy):
+    """Hand-computed: (3/4, 1/4, 0) and (0, 1/4, 3/4) have the mean (3/8, 1/4, 3/8); one review gets to no score."""
+    tokenizer = load_tokenizer(PolicyConfig(path=tiny_policy.path))
+    _, candidates = score_tokens(tokenizer, SHORT)
+
+    def reviewed(text, probabilities):
+        token_ids = encode_response(tokenizer, text)
+        at = {candidates[score][0]: float(np.log(p)) for score, p in probabilities.items()}
+        return review(token_ids, [at] * len(token_ids))
+
+    two = [reviewed("\nScore: 1", {0: 0.6, 1: 0.2}), reviewed("\nScore: 1", {1: 0.1, 2: 0.3})]
+    one = [reviewed(" No idea.", {}), reviewed("\nScore: 2", {1: 0.4, 2: 0.4})]
+    none = [reviewed(" No idea.", {}), reviewed("\nScore: 1", {1: 0.01})]
+    first, second, third = scorer(Writer([two, one, none]), tiny_policy, SHORT).entropies([ITEM] * 3)
+    p = np.array([3 / 8, 1 / 4, 3 / 8])
+    assert (first, second, third) == (pytest.approx(-(p * np.log(p)).sum()), pytest.approx(np.log(2)), None)
+
+
+def test_the_entropy_of_a_score_is_that_of_the_engines_probabilities(generators, tiny_policy):
+    tokenizer, settings = load_tokenizer(PolicyConfig(path=tiny_policy.path)), PolicyConfig(path=tiny_policy.path)
+    prefix, candidates = score_tokens(tokenizer, SHORT)
+    judge = judge_prompt_tokens(tokenizer, settings, SHORT, ITEM.prompt, ITEM.response, "score_first")
+    model = tiny_policy.load()
+    with torch.no_grad():
+        logprobs = response_logprobs(model, collate([judge + prefix] * 3, list(candidates.values()))).numpy()
+    p = np.exp(logprobs)
+    found = scorer(generators, tiny_policy, SHORT, scoring="score_first").entropies([ITEM, LONG])
+    p = p / p.sum()
+    is_understood = np.exp(logprobs).sum() >= MIN_MASS
+    assert found == [pytest.approx(-(p * np.log(p)).sum(), abs=1e-3) if is_understood else None, None]
 
 
 @pytest.mark.parametrize("scoring", ["score_first", "rationale_first"])

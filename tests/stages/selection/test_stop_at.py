@@ -10,7 +10,7 @@ from rayrl.data.blocks import BlockTable
 from rayrl.records import Response, Sampled, to_table
 from rayrl.runs.run import Run
 from rayrl.stages.artifacts import Responses
-from rayrl.stages.selection.select import _choose, _ordinals
+from rayrl.stages.selection.select import _choose, _ordinals, acquisition_of
 
 NUM_BLOCKS, BLOCK_SIZE = 4, 16
 
@@ -63,9 +63,14 @@ def test_labels_that_are_surely_enough_end_the_asking(tmp_path, responses, caplo
         return Answers(scores=[scores[row["ordinal"]] for row in rows], num_spent=len(rows))
 
     with caplog.at_level("INFO", logger="rayrl.stages.selection.select"):
-        chosen = _choose(run, "key", responses, ids, LocalShards([CoresetShard(ids, vectors)]), 100, None, ask)
+        shards = LocalShards([CoresetShard(ids, vectors)])
+        chosen = _choose(run, "key", responses, ids, shards, 100, acquisition_of(run), ask)
     assert len(chosen.selection.ids) == num_asked
+    assert (chosen.num_unspent, chosen.is_enough) == (100 - num_asked, stop_at is not None)
     lines = [record.message for record in caplog.records if record.message.startswith("select: meter: ")]
     assert len(lines) == num_asked // 20
     assert "20 judgements; not known yet: a curve takes 32 judgements" in lines[0]
     assert lines[1].startswith("select: meter: 40 judgements, agreement 0.9")
+    # A run that goes on after its last batch finds that it was enough.
+    again = _choose(run, "key", responses, ids, shards, 100, acquisition_of(run), lambda rows: pytest.fail("asked"))
+    assert again == chosen
