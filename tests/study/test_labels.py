@@ -55,8 +55,9 @@ def asked_of(pool, *, abstains=lambda identifier: False):
     place = {int(identifier): i for i, identifier in enumerate(pool.ids)}
     asked = []
 
-    def ask(ids):
-        asked.append(list(ids))
+    def ask(questions, *, held_out=False):
+        ids = questions[:, 0].tolist()
+        asked.append(ids)
         return [None if abstains(i) else float(scores[place[i]]) for i in ids]
 
     return ask, asked
