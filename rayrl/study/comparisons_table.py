@@ -41,7 +41,7 @@ def pool_settings(table: OracleTable) -> list[tuple[str, object]]:
         ("generate.source", "seed"),
         ("generate.max_tokens", 1),
         ("seed_data", place | {"response_column": first, "score_column": None, "min_score": None}),
-        ("pool", place | {"num_eval": 0}),
+        ("pool", place | {"num_eval": 1}),
         ("preferences", {"source": "data", "data": place | {"chosen_column": first, "rejected_column": second}}),
         ("select.strategy", "random"),
         ("evaluate.budget", 0),

@@ -3,6 +3,7 @@
 Importing this module loads no torch, scipy, ray or vllm.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -248,8 +249,8 @@ class StudyConfig(Table):
 
     def points(self) -> list[Point]:
         """List the points of the grid; one empty one without a grid."""
-        factors = self.factors
-        return [tuple(zip(factors, values, strict=True)) for values in product(*factors.values())]
+        levels = [[_hashable(value) for value in values] for values in self.factors.values()]
+        return [tuple(zip(self.factors, values, strict=True)) for values in product(*levels)]
 
     def title(self, arm: str) -> str:
         """Return what a table calls a strategy or variant."""
@@ -273,6 +274,19 @@ def run_config(study: StudyConfig, *settings: tuple[str, object]) -> RunConfig:
         ConfigError: it does not exist, or one of the settings is refused.
     """
     return load_config(study.base, settings=[*study.set.items(), *settings])
+
+
+class _Level(dict[str, Any]):
+    """A table as a value of the grid, which names cells: it can be hashed, and does not change."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _hashable(value: object) -> object:
+    if isinstance(value, dict):
+        return _Level(cast(dict[str, object], value))
+    return tuple(cast(list[object], value)) if isinstance(value, list) else value
 
 
 def leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -51,8 +51,10 @@ from rayrl.study.results import Cell, Outcome, read_result
 
 logger = logging.getLogger(__name__)
 
-ASKING: tuple[tuple[str, object], ...] = (("pipeline", "rlp"), ("preferences.source", "oracle"))
-"""Settings by which a run asks for comparisons."""
+ASKING: tuple[tuple[str, object], ...] = (
+    *(("pipeline", "rlp"), ("preferences.source", "oracle"), ("ppo.reward", "reward_model")),
+)
+"""Settings by which a run asks for comparisons, as its study does, whatever base is for."""
 NO_CHOICE: tuple[tuple[str, object], ...] = (
     *(("select.strategy", "random"), ("select.budget", 2), ("select.batches", 1), ("select.first_batch", None)),
 )
@@ -158,7 +160,7 @@ def _run_missing(plan: LabelPlan, missing: Sequence[Job], stopping: Stopping | N
     tables = {
         key: table if table is not None else _made_table(plan, key, stopping) for key, table in plan.tables.items()
     }
-    pools = {key: _study_pool(study, config, key, table) for key, table in tables.items()}
+    pools = {_name_of_pool(study, key): _study_pool(study, config, key, table) for key, table in tables.items()}
     responses = _asked_about(study, config, next(iter(tables.values())))
     for table in tables.values():
         same = _asked_about(study, config, table)["response_id"].equals(responses["response_id"])
@@ -238,11 +240,6 @@ def _asking_config(study: StudyConfig, point: Point) -> RunConfig:
     settings = [*point, ("select.strategy", choice), ("select.budget", study.budgets[-1])]
     if study.asks == "pairs":
         config = run_config(study, *settings, *ASKING)
-        if not config.asks_for_comparisons:
-            raise ConfigError(
-                'base must be a config whose reward model learns from comparisons (ppo.reward = "reward_model") where '
-                f'strategies ask for them, got {study.base} with ppo.reward = "{config.ppo.reward}"; leave that out'
-            )
         # A table has one order of each pair.
         return config if table_of(config) is None else run_config(study, *settings, *ASKING, _ONE_ORDER)
     config = run_config(study, *settings)
@@ -377,10 +374,15 @@ def _job(study: StudyConfig, config: RunConfig, pool: str, cell: Cell) -> Job:
         num_heads=config.select.num_heads,
         evaluator=_evaluator_key(study, config),
         oracle=oracle_key(study, config),
-        pool=pool if study.asks == "responses" else content_id("pairs", pool),
+        pool=_name_of_pool(study, pool),
         asks=study.asks,
         has_scores=_has_scores(study, config),
     )
+
+
+def _name_of_pool(study: StudyConfig, key: str) -> str:
+    """Name a pool as cells see it: by what they ask about it, too."""
+    return key if study.asks == "responses" else content_id("pairs", key)
 
 
 def _evaluator_key(study: StudyConfig, config: RunConfig) -> str:

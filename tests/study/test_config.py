@@ -138,9 +138,7 @@ def test_a_setting_of_the_base_config_that_does_not_exist_is_named(pool):
         planned(pool, "set.select.batchess=2")
 
 
-@pytest.mark.parametrize(
-    "overrides", [("seed_centers=true",), ("batches=8", "stop_at=0.9")], ids=str
-)
+@pytest.mark.parametrize("overrides", [("seed_centers=true",), ("batches=8", "stop_at=0.9")], ids=str)
 def test_a_setting_that_no_cell_of_labels_reads_is_refused(pool, overrides):
     with pytest.raises(ConfigError, match=r'select\.(seed_centers|stop_at) must be left out where kind is "labels"'):
         planned(pool, *(f"set.select.{each}" for each in overrides))
@@ -204,3 +202,16 @@ def test_vectors_of_two_widths_are_refused(tmp_path):
 def test_a_base_config_for_comparisons_is_refused(pool):
     with pytest.raises(ConfigError, match="base must be a config whose oracle judges single responses"):
         planned(pool, "set.select.unit=prompt")
+
+
+def test_a_truth_of_another_kind_is_refused(pool):
+    with pytest.raises(ConfigError, match=r"truth\.path is missing: the evaluator is compared with judgements"):
+        planned(pool, f"truth.comparisons_path='{pool}/judgements.jsonl'")
+    with pytest.raises(DataError, match=r"truth\.path.*points"):
+        planned(pool, f"truth.path='{pool}/judgements.jsonl'", "truth.score_column=points")
+
+
+def test_the_truth_is_in_the_name_of_a_cell_and_pays_for_no_held_out_response(pool):
+    truth = f"truth.path='{pool}/judgements.jsonl'"
+    assert {job.key for job in planned(pool).jobs}.isdisjoint({job.key for job in planned(pool, truth).jobs})
+    assert planned(pool, truth, "ceiling=false", "budgets=[1,2]").num_queries == 2 * 2 * 3
