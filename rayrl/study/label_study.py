@@ -97,7 +97,7 @@ def plan_labels(study: StudyConfig, *, contact_oracle: bool = False) -> LabelPla
     for point in study.points():
         for strategy in study.arms:
             _check_cell(study, point, strategy)
-    asking = {point: _asking_config(study, point) for point in study.points()}
+    asking = {point: asking_config(study, point) for point in study.points()}
     pools = {point: _pool_config(study, point, asking[point]) for point in study.points()}
     first = asking[study.points()[0]]
     _check_answers(study, first)
@@ -229,7 +229,7 @@ def _known_table(study: StudyConfig, key: str) -> pa.Table | None:
     return read_pool_table(study, key) if study.vectors is None else read_vectors(study.vectors)
 
 
-def _asking_config(study: StudyConfig, point: Point) -> RunConfig:
+def asking_config(study: StudyConfig, point: Point) -> RunConfig:
     """Load the config of a run that chooses and asks as the cells of a point do.
 
     Raises:

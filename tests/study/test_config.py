@@ -5,6 +5,7 @@ import pytest
 
 from rayrl.errors import ConfigError, DataError
 from rayrl.study.config import load_study, run_config
+from rayrl.study.label_study import asking_config
 from tests.study.made_up import write_pool, write_rows, write_study
 
 
@@ -27,10 +28,11 @@ def planned(folder, *overrides, study="", oracle=None):
     return plan_labels(load_study(write_study(folder, study=study, oracle=oracle), list(overrides)))
 
 
-@pytest.mark.parametrize("name", ["labels", "graded", "proxy_dpo", "rlp"])
+@pytest.mark.parametrize("name", ["labels", "graded", "pandalm", "prometheus", "proxy_dpo", "rlp"])
 def test_the_shipped_studies_are_loaded(name):
     study = load_study(f"jobs/configs/studies/{name}.toml")
-    assert run_config(study).name and study.baseline in study.arms
+    config = asking_config(study, study.points()[0]) if study.kind == "labels" else run_config(study)
+    assert config.name and study.baseline in study.arms
 
 
 def test_a_study_is_loaded(pool):
