@@ -54,7 +54,7 @@ def seed_tables(config: RunConfig, table: OracleTable) -> list[SeedDataConfig]:
     """Return the responses of both columns of the table, as seed data."""
     assert config.seed_data is not None, "the pool of a table has seed data"
     settings = config.seed_data.model_dump()
-    return [SeedDataConfig(**settings | {"response_column": column}) for column in table.columns[1:3]]
+    return [SeedDataConfig.model_validate(settings | {"response_column": column}) for column in table.columns[1:3]]
 
 
 def texts_of(config: RunConfig, table: OracleTable) -> dict[str, Texts]:

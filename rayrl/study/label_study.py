@@ -8,32 +8,41 @@ import logging
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayrl.algorithms.comparisons import Order, queries_per_pair
+from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.algorithms.selection import STRATEGIES
 from rayrl.config import RunConfig
-from rayrl.config.oracle import OracleTable
 from rayrl.errors import ConfigError
 from rayrl.metrics.progress import track
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.replay import read_answers
 from rayrl.pipelines.stopping import Stopping
 from rayrl.preflight import check
 from rayrl.preflight.oracle_tables import inspect_oracle_tables
 from rayrl.preflight.workload import TEST_BUDGET
-from rayrl.records import content_id
 from rayrl.runs import storage
-from rayrl.runs.content import Input, content_of, contents_of
-from rayrl.runs.run import CONFIG, IDENTITY, LEDGER, identity, ledger_url
-from rayrl.study.comparisons_table import num_comparisons, pool_of_comparisons, pool_settings, table_of, texts_of
-from rayrl.study.config import LABEL_MEASURES, SCALAR_EVALUATOR, Point, StudyConfig, run_config
+from rayrl.runs.run import IDENTITY, identity, ledger_url
+from rayrl.study.comparisons_table import num_comparisons, pool_of_comparisons, texts_of
+from rayrl.study.config import SCALAR_EVALUATOR, Point, StudyConfig
 from rayrl.study.label_cells import CONTROLS, EVERYTHING, Job
+from rayrl.study.label_configs import (
+    asking_config,
+    check_answers,
+    check_cell,
+    comparisons_of,
+    evaluator_key,
+    fit_config,
+    has_scores,
+    name_of_pool,
+    oracle_key,
+    order_of,
+    pool_config,
+)
 from rayrl.study.ledger import note_ledger
 from rayrl.study.pool import (
     PoolCounts,
@@ -51,14 +60,6 @@ from rayrl.study.results import Cell, Outcome, read_result
 
 logger = logging.getLogger(__name__)
 
-ASKING: tuple[tuple[str, object], ...] = (
-    *(("pipeline", "rlp"), ("preferences.source", "oracle"), ("ppo.reward", "reward_model")),
-)
-"""Settings by which a run asks for comparisons, as its study does, whatever base is for."""
-NO_CHOICE: tuple[tuple[str, object], ...] = (
-    *(("select.strategy", "random"), ("select.budget", 2), ("select.batches", 1), ("select.first_batch", None)),
-)
-"""Settings of the selection in a run of a study's own, which makes a pool or trains, and chooses nothing."""
 SPARE_LABELS = 0.1
 """Queries beyond those planned, as a share, for calls that are lost when a study is killed; none with `max_queries`."""
 
@@ -96,11 +97,11 @@ def plan_labels(study: StudyConfig, *, contact_oracle: bool = False) -> LabelPla
     """
     for point in study.points():
         for strategy in study.arms:
-            _check_cell(study, point, strategy)
+            check_cell(study, point, strategy)
     asking = {point: asking_config(study, point) for point in study.points()}
-    pools = {point: _pool_config(study, point, asking[point]) for point in study.points()}
+    pools = {point: pool_config(study, point, asking[point]) for point in study.points()}
     first = asking[study.points()[0]]
-    _check_answers(study, first)
+    check_answers(study, first)
     keys = {point: pool_key(study, config) for point, config in pools.items()}
     tables = {key: _known_table(study, key) for key in keys.values()}
     known = next((table for table in tables.values() if table is not None), None)
@@ -160,7 +161,7 @@ def _run_missing(plan: LabelPlan, missing: Sequence[Job], stopping: Stopping | N
     tables = {
         key: table if table is not None else _made_table(plan, key, stopping) for key, table in plan.tables.items()
     }
-    pools = {_name_of_pool(study, key): _study_pool(study, config, key, table) for key, table in tables.items()}
+    pools = {name_of_pool(study, key): _study_pool(study, config, key, table) for key, table in tables.items()}
     responses = _asked_about(study, config, next(iter(tables.values())))
     for table in tables.values():
         same = _asked_about(study, config, table)["response_id"].equals(responses["response_id"])
@@ -175,7 +176,8 @@ def _run_missing(plan: LabelPlan, missing: Sequence[Job], stopping: Stopping | N
         if study.evaluator == SCALAR_EVALUATOR:
             from rayrl.study.scalar_cells import ScalarFits
 
-            fits = ends.enter_context(ScalarFits.started(_fit_config(study, plan), budgets, stopping))
+            pool_of_first = next(iter(plan.pools.values()))
+            fits = ends.enter_context(ScalarFits.started(fit_config(study, pool_of_first), budgets, stopping))
             oracle = fits.oracle
         else:
             fits = None
@@ -185,9 +187,9 @@ def _run_missing(plan: LabelPlan, missing: Sequence[Job], stopping: Stopping | N
             ends.callback(end_oracle_pool, oracle)
             if stopping is not None:
                 ends.enter_context(stopping.first(partial(stop_asking, oracle)))
-        labels = start_labels(oracle, responses, _order(study, config), study.truth, rubric)
+        labels = start_labels(oracle, responses, order_of(study, config), study.truth, rubric)
         label_all(labels, _asked_first(study, pool))
-        if study.asks == "pairs" and study.truth is None and _has_scores(study, config):
+        if study.asks == "pairs" and study.truth is None and has_scores(study, config):
             label_all(labels, pool.questions(np.arange(len(pool.ids)), "responses"))
         if fits is not None:
             response_ids = responses["response_id"].to_pylist()
@@ -203,20 +205,15 @@ def _made_table(plan: LabelPlan, key: str, stopping: Stopping | None) -> pa.Tabl
 
     point = next(point for point, config in plan.pools.items() if pool_key(plan.study, config) == key)
     # Loaded again: a pool that was made meanwhile gives what it has in common with this one.
-    config = _pool_config(plan.study, point, plan.asking[point])
-    table = make_pool(config, _comparisons(plan.study, plan.asking[point]), stopping)
+    config = pool_config(plan.study, point, plan.asking[point])
+    table = make_pool(config, comparisons_of(plan.study, plan.asking[point]), stopping)
     write_pool_table(plan.study, key, table)
     return table
 
 
-def _comparisons(study: StudyConfig, config: RunConfig) -> OracleTable | None:
-    """Return the table of comparisons that is the study's pool; None where another pool is asked about."""
-    return table_of(config) if study.asks == "pairs" else None
-
-
 def _asked_about(study: StudyConfig, config: RunConfig, table: pa.Table) -> pa.Table:
     """Return the pool that cells see: of the table's comparisons, where there is one."""
-    compared = _comparisons(study, config)
+    compared = comparisons_of(study, config)
     return table if compared is None else pool_of_comparisons(table, compared)
 
 
@@ -227,124 +224,6 @@ def _study_pool(study: StudyConfig, config: RunConfig, key: str, table: pa.Table
 def _known_table(study: StudyConfig, key: str) -> pa.Table | None:
     """Read a pool that is kept, or comes with the study."""
     return read_pool_table(study, key) if study.vectors is None else read_vectors(study.vectors)
-
-
-def asking_config(study: StudyConfig, point: Point) -> RunConfig:
-    """Load the config of a run that chooses and asks as the cells of a point do.
-
-    Raises:
-        ConfigError: the base config asks about something else than the strategies do, or no cell reads a setting.
-    """
-    # One that reads vectors and no heads goes with any setting of the others.
-    choice = min(study.arms, key=lambda arm: (STRATEGIES[arm].reads_heads, not STRATEGIES[arm].reads_vectors))
-    settings = [*point, ("select.strategy", choice), ("select.budget", study.budgets[-1])]
-    if study.asks == "pairs":
-        config = run_config(study, *settings, *ASKING)
-        # A table has one order of each pair.
-        return config if table_of(config) is None else run_config(study, *settings, *ASKING, _ONE_ORDER)
-    config = run_config(study, *settings)
-    if config.select.unit != "response" or config.asks_for_comparisons or not config.learns_from_judgements:
-        raise ConfigError(
-            'base must be a config whose oracle judges single responses (pipeline = "proxy_dpo", select.unit = '
-            f'"response") where kind is "labels" and strategies ask for scores, got {study.base}; choose another, take '
-            'strategies that ask for comparisons ("random_pairs", "delta_ucb"), or set kind = "runs"'
-        )
-    return config
-
-
-_ONE_ORDER = ("preferences.order", "random")
-
-
-def _check_answers(study: StudyConfig, config: RunConfig) -> None:
-    """Refuse settings that no cell reads, answers that are not there, and an evaluator that base does not train."""
-    for name, unset in (("seed_centers", False), ("stop_at", None)):
-        if getattr(config.select, name) != unset:
-            raise ConfigError(
-                f'select.{name} must be left out where kind is "labels", got {getattr(config.select, name)!r}: no '
-                'cell reads it; leave it out of base and [set], or set kind = "runs"'
-            )
-    if study.asks == "pairs" and (missing := config.oracle.missing_to_compare(config.rubric)):
-        raise ConfigError(f"{missing}. The strategies of this study ask for comparisons")
-    if study.truth is not None:
-        holds = "comparisons" if study.asks == "pairs" else "judgements"
-        if holds not in {table.holds for table in study.truth.tables()}:
-            name = "comparisons_path" if study.asks == "pairs" else "path"
-            raise ConfigError(
-                f"truth.{name} is missing: the evaluator is compared with {holds} where strategies ask about "
-                f"{study.asks}; name a table of them"
-            )
-        for table in study.truth.tables():
-            read_answers(replace(table, setting=table.setting.replace("oracle.", "truth.")))
-    unknown = [name for name in study.measures if name in LABEL_MEASURES]
-    if unknown and not _has_scores(study, config):
-        raise ConfigError(
-            f'measures must be of comparisons where no table has scores, got "{unknown[0]}"; leave it out, or name '
-            "judgements beside the comparisons: oracle.path"
-        )
-    if study.evaluator == SCALAR_EVALUATOR and config.evaluator.type != SCALAR_EVALUATOR:
-        raise ConfigError(
-            f'evaluator.type of base must be "{SCALAR_EVALUATOR}", whose settings are then trained with, where the '
-            f'study\'s evaluator is, got "{config.evaluator.type}"; set.evaluator.type = "{SCALAR_EVALUATOR}"'
-        )
-
-
-def _has_scores(study: StudyConfig, config: RunConfig) -> bool:
-    """Return whether there are scores of held-out responses to compare with: always, but for comparisons in a table."""
-    if study.asks == "responses":
-        return True
-    tables = (config.oracle if study.truth is None else study.truth).tables()
-    return any(table.holds == "judgements" for table in tables)
-
-
-def _pool_config(study: StudyConfig, point: Point, asking: RunConfig) -> RunConfig:
-    """Load the config of the run that samples and embeds the pool of a point. It chooses nothing."""
-    folder = storage.absolute(study.study_dir)
-    compared = _comparisons(study, asking)
-    chosen: list[tuple[str, object]] = [*NO_CHOICE]
-    if study.asks == "pairs":
-        chosen += [*ASKING, ("select.strategy", "random_pairs"), ("refresh.method", "none"), ("rounds", 1)]
-    if compared is not None:
-        chosen += pool_settings(compared)
-    config = run_config(study, *point, *chosen)
-    # By its key: another grid, or an edited prompt file, is another pool beside this one.
-    name = f"pool-{pool_key(study, config)}"
-    settings: list[tuple[str, object]] = [("run_dir", storage.join(folder, name)), ("name", f"{study.name}-{name}")]
-    first = f"pool-{pool_key(study, run_config(study, *study.points()[0], *chosen))}"
-    if first != name and storage.exists(storage.join(folder, first, CONFIG)):
-        settings.append(("reuse", storage.join(folder, first)))
-    return run_config(study, *point, *chosen, *settings, *_shared_ledger(study, config))
-
-
-def _fit_config(study: StudyConfig, plan: LabelPlan) -> RunConfig:
-    """Load the config of the run in whose folder the cells train the scalar evaluator, on M1 of the pool's run."""
-    point = study.points()[0]
-    pool, config = plan.pools[point], plan.asking[point]
-    name = f"fits-{content_id(pool_key(study, pool), config.evaluator.science_json())}"
-    place = storage.join(storage.absolute(study.study_dir), name)
-    settings: list[tuple[str, object]] = [("run_dir", place), ("name", f"{study.name}-{name}")]
-    settings.append(("reuse", pool.run_dir))
-    return run_config(study, *point, *NO_CHOICE, *settings, *_shared_ledger(study, config))
-
-
-def _shared_ledger(study: StudyConfig, config: RunConfig) -> list[tuple[str, object]]:
-    """Return the setting of the ledger that runs and cells of a study share, unless base names one."""
-    folder = storage.absolute(study.study_dir)
-    if config.oracle.ledger is not None or not storage.is_local(folder):
-        return []
-    return [("oracle.ledger", storage.join(folder, LEDGER))]
-
-
-def _check_cell(study: StudyConfig, point: Point, strategy: str) -> None:
-    """Refuse a strategy that the base config cannot have, such as one that reads labels and has none to begin with.
-
-    Raises:
-        ConfigError: the run's own refusal, and how a study sets what it asks for.
-    """
-    asking = ASKING if study.asks == "pairs" else ()
-    try:
-        run_config(study, *point, ("select.strategy", strategy), ("select.budget", study.budgets[-1]), *asking)
-    except ConfigError as error:
-        raise ConfigError(f'strategies: "{strategy}" is refused; [set] holds settings of all cells. {error}') from None
 
 
 def _cells(study: StudyConfig) -> list[Cell]:
@@ -372,41 +251,12 @@ def _job(study: StudyConfig, config: RunConfig, pool: str, cell: Cell) -> Job:
         # strategies that read no heads go without it, and are compared by what they choose themselves.
         first=config.select.first_batch if reads_heads else None,
         num_heads=config.select.num_heads,
-        evaluator=_evaluator_key(study, config),
+        evaluator=evaluator_key(study, config),
         oracle=oracle_key(study, config),
-        pool=_name_of_pool(study, pool),
+        pool=name_of_pool(study, pool),
         asks=study.asks,
-        has_scores=_has_scores(study, config),
+        has_scores=has_scores(study, config),
     )
-
-
-def _name_of_pool(study: StudyConfig, key: str) -> str:
-    """Name a pool as cells see it: by what they ask about it, too."""
-    return key if study.asks == "responses" else content_id("pairs", key)
-
-
-def _evaluator_key(study: StudyConfig, config: RunConfig) -> str:
-    """Name what is fitted; M1, which a training starts from, is named by the pool."""
-    if study.evaluator != SCALAR_EVALUATOR:
-        return study.evaluator
-    return content_id(SCALAR_EVALUATOR, config.evaluator.science_json())
-
-
-def oracle_key(study: StudyConfig, config: RunConfig) -> str:
-    """Name an oracle, what it answers from, the rubric by which it judges, and the held-out answers beside it."""
-    contents = contents_of(config, {})
-    read = [f"{setting} {contents[setting]}" for setting in sorted(contents) if setting.startswith("oracle.")]
-    if study.asks == "pairs":
-        read.append(_order(study, config))
-    if study.truth is not None:
-        tables = [Input(setting=table.setting, place=table.path, kind="data") for table in study.truth.tables()]
-        read += [study.truth.science_json(), *(content_of(table) or "" for table in tables)]
-    return content_id("oracle", config.oracle.science_json(), load_rubric(config.rubric).version, *read)
-
-
-def _order(study: StudyConfig, config: RunConfig) -> Order:
-    """Return the order of comparisons; of single responses it is not read."""
-    return config.preferences.order if study.asks == "pairs" and config.preferences is not None else "random"
 
 
 def _most_questions(study: StudyConfig, asking: RunConfig, pool: RunConfig, contact_oracle: bool) -> PoolCounts:
@@ -415,7 +265,7 @@ def _most_questions(study: StudyConfig, asking: RunConfig, pool: RunConfig, cont
     Those of a policy are an upper bound: how many are left after empty ones and repeats are dropped is not known yet.
     """
     plan = check(pool, contact_oracle=contact_oracle)
-    compared = _comparisons(study, asking)
+    compared = comparisons_of(study, asking)
     if compared is not None:
         nums = num_comparisons(texts_of(pool, compared), compared)
         sizes = {prompt_id: [2] * num for prompt_id, num in nums.items()}
@@ -450,8 +300,8 @@ def _num_queries(study: StudyConfig, config: RunConfig, counts: PoolCounts) -> i
     num_questions = min(counts.num_possible, num_first + num_chosen)
     if study.asks == "responses":
         return num_questions
-    num_scores = counts.num_responses if study.truth is None and _has_scores(study, config) else 0
-    return num_questions * queries_per_pair(_order(study, config)) + num_scores
+    num_scores = counts.num_responses if study.truth is None and has_scores(study, config) else 0
+    return num_questions * queries_per_pair(order_of(study, config)) + num_scores
 
 
 def _asked_first(study: StudyConfig, pool: StudyPool) -> Any:

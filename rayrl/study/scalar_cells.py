@@ -136,7 +136,7 @@ class ScalarFits:
         """
         # The seed of the cell draws the order of the training and what is held back.
         config = self.now.run.config
-        run = replace(self.now.run, config=RunConfig(**config.model_dump() | {"seed": job.cell.seed}))
+        run = replace(self.now.run, config=RunConfig.model_validate(config.model_dump() | {"seed": job.cell.seed}))
         judged = [self.texts[response_ids[int(row)]] for row in rows]
         judgements = self._judgements(judged, scores, job)
         evaluator = fit_evaluator(run, self.now.services, self.m1, [judgements])

@@ -5,7 +5,7 @@ import pytest
 
 from rayrl.errors import ConfigError, DataError
 from rayrl.study.config import load_study, run_config
-from rayrl.study.label_study import asking_config
+from rayrl.study.label_configs import asking_config
 from tests.study.made_up import write_pool, write_rows, write_study
 
 
