@@ -37,7 +37,6 @@ def pool_settings(table: OracleTable) -> list[tuple[str, object]]:
     place |= {"input_column": "", "limit": None, "on_bad_row": "drop"}
     return [
         ("pipeline", "rlp"),
-        ("labels", "proxy"),
         ("generate.source", "seed"),
         ("generate.max_tokens", 1),
         ("seed_data", place | {"response_column": first, "score_column": None, "min_score": None}),

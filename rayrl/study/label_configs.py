@@ -1,4 +1,4 @@
-"""Configs of the runs that a study of labels is made of, and what follows from them: names of oracle, evaluator and pool.
+"""Configs of the runs that a study of labels is made of, and what they decide: oracle, evaluator and pool of a cell.
 
 Every point of the grid has two: one of a run that would choose and ask as the cells do, and one of the run that makes
 the pool.
@@ -22,12 +22,13 @@ from rayrl.study.config import LABEL_MEASURES, SCALAR_EVALUATOR, Point, StudyCon
 from rayrl.study.pool import pool_key
 
 ASKING: tuple[tuple[str, object], ...] = (
-    *(("pipeline", "rlp"), ("preferences.source", "oracle"), ("ppo.reward", "reward_model")),
+    *(("pipeline", "rlp"), ("preferences.source", "oracle"), ("ppo.reward", "reward_model"), ("labels", "proxy")),
 )
 """Settings by which a run asks for comparisons, as its study does, whatever base is for."""
 _ONE_ORDER = ("preferences.order", "random")
 NO_CHOICE: tuple[tuple[str, object], ...] = (
     *(("select.strategy", "random"), ("select.budget", 2), ("select.batches", 1), ("select.first_batch", None)),
+    ("labels", "proxy"),
 )
 """Settings of the selection in a run of a study's own, which makes a pool or trains, and chooses nothing."""
 

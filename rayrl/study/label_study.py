@@ -95,13 +95,13 @@ def plan_labels(study: StudyConfig, *, contact_oracle: bool = False) -> LabelPla
     Raises:
         ConfigError, DataError, ResourceError, RunDirectoryError: one message: field, rule, value, remedy.
     """
+    asking = {point: asking_config(study, point) for point in study.points()}
+    first = asking[study.points()[0]]
+    check_answers(study, first)
     for point in study.points():
         for strategy in study.arms:
             check_cell(study, point, strategy)
-    asking = {point: asking_config(study, point) for point in study.points()}
     pools = {point: pool_config(study, point, asking[point]) for point in study.points()}
-    first = asking[study.points()[0]]
-    check_answers(study, first)
     keys = {point: pool_key(study, config) for point, config in pools.items()}
     tables = {key: _known_table(study, key) for key in keys.values()}
     known = next((table for table in tables.values() if table is not None), None)
