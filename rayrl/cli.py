@@ -190,20 +190,23 @@ def runs(
 
 @app.command()
 def ledger(
-    run_dir: RunDir,
+    run_dir: Annotated[
+        str, typer.Argument(callback=_readable, help="The directory of a run or a study: local, NFS or any fsspec URL.")
+    ],
     export: Annotated[
         str | None,
         typer.Option("--export", help="Write all questions and answers to a .parquet, .csv, .jsonl or .sqlite file."),
     ] = None,
 ) -> None:
-    """Show what a run has asked and paid, by stage and judge; also while it goes on."""
+    """Show what a run, or all of a study, has asked and paid, by stage and judge; also while it goes on."""
     from rayrl.report import ledger_counts
     from rayrl.runs import storage
-    from rayrl.runs.run import ledger_url, read_config
+    from rayrl.study.ledger import find_ledger
 
-    url, config, console = storage.absolute(run_dir), read_config(run_dir), Console()
+    console = Console()
+    location, ids = find_ledger(run_dir)
     if export is not None:
-        num_rows = ledger_counts.export(url, config, storage.absolute(export))
+        num_rows = ledger_counts.export(location, storage.absolute(export))
         console.print(Text(f"{num_rows} attempts written to {export}"), soft_wrap=True)
     table = Table(
         *("stage", "judge", "spent", "answered", "abstained", "lost", "refunded", "in flight", "taken over", "paid"),
@@ -211,13 +214,13 @@ def ledger(
         pad_edge=False,
         header_style="bold",
     )
-    spending = ledger_counts.spending_by_stage(url, config)
+    spending = ledger_counts.spending_by_stage(location, ids)
     for (stage, judge), found in spending.items():
         counts = (found.spent, found.scored, found.abstained, found.lost, found.refunded, found.in_flight)
         table.add_row(Text(stage or "-"), Text(judge), *map(str, (*counts, found.taken_over)), found.price())
     # Wider than a narrow terminal rather than cut: the names of judges are long.
     wide = Console(width=max(console.width, LEDGER_WIDTH))
-    wide.print(table if spending else Text(f"nothing was asked: {ledger_url(url, config)}"))
+    wide.print(table if spending else Text(f"nothing was asked: {location}"))
     for (stage, _), found in spending.items():
         for reason, num in found.abstentions.items():
             console.print(Text(f"{stage or '-'}: {num} abstained: {reason}"), soft_wrap=True)

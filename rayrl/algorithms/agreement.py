@@ -1,7 +1,7 @@
 """Agreement of a proxy with the oracle on the responses to one prompt, and what the best of n by the proxy loses.
 
 Each measure is taken within a prompt, so that its mean over prompts has a standard error over prompts. `MEASURES` lists
-them, with what a proxy that knows nothing is worth: the labels' gain is counted from there.
+those against the oracle's scores, `COMPARISON_MEASURES` those against its comparisons.
 """
 # scipy has no types: its results are unknown to the type checker.
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownMemberType=false
@@ -49,6 +49,20 @@ def regret(predicted: Float[np.ndarray, " n"], oracle: Float[np.ndarray, " n"]) 
     return float(oracle.max() - oracle[predicted == predicted.max()].mean())
 
 
+def agreement(differences: Float[np.ndarray, " n"], wins: Float[np.ndarray, " n"]) -> float:
+    """Share of the comparisons that the prediction decides as the oracle does; a tie of the prediction is half.
+
+    Args:
+        differences: the prediction's score of each first response less that of the second.
+        wins: the oracle's answer: 1 where the first response won, 0 where the second did, 0.5 for a tie. Ties order
+            nothing, and are left out. NaN of nothing else.
+    """
+    decided = wins != 0.5
+    if not decided.any():
+        return math.nan
+    return float(np.mean(np.sign(differences[decided]) * np.sign(wins[decided] - 0.5) / 2 + 0.5))
+
+
 def without_length(predicted: Float[np.ndarray, " n"], lengths: Shaped[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
     """Predictions with the part that the responses' length explains taken out.
 
@@ -68,7 +82,8 @@ class Measure:
 
     title: str
     of_prompt: Callable[[np.ndarray, np.ndarray], float]
-    """(predicted, oracle) to its value; NaN where it is undefined, which depends on the oracle's scores alone."""
+    """(predicted, oracle) to its value, of comparisons (differences, wins); NaN where it is undefined, which depends on
+    the oracle's answers alone."""
     controls_length: bool = False
     """Whether the prediction is taken `without_length`."""
     is_loss: bool = False
@@ -93,6 +108,14 @@ MEASURES: dict[str, Measure] = {
     },
 }
 
+_AGREEMENT = "comparisons decided as the oracle does"
+COMPARISON_MEASURES: dict[str, Measure] = {
+    "agreement": Measure(title=_AGREEMENT, of_prompt=agreement),
+    "agreement_without_length": Measure(
+        title=f"{_AGREEMENT}, length regressed out", of_prompt=agreement, controls_length=True
+    ),
+}
+
 
 def by_prompt(
     measure: Measure,
@@ -114,10 +137,45 @@ def by_prompt(
     predicted, oracle, prompts = predicted[scored], oracle[scored], prompts[scored]
     if measure.controls_length:
         predicted = without_length(predicted, lengths[scored])
+    return {
+        number: value
+        for number, rows in _rows_by_prompt(prompts)
+        if len(rows) > 1 and not math.isnan(value := measure.of_prompt(predicted[rows], oracle[rows]))
+    }
+
+
+def comparisons_by_prompt(
+    measure: Measure,
+    predicted: Float[np.ndarray, " n"],
+    compared: Int64[np.ndarray, "m 2"],
+    wins: Float[np.ndarray, " m"],
+    prompts: Int64[np.ndarray, " n"],
+    lengths: Shaped[np.ndarray, " n"],
+) -> dict[int, float]:
+    """Value of a measure of `COMPARISON_MEASURES` for every prompt of which the oracle decided a comparison.
+
+    Args:
+        measure: which.
+        predicted: the proxy's score of each response.
+        compared: rows of the first and the second response of each comparison.
+        wins: the oracle's answers (see `agreement`); NaN where it abstained.
+        prompts: number of each response's prompt.
+        lengths: of the responses, in characters.
+    """
+    if measure.controls_length:
+        predicted = without_length(predicted, lengths)
+    answered = ~np.isnan(wins)
+    compared, wins = compared[answered], wins[answered]
+    differences = predicted[compared[:, 0]] - predicted[compared[:, 1]]
+    return {
+        number: value
+        for number, rows in _rows_by_prompt(prompts[compared[:, 0]])
+        if not math.isnan(value := measure.of_prompt(differences[rows], wins[rows]))
+    }
+
+
+def _rows_by_prompt(prompts: Int64[np.ndarray, " n"]) -> list[tuple[int, Int64[np.ndarray, " rows"]]]:
+    """List the rows of every prompt, by rising number."""
     order = np.argsort(prompts, kind="stable")
     numbers, starts = np.unique(prompts[order], return_index=True)
-    values: dict[int, float] = {}
-    for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
-        if len(rows) > 1 and not math.isnan(value := measure.of_prompt(predicted[rows], oracle[rows])):
-            values[int(number)] = value
-    return values
+    return [(int(number), rows) for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True)]

@@ -75,8 +75,8 @@ def load_config(
         path: the file, in UTF-8.
         overrides: settings that replace the file's.
         pipeline: the only pipeline that the config may be for; None takes both.
-        settings: dotted keys with values, merged last, one after the other. A table is merged into the file's, unless
-            it names another `type`.
+        settings: dotted keys with values, merged last, one after the other; None unsets one. A table is merged into the
+            file's, unless it names another `type`.
 
     Raises:
         ConfigError: one message that names field, rule, value and remedy for every mistake found.
@@ -210,7 +210,7 @@ def _with_texts(value: object, location: list[str], root: Root) -> object:
     if isinstance(value, list):
         entries = enumerate(cast(list[object], value))
         return [_with_texts(nested, [*location, str(place)], root) for place, nested in entries]
-    if isinstance(value, str) or not location:
+    if isinstance(value, str) or value is None or not location:
         return value
     fields = [model.model_fields.get(location[-1]) for model in _models_at(location[:-1], root)]
     kinds = {kind for field in fields if field is not None for kind in kinds_of(field.annotation)}

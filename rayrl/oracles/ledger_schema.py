@@ -6,8 +6,9 @@ more: see `rayrl.oracles.ledger`. A second table notes which answers a stage too
 """
 
 import contextlib
+import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -92,14 +93,15 @@ ANSWERED = """
 SELECT key, prompt, response, first, second FROM attempts
 WHERE run = ? AND purpose = ? AND stage IN ('', ?) AND state IN ('scored', 'abstained')
 """
+_OF_RUNS = "run IN (SELECT value FROM json_each(?))"
 _BY_STATE = """
 SELECT {by}, state, count(*), sum(cost_usd), sum(input_tokens), sum(output_tokens)
-FROM attempts WHERE run = ? GROUP BY {by}, state ORDER BY min(attempt)
+FROM attempts WHERE {of_runs} GROUP BY {by}, state ORDER BY min(attempt)
 """
-_TAKEN_OVER = "SELECT {by}, count(*) FROM taken_over WHERE run = ? GROUP BY {by}"
+_TAKEN_OVER = "SELECT {by}, count(*) FROM taken_over WHERE {of_runs} GROUP BY {by}"
 _ABSTENTIONS = """
 SELECT {by}, substr(rationale, 1, {chars}) AS reason, count(*)
-FROM attempts WHERE run = ? AND state = 'abstained' GROUP BY {by}, reason ORDER BY count(*) DESC, reason
+FROM attempts WHERE {of_runs} AND state = 'abstained' GROUP BY {by}, reason ORDER BY count(*) DESC, reason
 """
 ALL = "SELECT * FROM attempts ORDER BY attempt"
 REASON_CHARS = 80
@@ -209,26 +211,26 @@ def read_answer(row: sqlite3.Row, record: type[Question]) -> Question:
 
 def counts(db: sqlite3.Connection, run: str, budgets: Mapping[str, int]) -> dict[str, LedgerCounts]:
     """Count a run's questions of every purpose that has a budget, or has asked some."""
-    by_purpose = {purpose: found for (purpose,), found in counts_by(db, run, "purpose").items()}
+    by_purpose = {purpose: found for (purpose,), found in counts_by(db, [run], "purpose").items()}
     nothing = LedgerCounts.from_states({}, budget=0, cost_usd=None)
     purposes = dict.fromkeys([*budgets, *by_purpose])
     return {purpose: replace(by_purpose.get(purpose, nothing), budget=budgets.get(purpose, 0)) for purpose in purposes}
 
 
-def counts_by(db: sqlite3.Connection, run: str, *columns: str) -> dict[tuple[str, ...], LedgerCounts]:
-    """Count a run's questions by the values of some columns, which attempts and answers taken over both have.
+def counts_by(db: sqlite3.Connection, runs: Sequence[str], *columns: str) -> dict[tuple[str, ...], LedgerCounts]:
+    """Count the questions of some runs by the values of columns, which attempts and answers taken over both have.
 
     The file does not keep the budgets: they are 0 here.
     """
-    by, size = ", ".join(columns), len(columns)
+    by, size, of_runs = ", ".join(columns), len(columns), json.dumps(list(runs))
     states: dict[tuple[str, ...], list[sqlite3.Row]] = {}
-    for row in db.execute(_BY_STATE.format(by=by), (run,)):
+    for row in db.execute(_BY_STATE.format(by=by, of_runs=_OF_RUNS), (of_runs,)):
         states.setdefault(tuple(row[:size]), []).append(row)
     num_taken_over: dict[tuple[str, ...], int] = {}
-    for row in db.execute(_TAKEN_OVER.format(by=by), (run,)):
+    for row in db.execute(_TAKEN_OVER.format(by=by, of_runs=_OF_RUNS), (of_runs,)):
         num_taken_over[tuple(row[:size])] = row[size]
     reasons: dict[tuple[str, ...], dict[str, int]] = {}
-    for row in db.execute(_ABSTENTIONS.format(by=by, chars=REASON_CHARS), (run,)):
+    for row in db.execute(_ABSTENTIONS.format(by=by, of_runs=_OF_RUNS, chars=REASON_CHARS), (of_runs,)):
         reasons.setdefault(tuple(row[:size]), {})[row[size]] = row[size + 1]
     found: dict[tuple[str, ...], LedgerCounts] = {}
     for group in dict.fromkeys([*states, *num_taken_over]):

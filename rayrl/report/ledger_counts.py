@@ -10,7 +10,7 @@ import json
 import logging
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,10 +38,15 @@ def ledger_counts(url: str, config: RunConfig) -> dict[str, LedgerCounts]:
         return {} if ledger is None else ledger_schema.counts(ledger, identity(url), {})
 
 
-def spending_by_stage(url: str, config: RunConfig) -> dict[tuple[str, ...], LedgerCounts]:
-    """Count the run's queries by the stage that asked and the oracle that was asked; empty as above."""
-    with reading(url, config) as ledger:
-        return {} if ledger is None else ledger_schema.counts_by(ledger, identity(url), "stage", "oracle")
+def spending_by_stage(location: str, runs: Sequence[str]) -> dict[tuple[str, ...], LedgerCounts]:
+    """Count the queries of some runs by the stage that asked and the oracle that was asked; empty as above.
+
+    Args:
+        location: of the ledger.
+        runs: ids by which it knows the runs.
+    """
+    with reading_file(location) as ledger:
+        return {} if ledger is None else ledger_schema.counts_by(ledger, runs, "stage", "oracle")
 
 
 def num_attempts(location: str, run: str) -> int:
@@ -52,12 +57,11 @@ def num_attempts(location: str, run: str) -> int:
         return ledger.execute("SELECT count(*) FROM attempts WHERE run = ?", (run,)).fetchone()[0]
 
 
-def export(url: str, config: RunConfig, target: str) -> int:
-    """Write all attempts in the ledger of the run in a folder, those of other runs too, to a file.
+def export(location: str, target: str) -> int:
+    """Write all attempts in a ledger, whichever run's, to a file.
 
     Args:
-        url: the run's folder.
-        config: of the run.
+        location: of the ledger.
         target: a path or URL that ends in .parquet, .csv or .jsonl; or in .sqlite, for a ledger of its own.
 
     Returns:
@@ -70,12 +74,11 @@ def export(url: str, config: RunConfig, target: str) -> int:
     suffix = target.rpartition(".")[2]
     if suffix not in ("parquet", "csv", "jsonl", "sqlite"):
         raise ConfigError(f"--export must end in .parquet, .csv, .jsonl or .sqlite, got {target}")
-    if storage.absolute(target) == ledger_url(url, config):
+    if storage.absolute(target) == location:
         raise ConfigError(f"--export must be another file than the ledger itself, got {target}")
-    with reading(url, config) as ledger:
+    with reading_file(location) as ledger:
         if ledger is None:
-            place = ledger_url(url, config)
-            raise DataError(f"{place} must be the ledger of a run, and none can be read there; name another run")
+            raise DataError(f"{location} must be the ledger of a run, and none can be read there; name another run")
         rows = [dict(row) for row in ledger.execute(ledger_schema.ALL)]
         content = ledger.serialize() if suffix == "sqlite" else _encoded(rows, suffix)
     storage.write_bytes(target, content)

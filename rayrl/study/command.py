@@ -29,7 +29,8 @@ def plan(study: StudyConfig) -> int:
         labels = plan_labels(study)
         num_missing = len(labels.missing())
         print(
-            f"pool: {labels.num_responses:,} responses, labels are chosen from {labels.num_choosable:,}\n"
+            f"pool: {labels.counts.num_responses:,} responses, labels are chosen from "
+            f"{labels.counts.num_choosable:,}{' pairs' if study.asks == 'pairs' else ''}\n"
             f"oracle: {labels.oracle}, at most {labels.num_queries:,} label queries by all cells together, each once\n"
             f"cells: {len(labels.jobs)}, {num_missing} of them to be done; {_at_once(study)}"
         )

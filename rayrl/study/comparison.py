@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rayrl.algorithms.agreement import MEASURES
+from rayrl.algorithms.agreement import COMPARISON_MEASURES, MEASURES
 from rayrl.algorithms.study_statistics import (
     SeedsMean,
     bootstrap_means,
@@ -373,7 +373,8 @@ def settings_of(point: Point) -> str:
 
 def title_of(measure: str) -> str:
     """Return what a reader calls a measure."""
-    return MEASURES[measure].title if measure in MEASURES else measure.replace("_", " ")
+    of_labels = MEASURES | COMPARISON_MEASURES
+    return of_labels[measure].title if measure in of_labels else measure.replace("_", " ")
 
 
 def _has(cells: Mapping[int, Mapping[str, Measured]], seed: int, measure: str) -> bool:

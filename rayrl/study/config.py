@@ -3,6 +3,7 @@
 Importing this module loads no torch, scipy, ray or vllm.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrl.algorithms.selection.strategies import STRATEGIES
 from rayrl.config.function_name import FunctionName
 from rayrl.config.loading import load_config, load_table
+from rayrl.config.oracle import ReplayOracleConfig
 from rayrl.config.run import RunConfig
 from rayrl.config.table import Operation, Place, Table, plain_name
 
@@ -24,6 +26,8 @@ LABEL_MEASURES = (
     *("pair_accuracy_without_length", "rank_correlation_without_length", "regret_without_length"),
 )
 """Measures of kind "labels", as `rayrl.algorithms.agreement.MEASURES` has them, whose module needs scipy."""
+COMPARISON_MEASURES = ("agreement", "agreement_without_length")
+"""Measures of kind "labels" where strategies ask for comparisons, before `LABEL_MEASURES`, which need scores."""
 RUN_MEASURES = (
     *("gain", "score", "win_rate", "kl", "against_references", "length_controlled_win_rate"),
     *("perplexity", "distinct2", "tokens", "labels"),
@@ -37,7 +41,6 @@ AGREEMENT_MEASURES = tuple(
 """Measures of kind "runs", of reward models."""
 MEASURES_BY_PROMPT = ("gain", "score", "win_rate")
 """Measures of kind "runs" that have a value for each prompt, so that they can be paired and tested."""
-MEASURES = {"labels": LABEL_MEASURES, "runs": RUN_MEASURES}
 CHOICE_SETTINGS = ("batches", "first_batch", "num_heads")
 """Settings of select that a cell of kind "labels" reads."""
 VECTOR_SETTINGS = ("text", "embedder", "pooling", "normalize")
@@ -46,6 +49,9 @@ SET_BY_STUDY = ("run_dir", "name", "reuse", "seed", "oracle.ledger")
 """Settings of runs that a study decides for each cell."""
 LISTED = {"select.strategy": "strategies", "select.budget": "budgets"}
 """Settings that are factors of every study, by the list of their values."""
+SCALAR_EVALUATOR = "scalar"
+Asks = Literal["responses", "pairs"]
+"""What the strategies of a study ask about."""
 
 
 class VariantConfig(Table):
@@ -124,10 +130,15 @@ class StudyConfig(Table):
     from the rest."""
     split: Literal["seed", "study"] = "seed"
     """kind "labels": whether each seed holds out other prompts, or all the same, which takes fewer labels."""
-    evaluator: Literal["head"] = "head"
-    """kind "labels": what is fitted on the labels; "head" is an ensemble on the vectors (`rayrl.algorithms.heads`)."""
+    evaluator: Literal["head", "scalar"] = "head"
+    """kind "labels": what is fitted on the labels. "head" is an ensemble on the vectors (`rayrl.algorithms.heads`);
+    "scalar" is the base config's scalar evaluator, a training of M1 in every cell, one cell at a time."""
     ceiling: bool = True
-    """kind "labels": whether everything is labelled once, for what that gives."""
+    """kind "labels": whether everything is labelled once, for what that gives. Of comparisons: disjoint pairs of all
+    responses to a prompt."""
+    truth: ReplayOracleConfig | None = None
+    """kind "labels": other answers with which the evaluator is compared on the held-out prompts, in place of the
+    oracle's: the mean of an expert's repeated scores, or the majority of other people. They cost nothing."""
     vectors: VectorsConfig | None = None
     """kind "labels": a pool with vectors; None samples and embeds with the base config's models."""
     max_queries: Operation[int | None] = Field(default=None, gt=0)
@@ -176,7 +187,7 @@ class StudyConfig(Table):
     @field_validator("grid")
     @classmethod
     def _levels(cls, grid: dict[str, Any]) -> dict[str, Any]:
-        for dotted, values in _leaves(grid):
+        for dotted, values in leaves(grid):
             if not isinstance(values, list) or len(cast(list[object], values)) < 2:
                 raise ValueError(
                     f"must have a list of two values or more for each setting, got {dotted} = {values!r}; put one "
@@ -211,23 +222,35 @@ class StudyConfig(Table):
     @property
     def measured(self) -> list[str]:
         """Return the names of the measures in the tables; the first is the one that is tested."""
-        return self.measures or list(MEASURES[self.kind])
+        return self.measures or list(self.known_measures)
+
+    @property
+    def asks(self) -> Asks:
+        """Return what the strategies ask about: single responses, or comparisons of two."""
+        return STRATEGIES[self.strategies[0]].asks if self.strategies else "responses"
+
+    @property
+    def known_measures(self) -> tuple[str, ...]:
+        """Return the names of the measures that its cells may have, but for those of reward models."""
+        if self.kind == "runs":
+            return RUN_MEASURES
+        return (*COMPARISON_MEASURES, *LABEL_MEASURES) if self.asks == "pairs" else LABEL_MEASURES
 
     @property
     def factors(self) -> dict[str, list[Any]]:
         """Return the grid: values by dotted setting."""
-        return dict(_leaves(self.grid))
+        return dict(leaves(self.grid))
 
     @property
     def grid_settings(self) -> list[str]:
         """Return the dotted settings that the grid changes; a value may be a table of several."""
         values = [{setting: value} for setting, levels in self.factors.items() for value in levels]
-        return list(dict.fromkeys(name for each in values for name, _ in _leaves(each)))
+        return list(dict.fromkeys(name for each in values for name, _ in leaves(each)))
 
     def points(self) -> list[Point]:
         """List the points of the grid; one empty one without a grid."""
-        factors = self.factors
-        return [tuple(zip(factors, values, strict=True)) for values in product(*factors.values())]
+        levels = [[_hashable(value) for value in values] for values in self.factors.values()]
+        return [tuple(zip(self.factors, values, strict=True)) for values in product(*levels)]
 
     def title(self, arm: str) -> str:
         """Return what a table calls a strategy or variant."""
@@ -253,11 +276,24 @@ def run_config(study: StudyConfig, *settings: tuple[str, object]) -> RunConfig:
     return load_config(study.base, settings=[*study.set.items(), *settings])
 
 
-def _leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
+class _Level(dict[str, Any]):
+    """A table as a value of the grid, which names cells: it can be hashed, and does not change."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _hashable(value: object) -> object:
+    if isinstance(value, dict):
+        return _Level(cast(dict[str, object], value))
+    return tuple(cast(list[object], value)) if isinstance(value, list) else value
+
+
+def leaves(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values that are no tables, by dotted name."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(cast(dict[str, object], value), f"{prefix}{name}.")
+            yield from leaves(cast(dict[str, object], value), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -278,11 +314,12 @@ def _check_arms(study: StudyConfig) -> None:
 
 
 def _check_measures(study: StudyConfig) -> None:
-    known = (*MEASURES[study.kind], *(AGREEMENT_MEASURES if study.kind == "runs" else ()))
+    known = (*study.known_measures, *(AGREEMENT_MEASURES if study.kind == "runs" else ()))
     unknown = [name for name in study.measures if name not in known]
     if unknown:
+        asks = " and strategies ask for scores" if unknown[0] in COMPARISON_MEASURES else ""
         raise ValueError(
-            f'measures must be of {", ".join(known)} where kind is "{study.kind}", got "{unknown[0]}"; correct it'
+            f'measures must be of {", ".join(known)} where kind is "{study.kind}"{asks}, got "{unknown[0]}"; correct it'
         )
     if study.kind == "runs" and study.intervals and study.measured[0] not in MEASURES_BY_PROMPT:
         raise ValueError(
@@ -313,20 +350,42 @@ def _check_labels(study: StudyConfig) -> None:
             "grid must not hold select.first_batch where no strategy reads heads, got "
             f"{', '.join(study.arms)}: it is of those that do; leave it out"
         )
-    for setting, _ in _leaves(study.set):
+    for setting, _ in leaves(study.set):
         if setting in ("run_dir", "name"):
             raise ValueError(f"set must not hold {setting}, which the study decides for its pools; leave it out")
-    for name in study.strategies:
-        if STRATEGIES[name].asks == "pairs":
+        if setting in LISTED:
             raise ValueError(
-                f'strategies must be of those that ask for scores where kind is "labels", got "{name}", which asks for '
-                'comparisons; leave it out, or set kind = "runs"'
+                f'set must not hold {setting} where kind is "labels", whose cells do not read it; write its values '
+                f"into {LISTED[setting]}"
+            )
+    for name in study.strategies:
+        if STRATEGIES[name].asks != study.asks:
+            raise ValueError(
+                f'strategies must all ask for scores, or all for comparisons, where kind is "labels", got '
+                f'"{study.strategies[0]}", which asks about {study.asks}, and "{name}", which asks about '
+                f"{STRATEGIES[name].asks}; leave out those of one kind, or make two studies"
             )
         if STRATEGIES[name].reads_evaluator:
             raise ValueError(
                 f'strategies must be of those that read no evaluator of an earlier round where kind is "labels", got '
                 f'"{name}"; leave it out, or set kind = "runs"'
             )
+    if study.evaluator == SCALAR_EVALUATOR:
+        _check_scalar(study)
+
+
+def _check_scalar(study: StudyConfig) -> None:
+    max_cells = study.resources.max_cells
+    for is_refused, rule in (
+        (study.asks == "pairs", f'strategies must ask for scores, got "{study.strategies[0]}", which asks about pairs'),
+        (study.vectors is not None, "vectors must be left out: M1 is trained, on the tokens of its own pool"),
+        (
+            max_cells is not None and max_cells > 1,
+            f"resources.max_cells must be 1, got {max_cells}: each training uses the whole cluster",
+        ),
+    ):
+        if is_refused:
+            raise ValueError(f'{rule}, where evaluator is "{SCALAR_EVALUATOR}"; correct it, or set evaluator = "head"')
 
 
 def _check_runs(study: StudyConfig) -> None:
@@ -337,9 +396,9 @@ def _check_runs(study: StudyConfig) -> None:
             "twice for one question, since one run at a time may own the ledger; leave it out. A run's own fleets and "
             "workers use the cluster"
         )
-    tables = {"grid": study.grid_settings, "set": [setting for setting, _ in _leaves(study.set)]}
+    tables = {"grid": study.grid_settings, "set": [setting for setting, _ in leaves(study.set)]}
     variants = {name: variant for name, variant in study.variants.items() if name in study.arms}
-    own = {f"variants.{name}.set": [setting for setting, _ in _leaves(v.set)] for name, v in variants.items()}
+    own = {f"variants.{name}.set": [setting for setting, _ in leaves(v.set)] for name, v in variants.items()}
     for table, settings in (tables | own).items():
         for setting in settings:
             if setting in SET_BY_STUDY:
@@ -359,6 +418,8 @@ def _check_runs(study: StudyConfig) -> None:
         raise ValueError(f"variants must have one ceiling at most, got {', '.join(ceilings)}; choose one")
     if study.vectors is not None:
         raise ValueError('vectors must be left out where kind is "runs": runs embed what they sample themselves')
+    if study.truth is not None:
+        raise ValueError('truth must be left out where kind is "runs", whose evaluation asks the oracle; leave it out')
 
 
 def _check_reuse(study: StudyConfig) -> None:

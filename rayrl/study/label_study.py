@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayrl.algorithms.comparisons import queries_per_pair
 from rayrl.algorithms.selection import STRATEGIES
 from rayrl.config import RunConfig
 from rayrl.errors import ConfigError
@@ -24,15 +25,30 @@ from rayrl.pipelines.stopping import Stopping
 from rayrl.preflight import check
 from rayrl.preflight.oracle_tables import inspect_oracle_tables
 from rayrl.preflight.workload import TEST_BUDGET
-from rayrl.records import content_id
 from rayrl.runs import storage
-from rayrl.runs.content import contents_of
-from rayrl.runs.run import CONFIG, IDENTITY, LEDGER, identity, ledger_url
-from rayrl.study.config import Point, StudyConfig, run_config
+from rayrl.runs.run import IDENTITY, identity, ledger_url
+from rayrl.study.comparisons_table import num_comparisons, pool_of_comparisons, texts_of
+from rayrl.study.config import SCALAR_EVALUATOR, Point, StudyConfig
 from rayrl.study.label_cells import CONTROLS, EVERYTHING, Job
+from rayrl.study.label_configs import (
+    asking_config,
+    check_answers,
+    check_cell,
+    comparisons_of,
+    evaluator_key,
+    fit_config,
+    has_scores,
+    name_of_pool,
+    oracle_key,
+    order_of,
+    pool_config,
+)
+from rayrl.study.ledger import note_ledger
 from rayrl.study.pool import (
+    PoolCounts,
     StudyPool,
     held_out_prompts,
+    pool_counts,
     pool_key,
     read_pool_table,
     read_vectors,
@@ -53,14 +69,14 @@ class LabelPlan:
     """Work of a study of labels."""
 
     study: StudyConfig
-    configs: dict[Point, RunConfig]
-    """Of the run that makes the pool, by point of the grid."""
+    asking: dict[Point, RunConfig]
+    """Of a run that would choose and ask as the cells of a point of the grid do."""
+    pools: dict[Point, RunConfig]
+    """Of the run that makes the pool, by point."""
     tables: dict[str, pa.Table | None]
-    """Pools by key; None for one that has to be made."""
-    num_responses: int
+    """Pools of responses by key; None for one that has to be made."""
+    counts: PoolCounts
     """Of the pool, at most."""
-    num_choosable: int
-    """Responses that labels are chosen from, with each seed."""
     num_queries: int
     """Labels that the oracle may be asked for, by all cells together."""
     jobs: list[Job]
@@ -79,34 +95,37 @@ def plan_labels(study: StudyConfig, *, contact_oracle: bool = False) -> LabelPla
     Raises:
         ConfigError, DataError, ResourceError, RunDirectoryError: one message: field, rule, value, remedy.
     """
-    configs = {point: _pool_config(study, point) for point in study.points()}
+    asking = {point: asking_config(study, point) for point in study.points()}
+    first = asking[study.points()[0]]
+    check_answers(study, first)
     for point in study.points():
         for strategy in study.arms:
-            _check_cell(study, point, strategy)
-    keys = {point: pool_key(study, config) for point, config in configs.items()}
+            check_cell(study, point, strategy)
+    pools = {point: pool_config(study, point, asking[point]) for point in study.points()}
+    keys = {point: pool_key(study, config) for point, config in pools.items()}
     tables = {key: _known_table(study, key) for key in keys.values()}
-    first = configs[study.points()[0]]
     known = next((table for table in tables.values() if table is not None), None)
     if known is not None:
         inspect_oracle_tables(first, [])
-        num_responses, num_choosable = known.num_rows, _num_choosable(study, study_pool("", known))
+        counts = _counts(study, _study_pool(study, first, "", known))
     else:
-        num_responses, num_choosable = _most_responses(study, first, contact_oracle)
-    refuse_small_pool(study, num_choosable, is_exact=known is not None or first.generate.source == "seed")
-    num_queries = _num_queries(study, num_responses, num_choosable)
+        counts = _most_questions(study, first, pools[study.points()[0]], contact_oracle)
+    is_exact = known is not None or pools[study.points()[0]].generate.source == "seed"
+    refuse_small_pool(study, counts.num_choosable, is_exact=is_exact)
+    num_queries = _num_queries(study, first, counts)
     if study.max_queries is not None and num_queries > study.max_queries:
         raise ConfigError(
             f"max_queries must cover the study, which may ask for {num_queries:,} labels"
             f"{' (ceiling = true labels everything)' if study.ceiling else ''}, got {study.max_queries:,}; raise it, "
             'lower budgets or held_out, use split = "study", or set ceiling = false'
         )
-    jobs = [_job(study, configs[cell.point], keys[cell.point], cell) for cell in _cells(study)]
+    jobs = [_job(study, asking[cell.point], keys[cell.point], cell) for cell in _cells(study)]
     return LabelPlan(
         study=study,
-        configs=configs,
+        asking=asking,
+        pools=pools,
         tables=tables,
-        num_responses=num_responses,
-        num_choosable=num_choosable,
+        counts=counts,
         num_queries=num_queries,
         jobs=jobs,
         oracle=first.oracle.label(),
@@ -138,86 +157,73 @@ def _run_missing(plan: LabelPlan, missing: Sequence[Job], stopping: Stopping | N
     from rayrl.study.scheduling import run_jobs
 
     study = plan.study
+    config = next(iter(plan.asking.values()))
     tables = {
         key: table if table is not None else _made_table(plan, key, stopping) for key, table in plan.tables.items()
     }
-    pools = {key: study_pool(key, table) for key, table in tables.items()}
-    questions = next(iter(tables.values()))
+    pools = {name_of_pool(study, key): _study_pool(study, config, key, table) for key, table in tables.items()}
+    responses = _asked_about(study, config, next(iter(tables.values())))
     for table in tables.values():
-        assert table["response_id"].equals(questions["response_id"]), "pools of one study have the same responses"
-    refuse_small_pool(study, _num_choosable(study, next(iter(pools.values()))), is_exact=True)
-    config = next(iter(plan.configs.values()))
+        same = _asked_about(study, config, table)["response_id"].equals(responses["response_id"])
+        assert same, "pools of one study have the same responses"
+    pool = next(iter(pools.values()))
+    refuse_small_pool(study, _counts(study, pool).num_choosable, is_exact=True)
     num_labels = study.max_queries or round(plan.num_queries * (1 + SPARE_LABELS)) + 1
+    budgets = {"label": num_labels, "evaluate": 0, "test": TEST_BUDGET}
+    ledger, rubric = ledger_url(storage.absolute(study.study_dir), config), load_rubric(config.rubric)
+    note_ledger(study, ledger)
     with ExitStack() as ends:
-        oracle = start_oracle_pool(
-            study.name,
-            config.oracle,
-            rubric=load_rubric(config.rubric),
-            ledger=ledger_url(storage.absolute(study.study_dir), config),
-            budgets={"label": num_labels, "evaluate": 0, "test": TEST_BUDGET},
-            run=_identity(study),
-        )
-        ends.callback(end_oracle_pool, oracle)
-        if stopping is not None:
-            ends.enter_context(stopping.first(partial(stop_asking, oracle)))
-        labels = start_labels(oracle, questions)
-        label_all(labels, _asked_first(study, next(iter(pools.values()))))
-        shared: dict[str, Any] = {key: ray.put(pool) for key, pool in pools.items()}
-        running = run_jobs(missing, shared, labels, study.study_dir, study.resources)
+        if study.evaluator == SCALAR_EVALUATOR:
+            from rayrl.study.scalar_cells import ScalarFits
+
+            pool_of_first = next(iter(plan.pools.values()))
+            fits = ends.enter_context(ScalarFits.started(fit_config(study, pool_of_first), budgets, stopping))
+            oracle = fits.oracle
+        else:
+            fits = None
+            oracle = start_oracle_pool(
+                study.name, config.oracle, rubric=rubric, ledger=ledger, budgets=budgets, run=_identity(study)
+            )
+            ends.callback(end_oracle_pool, oracle)
+            if stopping is not None:
+                ends.enter_context(stopping.first(partial(stop_asking, oracle)))
+        labels = start_labels(oracle, responses, order_of(study, config), study.truth, rubric)
+        label_all(labels, _asked_first(study, pool))
+        if study.asks == "pairs" and study.truth is None and has_scores(study, config):
+            label_all(labels, pool.questions(np.arange(len(pool.ids)), "responses"))
+        if fits is not None:
+            response_ids = responses["response_id"].to_pylist()
+            running = fits.run_jobs(missing, pools, response_ids, labels, study.study_dir)
+        else:
+            shared: dict[str, Any] = {key: ray.put(each) for key, each in pools.items()}
+            running = run_jobs(missing, shared, labels, study.study_dir, study.resources)
         return list(track(running, "cells", total=len(missing)))
 
 
 def _made_table(plan: LabelPlan, key: str, stopping: Stopping | None) -> pa.Table:
     from rayrl.study.pool_stages import make_pool
 
-    point = next(point for point, config in plan.configs.items() if pool_key(plan.study, config) == key)
+    point = next(point for point, config in plan.pools.items() if pool_key(plan.study, config) == key)
     # Loaded again: a pool that was made meanwhile gives what it has in common with this one.
-    table = make_pool(_pool_config(plan.study, point), stopping)
+    config = pool_config(plan.study, point, plan.asking[point])
+    table = make_pool(config, comparisons_of(plan.study, plan.asking[point]), stopping)
     write_pool_table(plan.study, key, table)
     return table
+
+
+def _asked_about(study: StudyConfig, config: RunConfig, table: pa.Table) -> pa.Table:
+    """Return the pool that cells see: of the table's comparisons, where there is one."""
+    compared = comparisons_of(study, config)
+    return table if compared is None else pool_of_comparisons(table, compared)
+
+
+def _study_pool(study: StudyConfig, config: RunConfig, key: str, table: pa.Table) -> StudyPool:
+    return study_pool(key, _asked_about(study, config, table))
 
 
 def _known_table(study: StudyConfig, key: str) -> pa.Table | None:
     """Read a pool that is kept, or comes with the study."""
     return read_pool_table(study, key) if study.vectors is None else read_vectors(study.vectors)
-
-
-def _pool_config(study: StudyConfig, point: Point) -> RunConfig:
-    """Load the config of the run that samples and embeds the pool of a point."""
-    folder = storage.absolute(study.study_dir)
-    config = run_config(study, *point)
-    if config.select.unit != "response" or config.asks_for_comparisons or not config.learns_from_judgements:
-        raise ConfigError(
-            'base must be a config whose oracle judges single responses (pipeline = "proxy_dpo", select.unit = '
-            f'"response") where kind is "labels", got {study.base}; choose another, or kind = "runs"'
-        )
-    for name, unset in (("seed_centers", False), ("stop_at", None)):
-        if getattr(config.select, name) != unset:
-            raise ConfigError(
-                f'select.{name} must be left out where kind is "labels", got {getattr(config.select, name)!r}: no '
-                'cell reads it; leave it out of base and [set], or set kind = "runs"'
-            )
-    # By its key: another grid, or an edited prompt file, is another pool beside this one.
-    name = f"pool-{pool_key(study, config)}"
-    settings: list[tuple[str, object]] = [("run_dir", storage.join(folder, name)), ("name", f"{study.name}-{name}")]
-    first = f"pool-{pool_key(study, run_config(study, *study.points()[0]))}"
-    if first != name and storage.exists(storage.join(folder, first, CONFIG)):
-        settings.append(("reuse", storage.join(folder, first)))
-    if config.oracle.ledger is None and storage.is_local(folder):
-        settings.append(("oracle.ledger", storage.join(folder, LEDGER)))
-    return run_config(study, *point, *settings)
-
-
-def _check_cell(study: StudyConfig, point: Point, strategy: str) -> None:
-    """Refuse a strategy that the base config cannot have, such as one that reads labels and has none to begin with.
-
-    Raises:
-        ConfigError: the run's own refusal, and how a study sets what it asks for.
-    """
-    try:
-        run_config(study, *point, ("select.strategy", strategy), ("select.budget", study.budgets[-1]))
-    except ConfigError as error:
-        raise ConfigError(f'strategies: "{strategy}" is refused; [set] holds settings of all cells. {error}') from None
 
 
 def _cells(study: StudyConfig) -> list[Cell]:
@@ -245,66 +251,66 @@ def _job(study: StudyConfig, config: RunConfig, pool: str, cell: Cell) -> Job:
         # strategies that read no heads go without it, and are compared by what they choose themselves.
         first=config.select.first_batch if reads_heads else None,
         num_heads=config.select.num_heads,
-        evaluator=study.evaluator,
-        oracle=oracle_key(config),
-        pool=pool,
+        evaluator=evaluator_key(study, config),
+        oracle=oracle_key(study, config),
+        pool=name_of_pool(study, pool),
+        asks=study.asks,
+        has_scores=has_scores(study, config),
     )
 
 
-def oracle_key(config: RunConfig) -> str:
-    """Name an oracle, what it answers from, and the rubric by which it judges."""
-    contents = contents_of(config, {})
-    read = [f"{setting} {contents[setting]}" for setting in sorted(contents) if setting.startswith("oracle.")]
-    return content_id("oracle", config.oracle.science_json(), load_rubric(config.rubric).version, *read)
-
-
-def _most_responses(study: StudyConfig, config: RunConfig, contact_oracle: bool) -> tuple[int, int]:
-    """Count the responses of a pool to be made, and those that labels may be chosen from, after a run's own refusals.
+def _most_questions(study: StudyConfig, asking: RunConfig, pool: RunConfig, contact_oracle: bool) -> PoolCounts:
+    """Count the questions of a pool to be made, after a run's own refusals.
 
     Those of a policy are an upper bound: how many are left after empty ones and repeats are dropped is not known yet.
     """
-    plan = check(config, contact_oracle=contact_oracle)
-    if config.generate.source == "seed":
+    plan = check(pool, contact_oracle=contact_oracle)
+    compared = comparisons_of(study, asking)
+    if compared is not None:
+        nums = num_comparisons(texts_of(pool, compared), compared)
+        sizes = {prompt_id: [2] * num for prompt_id, num in nums.items()}
+    elif pool.generate.source == "seed":
         from rayrl.stages.selection.candidates import count_seed_responses
 
-        counts = count_seed_responses(config)
-        return sum(counts.values()), min(
-            sum(num for prompt_id, num in counts.items() if prompt_id not in held_out)
-            for held_out in _splits(study, list(counts))
-        )
-    num_held_out = len(held_out_prompts([str(number) for number in range(plan.num_prompts)], study.held_out, 0))
-    return plan.num_responses, plan.num_responses - num_held_out * config.generate.k
+        sizes = {prompt_id: [num] for prompt_id, num in count_seed_responses(pool).items()}
+    else:
+        sizes = {str(number): [pool.generate.k] for number in range(plan.num_prompts)}
+    return pool_counts(sizes, _splits(study, list(sizes)), study.asks)
 
 
 def _splits(study: StudyConfig, prompt_ids: Sequence[str]) -> list[set[str]]:
     """Return the held-out prompts of every split."""
-    seeds = study.seeds if study.split == "seed" else [0]
-    return [held_out_prompts(prompt_ids, study.held_out, seed) for seed in seeds]
+    return [held_out_prompts(prompt_ids, study.held_out, seed) for seed in _split_seeds(study)]
 
 
-def _num_choosable(study: StudyConfig, pool: StudyPool) -> int:
-    """Count the responses that labels may be chosen from with every seed."""
-    seeds = study.seeds if study.split == "seed" else [0]
-    return min(int((~pool.held_out(study.held_out, seed)).sum()) for seed in seeds)
+def _split_seeds(study: StudyConfig) -> list[int]:
+    return study.seeds if study.split == "seed" else [0]
 
 
-def _num_queries(study: StudyConfig, num_responses: int, num_choosable: int) -> int:
-    """Bound the labels that all cells together ask for. A response is asked about once."""
-    if study.ceiling:
-        return num_responses
-    num_splits = len(study.seeds) if study.split == "seed" else 1
-    num_held_out = num_splits * (num_responses - num_choosable)
+def _counts(study: StudyConfig, pool: StudyPool) -> PoolCounts:
+    sizes = pool.sizes()
+    return pool_counts(sizes, _splits(study, list(sizes)), study.asks)
+
+
+def _num_queries(study: StudyConfig, config: RunConfig, counts: PoolCounts) -> int:
+    """Bound the queries that all cells together ask for. A response, or a pair, is asked about once."""
     num_chosen = sum(study.budgets) * len(study.arms) * len(study.seeds) * len(study.points())
-    return min(num_responses, num_held_out + num_chosen)
+    num_held_out = 0 if study.truth is not None else len(_split_seeds(study)) * counts.num_held_out
+    num_first = counts.num_questions if study.ceiling else num_held_out
+    num_questions = min(counts.num_possible, num_first + num_chosen)
+    if study.asks == "responses":
+        return num_questions
+    num_scores = counts.num_responses if study.truth is None and has_scores(study, config) else 0
+    return num_questions * queries_per_pair(order_of(study, config)) + num_scores
 
 
-def _asked_first(study: StudyConfig, pool: StudyPool) -> list[int]:
-    """Ids of the responses that every cell of a seed needs: all of them with the ceiling, else the held-out ones."""
-    if study.ceiling:
-        return pool.ids.tolist()
-    seeds = study.seeds if study.split == "seed" else [0]
-    needed = np.any([pool.held_out(study.held_out, seed) for seed in seeds], axis=0)
-    return pool.ids[needed].tolist()
+def _asked_first(study: StudyConfig, pool: StudyPool) -> Any:
+    """Return the questions that every cell of a seed needs: all with the ceiling, else of the held-out prompts."""
+    rows = np.arange(len(pool.ids))
+    if not study.ceiling:
+        held_out = np.any([pool.held_out(study.held_out, seed) for seed in _split_seeds(study)], axis=0)
+        rows = rows[held_out] if study.truth is None else rows[:0]
+    return pool.questions(rows, study.asks)
 
 
 def _identity(study: StudyConfig) -> str:

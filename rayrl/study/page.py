@@ -135,7 +135,6 @@ def _curves(comparison: Comparison) -> Section:
 
 def _means(comparison: Comparison) -> Section:
     """Arrange the means: a table per measure with the budgets beside each other, or one table where there is one."""
-    study = comparison.study
     note = Paragraph(
         text="mean \u00b1 standard error over seeds, over prompts. The mean rank is over all seeds, budgets and "
         f"points, by {title_of(comparison.measure)}; 1 is best."
@@ -143,11 +142,16 @@ def _means(comparison: Comparison) -> Section:
     if len(comparison.budgets) == 1:
         return Section(title="Means", parts=[note, _means_at_one_budget(comparison)])
     tables: list[Paragraph | Table] = [note]
-    for measure in study.measured:
+    for measure in _found_measures(comparison):
         less = " (less is better)" if measure in LOSSES else ""
         tables += [Paragraph(text=f"{title_of(measure).capitalize()}{less}", is_note=False)]
         tables += [_means_of(comparison, measure)]
     return Section(title="Means", parts=tables)
+
+
+def _found_measures(comparison: Comparison) -> list[str]:
+    """List the measures of the tables that some cell has: of comparisons without scores two alone."""
+    return [name for name in comparison.study.measured if any(name in each for each in comparison.found.values())]
 
 
 def _means_of(comparison: Comparison, measure: str) -> Table:
@@ -181,7 +185,7 @@ def _means_at_one_budget(comparison: Comparison) -> Table:
     """Make the table of all measures: a row per arm and point, a column per measure."""
     study = comparison.study
     (budget,) = comparison.budgets
-    measures = [name for name in study.measured if any(name in each for each in comparison.found.values())]
+    measures = _found_measures(comparison)
     head = ["row", *study.factors, *(title_of(measure) for measure in measures), "of ceiling", "mean rank"]
     rows: list[list[str]] = []
     for point in comparison.points:

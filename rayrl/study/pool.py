@@ -9,7 +9,7 @@ all that decides it, so that a study which goes on starts no engine.
 # pyright: reportUnknownArgumentType=false
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,13 +23,13 @@ from rayrl.config import RunConfig
 from rayrl.data.cells import text_cell
 from rayrl.data.rows import read_rows
 from rayrl.errors import DataError
-from rayrl.records import content_id
+from rayrl.records import content_id, drawn_seed
 from rayrl.runs import storage
 from rayrl.runs.content import Input, content_of, contents_of
-from rayrl.study.config import VECTOR_SETTINGS, StudyConfig, VectorsConfig
+from rayrl.study.config import VECTOR_SETTINGS, Asks, StudyConfig, VectorsConfig
 
 STRIDE = 1 << 20
-"""`id // STRIDE` is the number of a response's prompt."""
+"""`id // STRIDE` is the number of a response's prompt; of its comparison where a table of comparisons is the pool."""
 TABLES = ("seed", "device", "policy", "seed_data", "pool", "sft", "generate", "rubric", "generators", "embedders")
 """Tables and settings of a run that decide its responses and their vectors, with `VECTOR_SETTINGS` of `select`."""
 SCHEMA = pa.schema(
@@ -52,18 +52,78 @@ class StudyPool:
     lengths: Int64[np.ndarray, " n"]
     """Of the responses, in characters."""
     prompt_ids: tuple[str, ...]
-    """By the prompt's number, `id // STRIDE`."""
+    """By `id // STRIDE`."""
+    is_repeat: Bool[np.ndarray, " n"] | None = None
+    """Rows of a response that an earlier row has, since it is in several comparisons; None is none of them."""
 
     @cached_property
     def prompts(self) -> Int64[np.ndarray, " n"]:
-        """Number of each response's prompt."""
-        return self.ids // STRIDE
+        """Number of each response's prompt: the first that the prompt has."""
+        first: dict[str, int] = {}
+        numbers = np.array([first.setdefault(prompt_id, n) for n, prompt_id in enumerate(self.prompt_ids)], np.int64)
+        return numbers[self.ids // STRIDE]
 
     def held_out(self, share: float, seed: int) -> Bool[np.ndarray, " n"]:
         """Tell of each response whether its prompt is held out."""
         numbers = np.unique(self.prompts)
         held_out = held_out_prompts([self.prompt_ids[number] for number in numbers], share, seed)
         return np.isin(self.prompts, [number for number in numbers if self.prompt_ids[number] in held_out])
+
+    def sizes(self) -> dict[str, list[int]]:
+        """Count the responses that go together, by the id of their prompt: all of it, or two of each comparison."""
+        sizes: dict[str, list[int]] = {}
+        for number, size in zip(*np.unique(self.ids // STRIDE, return_counts=True), strict=True):
+            sizes.setdefault(self.prompt_ids[number], []).append(int(size))
+        return sizes
+
+    def questions(self, rows: Int64[np.ndarray, " m"], asks: Asks) -> Int64[np.ndarray, "q u"]:
+        """Return the ids of the questions by which some responses are labelled: each, or disjoint pairs of them.
+
+        Pairs are of one prompt, in an order that is drawn once for all cells, so that these ask the same ones.
+        """
+        if asks == "responses":
+            return self.ids[rows, None]
+        drawn = np.random.default_rng(drawn_seed("disjoint pairs")).random(len(self.ids))
+        order = rows[np.lexsort((drawn[rows], self.ids[rows] // STRIDE))]
+        _, starts, counts = np.unique(self.ids[order] // STRIDE, return_index=True, return_counts=True)
+        place, size = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts, counts)
+        first = np.flatnonzero((place % 2 == 0) & (place + 1 < size))
+        return np.sort(self.ids[np.stack([order[first], order[first + 1]], axis=1)], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolCounts:
+    """Numbers of questions that a pool has."""
+
+    num_responses: int
+    num_questions: int
+    """Of everything: single responses, or disjoint pairs."""
+    num_possible: int
+    """Different questions that there are: single responses, or all pairs of a prompt."""
+    num_choosable: int
+    """Questions that a strategy may choose with each seed, none of them about a held-out prompt."""
+    num_held_out: int
+    """Questions of the held-out prompts of a seed, at most."""
+
+
+def pool_counts(sizes: Mapping[str, Sequence[int]], splits: Sequence[set[str]], asks: Asks) -> PoolCounts:
+    """Count the questions of a pool with these sizes (see `StudyPool.sizes`) and held-out prompts of each split."""
+    of_responses = asks == "responses"
+
+    def count(questions: Callable[[int], int], but: Container[str] = ()) -> int:
+        return sum(questions(size) for prompt_id, each in sizes.items() if prompt_id not in but for size in each)
+
+    def everything(size: int) -> int:
+        return size if of_responses else size // 2
+
+    num_questions = count(everything)
+    return PoolCounts(
+        num_responses=count(lambda size: size),
+        num_questions=num_questions,
+        num_possible=count(lambda size: size if of_responses else size * (size - 1) // 2),
+        num_choosable=min(count(lambda size: size if of_responses else int(size > 1), but) for but in splits),
+        num_held_out=num_questions - min(count(everything, but) for but in splits),
+    )
 
 
 def held_out_prompts(prompt_ids: Sequence[str], share: float, seed: int) -> set[str]:
@@ -80,12 +140,18 @@ def study_pool(key: str, table: pa.Table) -> StudyPool:
     for number, prompt_id in zip(numbers, table["prompt_id"].to_pylist(), strict=True):
         prompt_ids[number] = prompt_id
     flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    seen: set[tuple[str, str]] = set()
+    is_repeat: list[bool] = []
+    for response in zip(table["prompt_id"].to_pylist(), table["response_id"].to_pylist(), strict=True):
+        is_repeat.append(response in seen)
+        seen.add(response)
     return StudyPool(
         key=key,
         ids=ids,
         vectors=flat.reshape(len(ids), -1),
         lengths=pc.utf8_length(table["response"]).to_numpy().astype(np.int64),  # type: ignore[attr-defined]
         prompt_ids=tuple(prompt_ids),
+        is_repeat=np.array(is_repeat) if any(is_repeat) else None,
     )
 
 
@@ -188,8 +254,9 @@ def refuse_small_pool(study: StudyConfig, num_choosable: int, *, is_exact: bool)
     """
     if study.budgets[-1] > num_choosable:
         kept = "" if is_exact else "at most "
+        chosen = "responses" if study.asks == "responses" else "pairs of responses, one of a prompt or of a comparison,"
         raise DataError(
-            f"budgets must be at most the number of responses that labels are chosen from, {kept}{num_choosable:,} "
+            f"budgets must be at most the number of {chosen} that labels are chosen from, {kept}{num_choosable:,} "
             f"(held_out = {study.held_out:g} of the prompts are kept for the comparison), got {study.budgets[-1]:,}; "
             "leave it out, add prompts, or lower held_out"
         )

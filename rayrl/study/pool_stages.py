@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from rayrl.config import RunConfig
+from rayrl.config.oracle import OracleTable
 from rayrl.data.blocks import BlockTable
 from rayrl.fleets.coreset import vectors_of
 from rayrl.pipelines.run_pipeline import Running, running
@@ -21,13 +22,20 @@ from rayrl.stages.sampling.pool import read_pool
 from rayrl.stages.selection.candidates import responses_of_seed_data
 from rayrl.stages.selection.embedding import embed, embedding_of
 from rayrl.stages.selection.ordinals import numbering
+from rayrl.study.comparisons_table import seed_tables
 from rayrl.study.pool import SCHEMA, STRIDE
 
 
-def make_pool(config: RunConfig, stopping: Stopping | None) -> pa.Table:
-    """Run the stages up to the vectors in the run's folder; return the table of the pool."""
+def make_pool(config: RunConfig, compared: OracleTable | None, stopping: Stopping | None) -> pa.Table:
+    """Run the stages up to the vectors in the run's folder; return the table of the pool.
+
+    Args:
+        config: the run.
+        compared: a table of comparisons, whose responses are the pool.
+        stopping: this process's handlers of signals.
+    """
     with running(config, check(config), stopping=stopping) as now:
-        responses = _responses(now)
+        responses = pool_responses(now, compared)
         m1 = sft(now.run, now.services)
         embedding = embedding_of(
             now.run, now.services, m1, embedder=config.select.embedder, normalize=config.select.normalize
@@ -36,8 +44,10 @@ def make_pool(config: RunConfig, stopping: Stopping | None) -> pa.Table:
         return pa.Table.from_batches(_rows(config, responses, vectors), schema=SCHEMA)
 
 
-def _responses(now: Running) -> Responses:
-    """Return the policy's responses, or those of the seed data."""
+def pool_responses(now: Running, compared: OracleTable | None = None) -> Responses:
+    """Return the policy's responses, or those of the seed data or of a table of comparisons."""
+    if compared is not None:
+        return responses_of_seed_data(now.run, seed_tables(now.run.config, compared))
     if now.run.config.generate.source == "seed":
         return responses_of_seed_data(now.run)
     pool = read_pool(now.run)

@@ -19,10 +19,11 @@ from rayrl.preflight import check
 from rayrl.records import content_id
 from rayrl.runs import storage
 from rayrl.runs.content import contents_of
-from rayrl.runs.run import CONFIG, LEDGER, open_run, read_manifest, round_name
+from rayrl.runs.run import CONFIG, LEDGER, ledger_url, open_run, read_manifest, round_name
 from rayrl.runs.stage_metrics import M1
 from rayrl.runs.stage_table import EVALUATE
-from rayrl.study.config import StudyConfig, VariantConfig, run_config
+from rayrl.study.config import StudyConfig, VariantConfig, leaves, run_config
+from rayrl.study.ledger import note_ledger
 from rayrl.study.results import CELLS, Cell, Measured, Outcome, outcome_of, read_result
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def run_runs(study: StudyConfig, jobs: list[RunJob], stopping: Stopping | None) 
     Raises:
         JudgeFailed and others of `FATAL`: no run could go on.
     """
+    note_ledger(study, ledger_url(storage.absolute(jobs[0].config.run_dir), jobs[0].config))
     for number, job in enumerate(jobs, 1):
         measured = read_result(study.study_dir, job.key)
         if measured is not None:
@@ -248,13 +250,19 @@ def _run_of(study: StudyConfig, cell: Cell) -> _Run:
     """Load the config of a cell, and name its run by all that decides the outcome."""
     variant = study.variants.get(cell.arm)
     own = [("select.strategy", cell.arm)] if variant is None else list(variant.set.items())
-    settings: list[tuple[str, object]] = [*cell.point, ("select.budget", cell.budget), *own, ("seed", cell.seed)]
+    # One that names the `type` of its table replaces the table, and must leave what the others set in it.
+    merged = sorted([*cell.point, *own], key=lambda setting: not _names_type(*setting))
+    settings: list[tuple[str, object]] = [*merged, ("select.budget", cell.budget), ("seed", cell.seed)]
     config = run_config(study, *settings)
     contents = contents_of(config, {})
     parts = [f"{setting} {contents[setting]}" for setting in sorted(contents)]
     pipeline = (variant.pipeline if variant else None) or ""
     key = content_id("run", config.science_json(), pipeline, *parts)
     return _Run(cell=cell, settings=tuple(settings), config=config, key=key)
+
+
+def _names_type(dotted: str, value: object) -> bool:
+    return any(name.rpartition(".")[2] == "type" for name, _ in leaves({dotted: value}))
 
 
 def _reused(study: StudyConfig, cell: Cell) -> Cell:

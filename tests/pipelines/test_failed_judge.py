@@ -10,12 +10,12 @@ from rayrl.oracles import breaker
 from rayrl.pipelines.run_pipeline import run_pipeline
 from rayrl.preflight import check
 from rayrl.report.ledger_counts import spending_by_stage
-from rayrl.runs.run import read_config
 from rayrl.stages.labelling.query import query
 from rayrl.stages.policy.sft import sft
 from rayrl.stages.sampling.generate import generate
 from rayrl.stages.sampling.pool import read_pool
 from rayrl.stages.selection.select import select
+from rayrl.study.ledger import find_ledger
 from tests.judge_server import JudgeServer, Reply
 from tests.pipelines.test_proxy_dpo import ROOT, SMALL, rows, written_stages
 
@@ -78,7 +78,7 @@ def test_a_judge_that_dies_half_way_and_comes_back_ends_in_the_same_table(ray_cl
         assert server.headers[-1]["authorization"] == "Bearer sk-second"
 
     assert rows(mended, "query") == rows(undisturbed, "query")
-    by_stage = spending_by_stage(str(mended), read_config(str(mended)))
+    by_stage = spending_by_stage(*find_ledger(str(mended)))
     found = {stage: (counts.spent, counts.scored, counts.abstained) for (stage, _), counts in by_stage.items()}
     assert found == {"test": (1, 1, 0), "query": (24, 24, 0)}
 

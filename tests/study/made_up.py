@@ -64,3 +64,31 @@ vectors.path = "{folder}/vectors.jsonl"
 
 def replay(folder):
     return f'[oracle]\ntype = "replay"\npath = "{folder}/judgements.jsonl"'
+
+
+def replay_comparisons(folder, *, scores=False):
+    """An oracle that replays `comparisons.jsonl`, and with it the judgements if there are `scores`."""
+    path = f'\npath = "{folder}/judgements.jsonl"' if scores else ""
+    return f'[oracle]\ntype = "replay"\ncomparisons_path = "{folder}/comparisons.jsonl"{path}'
+
+
+def write_comparisons(folder, *, num_pairs=2):
+    """Write comparisons.jsonl: disjoint pairs of every prompt's responses; those with nearly equal scores are ties.
+
+    `others` is the same preference, and empty for every fifth prompt.
+    """
+    judgements = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
+    rows = []
+    for i in range(0, len(judgements), K):
+        for j in range(num_pairs):
+            first, second = judgements[i + 2 * j], judgements[i + 2 * j + 1]
+            gap = first["score"] - second["score"]
+            preference = "tie" if abs(gap) < 0.2 else "first" if gap > 0 else "second"
+            pair = {"prompt": first["prompt"], "first": first["response"], "second": second["response"]}
+            rows.append(pair | {"preference": preference, "others": "" if i % (5 * K) == 0 else preference})
+    write_rows(folder / "comparisons.jsonl", rows)
+
+
+PAIR_STUDY = ("strategies=['random_pairs','delta_ucb']", "baseline=random_pairs", "set.select.batches=2")
+PAIR_STUDY = (*PAIR_STUDY, "set.select.first_batch=random_pairs")
+"""Overrides by which the made-up study asks for comparisons."""

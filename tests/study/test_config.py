@@ -5,6 +5,7 @@ import pytest
 
 from rayrl.errors import ConfigError, DataError
 from rayrl.study.config import load_study, run_config
+from rayrl.study.label_configs import asking_config
 from tests.study.made_up import write_pool, write_rows, write_study
 
 
@@ -27,10 +28,11 @@ def planned(folder, *overrides, study="", oracle=None):
     return plan_labels(load_study(write_study(folder, study=study, oracle=oracle), list(overrides)))
 
 
-@pytest.mark.parametrize("name", ["labels", "graded", "proxy_dpo", "rlp"])
+@pytest.mark.parametrize("name", ["labels", "graded", "pandalm", "prometheus", "proxy_dpo", "rlp"])
 def test_the_shipped_studies_are_loaded(name):
     study = load_study(f"jobs/configs/studies/{name}.toml")
-    assert run_config(study).name and study.baseline in study.arms
+    config = asking_config(study, study.points()[0]) if study.kind == "labels" else run_config(study)
+    assert config.name and study.baseline in study.arms
 
 
 def test_a_study_is_loaded(pool):
@@ -56,7 +58,6 @@ def test_a_study_is_loaded(pool):
             "seeds must be two or more where intervals are asked for, got [0]; add one, or set intervals = false",
         ),
         ("seeds=[1,1]", "seeds must name each once, got 1 twice"),
-        ('measures=["agreement"]', 'where kind is "labels", got "agreement"'),
         (
             "grid.dpo.beta=[0.1,0.2]",
             'select.num_heads where kind is "labels" and the pool has vectors, which cells read',
@@ -75,7 +76,18 @@ def test_a_study_is_loaded(pool):
         ("grid.select.batches=[1]", "grid must have a list of two values or more for each setting, got select.batches"),
         ('variants.direct.set.labels="direct"', 'variants must be empty where kind is "labels", got direct'),
         ("resources.max_cells=0", "resources.max_cells must be above 0, got 0"),
-        ("evaluator=scalar", "evaluator must be one of 'head', got 'scalar'"),
+        ("evaluator=other", "evaluator must be one of 'head' or 'scalar', got 'other'"),
+        (
+            "evaluator=scalar",
+            "vectors must be left out: M1 is trained, on the tokens of its own pool, where evaluator is",
+        ),
+        ("set.select.budget=10", 'set must not hold select.budget where kind is "labels", whose cells do not read it'),
+        ('set.select={strategy="margin"}', "set must not hold select.strategy where kind is"),
+        ('measures=["agreement"]', 'where kind is "labels" and strategies ask for scores, got "agreement"'),
+        (
+            'strategies=["random","pair_bald"]',
+            'got "random", which asks about responses, and "pair_bald", which asks about pairs; leave out those of one',
+        ),
     ],
 )
 def test_a_setting_that_breaks_a_rule_is_named(pool, override, message):
@@ -117,6 +129,7 @@ def test_a_setting_that_breaks_a_rule_is_named(pool, override, message):
         ('kind = "runs"\nmeasures = ["kl", "gain"]', "measures must begin with gain, score or win_rate"),
         ('kind = "runs"\nmeasures = ["agreement_r_held_out"]', 'got "agreement_r_held_out": the first one is tested'),
         ('kind = "runs"\nvariants.random.title = "same"', "variants must not have the name of a strategy"),
+        ('kind = "runs"\ntruth.path = "t.jsonl"', "must be left out where kind is"),
     ],
 )
 def test_a_study_of_runs_that_breaks_a_rule_is_named(pool, study, message):
@@ -128,9 +141,7 @@ def test_a_setting_of_the_base_config_that_does_not_exist_is_named(pool):
         planned(pool, "set.select.batchess=2")
 
 
-@pytest.mark.parametrize(
-    "overrides", [("seed_centers=true",), ("batches=8", "strategy=k_center", "stop_at=0.9")], ids=str
-)
+@pytest.mark.parametrize("overrides", [("seed_centers=true",), ("batches=8", "stop_at=0.9")], ids=str)
 def test_a_setting_that_no_cell_of_labels_reads_is_refused(pool, overrides):
     with pytest.raises(ConfigError, match=r'select\.(seed_centers|stop_at) must be left out where kind is "labels"'):
         planned(pool, *(f"set.select.{each}" for each in overrides))
@@ -170,10 +181,6 @@ def test_a_strategy_that_needs_labels_first_is_refused_without_a_first_batch(poo
     assert (by_arm["everything"].first, by_arm["everything"].num_batches) == (None, 1)
 
 
-def test_a_strategy_of_pairs_is_refused(pool):
-    assert 'got "pair_bald", which asks for comparisons' in refusal(pool, 'strategies=["random","pair_bald"]')
-
-
 def test_an_unknown_score_column_is_refused(pool):
     with pytest.raises(DataError, match=r"score column|points"):
         planned(pool, "set.oracle.score_column=points")
@@ -198,3 +205,16 @@ def test_vectors_of_two_widths_are_refused(tmp_path):
 def test_a_base_config_for_comparisons_is_refused(pool):
     with pytest.raises(ConfigError, match="base must be a config whose oracle judges single responses"):
         planned(pool, "set.select.unit=prompt")
+
+
+def test_a_truth_of_another_kind_is_refused(pool):
+    with pytest.raises(ConfigError, match=r"truth\.path is missing: the evaluator is compared with judgements"):
+        planned(pool, f"truth.comparisons_path='{pool}/judgements.jsonl'")
+    with pytest.raises(DataError, match=r"truth\.path.*points"):
+        planned(pool, f"truth.path='{pool}/judgements.jsonl'", "truth.score_column=points")
+
+
+def test_the_truth_is_in_the_name_of_a_cell_and_pays_for_no_held_out_response(pool):
+    truth = f"truth.path='{pool}/judgements.jsonl'"
+    assert {job.key for job in planned(pool).jobs}.isdisjoint({job.key for job in planned(pool, truth).jobs})
+    assert planned(pool, truth, "ceiling=false", "budgets=[1,2]").num_queries == 2 * 2 * 3

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rayrl.cli import main
 from rayrl.errors import JudgeFailed
 from rayrl.study.comparison import Comparison
 from rayrl.study.config import load_study
@@ -55,8 +56,9 @@ def asked_of(pool, *, abstains=lambda identifier: False):
     place = {int(identifier): i for i, identifier in enumerate(pool.ids)}
     asked = []
 
-    def ask(ids):
-        asked.append(list(ids))
+    def ask(questions, *, held_out=False):
+        ids = questions[:, 0].tolist()
+        asked.append(ids)
         return [None if abstains(i) else float(scores[place[i]]) for i in ids]
 
     return ask, asked
@@ -122,7 +124,7 @@ def spent(folder):
         return dict(ledger.execute("select state, count(*) from attempts group by state").fetchall())
 
 
-def test_a_study_is_run_cached_and_shown(folder, ray_cluster):
+def test_a_study_is_run_cached_and_shown(folder, ray_cluster, capsys):
     path = write_study(folder)
     study, outcomes = run(path)
     # Two seeds of three controls and two strategies at two budgets.
@@ -139,6 +141,13 @@ def test_a_study_is_run_cached_and_shown(folder, ray_cluster):
     ]
     page = render_page(comparison)
     assert comparison.conclusion.split()[0] in ("No", "Take") and "Labels needed" in page and "<script" not in page
+
+    # Its ledger is shown, as a run's is.
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["ledger", str(folder / "study")])
+    (asked,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("query ")]
+    assert asked.split()[-9:-7] == ["160", "160"], asked
 
     # Another grid finds the cells that it has in common with this one, and asks nothing.
     _, more = run(path, "budgets=[10,20,30]")

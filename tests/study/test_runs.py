@@ -14,7 +14,7 @@ from rayrl.study.config import AGREEMENT_MEASURES, RUN_MEASURES, load_study
 from rayrl.study.page import render_page
 from rayrl.study.results import Cell, Outcome, counted, estimated, outcome_of, read_result, write_result
 from rayrl.study.run_measures import measure_run
-from rayrl.study.run_study import missing_runs, num_queries, plan_runs, run_runs
+from rayrl.study.run_study import _jobs, missing_runs, num_queries, plan_runs, run_runs
 from tests.report.made_up_runs import write_proxy_dpo_run, write_rlp_run
 
 STUDIES = Path("jobs/configs/studies")
@@ -204,3 +204,26 @@ def test_measures_of_reward_models(tmp_path):
         "agreement_refreshed_pairs_of_ppo_refreshed",
     } <= measured
     assert measured <= {*RUN_MEASURES, *AGREEMENT_MEASURES}
+
+
+def test_a_variant_that_replaces_a_typed_table_keeps_the_grids_setting_in_it(tmp_path):
+    study = [f"study_dir={tmp_path}", "base=jobs/configs/quickstart.toml", "seeds=[0,1]", 'rows=["random","other"]']
+    typed = 'variants.other.set.oracle={type="replay", path="jobs/quickstart/seed.jsonl"}'
+    jobs = plan_of(*study, typed, "grid.oracle.max_retries=[1,2]")
+    others = [job.config.oracle for job in jobs if job.cell.arm == "other"]
+    assert {(oracle.type, oracle.max_retries) for oracle in others} == {("replay", 1), ("replay", 2)}
+
+    # The other way round: the grid has the table, and the variant a setting in it.
+    tables = 'grid.oracle=[{type="scripted", function="a:b"}, {type="replay", path="jobs/quickstart/seed.jsonl"}]'
+    jobs = plan_of(*study, "variants.other.set.oracle.max_retries=7", tables)
+    others = [job.config.oracle for job in jobs if job.cell.arm == "other"]
+    assert {(oracle.type, oracle.max_retries) for oracle in others} == {("scripted", 7), ("replay", 7)}
+
+    # A setting that the new table does not have is refused, and not dropped.
+    with pytest.raises(ConfigError, match=r"oracle\.function: is a setting of type .scripted."):
+        plan_of(*study, typed, 'grid.oracle.function=["a:b","c:d"]')
+
+
+def plan_of(*overrides):
+    """The runs of the study of proxy DPO, without the preflight's checks of each."""
+    return _jobs(load_study(STUDIES / "proxy_dpo.toml", list(overrides)))

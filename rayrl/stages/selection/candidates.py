@@ -8,10 +8,11 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import pyarrow as pa
 
-from rayrl.config import RunConfig
+from rayrl.config import RunConfig, SeedDataConfig
 from rayrl.data.blocks import BlockTable, map_blocks
 from rayrl.data.reading import read_seed_rows
 from rayrl.data.tokenizing import encode_prompt, encode_response, load_tokenizer, renderer_of
@@ -67,11 +68,12 @@ def unjudged_block(judged: frozenset[ResponseKey], responses: BlockTable, block:
     return pa.Table.from_pylist(rows, schema=arrow_schema(Sampled))
 
 
-def responses_of_seed_data(run: Run) -> Responses:
-    """Lay the seed data's responses down as a responses table."""
+def responses_of_seed_data(run: Run, tables: Sequence[SeedDataConfig] = ()) -> Responses:
+    """Lay the seed data's responses down as a responses table; `tables` are read in its place, one after the other."""
     config = run.config
-    key = run.key(SEED_RESPONSES, config.seed_data, config.policy, config.generate.block_size)
-    rows = seed_responses(run)
+    others = [table.science_json() for table in tables]
+    key = run.key(SEED_RESPONSES, config.seed_data, config.policy, config.generate.block_size, *others)
+    rows = seed_responses(run, tables)
     size = config.generate.block_size
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
     table = BlockTable(run.folder(SEED_RESPONSES, "table"), len(blocks))
@@ -100,14 +102,15 @@ def count_seed_responses(config: RunConfig) -> dict[str, int]:
     return {prompt_id: len(responses) for prompt_id, responses in texts.items()}
 
 
-def seed_responses(run: Run) -> list[Sampled]:
-    """Read the seed data, one row per prompt with its distinct responses."""
+def seed_responses(run: Run, tables: Sequence[SeedDataConfig] = ()) -> list[Sampled]:
+    """Read the seed data, or `tables`, one row per prompt with its distinct responses."""
     config = run.config
     assert config.seed_data is not None, "the config is refused without seed data"
     tokenizer = load_tokenizer(config.policy)
     renderer = renderer_of(tokenizer, config.policy)
     grouped: dict[str, Sampled] = {}
-    for prompt, text in read_seed_rows(config.seed_data, renderer):
+    rows = chain.from_iterable(read_seed_rows(table, renderer) for table in tables or [config.seed_data])
+    for prompt, text in rows:
         if prompt.id not in grouped:
             tokens = encode_prompt(tokenizer, prompt.rendered, config.policy.prompt_format)
             grouped[prompt.id] = Sampled(prompt_id=prompt.id, prompt=prompt.text, prompt_token_ids=tokens, responses=[])
