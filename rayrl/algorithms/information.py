@@ -6,8 +6,8 @@ pairs of codes, or of a view and a code (encoder and critic are in `rayrl.models
 Sec. 4.2) adds lambda = 0.5 times `uml_loss` to the preference loss, with I(z1; z2) estimated as in Deep InfoMax and the
 loss as in the multi-view information bottleneck (arXiv 2002.07017).
 
-Row i of every batch of views belongs to prompt i. Negative pairs join neighbouring rows, so the rows must be of different
-prompts, and a batch has at least two.
+Row i of every batch of views belongs to prompt i. Negative pairs join neighbouring rows, so the rows must be of
+different prompts, and a batch has at least two.
 
 A bottleneck (`bottleneck_losses`) reads the reward itself off a code (`rayrl.models.bottleneck`).
 """

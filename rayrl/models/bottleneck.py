@@ -43,9 +43,10 @@ class BottleneckHead(nn.Module):
 
 
 def linear_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join a `BottleneckHead`'s encoder of the mean and its decoder to one linear head: "weight" (1, hidden), "bias" (1,).
+    """Join a `BottleneckHead`'s encoder of the mean and its decoder to one linear head, computed in float64.
 
-    Computed in float64.
+    Returns:
+        "weight" (1, hidden) and "bias" (1,).
     """
     exact = {name: weight.double() for name, weight in weights.items()}
     weight = exact["decoder.weight"] @ exact["mu.weight"]
