@@ -107,6 +107,10 @@ class OracleBase(Table):
         """Say which setting of its own contradicts one of the rubric's, and the remedy; "" if none does."""
         return ""
 
+    def is_free(self) -> bool:
+        """Return whether it may be asked without a ledger and a budget, as a function or a table may."""
+        return False
+
     def flips_comparisons(self) -> bool:
         """Return whether it turns some comparisons around on purpose: labels for an experiment, and no measure."""
         return False
@@ -309,6 +313,9 @@ class ScriptedOracleConfig(OracleBase):
             'better; name a "module:function" of (prompt, first, second) that returns "first", "second" or "tie"'
         )
 
+    def is_free(self) -> bool:
+        return True
+
     def flips_comparisons(self) -> bool:
         return self.flip_probability > 0
 
@@ -347,6 +354,9 @@ class ReplayOracleConfig(OracleBase):
         if self.path is None and self.comparisons_path is None:
             raise ValueError("path or comparisons_path is missing: name a table of judgements, of comparisons, or both")
         return self
+
+    def is_free(self) -> bool:
+        return True
 
     @property
     def judgement_columns(self) -> list[str]:
@@ -486,6 +496,9 @@ class PanelOracleConfig(OracleBase):
 
     def conflict_with(self, rubric: RubricConfig) -> str:
         return self._first_missing([judge.conflict_with(rubric) for judge in self.judges])
+
+    def is_free(self) -> bool:
+        return all(judge.is_free() for judge in self.judges)
 
     def flips_comparisons(self) -> bool:
         return any(judge.flips_comparisons() for judge in self.judges)
