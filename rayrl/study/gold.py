@@ -52,12 +52,13 @@ def measure_gold(folder: str, config: RunConfig, policy: str, num_answers: int) 
     texts = {(answer.prompt, answer.response) for of_step in answers.values() for answer in of_step}
     scores = asyncio.run(_scores(config.oracle, build_oracle(config.oracle, load_rubric(config.rubric)), sorted(texts)))
     by_step = {step: _by_prompt(of_step, scores) for step, of_step in answers.items()}
+    rewards = {step: [a.reward for a in of_step if a.reward is not None] for step, of_step in answers.items()}
     if not by_step.get(0):
         raise DataError(
             f"{url}: the gold expert must score M1's answers, which {stage.name} has kept, and has scored none; run "
             "the study with gold_answers = 0, or mend the oracle"
         )
-    return [_point(step, kls[step], by_prompt, by_step[0]) for step, by_prompt in by_step.items()]
+    return [_point(step, kls[step], rewards[step], by_prompt, by_step[0]) for step, by_prompt in by_step.items()]
 
 
 def policy_kls(curve: Sequence[CurveRow]) -> dict[int, float]:
@@ -109,16 +110,23 @@ def _by_prompt(answers: Sequence[HeldOutAnswer], scores: Mapping[Text, float | N
     return {prompt: math.fsum(values) / len(values) for prompt, values in found.items()}
 
 
-def _point(step: int, kl: float, by_prompt: Mapping[str, float], of_m1: Mapping[str, float]) -> GoldPoint:
+def _point(
+    step: int, kl: float, rewards: Sequence[float], by_prompt: Mapping[str, float], of_m1: Mapping[str, float]
+) -> GoldPoint:
     """Compare a policy with M1 on the prompts that both have a score of."""
     gains = [score - of_m1[prompt] for prompt, score in by_prompt.items() if prompt in of_m1]
-    mean = math.fsum(gains) / len(gains) if gains else math.nan
+    mean = _mean(gains)
     squares = math.fsum((gain - mean) ** 2 for gain in gains)
     return GoldPoint(
         step=step,
         kl=kl,
-        score=math.fsum(by_prompt.values()) / len(by_prompt) if by_prompt else math.nan,
+        score=_mean(list(by_prompt.values())),
+        reward=_mean(rewards),
         gain=mean,
         standard_error=math.sqrt(squares / (len(gains) - 1) / len(gains)) if len(gains) > 1 else math.inf,
         num=len(gains),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

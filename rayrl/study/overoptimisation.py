@@ -40,6 +40,11 @@ class GoldRow:
         last = [points[-1] for points in self.seeds.values()]
         return over_seeds([_measured(point.gain, point.standard_error, point.num) for point in last])
 
+    def rewards(self) -> tuple[float, float]:
+        """Return the mean reward of M1 and of the last policies, in the reward's own unit."""
+        first, last = ([points[end].reward for points in self.seeds.values()] for end in (0, -1))
+        return math.fsum(first) / len(first), math.fsum(last) / len(last)
+
     @property
     def lost(self) -> SeedsMean | None:
         """Return what the fitted curves lose from the mean curve's turning point to each seed's last policy.

@@ -51,6 +51,8 @@ class GoldPoint:
     """To M1, nats per response."""
     score: float
     """Mean over prompts; NaN where the expert scored nothing."""
+    reward: float
+    """Mean reward that the PPO gave to the same answers, in its own unit; NaN where it gave none."""
     gain: float
     """Mean difference from M1's score on the same prompts."""
     standard_error: float

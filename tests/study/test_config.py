@@ -27,7 +27,7 @@ def planned(folder, *overrides, study="", oracle=None):
     return plan_labels(load_study(write_study(folder, study=study, oracle=oracle), list(overrides)))
 
 
-@pytest.mark.parametrize("name", ["labels", "graded", "proxy_dpo", "rlp"])
+@pytest.mark.parametrize("name", ["labels", "graded", "proxy_dpo", "rlp", "overoptimisation"])
 def test_the_shipped_studies_are_loaded(name):
     study = load_study(f"jobs/configs/studies/{name}.toml")
     assert run_config(study).name and study.baseline in study.arms

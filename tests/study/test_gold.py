@@ -69,7 +69,7 @@ def write_ppo(folder, stage, kls, responses):
                 prompt_token_ids=[1],
                 response=responses(step, i, n),
                 token_ids=[2],
-                reward=0.0,
+                reward=float(step),
             )
             for i in range(NUM_PROMPTS)
             for n in range(2)
@@ -95,10 +95,10 @@ def test_a_policys_kl_is_that_of_the_rollout_that_it_wrote(tmp_path):
 def test_the_kept_answers_are_scored_by_prompt_and_compared_with_m1s(tmp_path):
     write_ppo(tmp_path, "ppo", [0.0, 0.2, 0.5, 1.0], digits)
     points = measure_gold(str(tmp_path), config_of(tmp_path), "ppo", 100)
-    assert [(p.step, p.kl, p.score, p.gain, p.num) for p in points] == [
-        (0, 0.0, 0.5, 0.0, NUM_PROMPTS),
-        (2, 0.5, 1.5, 1.0, NUM_PROMPTS),
-        (4, 1.0, 2.5, 2.0, NUM_PROMPTS),
+    assert [(p.step, p.kl, p.score, p.reward, p.gain, p.num) for p in points] == [
+        (0, 0.0, 0.5, 0.0, 0.0, NUM_PROMPTS),
+        (2, 0.5, 1.5, 2.0, 1.0, NUM_PROMPTS),
+        (4, 1.0, 2.5, 4.0, 2.0, NUM_PROMPTS),
     ]
     assert points[1].standard_error == 0
     few = measure_gold(str(tmp_path), config_of(tmp_path), "ppo", 4)
@@ -140,7 +140,9 @@ def outcomes_of(study, curves, *, kls=(0.0, 0.5, 2.0, 6.0, 12.0, 20.0)):
             points = []
             for step, kl in enumerate(kls):
                 gain = moved.at(math.sqrt(kl))
-                points.append(GoldPoint(step=step, kl=kl, score=2 + gain, gain=gain, standard_error=0.05, num=50))
+                points.append(
+                    GoldPoint(step=step, kl=kl, score=2 + gain, reward=3 * gain, gain=gain, standard_error=0.05, num=50)
+                )
             values = {f"p{i}": points[-1].gain + 0.01 * i for i in range(5)}
             cell = Cell(arm=arm, budget=120, seed=seed)
             found.append(Outcome(cell=cell, key=f"{arm}{seed}", measured=[estimated("gain", values)], gold=points))
@@ -160,6 +162,7 @@ def test_each_row_is_fitted_and_told_where_it_turns(tmp_path):
     expected = ppo.mean.at(ppo.turn.root_kl) - ppo.mean.at(math.sqrt(20))
     assert ppo.lost.mean == pytest.approx(expected) and ppo.lost.mean > 0
     assert ppo.at_the_end.mean == pytest.approx(ppo.mean.at(math.sqrt(20)))
+    assert ppo.rewards() == (0, pytest.approx(3 * ppo.at_the_end.mean))
     assert spg.lost is None and spg.turn.root_kl > spg.reached
 
 
