@@ -185,8 +185,8 @@ def _gold(comparison: Comparison) -> Section:
             "to M1 in nats per response. Fitted is d (alpha - beta log d) (arXiv 2210.10760), which turns down at "
             "exp(alpha / beta - 1); in brackets the 95% interval over seeds (Fieller's). > is no turn, or an end that "
             "the seeds do not tell; beyond what was reached a turning point is extrapolated, and nothing was lost. "
-            "Errors are over seeds, and of what was measured also over prompts. Its reward is what the PPO followed, of M1 "
-            "and of the last policies, in a unit of its own."
+            "Errors are over seeds, and of what was measured also over prompts. Its reward is what the PPO followed, "
+            "of M1 and of the last policies, in a unit of its own."
         )
         parts.insert(0, Paragraph(text=explained))
     return Section(title="Over-optimisation", parts=parts)
