@@ -144,7 +144,7 @@ def outcomes_of(study, curves, *, kls=(0.0, 0.5, 2.0, 6.0, 12.0, 20.0)):
                     GoldPoint(step=step, kl=kl, score=2 + gain, reward=3 * gain, gain=gain, standard_error=0.05, num=50)
                 )
             values = {f"p{i}": points[-1].gain + 0.01 * i for i in range(5)}
-            cell = Cell(arm=arm, budget=120, seed=seed)
+            cell = Cell(arm=arm, budget=32, seed=seed)
             found.append(Outcome(cell=cell, key=f"{arm}{seed}", measured=[estimated("gain", values)], gold=points))
     return found
 
@@ -171,7 +171,7 @@ def test_the_page_shows_the_curves_and_where_they_turn(tmp_path):
     comparison = Comparison(study, outcomes_of(study, CURVES))
     assert draw_figures(comparison).keys() == {"curves0", "gold0"}
     page = render_page(comparison)
-    assert "Over-optimisation" in page and "Gold score along PPO, 120 labels" in page
+    assert "Over-optimisation" in page and "Gold score along PPO, 32 labels" in page
     assert re.search(r"plain PPO on the old reward model</td>\s*<td[^>]*>2</td>\s*<td[^>]*>4.47</td>", page)
     without = [Outcome(cell=each.cell, key=each.key, measured=each.measured) for each in comparison.outcomes]
     assert "Over-optimisation" not in render_page(Comparison(study, without))
