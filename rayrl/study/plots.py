@@ -145,8 +145,9 @@ def plot_gold(lines: Mapping[str, GoldLine], *, baseline: str) -> Figure:
             if math.isfinite(turn.low):
                 axes.axvspan(turn.low, min(turn.high, farthest), color=PPO, alpha=0.12, linewidth=0)
         axes.set_title(name, fontsize=8)
-    for axes in list(grid.flat)[len(lines) :]:
-        axes.set_visible(False)
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(lines))
+        axes.tick_params(labelbottom=number + NUM_GOLD_COLUMNS >= len(lines))  # the lowest panel of each column
     figure.supxlabel("root of KL to M1, root nats", fontsize=9)
     figure.supylabel("gold score less M1's", fontsize=9)
     return figure
