@@ -108,8 +108,8 @@ class OracleBase(Table):
         return ""
 
     def is_free(self) -> bool:
-        """Return whether it may be asked without a ledger and a budget, as a function or a table may."""
-        return False
+        """Return whether it may be asked without a ledger and a budget; not where somebody is paid by the question."""
+        return True
 
     def flips_comparisons(self) -> bool:
         """Return whether it turns some comparisons around on purpose: labels for an experiment, and no measure."""
@@ -216,6 +216,9 @@ class HttpOracleConfig(HttpEndpoint, OracleBase):
             )
         return self
 
+    def is_free(self) -> bool:
+        return False
+
     def label(self) -> str:
         return f"{self.model} at {self.base_url}"
 
@@ -313,9 +316,6 @@ class ScriptedOracleConfig(OracleBase):
             'better; name a "module:function" of (prompt, first, second) that returns "first", "second" or "tie"'
         )
 
-    def is_free(self) -> bool:
-        return True
-
     def flips_comparisons(self) -> bool:
         return self.flip_probability > 0
 
@@ -354,9 +354,6 @@ class ReplayOracleConfig(OracleBase):
         if self.path is None and self.comparisons_path is None:
             raise ValueError("path or comparisons_path is missing: name a table of judgements, of comparisons, or both")
         return self
-
-    def is_free(self) -> bool:
-        return True
 
     @property
     def judgement_columns(self) -> list[str]:
