@@ -49,7 +49,11 @@ the last three.
 | E_joint[-softplus(-T)] - E_product[softplus(T)]     | 1808.06670, Eq. 4   | `information.jensen_shannon_mi` |
 | E_joint[T] - E_product[exp T] + 1                   | 1905.06922, 2       | `information.mi_nats`         |
 | (KL(p, q) + KL(q, p)) / 2 of diagonal Gaussians     | definition          | `information.symmetric_kl`    |
+| -log sigma(r_w - r_l) + beta (KL(z_w) + KL(z_l))    | arXiv 2402.09345    | `information.bottleneck_losses` |
+| KL(N(mu, sigma), N(0, 1)) of diagonal Gaussians     | definition          | `information.kl_to_standard_normal` |
 | -log exp(cos_ii / tau) / sum_j exp(cos_ij / tau)    | 1807.03748, Eq. 4   | `information.info_nce`        |
+| d (alpha - beta log d), d = sqrt KL                 | 2210.10760, 3.1     | `overoptimisation.fit_gold_curve` |
+| {rho: (a - rho b)^2 <= t^2 var(a - rho b)}          | Fieller, 1954       | `overoptimisation.turning_point` |
 | i ~ j: each entails the other; join first seed      | arXiv 2302.09664    | `clustering.strict_clusters`  |
 | i ~ j: no contradiction; join last text             | its release         | `clustering.kuhn2023_clusters` |
 | i ~ j: no contradiction, one entails; join last seed | s41586-024-07421-0  | `clustering.farquhar2024_clusters` |

@@ -1,13 +1,15 @@
-"""Auxiliary losses on two views of one prompt: RLP's unsupervised multi-view learning and its ablations.
+"""Losses on codes of responses: RLP's unsupervised multi-view learning with its ablations, and InfoRM's bottleneck.
 
-A view v is the reward model's last hidden state of one response to the prompt. A code is the Gaussian p(z | v) that an
-encoder makes of a view, and a critic T scores pairs of codes, or of a view and a code (encoder and critic are in
-`rayrl.models.view_networks`). RLP (arXiv 2403.19279, Sec. 4.2) adds lambda = 0.5 times `uml_loss` to the preference
-loss, with I(z1; z2) estimated as in Deep InfoMax and the loss as in the multi-view information bottleneck (arXiv
-2002.07017).
+Multi-view learning adds an auxiliary loss on two views of one prompt. A view v is the reward model's last hidden state
+of one response to the prompt. A code is the Gaussian p(z | v) that an encoder makes of a view, and a critic T scores
+pairs of codes, or of a view and a code (encoder and critic are in `rayrl.models.view_networks`). RLP (arXiv 2403.19279,
+Sec. 4.2) adds lambda = 0.5 times `uml_loss` to the preference loss, with I(z1; z2) estimated as in Deep InfoMax and the
+loss as in the multi-view information bottleneck (arXiv 2002.07017).
 
-Row i of every batch belongs to prompt i. Negative pairs join neighbouring rows, so the rows must be of different
-prompts, and a batch has at least two.
+Row i of every batch of views belongs to prompt i. Negative pairs join neighbouring rows, so the rows must be of
+different prompts, and a batch has at least two.
+
+A bottleneck (`bottleneck_losses`) reads the reward itself off a code (`rayrl.models.bottleneck`).
 """
 
 import math
@@ -19,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
+
+from rayrl.algorithms.preference import bradley_terry_loss
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """A critic T(a, b): one score per row of two batches."""
@@ -98,6 +102,31 @@ def symmetric_kl(
     spread = (sigma1 / sigma2 - sigma2 / sigma1).square()
     shift = (mu1 - mu2).square() * (sigma1**-2 + sigma2**-2)
     return (spread + shift).sum(-1) / 4
+
+
+def kl_to_standard_normal(mu: Float[Tensor, "batch z"], sigma: Float[Tensor, "batch z"]) -> Float[Tensor, "batch"]:
+    """KL(N(mu, diag sigma^2) || N(0, I)) = sum_d [(mu^2 + sigma^2 - 1) / 2 - log sigma], nats per row."""
+    return ((mu.square() + sigma.square() - 1) / 2 - sigma.log()).sum(-1)
+
+
+def bottleneck_losses(
+    chosen: Float[Tensor, "batch"], rejected: Float[Tensor, "batch"], codes: tuple[Gaussian, Gaussian], *, beta: float
+) -> Float[Tensor, "batch"]:
+    """-log sigma(r(z_w) - r(z_l)) + beta (KL(p(z | x_w) || N(0, I)) + KL(p(z | x_l) || N(0, I))), for each pair.
+
+    The reward model of InfoRM (arXiv 2402.09345): the divergences bound from above what the codes tell of the responses
+    (arXiv 1612.00410), the preference loss what they tell of the preference. Its release takes the divergence of the
+    dimensions' means instead of the sum over dimensions of the paper.
+
+    Args:
+        chosen: rewards of a sample of the chosen responses' codes.
+        rejected: the same of the rejected ones.
+        codes: of the chosen responses, and of the rejected ones.
+        beta: loss per nat.
+    """
+    chosen_code, rejected_code = codes
+    divergence = kl_to_standard_normal(*chosen_code) + kl_to_standard_normal(*rejected_code)
+    return bradley_terry_loss(chosen, rejected) + beta * divergence
 
 
 def warmed_up(progress: float, *, start: float, begin: float, end: float) -> float:

@@ -25,7 +25,7 @@ from rayrl.config.ppo import PpoConfig
 from rayrl.config.preferences import PreferenceDataConfig, PreferencesConfig
 from rayrl.config.pseudo_label import PseudoLabelConfig
 from rayrl.config.refresh import OcrmConfig, RefreshConfig, SpgConfig, UmlConfig
-from rayrl.config.reward_model import RewardModelConfig
+from rayrl.config.reward_model import BottleneckConfig, RewardModelConfig
 from rayrl.config.rubric import RubricConfig
 from rayrl.config.run import RunConfig
 from rayrl.config.select import SelectConfig
@@ -35,6 +35,7 @@ from rayrl.config.tracking import MlflowConfig, WandbConfig
 from rayrl.config.training import EvaluatedTrainingConfig, LoraConfig, TrainingConfig
 
 __all__ = [
+    "BottleneckConfig",
     "DataConfig",
     "DpoConfig",
     "EngineConfig",

@@ -107,6 +107,14 @@ class OracleBase(Table):
         """Say which setting of its own contradicts one of the rubric's, and the remedy; "" if none does."""
         return ""
 
+    def is_free(self) -> bool:
+        """Return whether it may be asked without a ledger and a budget; not where somebody is paid by the question."""
+        return True
+
+    def flips_comparisons(self) -> bool:
+        """Return whether it turns some comparisons around on purpose: labels for an experiment, and no measure."""
+        return False
+
     def can_compare(self, rubric: RubricConfig) -> bool:
         """Return whether it compares two responses; if not, comparisons abstain."""
         return not self.missing_to_compare(rubric)
@@ -208,6 +216,9 @@ class HttpOracleConfig(HttpEndpoint, OracleBase):
             )
         return self
 
+    def is_free(self) -> bool:
+        return False
+
     def label(self) -> str:
         return f"{self.model} at {self.base_url}"
 
@@ -273,12 +284,29 @@ class ScriptedOracleConfig(OracleBase):
     compare_function: FunctionName | None = None
     """"module:function": `compare(prompt, first, second) -> "first"`, `"second"` or `"tie"`, or with a rationale
     as `function`. None compares nothing: two scores are two calls, and a comparison pays for one."""
+    flip_probability: float = Field(default=0.0, ge=0, lt=0.5)
+    """Probability that a comparison names the other response, as experts who disagree do (arXiv 2310.02743 has 0.25).
+    Scores have no such noise: what measures is the function itself. A tie stays one, and a pair is flipped in both
+    orders or in none."""
+    flip_seed: int = 0
+    """Draws, with the texts of a pair, whether its comparison is flipped."""
+
+    @model_validator(mode="after")
+    def _flips_something(self) -> "ScriptedOracleConfig":
+        if self.flip_probability and self.compare_function is None:
+            raise ValueError(
+                f"flip_probability must be 0 without compare_function, whose answers it flips, got "
+                f"{self.flip_probability:g}; name a compare_function, or leave it out"
+            )
+        return self
 
     def label(self) -> str:
         return self.function
 
     def shown(self) -> dict[str, str | None]:
-        return {"oracle function": self.function, "comparing function": self.compare_function}
+        flipped = f"{self.flip_probability:.0%}" if self.flip_probability else None
+        functions = {"oracle function": self.function, "comparing function": self.compare_function}
+        return functions | {"comparisons flipped": flipped}
 
     def missing_to_compare(self, rubric: RubricConfig) -> str:
         if self.compare_function is not None:
@@ -287,6 +315,9 @@ class ScriptedOracleConfig(OracleBase):
             'oracle.compare_function is missing: preferences.source = "oracle" asks which of two responses is '
             'better; name a "module:function" of (prompt, first, second) that returns "first", "second" or "tie"'
         )
+
+    def flips_comparisons(self) -> bool:
+        return self.flip_probability > 0
 
     def functions(self) -> dict[str, str]:
         functions = {"oracle.function": self.function}
@@ -462,6 +493,12 @@ class PanelOracleConfig(OracleBase):
 
     def conflict_with(self, rubric: RubricConfig) -> str:
         return self._first_missing([judge.conflict_with(rubric) for judge in self.judges])
+
+    def is_free(self) -> bool:
+        return all(judge.is_free() for judge in self.judges)
+
+    def flips_comparisons(self) -> bool:
+        return any(judge.flips_comparisons() for judge in self.judges)
 
     def _first_missing(self, missing: list[str]) -> str:
         """Name the judge who lacks something. All of them are asked, so all must be able to answer."""

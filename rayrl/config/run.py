@@ -171,13 +171,14 @@ class RunConfig(Table):
     def competes_by(self) -> Literal["both", "random", "scores"] | None:
         """The oracle's way to rank an answer and its reference.
 
-        It compares the two, in both orders or in a drawn one, or scores both if it cannot compare. None without
-        reference answers.
+        It compares the two, in both orders or in a drawn one, or scores both if it cannot compare, or flips some
+        comparisons. None without reference answers.
         """
         references = self.evaluate.reference_answers
         if references is None:
             return None
-        return references.order if self.oracle.can_compare(self.rubric) else "scores"
+        compares = self.oracle.can_compare(self.rubric) and not self.oracle.flips_comparisons()
+        return references.order if compares else "scores"
 
 
 def _check_budget(config: RunConfig) -> None:

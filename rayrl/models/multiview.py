@@ -1,4 +1,4 @@
-"""Reward model with the auxiliary branch of multi-view learning beside its head, as one module under one engine."""
+"""Reward model in training, as one module under one engine: with the codes of a bottleneck, and a branch for views."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from rayrl.models.view_networks import Critic, GaussianEncoder
 
 
 class MultiViewRewardModel(nn.Module):
-    """Rewards, or the loss of two views. The branch exists during training only; `reward_model` is what is exported.
+    """Rewards, with the codes of a bottleneck if asked for; or the loss of two views.
 
-    A view is the input of the head: the last layer's hidden state, pooled. The paper names the layer, not the position.
+    The branch of the views exists during training only; `reward_model` is what is exported. A view is the input of the
+    head: the last layer's hidden state, pooled. The paper names the layer, not the position.
     """
 
     def __init__(self, reward_model: RewardModel, uml: UmlConfig | None):
@@ -21,7 +22,7 @@ class MultiViewRewardModel(nn.Module):
         self.reward_model = reward_model
         self.uml = uml
         if uml is not None:
-            view_dim = reward_model.head.in_features
+            view_dim = reward_model.hidden_size
             # The critic compares a code with a view ("infomax"), or two codes.
             first_dim = view_dim if UML_OBJECTIVES[uml.objective].scores_views else uml.z_dim
             self.encoder = GaussianEncoder(view_dim, uml.z_dim, uml.hidden_dim)
@@ -34,7 +35,7 @@ class MultiViewRewardModel(nn.Module):
         return [*self.encoder.parameters(), *self.critic.parameters()]
 
     def forward(
-        self, batch: Sequences, view_seed: int | None = None, skl_weight: float = 0.0
+        self, batch: Sequences, view_seed: int | None = None, skl_weight: float = 0.0, code_seed: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the rewards of a batch; or (loss, mi, skl) of a batch of first views, then second ones.
 
@@ -42,7 +43,11 @@ class MultiViewRewardModel(nn.Module):
             batch: the sequences.
             view_seed: draws the codes of two views; None asks for rewards.
             skl_weight: of the divergence, at this step of the training.
+            code_seed: draws the codes of a bottleneck, and asks for (rewards, mu, sigma).
         """
+        if code_seed is not None:
+            rewards, code = self.reward_model.sampled(batch, code_seed)
+            return rewards, code.mu, code.sigma
         if view_seed is None:
             return self.reward_model(batch)
         assert self.uml is not None

@@ -11,6 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.limits import RateLimit
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Verdict
 from rayrl.oracles.user_modules import check_function, find_module, found_first, syntax_error
+from rayrl.records import drawn_seed
 
 _MAX_REASON = 300
 """Characters kept of an error's text."""
@@ -36,6 +38,7 @@ class ScriptedOracle:
     Every call that returns counts as paid, whatever it returned; None abstains. A function that raises is a failed
     judge: the call is refunded, the asking stops with the function's own traceback, and the question is asked again
     once it is mended. A call that runs out of time is not refunded, since the function may have paid for something.
+    `flip_probability` turns so many of the comparisons around, and no score.
     Without a `compare_function` no two responses are compared: scoring both with `function` would be two calls under
     one reservation, and a budget must cover every call.
     """
@@ -49,8 +52,10 @@ class ScriptedOracle:
         self._requests = RateLimit(config.requests_per_minute)
         # Threads of its own: a function that hangs must not block the process's default executor.
         self._threads = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="oracle")
+        self._flip_probability, self._flip_seed = config.flip_probability, config.flip_seed
         self.name = f"scripted:{config.function}"
-        self.comparer = f"scripted:{compare}"
+        flips = f" flipped {config.flip_probability:g} by seed {config.flip_seed}" if config.flip_probability else ""
+        self.comparer = f"scripted:{compare}{flips}"
 
     def check(self) -> None:
         """Do nothing: the functions were imported when this object was made."""
@@ -64,7 +69,15 @@ class ScriptedOracle:
     async def compare(self, prompt: str, first: str, second: str) -> Verdict:
         if self._compare_function is None:
             return Verdict(score=None, rationale="oracle.compare_function is not set", billed=False)
-        return await self._ask(self._compare_function, (prompt, first, second), _read_preference)
+        verdict = await self._ask(self._compare_function, (prompt, first, second), _read_preference)
+        if verdict.score is None or not self._is_flipped(prompt, first, second):
+            return verdict
+        return replace(verdict, score=1 - verdict.score)
+
+    def _is_flipped(self, prompt: str, first: str, second: str) -> bool:
+        """Draw whether the comparison of these two responses is flipped, in whichever order they stand."""
+        drawn = drawn_seed("flip", str(self._flip_seed), prompt, *sorted((first, second)))
+        return drawn < self._flip_probability * 2**63
 
     async def _ask(
         self, function: Callable[..., object], texts: tuple[str, ...], read: Callable[[object], float]

@@ -44,9 +44,10 @@ def _fit_reward_model(config: RunConfig) -> str:
     reward_model = config.reward_model
     if reward_model.path is not None:
         return "a ready-made reward model"
+    bottleneck = ", through a bottleneck" if reward_model.bottleneck is not None else ""
     if reward_model.num_members == 1:
-        return "Bradley-Terry from M1"
-    return f"Bradley-Terry from M1, {reward_model.num_members} members, {reward_model.objective}"
+        return f"Bradley-Terry from M1{bottleneck}"
+    return f"Bradley-Terry from M1{bottleneck}, {reward_model.num_members} members, {reward_model.objective}"
 
 
 _REWARDED_BY = {"reward_model": "", "evaluator": ", rewarded by the evaluator"}

@@ -37,6 +37,8 @@ def _of_reward(config: RunConfig) -> Iterator[str]:
         yield "Select-All: gamma 0 accepts every prompt with two clusters"
     if refresh.method == "uml" and refresh.uml.objective != "uml":
         yield f"multi-view objective {refresh.uml.objective}"
+    if model.bottleneck is not None:
+        yield "reward model with an information bottleneck (InfoRM)"
     if model.num_members > 1:
         yield f"ensemble of {model.num_members} reward models, {model.objective.replace('_', ' ')}"
 

@@ -67,6 +67,7 @@ def _of_preferences(config: RunConfig) -> dict[str, Value]:
     assert config.preferences is not None, "the config is refused without preferences"
     data = config.preferences.data
     is_asked = config.asks_for_comparisons
+    bottleneck = config.reward_model.bottleneck
     return {
         "preferences": config.preferences.source,
         "preference file": None if is_asked or data is None else data.path,
@@ -74,6 +75,9 @@ def _of_preferences(config: RunConfig) -> dict[str, Value]:
         "reward models": config.reward_model.num_members,
         "ready-made reward model": config.reward_model.path,
         "ensemble objective": config.reward_model.objective if config.reward_model.num_members > 1 else None,
+        "reward model bottleneck": None
+        if bottleneck is None
+        else f"beta {bottleneck.beta:g}, {bottleneck.z_dim} dimensions",
         "reward model learning rate": config.reward_model.learning_rate,
     }
 

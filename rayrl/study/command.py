@@ -69,10 +69,12 @@ def run(study: StudyConfig, stopping: Stopping) -> int:
     # Only here: they load scipy and matplotlib.
     from rayrl.study.comparison import Comparison
     from rayrl.study.page import write_page
-    from rayrl.study.results import write_results
+    from rayrl.study.results import write_gold_table, write_results
 
     comparison = Comparison(study, outcomes)
     print(f"results: {write_results(study, outcomes)}")
+    if gold := write_gold_table(study, outcomes):
+        print(f"gold scores along PPO: {gold}")
     print(f"page: {write_page(comparison)}")
     print(comparison.conclusion)
     for outcome in comparison.failed:

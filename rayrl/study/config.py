@@ -122,6 +122,10 @@ class StudyConfig(Table):
     """Lists of values by setting: a further factor each. Of kind "labels" only what its cells read."""
     variants: dict[str, VariantConfig] = Field(default={})
     """kind "runs": rows beside the strategies, by name."""
+    gold_answers: int = Field(default=0, ge=0)
+    """kind "runs": answers that the oracle scores at each measured step of the PPO of a row's policy, two to a held-out
+    prompt, once its run is over; 0 draws no such curve. PPO has kept them (`ppo.evaluate_every`). These scores are
+    outside of ledger and budgets, so that the oracle must be a function or a table."""
     rows: list[str] = Field(default=[])
     """The strategies and variants that are run; none are all."""
 
@@ -330,6 +334,11 @@ def _check_measures(study: StudyConfig) -> None:
 
 
 def _check_labels(study: StudyConfig) -> None:
+    if study.gold_answers:
+        raise ValueError(
+            f'gold_answers must be 0 where kind is "labels", got {study.gold_answers}: no policy is trained; leave it '
+            'out, or set kind = "runs"'
+        )
     if not study.budgets:
         raise ValueError("budgets is empty: write the numbers of labels, for one budgets = [25, 50, 100]")
     if study.variants:

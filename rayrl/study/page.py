@@ -27,7 +27,8 @@ from rayrl.study.comparison import (
 )
 from rayrl.study.config import Point
 from rayrl.study.label_cells import LENGTH
-from rayrl.study.plots import plot_efficiency, plot_means
+from rayrl.study.overoptimisation import GoldRow, gold_rows, root_kl
+from rayrl.study.plots import GoldLine, plot_efficiency, plot_gold, plot_means
 
 PAGE = "study.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -91,6 +92,7 @@ def sections(comparison: Comparison) -> list[Section]:
     """Arrange the tables and figures."""
     parts = [
         _curves(comparison),
+        _gold(comparison),
         _labels_needed(comparison),
         _tests(comparison),
         _means(comparison),
@@ -100,8 +102,13 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def draw_figures(comparison: Comparison) -> dict[str, Figure]:
-    """Draw the curves of every point of the grid, by name."""
-    return {f"curves{number}": _figure(comparison, point) for number, point in enumerate(comparison.points)}
+    """Draw the curves of every point of the grid, and the gold scores along PPO, by name."""
+    figures = {f"curves{number}": _figure(comparison, point) for number, point in enumerate(comparison.points)}
+    for number, rows in enumerate(_gold_groups(comparison)):
+        study = comparison.study
+        lines = {study.title(row.arm): _gold_line(row) for row in rows}
+        figures[f"gold{number}"] = plot_gold(lines, baseline=study.title(study.baseline))
+    return figures
 
 
 def _figure(comparison: Comparison, point: Point) -> Figure:
@@ -131,6 +138,58 @@ def _curves(comparison: Comparison) -> Section:
         for number, point in enumerate(comparison.points)
     ]
     return Section(title="What labels buy", parts=cards)
+
+
+def _gold_groups(comparison: Comparison) -> list[list[GoldRow]]:
+    """Group the rows that have gold scores along PPO by budget and point of the grid: a figure each."""
+    groups: dict[tuple[int, Point], list[GoldRow]] = {}
+    for row in gold_rows(comparison.study, comparison.outcomes):
+        groups.setdefault((row.budget, row.point), []).append(row)
+    return list(groups.values())
+
+
+def _gold_line(row: GoldRow) -> GoldLine:
+    points = [[(root_kl(point), point.gain) for point in seed] for seed in row.seeds.values()]
+    return GoldLine(seeds=points, curve=row.mean, turn=row.turn)
+
+
+def _gold(comparison: Comparison) -> Section:
+    """Arrange the gold scores along PPO: a figure and a table for each budget and point of the grid."""
+    parts: list[Paragraph | Table | FigureCard] = []
+    study = comparison.study
+    for number, rows in enumerate(_gold_groups(comparison)):
+        title = f"{rows[0].budget:,} labels{settings_of(rows[0].point)}"
+        note = (
+            "Dots are the measured policies of all seeds, the line is the fit; the dashed line is where it turns down, "
+            "with its interval over seeds; in grey the baseline's fit."
+        )
+        parts.append(FigureCard(name=f"gold{number}", title=f"Gold score along PPO, {title}", note=note))
+        head = ["row", "seeds", "reached", "turns down at", "gain there", "gain at the end", "lost since", "its reward"]
+        table = [
+            [
+                study.title(row.arm),
+                str(len(row.seeds)),
+                f"{row.reached:.2f}",
+                bounded(row.turn.root_kl, row.turn.low, row.turn.high, ",.2f"),
+                f"{row.mean.at(row.turn.root_kl):+.3f}" if row.lost is not None else "-",
+                both_errors(row.at_the_end, signed=True),
+                both_errors(row.lost, signed=True),
+                " \u2192 ".join(number_or_dash(reward, ".2f") for reward in row.rewards()),
+            ]
+            for row in rows
+        ]
+        parts.append(Table(head=head, rows=table, has_wide_names=True))
+    if parts:
+        explained = (
+            "The oracle's score of the answers to held-out prompts, less M1's, against d, the root of the policy's KL "
+            "to M1 in nats per response. Fitted is d (alpha - beta log d) (arXiv 2210.10760), which turns down at "
+            "exp(alpha / beta - 1); in brackets the 95% interval over seeds (Fieller's). > is no turn, or an end that "
+            "the seeds do not tell; beyond what was reached a turning point is extrapolated, and nothing was lost. "
+            "Errors are over seeds, and of what was measured also over prompts. Its reward is what the PPO followed, "
+            "of M1 and of the last policies, in a unit of its own."
+        )
+        parts.insert(0, Paragraph(text=explained))
+    return Section(title="Over-optimisation", parts=parts)
 
 
 def _means(comparison: Comparison) -> Section:

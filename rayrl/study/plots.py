@@ -1,13 +1,17 @@
-"""Figures of a study: label-efficiency curves with bands, in the style of the report's."""
+"""Figures of a study: label-efficiency curves, means, and gold scores along PPO, in the style of the report's."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rayrl.algorithms.overoptimisation import GoldCurve, Turn
 from rayrl.algorithms.study_statistics import SeedsMean
 from rayrl.report.plots import INK, M1, M2, MORE, PPO, STYLE, add_legend, new_figure
 
@@ -101,3 +105,56 @@ def plot_means(means: Mapping[str, SeedsMean], *, baseline: str, measure: str, t
     axes.invert_yaxis()
     axes.set(xlabel=measure, title=title)
     return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldLine:
+    """One row of a study in the figure of gold scores along PPO."""
+
+    seeds: Sequence[Sequence[tuple[float, float]]]
+    """Measured points of each seed: distance from M1 in root nats, and gold score less M1's."""
+    curve: GoldCurve
+    """The mean of the fits."""
+    turn: Turn
+
+
+NUM_GOLD_COLUMNS = 3
+
+
+@mpl.rc_context(STYLE)
+def plot_gold(lines: Mapping[str, GoldLine], *, baseline: str) -> Figure:
+    """Draw the gold score against the root of the KL to M1, a panel for each row on the same axes.
+
+    Args:
+        lines: by name of the row.
+        baseline: the row whose fit every panel shows in grey.
+    """
+    num_rows = -(-len(lines) // NUM_GOLD_COLUMNS)
+    figure = Figure(figsize=(10.6, 0.4 + 2.6 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, NUM_GOLD_COLUMNS, sharex=True, sharey=True, squeeze=False)
+    farthest = max(distance for line in lines.values() for seed in line.seeds for distance, _ in seed)
+    for axes, (name, line) in zip(grid.flat, lines.items(), strict=False):
+        if baseline in lines and name != baseline:
+            _draw_fit(axes, lines[baseline], color=M1, linewidth=1.0)
+        for seed in line.seeds:
+            axes.plot(*zip(*seed, strict=True), color=M2, linewidth=0.5, marker="o", markersize=2.5, alpha=0.55)
+        _draw_fit(axes, line, color=INK, linewidth=1.8)
+        turn = line.turn
+        if turn.root_kl <= farthest:
+            axes.axvline(turn.root_kl, color=PPO, linestyle="--", linewidth=1.2)
+            if math.isfinite(turn.low):
+                axes.axvspan(turn.low, min(turn.high, farthest), color=PPO, alpha=0.12, linewidth=0)
+        axes.set_title(name, fontsize=8)
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(lines))
+        axes.tick_params(labelbottom=number + NUM_GOLD_COLUMNS >= len(lines))  # the lowest panel of each column
+    figure.supxlabel("root of KL to M1, root nats", fontsize=9)
+    figure.supylabel("gold score less M1's", fontsize=9)
+    return figure
+
+
+def _draw_fit(axes: Axes, line: GoldLine, *, color: str, linewidth: float) -> None:
+    """Draw a fitted curve as far as its seeds reach."""
+    reached = max(distance for distance, _ in chain.from_iterable(line.seeds))
+    distances = np.linspace(0, reached, 80).tolist()
+    axes.plot(distances, [line.curve.at(d) for d in distances], color=color, linewidth=linewidth)

@@ -10,18 +10,22 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayrl.records import from_table, to_table
+from rayrl.records import Record, from_table, to_table
 from rayrl.runs import storage
 from rayrl.study.config import Point, StudyConfig
 
 logger = logging.getLogger(__name__)
 
 CELLS, RESULTS = "cells", "results.parquet"
+GOLD = "gold"
+"""Of the names of files with gold scores along PPO."""
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,26 @@ class Measured:
     prompt_ids: list[str] = field(default_factory=list[str])
     """Of the values; empty where the measure is not one of single prompts."""
     values: list[float] = field(default_factory=list[float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldPoint:
+    """A policy along the PPO of a cell, as the gold expert scores its answers to held-out prompts."""
+
+    step: int
+    """Rollouts that it learnt from; 0 is M1."""
+    kl: float
+    """To M1, nats per response."""
+    score: float
+    """Mean over prompts; NaN where the expert scored nothing."""
+    reward: float
+    """Mean reward that the PPO gave to the same answers, in its own unit; NaN where it gave none."""
+    gain: float
+    """Mean difference from M1's score on the same prompts."""
+    standard_error: float
+    """Of the gain, over prompts; infinite of a single one."""
+    num: int
+    """Prompts behind the gain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +90,8 @@ class Outcome:
     key: str
     """Names all that decides its result."""
     measured: Sequence[Measured] = ()
+    gold: Sequence[GoldPoint] = ()
+    """Along its PPO; empty where the study asks for none, or the cell's policy has no PPO."""
     failure: str = ""
     """Why it has no result."""
     seconds: float = 0.0
@@ -125,19 +151,32 @@ def result_place(study_dir: str, key: str) -> str:
 
 def read_result(study_dir: str, key: str) -> list[Measured] | None:
     """Read the result of a cell; None if there is none that can be read."""
-    place = result_place(study_dir, key)
-    if not storage.exists(place):
-        return None
-    try:
-        return from_table(pq.read_table(io.BytesIO(storage.read_bytes(place))), Measured)
-    except (pa.ArrowException, TypeError) as error:
-        logger.warning("%s is damaged, or of another version, and is made again: %s", place, error)
-        return None
+    return _read(result_place(study_dir, key), Measured)
 
 
 def write_result(study_dir: str, key: str, measured: Sequence[Measured]) -> None:
     """Keep the result of a cell, whole or not at all."""
     storage.write_bytes(result_place(study_dir, key), _parquet(to_table(measured, Measured)))
+
+
+def read_gold(study_dir: str, key: str) -> list[GoldPoint] | None:
+    """Read the gold scores along the PPO of a cell; None if there are none that can be read."""
+    return _read(result_place(study_dir, f"{key}-{GOLD}"), GoldPoint)
+
+
+def write_gold(study_dir: str, key: str, points: Sequence[GoldPoint]) -> None:
+    """Keep the gold scores along the PPO of a cell, whole or not at all."""
+    storage.write_bytes(result_place(study_dir, f"{key}-{GOLD}"), _parquet(to_table(points, GoldPoint)))
+
+
+def _read(place: str, record: type[R]) -> list[R] | None:
+    if not storage.exists(place):
+        return None
+    try:
+        return from_table(pq.read_table(io.BytesIO(storage.read_bytes(place))), record)
+    except (pa.ArrowException, TypeError) as error:
+        logger.warning("%s is damaged, or of another version, and is made again: %s", place, error)
+        return None
 
 
 def results_table(study: StudyConfig, outcomes: Sequence[Outcome]) -> pa.Table:
@@ -163,6 +202,21 @@ def write_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> str:
     """Write the table of a study; return its place."""
     place = storage.join(storage.absolute(study.study_dir), RESULTS)
     storage.write_bytes(place, _parquet(results_table(study, outcomes)))
+    return place
+
+
+def write_gold_table(study: StudyConfig, outcomes: Sequence[Outcome]) -> str | None:
+    """Write a row per cell and point along its PPO; return the place of the table, or None if there is none."""
+    rows: list[dict[str, object]] = []
+    for outcome in outcomes:
+        cell = outcome.cell
+        facts: dict[str, object] = {"arm": cell.arm, "budget": cell.budget, "seed": cell.seed}
+        facts |= {setting: json.dumps(value) for setting, value in cell.point}
+        rows += [facts | asdict(point) for point in outcome.gold]
+    if not rows:
+        return None
+    place = storage.join(storage.absolute(study.study_dir), f"{GOLD}.parquet")
+    storage.write_bytes(place, _parquet(pa.Table.from_pylist(rows)))
     return place
 
 

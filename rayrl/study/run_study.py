@@ -24,7 +24,17 @@ from rayrl.runs.stage_metrics import M1
 from rayrl.runs.stage_table import EVALUATE
 from rayrl.study.config import StudyConfig, VariantConfig, leaves, run_config
 from rayrl.study.ledger import note_ledger
-from rayrl.study.results import CELLS, Cell, Measured, Outcome, outcome_of, read_result
+from rayrl.study.results import (
+    CELLS,
+    Cell,
+    GoldPoint,
+    Measured,
+    Outcome,
+    outcome_of,
+    read_gold,
+    read_result,
+    write_gold,
+)
 
 if TYPE_CHECKING:
     from rayrl.pipelines.run_pipeline import Pipeline
@@ -52,13 +62,16 @@ class RunJob:
     policy: str
     run_key: str
     """Names the run by all that decides its outcome; cells that measure other policies of it share it."""
+    gold_answers: int = 0
+    """Answers that the gold expert scores at each measured step of the policy's PPO."""
     num_queries: int = 0
     """Queries that the run may pay for: labels, and those of the evaluation; known once it is checked."""
 
     @property
     def key(self) -> str:
         """Name all that decides the result."""
-        return content_id("run cell", VERSION, self.run_key, self.policy)
+        gold = [f"gold {self.gold_answers}"] if self.gold_answers else []
+        return content_id("run cell", VERSION, self.run_key, self.policy, *gold)
 
 
 def plan_runs(study: StudyConfig, *, contact_oracle: bool = False) -> list[RunJob]:
@@ -68,6 +81,8 @@ def plan_runs(study: StudyConfig, *, contact_oracle: bool = False) -> list[RunJo
         ConfigError, DataError, ResourceError, RunDirectoryError: one message: field, rule, value, remedy.
     """
     jobs = _jobs(study)
+    if study.gold_answers:
+        _check_gold(jobs)
     queries: dict[str, int] = {}
     for job in jobs:
         if job.cell.seed == study.seeds[0] and job.run_key not in queries:
@@ -90,6 +105,24 @@ def plan_runs(study: StudyConfig, *, contact_oracle: bool = False) -> list[RunJo
     return jobs
 
 
+def _check_gold(jobs: list[RunJob]) -> None:
+    """Refuse gold scores of an expert who is paid, and of runs without PPO."""
+    for job in jobs:
+        asked = f"gold_answers must be 0 where {{}}, got {job.gold_answers}; {{}}"
+        if not job.config.oracle.is_free():
+            raise ConfigError(
+                asked.format(
+                    f'oracle.type is "{job.config.oracle.type}", which may be paid: these scores are outside of every '
+                    "budget",
+                    'set oracle.type = "scripted", or leave it out',
+                )
+            )
+        if job.config.pipeline != "rlp":
+            raise ConfigError(
+                asked.format(f'pipeline is "{job.config.pipeline}", which has no PPO', "leave it out, or take rlp")
+            )
+
+
 def num_queries(jobs: list[RunJob]) -> int:
     """Bound the queries that all runs together pay for. Cells of one run share them."""
     return sum({job.run_key: job.num_queries for job in jobs}.values())
@@ -97,7 +130,16 @@ def num_queries(jobs: list[RunJob]) -> int:
 
 def missing_runs(study: StudyConfig, jobs: list[RunJob]) -> list[RunJob]:
     """Return the cells that have no result yet."""
-    return [job for job in jobs if read_result(study.study_dir, job.key) is None]
+    return [job for job in jobs if _known(study, job) is None]
+
+
+def _known(study: StudyConfig, job: RunJob) -> Outcome | None:
+    """Read what became of a cell; None if that is not known, or not whole."""
+    measured = read_result(study.study_dir, job.key)
+    gold = read_gold(study.study_dir, job.key) if job.gold_answers else []
+    if measured is None or gold is None:
+        return None
+    return Outcome(cell=job.cell, key=job.key, measured=measured, gold=gold)
 
 
 def run_runs(study: StudyConfig, jobs: list[RunJob], stopping: Stopping | None) -> Iterator[Outcome]:
@@ -108,9 +150,9 @@ def run_runs(study: StudyConfig, jobs: list[RunJob], stopping: Stopping | None) 
     """
     note_ledger(study, ledger_url(storage.absolute(jobs[0].config.run_dir), jobs[0].config))
     for number, job in enumerate(jobs, 1):
-        measured = read_result(study.study_dir, job.key)
-        if measured is not None:
-            yield Outcome(cell=job.cell, key=job.key, measured=measured)
+        known = _known(study, job)
+        if known is not None:
+            yield known
             continue
         logger.info("cell %d of %d: %s", number, len(jobs), job.cell.title)
         yield _run(study, job, stopping)
@@ -118,12 +160,19 @@ def run_runs(study: StudyConfig, jobs: list[RunJob], stopping: Stopping | None) 
 
 def _run(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> Outcome:
     # Only here: it imports Ray.
+    from rayrl.study.gold import measure_gold
     from rayrl.study.run_measures import measure_run
 
-    def measure() -> list[Measured]:
-        return measure_run(_finish(study, job, stopping), job.policy, job.config.rounds)
+    gold: list[GoldPoint] = []
 
-    return outcome_of(job.cell, job.key, study.study_dir, measure, fatal=FATAL)
+    def measure() -> list[Measured]:
+        folder = _finish(study, job, stopping)
+        if job.gold_answers:
+            gold.extend(measure_gold(folder, job.config, job.policy, job.gold_answers))
+            write_gold(study.study_dir, job.key, gold)
+        return measure_run(folder, job.policy, job.config.rounds)
+
+    return replace(outcome_of(job.cell, job.key, study.study_dir, measure, fatal=FATAL), gold=gold)
 
 
 def _finish(study: StudyConfig, job: RunJob, stopping: Stopping | None) -> str:
@@ -241,6 +290,7 @@ def _jobs(study: StudyConfig) -> list[RunJob]:
                 pipeline=None if variant is None else variant.pipeline,
                 policy=_policy(run.cell.arm, variant, config),
                 run_key=run.key,
+                gold_answers=study.gold_answers,
             )
         )
     return jobs

@@ -19,6 +19,8 @@ symmetric_kl = checked(information.symmetric_kl)
 gaussian_sample = checked(information.gaussian_sample)
 info_nce = checked(information.info_nce)
 uml_loss = checked(information.uml_loss)
+kl_to_standard_normal = checked(information.kl_to_standard_normal)
+bottleneck_losses = checked(information.bottleneck_losses)
 
 
 def rng(seed=0):
@@ -266,3 +268,24 @@ def test_one_prompt_has_no_negatives(objective):
         uml_loss(views, codes, dot, objective=objective)
     with pytest.raises(ValueError, match="at least 2"):
         rolled(torch.ones(1, 3))
+
+
+def test_divergence_from_the_prior_is_that_of_torch():
+    mu, sigma = code(3)
+    expected = kl_divergence(Independent(Normal(mu, sigma), 1), Independent(Normal(0 * mu, torch.ones_like(mu)), 1))
+    torch.testing.assert_close(kl_to_standard_normal(mu, sigma), expected)
+    assert kl_to_standard_normal(torch.zeros(2, 3), torch.ones(2, 3)).tolist() == [0, 0]
+
+
+def test_a_bottleneck_pays_for_the_codes_of_both_responses():
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])
+    prior = Gaussian(mu=torch.zeros(2, 3), sigma=torch.ones(2, 3))
+    moved = Gaussian(mu=torch.tensor([[2.0, 0, 0], [0, 0, 0]]), sigma=torch.ones(2, 3))  # 2 nats, and none
+    free = [math.log1p(math.exp(-1)), math.log(2)]
+    assert bottleneck_losses(chosen, rejected, (prior, prior), beta=0.5).tolist() == pytest.approx(free)
+    assert bottleneck_losses(chosen, rejected, (moved, prior), beta=0.5).tolist() == pytest.approx(
+        [free[0] + 1, free[1]]
+    )
+    assert bottleneck_losses(chosen, rejected, (moved, moved), beta=0.5).tolist() == pytest.approx(
+        [free[0] + 2, free[1]]
+    )

@@ -267,6 +267,7 @@ HTTP, REPLAY = 'oracle={type="http", base_url="http://x", model="m"}', "oracle={
         ([], "scores"),
         (["oracle.compare_function=judges:better"], "random"),
         (["oracle.compare_function=judges:better", "evaluate.reference_answers.order=both"], "both"),
+        (["oracle.compare_function=judges:better", "oracle.flip_probability=0.25"], "scores"),
         ([HTTP], "random"),
         ([HTTP, "rubric.template=mine"], "scores"),
         ([HTTP, "rubric.template=mine", "rubric.pairwise_template=mine-too"], "random"),

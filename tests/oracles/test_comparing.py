@@ -64,6 +64,19 @@ def test_a_function_prefers_in_the_order_it_is_asked():
     assert ask(scripted("later")).score == 0.0
 
 
+def test_a_share_of_the_comparisons_is_flipped_in_both_orders_and_by_content():
+    exact, noisy = scripted("longer"), scripted("longer", flip_probability=0.25)
+    pairs = [("x" * (i % 7 + 1), f"{i}" * 9) for i in range(400)]
+    flipped = [ask(noisy, *pair).score != ask(exact, *pair).score for pair in pairs]
+    assert abs(sum(flipped) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert flipped == [ask(noisy, *pair[::-1]).score != ask(exact, *pair[::-1]).score for pair in pairs]
+    other = scripted("longer", flip_probability=0.25, flip_seed=1)
+    assert flipped != [ask(other, *pair).score != ask(exact, *pair).score for pair in pairs]
+    assert len({oracle.comparer for oracle in (exact, noisy, other)}) == 3
+    assert exact.name == noisy.name  # scores are not flipped, and are paid once
+    assert ask(scripted("longer", flip_probability=0.49), "same", "size").score == 0.5
+
+
 @pytest.mark.parametrize("function", ["silent", "unsure", "number", "truth", "word", "loud", "a_list"])
 def test_anything_but_a_preference_abstains_and_counts(function):
     verdict = ask(scripted(function))
@@ -80,6 +93,19 @@ def test_a_function_that_raises_is_refunded_and_one_that_hangs_is_not():
 def test_without_a_compare_function_nothing_is_called_or_paid():
     verdict = ask(scripted(None))
     assert verdict.score is None and not verdict.billed and "compare_function" in verdict.rationale
+
+
+@pytest.mark.parametrize(
+    ("function", "flip_probability", "message"),
+    [
+        ("longer", 0.5, "less than 0.5"),
+        ("longer", -0.1, "greater than or equal to 0"),
+        (None, 0.25, "flip_probability must be 0 without compare_function, whose answers it flips, got 0.25"),
+    ],
+)
+def test_flips_that_cannot_be_are_refused(function, flip_probability, message):
+    with pytest.raises(ValueError, match=message):
+        scripted(function, flip_probability=flip_probability)
 
 
 def test_an_unusable_compare_function_is_refused():

@@ -9,7 +9,14 @@ from typing import ClassVar, Literal
 import pytest
 
 import rayrl.oracles
-from rayrl.config import HttpOracleConfig, OracleBase, ReplayOracleConfig, RubricConfig, ScriptedOracleConfig
+from rayrl.config import (
+    HttpOracleConfig,
+    OracleBase,
+    PanelOracleConfig,
+    ReplayOracleConfig,
+    RubricConfig,
+    ScriptedOracleConfig,
+)
 from rayrl.config.oracle import OracleTable, Prices
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
@@ -126,6 +133,17 @@ def test_only_a_table_of_comparisons_cannot_judge():
     assert ReplayOracleConfig(comparisons_path="pairs.csv").missing_to_judge().startswith("oracle.path is missing")
     for config in (ReplayOracleConfig(path="a.csv"), HttpOracleConfig(**HTTP), ScriptedOracleConfig(function="m:f")):
         assert config.missing_to_judge() == ""
+
+
+def test_a_panel_is_free_if_all_its_judges_are_and_flips_if_one_of_them_does():
+    exact = ScriptedOracleConfig(function="m:judge", compare_function="m:compare")
+    noisy = ScriptedOracleConfig(function="m:judge", compare_function="m:compare", flip_probability=0.25)
+    paid = HttpOracleConfig(**HTTP)
+    cases = [([exact, noisy], True, True), ([exact, exact], True, False), ([exact, paid], False, False)]
+    for judges, is_free, flips in cases:
+        panel = PanelOracleConfig(judges=judges)
+        assert (panel.is_free(), panel.flips_comparisons()) == (is_free, flips)
+    assert ReplayOracleConfig(path="a.csv").is_free() and not paid.is_free()
 
 
 def test_each_type_lists_its_inputs():

@@ -28,7 +28,7 @@ def planned(folder, *overrides, study="", oracle=None):
     return plan_labels(load_study(write_study(folder, study=study, oracle=oracle), list(overrides)))
 
 
-@pytest.mark.parametrize("name", ["labels", "graded", "pandalm", "prometheus", "proxy_dpo", "rlp"])
+@pytest.mark.parametrize("name", ["labels", "graded", "pandalm", "prometheus", "proxy_dpo", "rlp", "overoptimisation"])
 def test_the_shipped_studies_are_loaded(name):
     study = load_study(f"jobs/configs/studies/{name}.toml")
     config = asking_config(study, study.points()[0]) if study.kind == "labels" else run_config(study)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rayrl.config import EvaluatorConfig, LoraConfig, PolicyConfig, RewardModelConfig, UmlConfig
+from rayrl.config import (
+    BottleneckConfig,
+    EvaluatorConfig,
+    LoraConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    UmlConfig,
+)
 from rayrl.data.blocks import BlockTable
 from rayrl.engines.weight_folder import read_record
 from rayrl.metrics.curves import read_metrics
@@ -29,6 +36,7 @@ from rayrl.training.reward_model import (
     pair_batch,
     sequence_batch,
     train_reward_model,
+    with_code_seeds,
 )
 from rayrl.training.views import Views, prompts_with_views, two_views, view_batches
 from tests.training.test_fit import kill_a_worker_after
@@ -81,7 +89,7 @@ def view_table(folder, num=7):
     return write_blocks(folder, rows, 3)
 
 
-def fit_model(folder, policy, training, views=None, pooling="last", dtype="float32"):
+def fit_model(folder, policy, training, views=None, pooling="last", dtype="float32", bottleneck=None):
     table = write_blocks(folder / "pairs", pair_rows(NUM_PAIRS, seed=0), 24)
     job = RewardModelJob(
         stage="reward_model",
@@ -94,6 +102,7 @@ def fit_model(folder, policy, training, views=None, pooling="last", dtype="float
         dtype=dtype,
         seed=3,
         num_rows=NUM_PAIRS,
+        bottleneck=bottleneck,
         views=views,
         held_out=write_blocks(folder / "held_out", pair_rows(13, seed=1), 5),
     )
@@ -207,6 +216,30 @@ def check_learnt(folder, curve, pooling, dtype, tolerance):
     (value,) = rewards(exported(folder, pooling, dtype), [text["token_ids"]])
     assert value == pytest.approx(text["value"], abs=tolerance)
     assert value != 0
+
+
+def test_a_bottleneck_learns_and_is_served_as_any_reward_model(ray_cluster, tiny_policy, last_embedders, tmp_path):
+    training = RewardModelConfig(**TRAINING, evaluate_every=9)
+    # Fewer nats than the default would leave: 18 steps are few for a head that starts from nothing.
+    bottleneck = BottleneckConfig(beta=0.001, z_dim=8, learning_rate=1e-2)
+    curve = fit_model(tmp_path, tiny_policy, training, bottleneck=bottleneck)
+    assert curve[0]["pair_loss"] == pytest.approx(math.log(2) + 2 * 0.001 * curve[0]["divergence"], abs=1e-5)
+    assert curve[0]["divergence"] > 0
+    assert [row["step"] for row in curve if "eval_loss" in row] == [9, 18]
+    assert accuracy(exported(tmp_path), seed=1) > 0.5 + 4 * 0.5 / 8
+    text = read_record(tmp_path / "checkpoint")["text"]
+    assert rewards(exported(tmp_path), [text["token_ids"]]) == pytest.approx([text["value"]], abs=1e-4)
+    sequences = [row["chosen_token_ids"] for row in pair_rows(8, seed=2)]
+    served = last_embedders.call("values", Checkpoint(path=f"{tmp_path}/checkpoint", version="code"), sequences)
+    np.testing.assert_allclose(served, rewards(exported(tmp_path), sequences), atol=1e-4)
+
+
+def test_codes_are_drawn_anew_in_every_step_and_the_same_when_it_is_done_again():
+    batches = [pair_batch(pair_rows(2, seed=s)) for s in range(3)]
+    first, again, next_step = (with_code_seeds(batches, name) for name in ("1", "1", "2"))
+    seeds = [batch.code_seed for batch in first]
+    assert seeds == [batch.code_seed for batch in again]
+    assert len({*seeds, *(batch.code_seed for batch in next_step)}) == 6
 
 
 def gradients(policy, rows):

@@ -115,7 +115,8 @@ def find_points(run: Run, ppos: Sequence[Stage[PpoMetrics]], budget: int) -> lis
     num_prompts = max(1, budget // (NUM_ANSWERS * len(places)))
     points: list[Point] = []
     for ppo, step, kl in places:
-        points.append(Point(ppo=ppo, step=step, kl=kl, answers=read_answers(run, ppo, step)[:num_prompts]))
+        answers = read_answers(run.folder(ppo, HELD_OUT, str(step)))
+        points.append(Point(ppo=ppo, step=step, kl=kl, answers=answers[:num_prompts]))
     return points
 
 
@@ -128,10 +129,13 @@ def measured_kls(run: Run, ppo: Stage[PpoMetrics]) -> dict[int, float]:
     return kls
 
 
-def read_answers(run: Run, ppo: Stage[PpoMetrics], step: int) -> list[list[HeldOutAnswer]]:
-    """Read both answers to each held-out prompt, prompts in an order that follows from their ids alone."""
+def read_answers(folder: str) -> list[list[HeldOutAnswer]]:
+    """Read both answers to each held-out prompt, as a PPO keeps them in a folder at each measured step.
+
+    Prompts come in an order that follows from their ids alone.
+    """
     # A block per rank of the PPO, which may have had another number of them than the config says now.
-    table = found_table(run.folder(ppo, HELD_OUT, str(step)))
+    table = found_table(folder)
     by_prompt: dict[str, list[HeldOutAnswer]] = {}
     for block in table.blocks():
         for row in block.to_pylist():

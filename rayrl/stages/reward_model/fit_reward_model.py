@@ -147,6 +147,7 @@ def _job(run: Run, services: Services, m1: Checkpoint, data: TrainingData, views
         num_rows=data.num_rows,
         # From the same zero head, members would differ by the order of their batches only.
         random_head=config.reward_model.num_members > 1,
+        bottleneck=config.reward_model.bottleneck,
         views=None if views is None else _views(run, views),
     )
 

@@ -21,6 +21,7 @@ from rayrl.data.tokenizing import load_tokenizer
 from rayrl.engines.embedder import HEAD_FILE
 from rayrl.engines.weight_folder import RECORD_FILE, TextReading, WeightRecord
 from rayrl.engines.weight_sums import INDEX_FILE, Sums, TensorSums, grouped, named_sums
+from rayrl.models.bottleneck import BottleneckHead, linear_head
 from rayrl.models.reward_model import RewardModel
 from rayrl.runs import storage
 from rayrl.training import deepspeed_engine as zero
@@ -67,12 +68,14 @@ def export_policy(
 
 
 def export_reward_model(engine: zero.Engine, reward_model: RewardModel, source: PolicyConfig, url: str) -> None:
-    """Write the backbone as a causal language model, the head beside it, and the record of the backbone.
+    """Write the backbone as a causal language model, the linear head beside it, and the record of the backbone.
 
     Every rank takes part; rank 0 writes.
     """
     text = read_value_text(engine, reward_model, load_tokenizer(source))
     head = zero.gather(engine, dict(reward_model.head.named_parameters()))
+    if head and isinstance(reward_model.head, BottleneckHead):
+        head = linear_head(head)
     head = {name: weight.float() for name, weight in head.items()}
     export_folder(FullWeights(engine, reward_model.backbone), source, url, text, head=head)
 

@@ -15,6 +15,7 @@ from rayrl.runs.stage_metrics import SynthesizeMetrics
 from rayrl.runs.stage_table import PPO, PPO_REFRESHED, SAMPLES, SYNTHESIZE
 from rayrl.stages.evaluation.audit_pairs import drawn_pairs, measure_agreement, possible_pairs
 from rayrl.stages.evaluation.track_rewards import Point, find_points, measure_point, read_answers
+from rayrl.stages.policy.ppo import HELD_OUT
 from rayrl.stages.synthesis.outcomes import Outcome
 from rayrl.training import served_policy
 
@@ -78,7 +79,7 @@ def test_answers_are_read_whole_whatever_the_number_of_workers_now(tmp_path, num
     run = open_run(tmp_path)
     assert run.config.ppo.num_workers == 2
     write_step(run, PPO, 4, 7, num_ranks)
-    answers = read_answers(run, PPO, 4)
+    answers = read_answers(run.folder(PPO, HELD_OUT, "4"))
     assert sorted(pair[0].prompt_id for pair in answers) == [f"p{i}" for i in range(7)]
     assert {len(pair) for pair in answers} == {2}
 
