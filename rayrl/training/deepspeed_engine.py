@@ -478,7 +478,13 @@ def save(engine: Engine, folder: str, position: dict[str, float]) -> Callable[[]
     if num_bytes(state) >= _free_memory() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
         torch.save(state, file)
         return lambda: None
-    return partial(torch.save, copied(state), file)
+    copy = copied(state)
+
+    def write() -> None:
+        torch.save(copy, file)
+        copy.clear()  # the caller may keep this function for longer than the memory is to be taken
+
+    return write
 
 
 def _free_memory() -> int:
