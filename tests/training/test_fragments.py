@@ -38,13 +38,13 @@ KINDS = {
 
 def start(dtype, is_base_frozen, settings):
     """A model whose parameters no number of ranks divides, with a head that has a learning rate of its own."""
-    training = SftConfig(learning_rate=0.02, warmup_ratio=0.2, max_grad_norm=5.0, **settings)
+    training = SftConfig(learning_rate=0.05, warmup_ratio=0.2, max_grad_norm=5.0, **settings)
     torch.manual_seed(0)
     with zero.sharded_loading(training, dtype):
         model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1)).to(dtype)
         model[0].requires_grad_(not is_base_frozen)
         head = zero.ParameterGroup(
-            parameters=list(model[4].parameters()), learning_rate=0.1, num_waiting_steps=NUM_STEPS + 1
+            parameters=list(model[4].parameters()), learning_rate=0.2, num_waiting_steps=NUM_STEPS + 1
         )
         return zero.start(model, training, dtype, NUM_STEPS * len(LEGS), [head])
 
@@ -102,7 +102,7 @@ def test_a_training_goes_on_from_the_checkpoint_of_another_layout(trained, kind)
     losses, weights = torch.load(Path(trained, kind))
     legs = [torch.load(Path(trained, f"{kind}-{leg}", "trained")) for leg in range(len(LEGS))]
     tolerance = 1e-5 if KINDS[kind][0] == torch.float32 else 0.03
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] - 0.5
     assert [loss for of_leg, _, _ in legs for loss in of_leg] == pytest.approx(losses, rel=tolerance)
     _, changed, _ = legs[-1]
     for name, weight in weights.items():
