@@ -25,9 +25,7 @@ from rayrl.training.checkpoints import NUM_KEPT
 
 _PPO_STAGES = (PPO, PPO_REFRESHED)
 _OPTIMIZER_BYTES = 12
-"""Per parameter: float32 master weights and two moments."""
-_CHECKPOINT_BYTES = 16
-"""Per parameter, at most: the optimizer, and the weights that it works beside with ZeRO or in bfloat16."""
+"""Per parameter, in memory and in a checkpoint: float32 master weights and two moments."""
 _TABLE_BYTES_PER_TOKEN = 40
 """Text and 8-byte ids of a response, in the responses table and again in pairs and scores."""
 
@@ -185,7 +183,7 @@ def check_disk(config: RunConfig, model: ModelFacts, num_responses: int) -> Disk
         )
     tables = num_responses * config.generate.max_tokens * _TABLE_BYTES_PER_TOKEN
     # A fit keeps its last checkpoints while it writes the next one, and gives them back when its stage is finished.
-    checkpoints = (NUM_KEPT + 1) * num_optimized_models(config) * _CHECKPOINT_BYTES * model.num_parameters
+    checkpoints = (NUM_KEPT + 1) * optimizer
     return DiskFacts(needed=least - min(least, optimizer) + checkpoints + tables, free=free)
 
 

@@ -49,8 +49,8 @@ IDENTITY = "identity.json"
 """In a run's folder: an id that stays with it wherever it lies, and by which a ledger knows the run's questions."""
 LEDGER = "ledger.sqlite"
 """In a run's folder: its account of paid questions, where `oracle.ledger` names no other."""
-FIT_PREFIX = "fit-"
-"""Start of the names of the folders, inside a stage's, that hold a training's checkpoints."""
+FIT = "fit"
+"""Folder, inside a stage's, of a training's checkpoints."""
 MANIFEST = "manifest.json"
 MODEL_CONFIG = "config.json"
 """In the folder of a model."""
@@ -184,7 +184,7 @@ class Run:
         found = read_manifest(self.url, stage)
         if found is not None and found.key == key and self._is_whole(stage, found):
             logger.info("%s: already finished (%s)", stage.name, found.summary)
-            self._remove_fits(stage)  # a process that died right after the manifest has left them
+            storage.remove_folder(self.folder(stage, FIT))  # a process that died right after the manifest has left them
             return found
         taken = self._taken_over(stage, key)
         if taken is None:
@@ -281,15 +281,9 @@ class Run:
         )
         storage.write_json(self.folder(stage, MANIFEST), asdict(manifest))
         # Only now: a process that dies before the manifest goes on from the last checkpoint, which is that of the end.
-        self._remove_fits(stage)
+        storage.remove_folder(self.folder(stage, FIT))
         logger.info("%s: %s (%.1f s)", stage.name, summary, manifest.seconds)
         return manifest
-
-    def _remove_fits(self, stage: AnyStage) -> None:
-        """Remove the checkpoints of a finished training: optimizer states, several times the size of the model."""
-        for name in storage.children(self.folder(stage)):
-            if name.startswith(FIT_PREFIX):
-                storage.remove_folder(self.folder(stage, name))
 
     def record_time(self, what: str, seconds: float, *, ended_at: float | None = None) -> None:
         """Keep a start-up or stage time for the report's table; `ended_at` (Unix time) if it is not now."""
@@ -300,7 +294,7 @@ class Run:
 
 def _belongs_to_result(name: str) -> bool:
     """Tell, by its path in a stage's folder, whether a file is a part of what the stage leaves behind."""
-    return name not in (MANIFEST, WORK) and not name.startswith(FIT_PREFIX)
+    return name not in (MANIFEST, WORK) and not name.startswith(f"{FIT}/")
 
 
 def unfinish(folder: str, wrong: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from rayrl.metrics.curves import CurveRow, read_metrics
 from rayrl.metrics.progress import progress_bars
 from rayrl.records import content_id
 from rayrl.runs import storage
-from rayrl.runs.run import FIT_PREFIX, Run
+from rayrl.runs.run import FIT, Run
 from rayrl.runs.stage_metrics import FitMetrics
 from rayrl.runs.stage_table import Stage
 from rayrl.training.launch import Rows, fit
@@ -147,8 +147,6 @@ def fit_stage(
     """
     if services.mode == "alternate":
         services.release()
-    folder = fit_folder(training)
-    remove_other_fits(run, stage, folder)
     started = time.monotonic()
     with progress_of(run, stage, num_steps(job.num_rows, training, batch_size or training.batch_size)):
         fit(
@@ -156,7 +154,7 @@ def fit_stage(
             job,
             training,
             stream,
-            storage=run.folder(stage, folder),
+            storage=run.folder(stage, FIT),
             on_gpu=services.on_gpu,
             name=f"{run.config.name}-{stage.name}",
         )
@@ -196,19 +194,6 @@ def losses_of(fitted: FitMetrics) -> str:
     held_out = "" if fitted.eval_loss is None else f", {fitted.eval_loss:.3f} on held-out rows"
     best = "" if fitted.best_step is None else f" at step {fitted.best_step}, which is kept"
     return f"loss {fitted.first_loss:.3f} -> {fitted.final_loss:.3f}{held_out}{best}"
-
-
-def fit_folder(training: TrainingConfig) -> str:
-    """Name the folder of a fit's checkpoints by its ranks and its optimizer: no other layout can go on from them."""
-    offload = "-offload" if training.cpu_offload else ""
-    return f"{FIT_PREFIX}{training.num_workers}x-zero{training.zero_stage}{offload}"
-
-
-def remove_other_fits(run: Run, stage: Stage, folder: str) -> None:
-    """Remove the checkpoints that a fit of another layout has left half-way: this one begins anew."""
-    for name in storage.children(run.folder(stage)):
-        if name.startswith(FIT_PREFIX) and name != folder:
-            storage.remove_folder(run.folder(stage, name))
 
 
 @contextmanager

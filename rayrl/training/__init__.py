@@ -7,6 +7,7 @@
     steps                                    resume, one optimizer step at a time, checkpoint
     launch, checkpoints                      the fit, and its checkpoints on storage
     deepspeed_engine                         the only user of DeepSpeed
+    fragments                                state of its optimizers, for any number of ranks and any ZeRO stage
     sync                                     weights from the optimizer to the engines
 
 A loop knows rows and models only: labels, budgets and stages are the callers'.

@@ -2,8 +2,9 @@
 
 Every rank writes its own part, in a folder of its own beside the checkpoint's, and moves it there when it is complete:
 last of all a list of it, with names, sizes and checksums. A checkpoint is whole if the lists of all ranks are there and
-every file has its size. Before it is loaded, each rank compares its part with the checksums. An
-upload that a full disk cut off, or a damaged file, is therefore never taken for a checkpoint: the one before it counts.
+every file has its size. Before it is loaded, the ranks compare its files with the checksums; they may be more or fewer
+than those that wrote it. An upload that a full disk cut off, or a damaged file, is therefore never taken for a
+checkpoint: the one before it counts.
 
 This module reads and tidies folders only. Writing checkpoints through Ray Train is in `rayrl.training.launch`.
 """
@@ -58,12 +59,14 @@ def seal(folder: str, step: int, rank: int, world_size: int) -> str:
 
 
 def changed_files(folder: str, rank: int, world_size: int) -> list[str]:
-    """Compare this rank's part of a checkpoint with its list, and return the files that have changed."""
-    content: RankList = json.loads(_rank_list_file(folder, rank, world_size).read_text())
+    """Compare this rank's share of a checkpoint's parts with their lists, and return the files that have changed."""
+    lists = sorted(file for file in Path(folder).iterdir() if _RANK_LIST.fullmatch(file.name))
     changed: list[str] = []
-    for name, (_, checksum) in content["files"].items():
-        if _checksum(Path(folder) / name) != checksum:
-            changed.append(name)
+    for file in lists[rank::world_size]:
+        content: RankList = json.loads(file.read_text())
+        for name, (_, checksum) in content["files"].items():
+            if _checksum(Path(folder) / name) != checksum:
+                changed.append(name)
     return changed
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rayrl.config import TrainingConfig
 from rayrl.errors import TrainingStopped
 from rayrl.models.quantization import dequantized, dequantized_like
+from rayrl.training.fragments import load_fragments, saved_fragments
 
 B = TypeVar("B")
 T = TypeVar("T")
@@ -34,14 +35,8 @@ REMEDY = (
 )
 NUM_NAMED_ROWS = 16
 """Rows that a message names."""
-TAG = "state"
-"""DeepSpeed's name for the folder of a checkpoint inside ours."""
-
-
-class CheckpointWriter(Protocol):
-    """The part of DeepSpeed's checkpoint engine that writes one file."""
-
-    save: Callable[[Any, str], None]
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""Attributes of an engine that a checkpoint keeps."""
 
 
 class Engine(Protocol[M_co]):
@@ -69,15 +64,9 @@ class Engine(Protocol[M_co]):
     def get_lr(self) -> list[float]: ...
     def get_global_grad_norm(self) -> float | Tensor | None: ...
     def gradient_clipping(self) -> float: ...
-    @property
-    def checkpoint_engine(self) -> "CheckpointWriter": ...
     def zero_optimization_stage(self) -> int: ...
-    def save_checkpoint(
-        self, save_dir: str, *, tag: str, client_state: dict[str, Any], exclude_frozen_parameters: bool
-    ) -> object: ...
-    def load_checkpoint(
-        self, load_dir: str, *, tag: str, load_module_strict: bool
-    ) -> tuple[str | None, dict[str, Any]]: ...
+    @property
+    def lr_scheduler(self) -> torch.optim.lr_scheduler.LambdaLR: ...
 
 
 def zero_config(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -470,37 +459,32 @@ def described(parameter: nn.Parameter) -> tuple[torch.Size, torch.dtype]:
 
 
 def save(engine: Engine, folder: str, position: dict[str, float]) -> Callable[[], None]:
-    """Copy this rank's part of a checkpoint, with the position in the data, into memory. All ranks take part.
+    """Copy this rank's part of a checkpoint, with the position in the data, into memory.
 
     Returns:
         Writes the copy into the folder; may run in another thread while training goes on. Where memory has no room for
         the copies of all ranks, everything is written already.
     """
-    writer = engine.checkpoint_engine
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    state = {
+        # Plain numbers, which torch reads without running code; numpy's are not.
+        "position": {name: float(value) for name, value in position.items()},
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "schedule": engine.lr_scheduler.state_dict(),
+        "fragments": saved_fragments(engine),
+    }
+    file = Path(folder, f"part-{rank}-of-{world_size}.pt")
     # Of the ranks on this machine, none of which knows what the others copy.
-    num_free = _free_memory() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    copies: list[tuple[Any, str]] = []
+    if num_bytes(state) >= _free_memory() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        torch.save(state, file)
+        return lambda: None
+    copy = copied(state)
 
-    def copy_or_write(state_dict: Any, path: str) -> None:
-        nonlocal num_free
-        num_free -= num_bytes(state_dict)
-        if num_free > 0:
-            copies.append((copied(state_dict), path))
-        else:
-            write(state_dict, path)
+    def write() -> None:
+        torch.save(copy, file)
+        copy.clear()  # the caller may keep this function for longer than the memory is to be taken
 
-    write = writer.save
-    writer.save = copy_or_write
-    try:
-        engine.save_checkpoint(folder, tag=TAG, client_state={"position": position}, exclude_frozen_parameters=True)
-    finally:
-        writer.save = write
-
-    def write_copies() -> None:
-        while copies:
-            write(*copies.pop())
-
-    return write_copies
+    return write
 
 
 def _free_memory() -> int:
@@ -536,13 +520,25 @@ def num_bytes(state: Any) -> int:
 
 
 def load(engine: Engine, folder: str) -> dict[str, float]:
-    """Restore weights, optimizer, schedule and random state, and return the position in the data.
+    """Restore weights, optimizer and schedule, and return the position in the data. All ranks take part.
+
+    The ranks that wrote the checkpoint may have been more or fewer, with another ZeRO stage, on GPUs or not.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint of this engine.
+        FileNotFoundError: the folder holds no checkpoint.
     """
-    # Not strict: frozen parameters are not in the checkpoint.
-    path, client_state = engine.load_checkpoint(folder, tag=TAG, load_module_strict=False)
-    if path is None:
+    # Mapped: a rank reads no more of the others' parts than lies in its own.
+    parts = [
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in Path(folder).glob("part-*.pt")
+    ]
+    if not parts:
         raise FileNotFoundError(f"no training state in {folder}")
-    return client_state["position"]
+    load_fragments(engine, [fragment for part in parts for fragment in part["fragments"]])
+    part = parts[0]
+    for name in COUNTERS:
+        setattr(engine, name, part["counters"][name])
+    scheduler = engine.lr_scheduler
+    scheduler.load_state_dict(part["schedule"])
+    for group, learning_rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = learning_rate
+    return part["position"]

@@ -231,8 +231,8 @@ def why_given_up(error: Exception, max_failures: int) -> str | None:
     for failure in failures:
         if type(failure).__name__ == "OutOfMemoryError":  # of torch, and of Ray
             return (
-                f"a worker ran out of memory ({_first_line(failure)}); lower its micro_batch_tokens, or set "
-                f"gradient_checkpointing = true; {rest}"
+                f"a worker ran out of memory ({_first_line(failure)}); lower its micro_batch_tokens, set "
+                f"gradient_checkpointing = true, or raise zero_stage or num_workers; {rest}"
             )
     for failure in failures:
         if isinstance(failure, _DEATHS):
@@ -378,7 +378,7 @@ def fetched(name: str) -> AbstractContextManager[str]:
 
 
 def is_damaged(name: str, folder: str) -> bool:
-    """Return whether this rank's part of a checkpoint has changed since it was written; if so, the driver logs it."""
+    """Return whether this rank's share of a checkpoint has changed since it was written; if so, the driver logs it."""
     files = checkpoints.changed_files(folder, rank(), world_size())
     if files:
         checkpoints.note_damage(_fit_url.get(), name, files)

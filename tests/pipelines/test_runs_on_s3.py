@@ -67,7 +67,7 @@ def test_a_run_lives_in_a_bucket_and_a_rerun_finds_everything_done(environment, 
     for name in ("ledger.sqlite", "timings.json", f"stages/{fit}/checkpoint/model.safetensors", f"metrics/{fit}.jsonl"):
         assert written[name] > 0
     assert any(name.startswith(f"tensorboard/{fit}/events.out.tfevents") for name in written)
-    assert not [name for name in written if name.startswith(f"stages/{fit}/fit-")], "a finished fit gives them back"
+    assert not [name for name in written if name.startswith(f"stages/{fit}/fit/")], "a finished fit gives them back"
     spent = storage.read_json(f"{run_dir}/report.json")["paid"]["label"]["spent"]
     assert spent == next(int(s.partition("=")[2]) for s in settings if s.startswith("select.budget"))
     assert not any(value in storage.read_bytes(f"{run_dir}/config.json").decode() for value in environment.values())

@@ -68,13 +68,13 @@ def test_the_disk_must_hold_every_model_and_both_optimizers(rlp_tree):
     )
     tables = 70 * 16 * 40
     # r and r^; last and best, twice; two served; and a fit has three checkpoints at once, of two optimizers
-    assert plan_of(rlp_tree).disk_bytes == 8 * size + 3 * 2 * 16 * num + tables
-    assert plan_of(rlp_tree, reward_model__num_members=3).disk_bytes == 12 * size + 3 * 2 * 16 * num + tables
+    assert plan_of(rlp_tree).disk_bytes == 8 * size + 3 * 2 * 12 * num + tables
+    assert plan_of(rlp_tree, reward_model__num_members=3).disk_bytes == 12 * size + 3 * 2 * 12 * num + tables
     one_fewer = plan_of(rlp_tree, refresh__method="none").disk_bytes
-    assert one_fewer == 7 * size + 3 * 2 * 16 * num + 40 * 16 * 40
+    assert one_fewer == 7 * size + 3 * 2 * 12 * num + 40 * 16 * 40
     lora = {"rank": 4}
-    assert plan_of(rlp_tree, ppo__lora=lora).disk_bytes == 8 * size + 3 * 16 * num + tables
-    assert plan_of(rlp_tree, **FUNCTION).disk_bytes == 4 * size + 3 * 2 * 16 * num
+    assert plan_of(rlp_tree, ppo__lora=lora).disk_bytes == 8 * size + 3 * 12 * num + tables
+    assert plan_of(rlp_tree, **FUNCTION).disk_bytes == 4 * size + 3 * 2 * 12 * num
     grow(folder, 2**42)
     assert "GiB at least (weights and optimizer), and its disk has" in refusal(ResourceError, changed(rlp_tree))
 

@@ -105,7 +105,7 @@ def test_a_half_done_stage_of_edited_data_begins_anew(inputs, tmp_path):
     config = config_of(inputs, tmp_path / "run")
     run = open_run(config)
     assert run.finished(SFT, run.key(SFT, run.config.seed_data)) is None
-    half_done = tmp_path / "run" / "stages" / "sft" / "fit-1x-zero0" / "checkpoint"
+    half_done = tmp_path / "run" / "stages" / "sft" / "fit" / "checkpoint"
     half_done.parent.mkdir(parents=True)
     half_done.write_text("of the old data")
     run = open_run(config)

@@ -12,15 +12,15 @@ def test_a_finished_stage_gives_the_checkpoints_of_its_fits_back(tmp_path):
     metrics = SftMetrics(num_steps=60, **FITTED, num_empty=0, num_below_score=0, num_truncated=2)
     key = run.key(SFT, "this work")
     assert run.finished(SFT, key) is None
-    for folder in ("fit-2x-zero2/mine-sft/checkpoint_00000060_x", "checkpoint"):
+    for folder in ("fit/mine-sft/checkpoint_00000060_x", "checkpoint"):
         storage.write_bytes(run.folder(SFT, folder, "weights"), b"weights")
     # A process that dies before the manifest goes on from the checkpoint.
     assert run.finished(SFT, key) is None
-    assert storage.exists(run.folder(SFT, "fit-2x-zero2", "mine-sft"))
+    assert storage.exists(run.folder(SFT, "fit", "mine-sft"))
     run.finish(SFT, key, since=0.0, num_rows=1, metrics=metrics, summary="done")
-    assert not storage.exists(run.folder(SFT, "fit-2x-zero2"))
+    assert not storage.exists(run.folder(SFT, "fit"))
     assert storage.exists(run.folder(SFT, "checkpoint", "weights"))
     # One that died between the manifest and the removal has left them.
-    storage.write_bytes(run.folder(SFT, "fit-2x-zero2", "weights"), b"weights")
+    storage.write_bytes(run.folder(SFT, "fit", "weights"), b"weights")
     assert run.finished(SFT, key) is not None
-    assert not storage.exists(run.folder(SFT, "fit-2x-zero2"))
+    assert not storage.exists(run.folder(SFT, "fit"))

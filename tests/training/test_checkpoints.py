@@ -88,15 +88,16 @@ def test_a_damaged_list_is_removed_and_the_folders_stay(fit_url, tmp_path, damag
     assert "list of checkpoints is damaged" in caplog.text
 
 
-def test_a_changed_byte_is_found_by_the_rank_that_wrote_it(tmp_path):
+def test_a_changed_byte_is_found_by_one_rank_however_many_there_are(tmp_path):
     name = write(str(tmp_path), tmp_path / "parts", 7)
     file = tmp_path / name / "state" / "part-1.pt"
     content = bytearray(file.read_bytes())
     content[500] ^= 1
     file.write_bytes(content)
     assert checkpoints.whole(str(tmp_path)) == [name], "its sizes are right"
-    assert checkpoints.changed_files(str(tmp_path / name), 0, 2) == []
-    assert checkpoints.changed_files(str(tmp_path / name), 1, 2) == ["state/part-1.pt"]
+    for world_size in (1, 2, 3):
+        found = [checkpoints.changed_files(str(tmp_path / name), rank, world_size) for rank in range(world_size)]
+        assert [files for files in found if files] == [["state/part-1.pt"]]
 
 
 def test_an_unreadable_list_of_a_rank_is_no_checkpoint(fit_url, tmp_path):

@@ -215,8 +215,9 @@ def test_a_training_stops_early_and_writes_the_weights_of_its_best_evaluation(ra
         loss = -response_logprobs(written, batch).sum() / batch.response_mask.sum()
     assert loss.item() == pytest.approx(losses[best], abs=1e-4)
 
-    # Started again, the fit finds that it was over, and leaves the weights alone.
+    # Started again, with fewer workers, the fit finds that it was over, and leaves the weights alone.
     exported = (tmp_path / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    training = training.model_copy(update={"num_workers": 1, "zero_stage": 0})
     assert sft_fit(tmp_path, table, tiny_policy, training, held_out=held_out) == curve
     assert (tmp_path / "checkpoint" / "model.safetensors").stat().st_mtime_ns == exported
 

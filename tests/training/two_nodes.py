@@ -30,7 +30,7 @@ def main(folder: str) -> None:
     files = sorted(storage.sizes(f"{fit_url}/{last}"))
     steps = [row["step"] for row in read_metrics(f"{folder}/metrics/sft.jsonl")]
     of_rank_1 = storage.read_json(f"{fit_url}/{last}/rank-1-of-2.json")["files"]
-    part = f"{fit_url}/{last}/{next(name for name in of_rank_1 if 'optim_states' in name)}"
+    part = f"{fit_url}/{last}/{next(iter(of_rank_1))}"
     content = bytearray(storage.read_bytes(part))
     content[len(content) // 2] ^= 0xFF
     storage.write_bytes(part, bytes(content))

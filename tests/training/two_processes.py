@@ -31,12 +31,15 @@ class Combination(NamedTuple):
     lora: bool = False
     dtype: str = "bfloat16"
     settings: dict[str, Any] | None = None
+    then: dict[str, Any] | None = None
+    """Settings that it is resumed with instead."""
 
     @property
     def name(self) -> str:
         adapters = "-lora" if self.lora else ""
         others = "".join(f"-set-{name}" for name in self.settings or {})
-        return f"{self.trainer}-zero{self.zero_stage}-{self.dtype}{adapters}{others}"
+        then = "".join(f"-then-{name}-{value}" for name, value in (self.then or {}).items())
+        return f"{self.trainer}-zero{self.zero_stage}-{self.dtype}{adapters}{others}{then}"
 
 
 def train_all(folder: Path, policy: str, combinations: list[Combination]) -> dict[str, dict[str, Any]]:
@@ -107,7 +110,7 @@ def run_one(folder: Path, policy: str, combination: Combination) -> dict[str, An
         newest, *_ = checkpoints.whole(str(folder / "fit"))
         shutil.rmtree(folder / "fit" / newest)
     dist.barrier()
-    train(folder, policy, combination)
+    train(folder, policy, combination._replace(settings={**(combination.settings or {}), **(combination.then or {})}))
     dist.barrier()
     if launch.rank() != 0:
         return {}
