@@ -43,19 +43,18 @@ def start(dtype, is_base_frozen, settings):
     with zero.sharded_loading(training, dtype):
         model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1)).to(dtype)
         model[0].requires_grad_(not is_base_frozen)
-        for parameter in model.parameters():
-            fill_padding(parameter)
         head = zero.ParameterGroup(
             parameters=list(model[4].parameters()), learning_rate=0.2, num_waiting_steps=NUM_STEPS + 1
         )
         return zero.start(model, training, dtype, NUM_STEPS * len(LEGS), [head])
 
 
-def fill_padding(parameter):
-    """DeepSpeed pads the last shards of ZeRO-3 with memory as it was, which may hold anything."""
-    if hasattr(parameter, "ds_tensor"):
-        num_left = parameter.ds_numel - dist.get_rank() * len(parameter.ds_tensor)
-        parameter.ds_tensor[max(0, num_left) :] = float("nan")
+def fill_padding(engine):
+    """Stand for the memory with which DeepSpeed pads the last shards of ZeRO-3, and which may hold anything."""
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            num_left = parameter.ds_numel - dist.get_rank() * len(parameter.ds_tensor)
+            parameter.ds_tensor[max(0, num_left) :] = float("nan")
 
 
 def train(engine, kind, first, last):
@@ -89,7 +88,9 @@ def run(process, folder, turn):
                 if leg > 0:
                     assert zero.load(engine, f"{folder}/{kind}-{leg - 1}") == {"step": first}
                 trained = train(engine, kind, first, first + NUM_STEPS)
-                assert engine.global_steps == first + NUM_STEPS and zero.has_finite_weights(engine)
+                assert engine.global_steps == first + NUM_STEPS
+                fill_padding(engine)
+                assert zero.has_finite_weights(engine)
                 zero.save(engine, f"{folder}/{kind}-{leg}", {"step": first + NUM_STEPS})()
                 if rank == 0:
                     torch.save((*trained, engine.get_lr()), f"{folder}/{kind}-{leg}/trained")
