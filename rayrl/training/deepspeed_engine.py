@@ -420,9 +420,20 @@ def has_finite_weights(engine: Engine[nn.Module]) -> bool:
     is_broken = False
     for parameter in engine.module.parameters():
         if parameter.requires_grad:
-            own: Tensor = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 this rank's shard
-            is_broken |= not bool(own.detach().isfinite().all())
+            is_broken |= not bool(_own_part(parameter).isfinite().all())
     return max_over_ranks(is_broken, engine) == 0
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """Return a parameter, or under ZeRO-3 this rank's shard of it, flat and without its padding.
+
+    The last shards are padded to the length of the others with memory as it was, which may hold any number.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    shard: Tensor = parameter.ds_tensor.detach()
+    num_left = parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * shard.numel()
+    return shard[: max(0, num_left)]
 
 
 def _forget_gradients(engine: Engine) -> None:

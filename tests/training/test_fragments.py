@@ -49,6 +49,14 @@ def start(dtype, is_base_frozen, settings):
         return zero.start(model, training, dtype, NUM_STEPS * len(LEGS), [head])
 
 
+def fill_padding(engine):
+    """Stand for the memory with which DeepSpeed pads the last shards of ZeRO-3, and which may hold anything."""
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            num_left = parameter.ds_numel - dist.get_rank() * len(parameter.ds_tensor)
+            parameter.ds_tensor[max(0, num_left) :] = float("nan")
+
+
 def train(engine, kind, first, last):
     """Take steps on batches that depend on the step alone, and return the losses and whole weights."""
 
@@ -81,6 +89,8 @@ def run(process, folder, turn):
                     assert zero.load(engine, f"{folder}/{kind}-{leg - 1}") == {"step": first}
                 trained = train(engine, kind, first, first + NUM_STEPS)
                 assert engine.global_steps == first + NUM_STEPS
+                fill_padding(engine)
+                assert zero.has_finite_weights(engine)
                 zero.save(engine, f"{folder}/{kind}-{leg}", {"step": first + NUM_STEPS})()
                 if rank == 0:
                     torch.save((*trained, engine.get_lr()), f"{folder}/{kind}-{leg}/trained")

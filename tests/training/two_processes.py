@@ -268,12 +268,13 @@ def train_ppo(folder: Path, policy: str, combination: Combination) -> None:
     from rayrl.training.sync.export import export_policy
 
     start = Checkpoint(path=policy, version="start")
-    config = PpoConfig(
+    settings = {
         **{"zero_stage": combination.zero_stage, "num_workers": 2, "rollout_size": NUM_ROWS, "batch_size": NUM_ROWS},
         **{"learning_rate": 1e-3, "inner_epochs": 1, "micro_batch_tokens": 48, "checkpoint_every": 1},
         **({"lora": {"rank": 4, "alpha": 8}} if combination.lora else {}),
         **(combination.settings or {}),
-    )
+    }
+    config = PpoConfig(**settings)
     job = PpoJob(
         **{"stage": "ppo", "run_url": str(folder), "checkpoint_url": str(folder / "checkpoint")},
         **{"policy": PolicyConfig(path=policy), "dtype": combination.dtype, "seed": 0, "num_rows": 2 * NUM_ROWS},
