@@ -40,6 +40,15 @@ class GoldRow:
         last = [points[-1] for points in self.seeds.values()]
         return over_seeds([_measured(point.gain, point.standard_error, point.num) for point in last])
 
+    def best_measured(self) -> tuple[SeedsMean, float]:
+        """Return the highest gold score less M1's of each seed's points, and how far from M1 they are in the mean.
+
+        It needs no fit, but the highest of noisy scores is too high in the mean.
+        """
+        best = [max(points, key=lambda point: point.gain) for points in self.seeds.values()]
+        gain = over_seeds([_measured(point.gain, point.standard_error, point.num) for point in best])
+        return gain, math.fsum(map(root_kl, best)) / len(best)
+
     def rewards(self) -> tuple[float, float]:
         """Return the mean reward of M1 and of the last policies, in the reward's own unit."""
         first, last = ([points[end].reward for points in self.seeds.values()] for end in (0, -1))

@@ -164,7 +164,9 @@ def _gold(comparison: Comparison) -> Section:
             "with its interval over seeds; in grey the baseline's fit."
         )
         parts.append(FigureCard(name=f"gold{number}", title=f"Gold score along PPO, {title}", note=note))
-        head = ["row", "seeds", "reached", "turns down at", "gain there", "gain at the end", "lost since", "its reward"]
+        head = ["row", "seeds", "reached", "turns down at", "gain there", "lost since"]
+        head += ["best measured", "at", "gain at the end", "its reward"]
+        best = {row.arm: row.best_measured() for row in rows}
         table = [
             [
                 study.title(row.arm),
@@ -172,8 +174,10 @@ def _gold(comparison: Comparison) -> Section:
                 f"{row.reached:.2f}",
                 bounded(row.turn.root_kl, row.turn.low, row.turn.high, ",.2f"),
                 f"{row.mean.at(row.turn.root_kl):+.3f}" if row.lost is not None else "-",
-                both_errors(row.at_the_end, signed=True),
                 both_errors(row.lost, signed=True),
+                both_errors(best[row.arm][0], signed=True),
+                f"{best[row.arm][1]:.2f}",
+                both_errors(row.at_the_end, signed=True),
                 " \u2192 ".join(number_or_dash(reward, ".2f") for reward in row.rewards()),
             ]
             for row in rows
@@ -185,8 +189,9 @@ def _gold(comparison: Comparison) -> Section:
             "to M1 in nats per response. Fitted is d (alpha - beta log d) (arXiv 2210.10760), which turns down at "
             "exp(alpha / beta - 1); in brackets the 95% interval over seeds (Fieller's). > is no turn, or an end that "
             "the seeds do not tell; beyond what was reached a turning point is extrapolated, and nothing was lost. "
-            "Errors are over seeds, and of what was measured also over prompts. Its reward is what the PPO followed, "
-            "of M1 and of the last policies, in a unit of its own."
+            "Errors are over seeds, and of what was measured also over prompts. Best measured is the highest point of "
+            "each seed, which needs no fit and is a little too high, as the highest of noisy scores is. Its reward is "
+            "what the PPO followed, of M1 and of the last policies, in a unit of its own."
         )
         parts.insert(0, Paragraph(text=explained))
     return Section(title="Over-optimisation", parts=parts)

@@ -162,6 +162,8 @@ def test_each_row_is_fitted_and_told_where_it_turns(tmp_path):
     expected = ppo.mean.at(ppo.turn.root_kl) - ppo.mean.at(math.sqrt(20))
     assert ppo.lost.mean == pytest.approx(expected) and ppo.lost.mean > 0
     assert ppo.at_the_end.mean == pytest.approx(ppo.mean.at(math.sqrt(20)))
+    best, distance = ppo.best_measured()
+    assert distance == pytest.approx(math.sqrt(6)) and best.mean == pytest.approx(ppo.mean.at(distance))
     assert ppo.rewards() == (0, pytest.approx(3 * ppo.at_the_end.mean))
     assert spg.lost is None and spg.turn.root_kl > spg.reached
 
