@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench bench-families lock
+.PHONY: install reference quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench bench-families lock
 
 install: $(VENV)/.installed
 
@@ -69,6 +69,10 @@ bench: install
 # Every family of policies through adapters, DPO, export and vLLM; four minutes.
 bench-families: install
 	$(BIN)/python -m jobs.bench.families
+
+# The page of all settings, and the schema for editors.
+reference: install
+	$(BIN)/python -m rayrl.config.reference jobs/configs
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --override cluster/cpu.overrides --python-version 3.11 \

@@ -33,6 +33,7 @@ class DataConfig(Table):
     encoding: Encoding = "utf-8"
     """Encoding of text files."""
     prompt_column: str = "prompt"
+    """A column of texts that are what is asked."""
     input_column: str | None = None
     """A column of texts, such as Dolly's `context`, that follow the prompt after a blank line where they are not empty.
     By default Alpaca's `input` if `prompt_column` is `instruction` and the file has it; "" is no column."""
@@ -75,6 +76,7 @@ class ReferenceAnswersConfig(DataConfig):
     """A fixed table of reference answers that all policies compete with."""
 
     response_column: str = "response"
+    """A column of texts, or of chats whose last answer counts."""
     order: Literal["both", "random"] = "random"
     """Order in which an oracle that compares reads an answer and the reference: "random" is one drawn order, recorded;
     "both" is two queries, and a disagreement between them is a tie."""

@@ -26,7 +26,9 @@ class EvaluatorConfig(EvaluatedTrainingConfig):
     holdout: float = Field(default=0.15, gt=0, lt=1)
     """Share of the paid judgements kept back to validate the evaluator."""
     learning_rate: float = Field(default=1e-5, gt=0)
+    """Highest learning rate, reached after the warm-up."""
     epochs: int = Field(default=3, gt=0)
+    """Passes over the rows."""
     batch_size: int = Field(default=16, gt=0)
     """Judgements per optimizer step, over all workers."""
 

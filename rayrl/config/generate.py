@@ -15,6 +15,7 @@ class GenerateConfig(Table):
     k: int = Field(default=4, gt=0)
     """Responses per prompt."""
     temperature: float = Field(default=0.7, ge=0)
+    """Of the sampling; 0 always takes the likeliest token."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Sample from the most probable tokens that together have this probability."""
     top_k: int = Field(default=0, ge=0)

@@ -23,7 +23,9 @@ class Prices:
     """Prices of an oracle that is paid by the token."""
 
     usd_per_1m_input: float
+    """Price of a million tokens of questions; None is unknown."""
     usd_per_1m_output: float
+    """Price of a million tokens of answers, thoughts included; None is unknown."""
     max_tokens: int
     """Longest answer, in tokens."""
     budget_usd: float | None
@@ -65,9 +67,13 @@ class OracleBase(Table):
     """Whether a test question is asked before the first stage; not of a table, which holds no such question."""
 
     max_concurrency: Operation[int] = Field(default=16, gt=0)
+    """Questions asked at once."""
     requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    """Calls in a minute, evenly spaced; None is no limit."""
     tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    """Tokens of questions and answers in a minute; None is no limit."""
     timeout_s: Operation[float] = Field(default=120.0, gt=0)
+    """Longest time of one call."""
     max_retries: Operation[int] = Field(default=4, ge=0)
     """Tries after the first, with exponential backoff; then the query abstains."""
     max_unreadable: Operation[int] = Field(default=8, gt=0)
@@ -144,7 +150,9 @@ class FailoverEndpoint(HttpEndpoint):
     """Another address of the same judge, with a key and limits of its own."""
 
     requests_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    """Calls in a minute, evenly spaced; None is no limit."""
     tokens_per_minute: Operation[int | None] = Field(default=None, gt=0)
+    """Tokens of questions and answers in a minute; None is no limit."""
 
 
 class HttpOracleConfig(HttpEndpoint, OracleBase):
@@ -153,7 +161,9 @@ class HttpOracleConfig(HttpEndpoint, OracleBase):
     implementation: ClassVar[str] = "rayrl.oracles.http:HttpOracle"
 
     type: Literal["http"] = "http"
+    """Kind of oracle."""
     model: str = Field(min_length=1)
+    """Name of the model at the endpoint."""
     temperature: float | Literal["default"] = 0.0
     """At least 0; "default" leaves it out of the request, for servers that take no other than their own."""
     max_tokens: Operation[int] = Field(default=512, gt=0)
@@ -168,7 +178,9 @@ class HttpOracleConfig(HttpEndpoint, OracleBase):
     failover: Operation[list[FailoverEndpoint]] = Field(default_factory=list)
     """Other addresses of the same judge, in order: where one fails, the next one is asked from then on."""
     usd_per_1m_input: Operation[float | None] = Field(default=None, ge=0)
+    """Price of a million tokens of questions; None is unknown."""
     usd_per_1m_output: Operation[float | None] = Field(default=None, ge=0)
+    """Price of a million tokens of answers, thoughts included; None is unknown."""
     budget_usd: Operation[float | None] = Field(default=None, gt=0)
     """Hard limit over labels, evaluation and test questions; needs both prices."""
 
@@ -278,6 +290,7 @@ class ScriptedOracleConfig(OracleBase):
     implementation: ClassVar[str] = "rayrl.oracles.scripted:ScriptedOracle"
 
     type: Literal["scripted"] = "scripted"
+    """Kind of oracle."""
     function: FunctionName
     """"module:function", importable from the working directory: `judge(prompt, response) -> score` or
     `(score, rationale)`."""
@@ -333,6 +346,7 @@ class ReplayOracleConfig(OracleBase):
     is_tried_out: ClassVar[bool] = False
 
     type: Literal["replay"] = "replay"
+    """Kind of oracle."""
     path: Place | None = None
     """Judgements: a prompt, a response and its score per row."""
     comparisons_path: Place | None = None
@@ -342,10 +356,15 @@ class ReplayOracleConfig(OracleBase):
     prompt_column: str = "prompt"
     """The text that a judge reads (see `rayrl.records.Prompt.text`), or, where a file has lists, a chat's messages."""
     response_column: str = "response"
+    """Of the table of judgements."""
     score_column: str = "score"
+    """Of the table of judgements."""
     first_column: str = "first"
+    """Of the table of comparisons."""
     second_column: str = "second"
+    """Of the table of comparisons."""
     preference_column: str = "preference"
+    """Of the table of comparisons."""
     rationale_column: str | None = None
     """In either table."""
 
@@ -438,6 +457,7 @@ class PanelOracleConfig(OracleBase):
     implementation: ClassVar[str] = "rayrl.oracles.panel:PanelOracle"
 
     type: Literal["panel"] = "panel"
+    """Kind of oracle."""
     judges: list[Judge] = Field(min_length=2)
     combine: Literal["mean", "majority"] = "mean"
     """Score of an item: the mean, or the score that more than half of the judges give (without one, the median).

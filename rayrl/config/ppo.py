@@ -58,6 +58,7 @@ class PpoConfig(TrainingConfig):
     batch_size: int = Field(default=256, gt=0)
     """Responses per optimizer step, over all workers."""
     learning_rate: float = Field(default=1e-5, gt=0)
+    """Highest learning rate, reached after the warm-up."""
     kl_coef: float = Field(default=0.02, ge=0)
     """Reward per nat and token taken for leaving M1."""
     kl_estimator: Annotated[str, name_in(KL_ESTIMATORS)] = "k1"

@@ -12,7 +12,9 @@ class PreferenceDataConfig(DataConfig):
     """Pairs that are judged already: chosen and rejected answers, or several answers with their ranks."""
 
     chosen_column: str = "chosen"
+    """A column of the better replies."""
     rejected_column: str = "rejected"
+    """A column of the worse replies, or of lists of them."""
     replies_column: str | None = None
     """A list of replies with their ranks per row (rank 0 is best) or with scores, such as {"text", "rank"} or
     UltraFeedback's {"response", "overall_score"}; replaces the two columns by all ordered pairs."""

@@ -38,6 +38,7 @@ class RewardModelConfig(EvaluatedTrainingConfig):
     holdout: float = Field(default=0.1, gt=0, lt=1)
     """Share of the prompts whose pairs are kept back to measure accuracy and calibration."""
     learning_rate: float = Field(default=3e-6, gt=0)
+    """Highest learning rate, reached after the warm-up."""
     batch_size: int = Field(default=16, gt=0)
     """Pairs per optimizer step, over all workers."""
 

@@ -21,7 +21,9 @@ class RubricConfig(Table):
     """Regular expression with one group, the score, for a template that asks for an answer in a form of its own. Unset,
     a last line `Score: n` is asked for."""
     min_score: int = 0
+    """Lowest score of the scale."""
     max_score: int = 5
+    """Highest score of the scale."""
 
     @field_validator("pattern")
     @classmethod

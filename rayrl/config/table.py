@@ -40,7 +40,9 @@ def plain_name(name: str, example: str) -> str:
 class Table(BaseModel):
     """Base of every TOML table: frozen; an unknown key is an error, and every number is finite and no boolean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod

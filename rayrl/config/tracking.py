@@ -11,6 +11,7 @@ class WandbConfig(Table):
     """Weights & Biases."""
 
     project: str = Field(default="rayrl", min_length=1)
+    """Project there, in which the run appears."""
     entity: str | None = None
     """User or team that owns the project; None is the key's own."""
     mode: Literal["offline", "online"] = "offline"
@@ -24,6 +25,7 @@ class MlflowConfig(Table):
     tracking_uri: str | None = None
     """None is mlflow.db in the run's folder. Credentials are MLflow's own environment variables."""
     experiment: str = Field(default="rayrl", min_length=1)
+    """Experiment there, in which the run appears."""
 
 
 class TrackingConfig(Table):

@@ -33,6 +33,7 @@ class LoraConfig(Table):
     """Low-rank adapters instead of full fine-tuning; merged when the model is written, and kept beside it."""
 
     rank: int = Field(default=16, gt=0)
+    """Of the two matrices of an adapter."""
     alpha: int = Field(default=32, gt=0)
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -65,6 +66,7 @@ class TrainingConfig(Table):
     adam_eps: float = Field(default=1e-8, gt=0)
     """Added by AdamW to the root of the mean square before it divides by it."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm."""
     batch_size: int = Field(default=64, gt=0)
