@@ -79,9 +79,11 @@ def run(
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show the plan.")] = False,
     as_json: AsJson = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Where people are asked: wait for their answers.")] = False,
 ) -> None:
     """Run a config to its report; again after any interruption: it continues."""
-    _plan_or_run("run", [config, *(overrides or []), *["--plan"] * plan, *["--json"] * as_json])
+    flags = [*["--plan"] * plan, *["--json"] * as_json, *["--wait"] * wait]
+    _plan_or_run("run", [config, *(overrides or []), *flags])
 
 
 @app.command(context_settings=ANY_FLAG)
@@ -121,8 +123,11 @@ def status(
     live: Annotated[bool, typer.Option("--live", help="Ask the cluster for the run's replicas, too.")] = False,
 ) -> None:
     """Show how far a run is and how fast it goes, what it has paid and what it has gained."""
+    from rayrl.oracles.people.waiting import Waiting
     from rayrl.report.paid import answers
     from rayrl.report.summary import summarize_run
+    from rayrl.runs import storage
+    from rayrl.runs.run import noted_waiting
 
     facts = summarize_run(run_dir)
     table = Table("stage", "state", "result", "seconds", box=None, pad_edge=False, header_style="bold")
@@ -133,6 +138,8 @@ def status(
     console = Console()
     console.print(Text(facts.name, style="bold"), Text("; ".join(facts.controls), style="yellow"))
     console.print(table)
+    if (waiting := noted_waiting(storage.absolute(run_dir))) is not None:
+        console.print(Text(Waiting(**waiting).in_words(), style="yellow"), soft_wrap=True)
     for stage in facts.stages:
         if stage.progress is not None:
             console.print(Text(f"{stage.stage}: {going(stage.progress, time.time())}"), soft_wrap=True)

@@ -12,6 +12,7 @@
     |-- DiskFull           (OSError)       a disk has no room for a run's files: the path, and the free bytes
     |-- WeightSyncError    (RuntimeError)  a replica's weights are not the trainer's
     |-- FleetError         (RuntimeError)  no replica of a fleet can start, or survives a call
+    |-- WaitingForPeople   (RuntimeError)  questions lie where people answer them; the same command goes on later
     |-- TrainingStopped    (RuntimeError)  a training that broke, or left the limits that its config sets
     `-- StageTimeout       (TimeoutError)  a wait ended without its event, which the message names
 
@@ -46,6 +47,10 @@ class UsdExhausted(BudgetExhausted):
 
 class JudgeFailed(RayRLError, RuntimeError):
     """The oracle failed, and the asking stopped. The message names cause and remedy; the same command goes on."""
+
+
+class WaitingForPeople(RayRLError, RuntimeError):
+    """People have not answered enough questions yet. The message says how many, and where they lie."""
 
 
 class RewardFailed(RayRLError, RuntimeError):

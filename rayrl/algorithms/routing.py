@@ -5,6 +5,8 @@ large a margin is sure is not set but measured: on prompts that the heads have n
 heads' differences.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
@@ -99,3 +101,13 @@ def margins_of(differences: Float[np.ndarray, "p m"]) -> tuple[Float64[np.ndarra
     with np.errstate(divide="ignore", invalid="ignore"):
         margins = np.where(mean == 0, 0.0, np.abs(mean) / spread)
     return margins, mean > 0
+
+
+def in_doubt(doubts: Sequence[float], least: float) -> list[int]:
+    """Places of the answers that are in doubt, those of the largest doubt first, equal ones in order.
+
+    Args:
+        doubts: standard deviations of what the judges of an answer say; infinity where they say nothing.
+        least: from which on an answer is in doubt.
+    """
+    return sorted((place for place, doubt in enumerate(doubts) if doubt >= least), key=lambda place: -doubts[place])

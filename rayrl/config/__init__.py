@@ -14,11 +14,14 @@ from rayrl.config.loading import load_config
 from rayrl.config.oracle import (
     FailoverEndpoint,
     HttpOracleConfig,
+    LabelStudioOracleConfig,
     OracleBase,
     OracleConfig,
     PanelOracleConfig,
+    PeopleConfig,
     ReplayOracleConfig,
     ScriptedOracleConfig,
+    SheetOracleConfig,
 )
 from rayrl.config.policy import PolicyConfig
 from rayrl.config.ppo import PpoConfig
@@ -44,12 +47,14 @@ __all__ = [
     "FailoverEndpoint",
     "GenerateConfig",
     "HttpOracleConfig",
+    "LabelStudioOracleConfig",
     "LoraConfig",
     "MlflowConfig",
     "OcrmConfig",
     "OracleBase",
     "OracleConfig",
     "PanelOracleConfig",
+    "PeopleConfig",
     "PolicyConfig",
     "PpoConfig",
     "PreferenceDataConfig",
@@ -65,6 +70,7 @@ __all__ = [
     "SeedDataConfig",
     "SelectConfig",
     "SftConfig",
+    "SheetOracleConfig",
     "SpgConfig",
     "Table",
     "TrainingConfig",

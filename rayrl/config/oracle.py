@@ -7,15 +7,17 @@ implementation in `rayrl.oracles`. A new type derives from `OracleBase`, names i
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from rayrl.config.data import Encoding
 from rayrl.config.function_name import FunctionName
 from rayrl.config.http_endpoint import NOT_SHOWN, HttpEndpoint, looks_like_secret, require_plain_body
 from rayrl.config.rubric import RubricConfig
-from rayrl.config.table import Operation, Place, Table
+from rayrl.config.table import Operation, Place, Table, plain_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,10 @@ class OracleBase(Table):
     def tables(self) -> list[OracleTable]:
         """List the tables that must be there."""
         return []
+
+    def people_asked(self) -> "PeopleConfig | None":
+        """Return the people who are asked, in their own time; None if nobody is."""
+        return None
 
     def longest_call_s(self) -> float:
         """Return how long one call may take."""
@@ -442,6 +448,150 @@ class ReplayOracleConfig(OracleBase):
         return tables
 
 
+class PeopleConfig(OracleBase):
+    """Base of the oracles that are people. They answer in hours or days: the run parks meanwhile, without an actor.
+
+    A run parks once all questions of a stage are where people find them, and goes on by the same command.
+    """
+
+    is_tried_out: ClassVar[bool] = False
+
+    num_people: int = Field(default=1, gt=0)
+    """Answers that a question needs, each from another person."""
+    combine: Literal["mean", "majority"] = "mean"
+    """Score of a question with several answers: the mean, or the score that more than half give (without one, the
+    median). Comparisons are decided by the majority in either case, and are a tie without one."""
+    enough: Operation[float] = Field(default=1.0, gt=0, le=1)
+    """Share of a stage's questions that must be answered before the run goes on. What is not answered then abstains,
+    and costs nothing."""
+    deadline: Operation[datetime | None] = None
+    """After it the run goes on with what has been answered, also by fewer than num_people. With a time zone, as in
+    2027-01-31T18:00:00+01:00."""
+    poll_s: Operation[float] = Field(default=30.0, gt=0)
+    """With --wait: time between two looks at what has been answered."""
+    usd_per_answer: Operation[float | None] = Field(default=None, ge=0)
+    """What one person gets for one answer; None if nobody is paid by the answer."""
+    budget_usd: Operation[float | None] = Field(default=None, gt=0)
+    """Hard limit over labels and evaluation; needs usd_per_answer."""
+
+    @field_validator("deadline")
+    @classmethod
+    def _with_zone(cls, deadline: datetime | None) -> datetime | None:
+        if deadline is not None and deadline.tzinfo is None:
+            raise ValueError(
+                f"deadline must name its time zone, got {deadline.isoformat()}; write {deadline.isoformat()}Z for UTC, "
+                "or its offset, such as +01:00"
+            )
+        return deadline
+
+    def people_asked(self) -> "PeopleConfig | None":
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_people(self) -> "PeopleConfig":
+        for name in ("max_concurrency", "requests_per_minute", "tokens_per_minute", "max_unreadable"):
+            if (value := _changed(self, name)) is not None:
+                raise ValueError(f"{name} = {value!r} has no effect on people; leave it out")
+        if self.budget_usd is not None and not self.usd_per_answer:
+            raise ValueError("budget_usd needs usd_per_answer; set what one answer costs, or leave out budget_usd")
+        return self
+
+    def prices(self) -> Prices | None:
+        """Prices of a question: by the answer, of which it needs `num_people`."""
+        if self.usd_per_answer is None:
+            return None
+        return Prices(
+            usd_per_1m_input=0.0,
+            usd_per_1m_output=1e6 * self.usd_per_answer,
+            max_tokens=1,
+            budget_usd=self.budget_usd,
+            num_samples=self.num_people,
+        )
+
+
+class SheetOracleConfig(PeopleConfig):
+    """People who answer in spreadsheets: the run writes one for each of them, and reads the same files again."""
+
+    implementation: ClassVar[str] = "rayrl.oracles.people.sheet:SheetDesk"
+
+    type: Literal["sheet"] = "sheet"
+    path: Operation[Place]
+    """Spreadsheet that ends in .xlsx or .csv. Comparisons lie beside it, under its name with "-comparisons"; with
+    `people`, each has files of their own, under its name with theirs."""
+    people: list[str] = Field(default=[])
+    """Names of those who answer, who share the questions; none is one nameless person."""
+    encoding: Operation[Encoding] = "utf-8"
+    """Of .csv files, where the program in which people answer writes another one."""
+
+    @field_validator("path")
+    @classmethod
+    def _spreadsheet(cls, path: str) -> str:
+        if not path.lower().endswith((".xlsx", ".csv")):
+            raise ValueError(f"path must end in .xlsx or .csv, got {path}; rename it")
+        return path
+
+    @field_validator("people")
+    @classmethod
+    def _named_once(cls, people: list[str]) -> list[str]:
+        for name in people:
+            plain_name(name, "anna")
+        if len({name.lower() for name in people}) < len(people):
+            raise ValueError(f"people must name each person once, in any case of letters, got {people}")
+        return people
+
+    @model_validator(mode="after")
+    def _as_many_people(self) -> "SheetOracleConfig":
+        if self.num_people > max(1, len(self.people)):
+            raise ValueError(
+                f"num_people = {self.num_people} needs as many names in people, got {len(self.people)}; add some, or "
+                "lower num_people"
+            )
+        return self
+
+    def label(self) -> str:
+        who = ", ".join(self.people) or "one person"
+        return f"{who} in {self.path}"
+
+    def shown(self) -> dict[str, str | None]:
+        return {"people": ", ".join(self.people) or None, "answers per question": str(self.num_people)}
+
+
+class LabelStudioOracleConfig(PeopleConfig):
+    """People who answer in Label Studio: each question is a task of a project there."""
+
+    implementation: ClassVar[str] = "rayrl.oracles.people.label_studio:LabelStudioDesk"
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    type: Literal["label_studio"] = "label_studio"
+    url: Operation[str]
+    """Address of the server, such as http://localhost:8080."""
+    api_key_env: Operation[str] = "LABEL_STUDIO_API_KEY"
+    """Environment variable (or, with a leading "file:", the file) that holds the access token of a user there."""
+    project: str = Field(min_length=1, max_length=38)
+    """Title of the project; it is made if there is none. Comparisons lie in another one, with " comparisons" behind."""
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise ValueError("url must be an http or https address without user, key and query")
+        return url.rstrip("/")
+
+    def label(self) -> str:
+        return f"people at {self.url}, project {self.project}"
+
+    def shown(self) -> dict[str, str | None]:
+        return {"project": self.project, "answers per question": str(self.num_people)}
+
+    def secret_sources(self) -> dict[str, str]:
+        return {"oracle.api_key_env": self.api_key_env}
+
+
+People = Annotated[SheetOracleConfig | LabelStudioOracleConfig, Field(discriminator="type")]
+"""An oracle that is people."""
+
+
 Judge = Annotated[HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig, Field(discriminator="type")]
 """An oracle that answers by itself."""
 
@@ -451,19 +601,53 @@ class PanelOracleConfig(OracleBase):
 
     A question to the panel is one query, which pays every judge. The limits of each judge hold for itself;
     max_concurrency, max_unreadable and the ledger are the panel's; a judge's own max_concurrency sizes its threads or
-    connections.
+    connections. With `people`, they are asked about what the judges are not sure of, and what they say counts.
     """
 
     implementation: ClassVar[str] = "rayrl.oracles.panel:PanelOracle"
 
     type: Literal["panel"] = "panel"
     """Kind of oracle."""
-    judges: list[Judge] = Field(min_length=2)
+    judges: list[Judge] = Field(min_length=1)
+    """Two or more; with `people`, one is enough."""
     combine: Literal["mean", "majority"] = "mean"
     """Score of an item: the mean, or the score that more than half of the judges give (without one, the median).
     Comparisons are decided by the majority in either case, and are a tie without one."""
+    people: People | None = None
+    """Asked about an item on which the judges (or the samples of the only one) differ by `people_above` or more, and
+    about one on which they abstain. Where people give an answer, it takes the place of the judges'."""
+    people_above: float = Field(default=0.5, gt=0)
+    """Standard deviation of the judges' scores; of preferences, where the first response wins 1 and a tie is 0.5."""
+    people_budget: Operation[int] = Field(default=0, ge=0)
+    """Questions that people are asked at most, over the whole run. Where a stage has more, those of the largest
+    deviation come first."""
     budget_usd: Operation[float | None] = Field(default=None, gt=0)
-    """Hard limit over labels, evaluation and test questions; needs the prices of all judges."""
+    """Hard limit over labels, evaluation and test questions; needs the prices of all judges, and of people."""
+
+    @model_validator(mode="after")
+    def _enough_judges(self) -> "PanelOracleConfig":
+        if self.people is None:
+            if len(self.judges) < 2:
+                raise ValueError("judges must be two or more, got one; add another, or `people` beside it")
+            if self.people_budget:
+                raise ValueError(f"people_budget = {self.people_budget} has no effect without people; add them")
+            return self
+        if self.people_budget == 0:
+            raise ValueError("people_budget must be at least 1 with people; set how many questions they are asked")
+        only = self.judges[0]
+        if len(self.judges) == 1 and not (isinstance(only, HttpOracleConfig) and only.num_samples > 1):
+            raise ValueError(
+                "judges must show where they are not sure: name two, or set judges[0].num_samples to 2 or more"
+            )
+        if self.people.budget_usd is not None:
+            raise ValueError(
+                "people.budget_usd must be left out; set people_budget, and budget_usd for judges and people together"
+            )
+        if self.people.ledger is not None:
+            raise ValueError("people.ledger has no effect in a panel; set oracle.ledger, which is for all of them")
+        if self.budget_usd is not None and self.people.prices() is None:
+            raise ValueError("budget_usd needs the price of every answer; set people.usd_per_answer (0 if it is free)")
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> "PanelOracleConfig":
@@ -499,11 +683,17 @@ class PanelOracleConfig(OracleBase):
         return self
 
     def label(self) -> str:
-        return f"{self.combine} of {', '.join(judge.label() for judge in self.judges)}"
+        judges = ", ".join(judge.label() for judge in self.judges)
+        named = f"{self.combine} of {judges}" if len(self.judges) > 1 else judges
+        return named if self.people is None else f"{named}; where they differ, {self.people.label()}"
 
     def shown(self) -> dict[str, str | None]:
         judges = {f"judge {place + 1}": judge.label() for place, judge in enumerate(self.judges)}
-        return {**judges, "judges combined by": self.combine}
+        people = {} if self.people is None else {"people where they differ": self.people.label()}
+        return {**judges, "judges combined by": self.combine, **people}
+
+    def people_asked(self) -> PeopleConfig | None:
+        return self.people
 
     def missing_to_judge(self) -> str:
         return self._first_missing([judge.missing_to_judge() for judge in self.judges])
@@ -532,7 +722,9 @@ class PanelOracleConfig(OracleBase):
         return self._of_judges([judge.functions() for judge in self.judges])
 
     def secret_sources(self) -> dict[str, str]:
-        return self._of_judges([judge.secret_sources() for judge in self.judges])
+        of_people = {} if self.people is None else self.people.secret_sources()
+        named = {f"oracle.people.{name.removeprefix('oracle.')}": source for name, source in of_people.items()}
+        return self._of_judges([judge.secret_sources() for judge in self.judges]) | named
 
     def _of_judges(self, settings: list[dict[str, str]]) -> dict[str, str]:
         """Name the settings of judges by their place: oracle.function is oracle.judges[0].function."""
@@ -572,5 +764,11 @@ def _changed(config: OracleBase, name: str) -> object:
 
 
 OracleConfig = Annotated[
-    HttpOracleConfig | ScriptedOracleConfig | ReplayOracleConfig | PanelOracleConfig, Field(discriminator="type")
+    HttpOracleConfig
+    | ScriptedOracleConfig
+    | ReplayOracleConfig
+    | SheetOracleConfig
+    | LabelStudioOracleConfig
+    | PanelOracleConfig,
+    Field(discriminator="type"),
 ]

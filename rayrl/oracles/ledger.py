@@ -63,6 +63,8 @@ class Outlook:
     """Questions that the budget of their purpose still pays for."""
     num_lost: int
     """Calls of that budget whose answers were lost."""
+    is_whole: bool = False
+    """Whether the questions are to come in one call: people are asked about all of them at once."""
 
 
 class Ledger:
@@ -172,6 +174,26 @@ class Ledger:
         """Give up calls of unknown outcome, or answers of a failed judge: they stay counted, and may be asked again."""
         with self._transaction() as db:
             db.executemany(sql.LOSE, [(attempt,) for attempt in attempts])
+
+    def answered(self, keys: Iterable[str]) -> set[str]:
+        """Return those of the questions that are answered, by whatever run."""
+        with self._lock:
+            return {row[0] for row in self._db.execute(sql.ANSWERED_KEYS, (json.dumps(sorted(set(keys))),))}
+
+    def disagreements(self, keys: Iterable[str]) -> dict[str, float | None]:
+        """Return how far the judges of answered questions differ; None where one judge gave one score."""
+        with self._lock:
+            return dict(map(tuple, self._db.execute(sql.DISAGREEMENTS, (json.dumps(sorted(set(keys))),))))
+
+    def num_left(self, purpose: str) -> int:
+        """Count the questions that a purpose's budget still pays for."""
+        with self._lock:
+            return self._budgets.get(purpose, 0) - self._num_spent.get(purpose, 0)
+
+    def annotate(self, key: str, annotations: Iterable[Mapping[str, object]]) -> None:
+        """Keep what each person said about a question."""
+        with self._transaction() as db:
+            db.executemany(sql.ANNOTATE, [{"key": key, **each} for each in annotations])
 
     def num_spent(self, keys: Iterable[str], purpose: str) -> int:
         """Count what these questions took of a purpose's budget, with the calls that were lost on the way."""

@@ -2,7 +2,8 @@
 
 An attempt has the columns of the record that it is about (`Judgement` or `Comparison`; those of the other kind are
 NULL), the run and the stage that asked, the tokens of the call and its time. Its `state` is the record's status, and
-more: see `rayrl.oracles.ledger`. A second table notes which answers a stage took over without paying.
+more: see `rayrl.oracles.ledger`. A second table notes which answers a stage took over without paying, and a third what
+each person said about a question that people answered; the score of a comparison is the share of its first response.
 """
 
 import contextlib
@@ -57,6 +58,14 @@ CREATE TABLE IF NOT EXISTS taken_over (
     key TEXT NOT NULL,
     PRIMARY KEY (run, stage, key)
 );
+CREATE TABLE IF NOT EXISTS annotations (
+    key TEXT NOT NULL,
+    annotator TEXT NOT NULL,
+    score REAL,
+    rationale TEXT NOT NULL,
+    seconds REAL,
+    PRIMARY KEY (key, annotator)
+);
 """
 
 # Version 0 belonged to one run, kept no stage, and wrote 0 where there was no price.
@@ -76,6 +85,11 @@ ANSWERED_KEYS = """
 SELECT DISTINCT key FROM attempts
 WHERE state IN ('scored', 'abstained') AND key IN (SELECT value FROM json_each(?))
 """
+DISAGREEMENTS = """
+SELECT key, disagreement FROM attempts
+WHERE state IN ('scored', 'abstained') AND key IN (SELECT value FROM json_each(?))
+"""
+ANNOTATE = "INSERT OR REPLACE INTO annotations VALUES (:key, :annotator, :score, :rationale, :seconds)"
 NUM_LOST = "SELECT count(*) FROM attempts WHERE run = ? AND purpose = ? AND state = 'lost'"
 KNOWN = "SELECT * FROM attempts WHERE key = ? AND state IN ('reserved', 'scored', 'abstained')"
 LOSE = "UPDATE attempts SET state = 'lost' WHERE attempt = ? AND state IN ('reserved', 'abstained')"

@@ -7,7 +7,6 @@ if at least half of the judges have a score.
 
 import asyncio
 import re
-import statistics
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from rayrl.errors import ConfigError, DataError
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.protocol import Oracle, Verdict
-from rayrl.oracles.samples import Combine, combined, majority, mean
+from rayrl.oracles.samples import Combine, combined, majority, mean, most_frequent
 
 
 class PanelOracle:
@@ -96,9 +95,3 @@ class _Judge:
     def _named(self, message: str) -> str:
         """Name the settings in a message by the judge's place: oracle.model is oracle.judges[0].model."""
         return self._setting.sub(f"{self._where}.", message)
-
-
-def most_frequent(scores: Sequence[float]) -> float:
-    """Return the score of more than half of the judges; without one, their median."""
-    most = statistics.mode(scores)
-    return most if 2 * scores.count(most) > len(scores) else statistics.median(scores)

@@ -9,9 +9,10 @@ nothing more (`rayrl.oracles.breaker`).
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import ray
@@ -19,25 +20,24 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrl.config import OracleBase
+from rayrl.algorithms.routing import in_doubt
+from rayrl.config import OracleBase, PanelOracleConfig
 from rayrl.errors import BudgetExhausted, JudgeFailed, RayRLError, RunDirectoryError, StageTimeout, UsdExhausted
 from rayrl.metrics import meters
 from rayrl.metrics.fleet_state import FleetState
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.breaker import Breaker
-from rayrl.oracles.build import build_oracle
+from rayrl.oracles.build import build_desk, build_oracle, check_oracle
 from rayrl.oracles.ledger import Ledger, Outlook, Reserved
 from rayrl.oracles.limits import Slots
+from rayrl.oracles.people.waiting import People, Waiting
 from rayrl.oracles.protocol import Verdict
-from rayrl.oracles.questions import Question, address, call, estimate_usd, refused, reused
+from rayrl.oracles.questions import BUDGET_EXHAUSTED, Question, address, call, estimate_usd, refused, reused
 from rayrl.records import Comparison, Judgement
 from rayrl.runs.stage_metrics import LedgerCounts
 from rayrl.runs.stage_table import Purpose
 
 logger = logging.getLogger(__name__)
-
-BUDGET_EXHAUSTED = "budget exhausted"
-"""Rationale of an abstention that was never asked, because nothing was left to pay with."""
 
 _START_TIMEOUT_S = 120.0
 _DRAIN_S = 3.0
@@ -79,6 +79,10 @@ class OraclePool:
         self._rubric = rubric
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, run=run, is_own=config.ledger is None, budget_usd=budget_usd)
+        people = config.people_asked()
+        self._people = None if people is None else People(build_desk(people, rubric), people, self._ledger)
+        self._has_judge = config is not people
+        self._people_above = config.people_above if isinstance(config, PanelOracleConfig) else 0.0
         self._breaker = Breaker(config.max_unreadable)
         self._call_timeout_s = config.longest_call_s()
         self._slots = Slots(config.max_concurrency)
@@ -152,7 +156,11 @@ class OraclePool:
     def outlook(self, questions: Sequence[Question], purpose: Purpose, stage: str) -> Outlook:
         """`Ledger.outlook`, of questions that are to be asked."""
         addressed = [address(each, self._oracle, self._rubric, purpose) for each in questions]
-        return self._ledger.outlook(addressed, purpose, stage)
+        return replace(self._ledger.outlook(addressed, purpose, stage), is_whole=self._people is not None)
+
+    def waiting(self) -> Waiting | None:
+        """What people were asked, and have not answered; None if nothing is missing."""
+        return None if self._people is None else self._people.waiting
 
     def resize(self, least: int | None, most: int | None) -> FleetState:
         """Ask so many questions at once from now on: `most`, or if that is None the number of the config.
@@ -194,6 +202,9 @@ class OraclePool:
 
     async def _answers(self, asked: Sequence[Question], purpose: Purpose, stage: str) -> list[Question]:
         start = time.monotonic()
+        if self._people is not None and not self._has_judge:
+            questions = [address(each, self._people.desk, self._rubric, purpose) for each in asked]
+            return await self._people.answers(questions, purpose, stage)
         if stage != self._stage:  # unreadable answers of a stage that has ended are what they are
             self._stage = stage
             self._breaker.read()
@@ -206,6 +217,8 @@ class OraclePool:
                 answers[place] = answer
                 self._unanswered.discard(answer.key)
         await self._ledger.sync()
+        if self._people is not None:
+            answers = await self._settled_by_people(self._people, asked, answers, stage)
         num_scored = sum(answer.status == "scored" for answer in answers)
         logger.info(
             "asked %d questions for %s: %d answered, %d abstained, %.1f s",
@@ -216,6 +229,26 @@ class OraclePool:
             time.monotonic() - start,
         )
         return answers
+
+    async def _settled_by_people(
+        self, people: People, asked: Sequence[Question], answers: Sequence[Question], stage: str
+    ) -> list[Question]:
+        """Replace the judges' answers that are in doubt by those of people, where they give one.
+
+        Raises:
+            WaitingForPeople: they have not answered yet. The judges' answers are in the ledger.
+        """
+        disagreements = self._ledger.disagreements(answer.key for answer in answers)
+        doubts = [
+            math.inf if answer.status == "abstained" else disagreements.get(answer.key) or 0.0 for answer in answers
+        ]
+        places = in_doubt(doubts, self._people_above)
+        questions = [address(asked[place], people.desk, self._rubric, "people") for place in places]
+        settled = list(answers)
+        for place, answer in zip(places, await people.answers(questions, "people", stage), strict=True):
+            if answer.status == "scored":
+                settled[place] = answer
+        return settled
 
     async def _answer_all(self, questions: Sequence[Question], stage: str) -> list[Question]:
         """Answer questions side by side.
@@ -440,7 +473,7 @@ def start_oracle_pool(
         RunDirectoryError: another live run has this name or owns the ledger.
         StageTimeout: the actor did not start.
     """
-    build_oracle(config, rubric).check()
+    check_oracle(config, rubric)
     options = {
         "name": f"{run_name}-oracle",
         "num_cpus": 0,

@@ -38,18 +38,22 @@ class Verdict:
         return self.score is None and not self.billed
 
 
-class Oracle(Protocol):
-    """Judges responses on a rubric, and compares them. Built from its config and the rubric."""
+class Named(Protocol):
+    """Whoever is asked: an oracle, or people."""
 
     @property
     def name(self) -> str:
-        """Name of the judge; part of the key under which a judgement is paid once."""
+        """Name of who judges; part of the key under which a judgement is paid once."""
         ...
 
     @property
     def comparer(self) -> str:
-        """Name of what compares; part of the key under which a comparison is paid once."""
+        """Name of who compares; part of the key under which a comparison is paid once."""
         ...
+
+
+class Oracle(Named, Protocol):
+    """Judges responses on a rubric, and compares them. Built from its config and the rubric."""
 
     def check(self) -> None:
         """Make sure that judging can start, without asking or paying for anything.

@@ -10,16 +10,19 @@ from typing import TypeVar
 from rayrl.models.judge_prompt import Rubric
 from rayrl.models.pairwise_prompt import pairwise_version
 from rayrl.oracles.completions import well_formed
-from rayrl.oracles.protocol import PREFERENCE_SHARES, Oracle, Verdict
+from rayrl.oracles.protocol import PREFERENCE_SHARES, Named, Oracle, Verdict
 from rayrl.records import Comparison, Judgement, Preference, Status, content_id
 from rayrl.runs.stage_table import Purpose
 
 Question = TypeVar("Question", Judgement, Comparison)
 
+BUDGET_EXHAUSTED = "budget exhausted"
+"""Rationale of an abstention that was never asked, because nothing was left to pay with."""
+
 _PREFERENCES: dict[float, Preference] = {share: preference for preference, share in PREFERENCE_SHARES.items()}
 
 
-def address(question: Question, oracle: Oracle, rubric: Rubric, purpose: Purpose) -> Question:
+def address(question: Question, oracle: Named, rubric: Rubric, purpose: Purpose) -> Question:
     """Fill in which oracle is asked, out of which budget, and the key under which the answer is paid once.
 
     The key is made of the texts, the oracle and the rubric. Ids and purpose are not in it, so that the same question

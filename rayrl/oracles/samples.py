@@ -14,6 +14,12 @@ def mean(scores: Sequence[float]) -> float:
     return statistics.fmean(scores)
 
 
+def most_frequent(scores: Sequence[float]) -> float:
+    """Return the score of more than half of the judges; without one, their median."""
+    most = statistics.mode(scores)
+    return most if 2 * scores.count(most) > len(scores) else statistics.median(scores)
+
+
 def majority(shares: Sequence[float]) -> float:
     """Return the preference of more than half of the samples, else a tie; both as shares of the first response."""
     most = statistics.mode(shares)

@@ -9,6 +9,7 @@ from rayrl.errors import ConfigError
 
 FLAGS = {
     "--plan": "show the stages, what they need and what they cost; start nothing",
+    "--wait": "where people are asked: wait for their answers, instead of ending with exit code 75",
     "--json": "with --plan: the resolved config and the plan as JSON",
     "--version": "show the version",
     "--help": "show this",
@@ -16,7 +17,7 @@ FLAGS = {
 """Flags, with what they do."""
 _OTHER_NAMES = {"--dry-run": "--plan", "--dryrun": "--plan", "--check": "--plan", "-n": "--plan"}
 """Flags that other programs have for the same."""
-USAGE = """usage: {command} CONFIG.toml [section.key=value ...] [--plan] [--json]
+USAGE = """usage: {command} CONFIG.toml [section.key=value ...] [--plan] [--json] [--wait]
 
 CONFIG.toml        the run's settings; paths in it start at the working directory
 section.key=value  another value of one setting, as TOML; a bare word is text: select.budget=64 dpo.loss=ipo

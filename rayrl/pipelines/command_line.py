@@ -1,6 +1,6 @@
 """Command that plans a config or runs it to the report: `rayrl run`, and the entry points in jobs/.
 
-Exit code 2 for a user's mistake.
+Exit code 2 for a user's mistake, 75 for a run that waits for people.
 """
 
 import importlib
@@ -14,10 +14,20 @@ from functools import partial
 
 from rayrl import __version__
 from rayrl.config import RunConfig, load_config
-from rayrl.errors import RayRLError
+from rayrl.errors import RayRLError, WaitingForPeople
 from rayrl.pipelines.arguments import Arguments, read_arguments, usage
+from rayrl.pipelines.people import wait_for_people
 from rayrl.pipelines.stopping import MESSAGE, Stopping, stoppable
 from rayrl.runs.guard import ending_descendants, guard_this_process
+
+logger = logging.getLogger(__name__)
+
+WAITING_EXIT_CODE = os.EX_TEMPFAIL
+"""Of a run that is parked: 75, "try again later"."""
+PARKED = (
+    "nothing of the run is going on any more; the same command continues it with what is answered then, and with "
+    "--wait it looks itself. oracle.enough and oracle.deadline end the waiting with what there is"
+)
 
 
 def main(name: str | None, arguments: list[str], about: str | None, *, command: str | None = None) -> int:
@@ -46,6 +56,9 @@ def stoppable_command(command: Callable[[Stopping], int]) -> int:
                 # An ordinary exit joins threads, some of which wait for answers of the cluster that has ended.
                 sys.stdout.flush()
                 os._exit(stopping.exit_code)
+            if isinstance(error, WaitingForPeople):
+                print(f"{error}\n  {PARKED}", file=sys.stderr, flush=True)
+                return WAITING_EXIT_CODE
             if isinstance(error, RayRLError):
                 print(f"error: {error}", file=sys.stderr)
                 return 2
@@ -67,7 +80,9 @@ def _run_command(
 
 def _plan_or_run(name: str | None, given: Arguments, stopping: Stopping) -> int:
     config = load_config(given.config, list(given.overrides), pipeline=name)
-    return plan(config, as_json="--json" in given.flags) if "--plan" in given.flags else run(config, stopping)
+    if "--plan" in given.flags:
+        return plan(config, as_json="--json" in given.flags)
+    return run(config, stopping, waits="--wait" in given.flags)
 
 
 def plan(config: RunConfig, *, as_json: bool = False) -> int:
@@ -79,8 +94,17 @@ def plan(config: RunConfig, *, as_json: bool = False) -> int:
     return 0
 
 
-def run(config: RunConfig, stopping: Stopping) -> int:
-    """Check everything, connect to the cluster (`rayrl.fleets.connection`), and run to the report."""
+def run(config: RunConfig, stopping: Stopping, *, waits: bool = False) -> int:
+    """Check everything, connect to the cluster (`rayrl.fleets.connection`), and run to the report.
+
+    Args:
+        config: the run.
+        stopping: this process's handlers of signals.
+        waits: look for people's answers again and again, instead of parking the run. Meanwhile it has no actor.
+
+    Raises:
+        WaitingForPeople: people have not answered enough questions, and nobody waits for them here.
+    """
     from rayrl.preflight import check
 
     plan = check(config, contact_oracle=True)
@@ -90,7 +114,16 @@ def run(config: RunConfig, stopping: Stopping) -> int:
     started = time.monotonic()
     connect_stoppable(stopping)
     pipeline = getattr(importlib.import_module(f"rayrl.pipelines.{config.pipeline}"), config.pipeline)
-    report = run_pipeline(config, plan, pipeline, ray_start_s=time.monotonic() - started, stopping=stopping)
+    ray_start_s = time.monotonic() - started
+    while True:
+        try:
+            report = run_pipeline(config, plan, pipeline, ray_start_s=ray_start_s, stopping=stopping)
+            break
+        except WaitingForPeople as error:
+            if not waits:
+                raise
+            logger.info("%s", error)
+            wait_for_people(config)
     print(f"report: {report}")
     return 0
 

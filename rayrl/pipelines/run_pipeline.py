@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import ray
@@ -13,19 +13,22 @@ import ray.data
 from ray.actor import ActorHandle
 
 from rayrl.config import RunConfig
+from rayrl.errors import WaitingForPeople
 from rayrl.fleets.control import Driver, start_control
 from rayrl.fleets.services import Services
 from rayrl.metrics import meters, prometheus
 from rayrl.metrics.tracking import tracked
 from rayrl.models.judge_prompt import load_rubric
+from rayrl.oracles.people.waiting import Waiting
 from rayrl.oracles.pool import end_oracle_pool, start_oracle_pool, stop_asking
 from rayrl.pipelines.stopping import STOP_REQUEST, Stopping
 from rayrl.preflight.plan import Plan
 from rayrl.report.page import write_report
 from rayrl.report.paid import answers
 from rayrl.runs import storage
-from rayrl.runs.run import Manifest, Run, ledger_url, note_cluster, open_run
+from rayrl.runs.run import Manifest, Run, ledger_url, note_cluster, note_waiting, open_run
 from rayrl.runs.stage_metrics import EvaluateMetrics
+from rayrl.stages.labelling.ask import COUNT_TIMEOUT_S, wait_for
 from rayrl.stages.labelling.try_out import try_out
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ def running(
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     run = open_run(config)
+    note_waiting(run.url, None)
     note_cluster(run.url, ray.get_runtime_context().gcs_address)
     run.record_time("ray", ray_start_s)
     prometheus.name_run(config.name)
@@ -109,7 +113,12 @@ def running(
         )
         ends.callback(services.stop)
         ends.enter_context(tracked(run))
-        yield Running(run=run, services=services, oracle=oracle)
+        try:
+            yield Running(run=run, services=services, oracle=oracle)
+        except WaitingForPeople:
+            waiting: Waiting = wait_for(oracle.waiting.remote(), "what people have not answered", COUNT_TIMEOUT_S)
+            note_waiting(run.url, asdict(waiting))
+            raise
 
 
 def evaluators_role(config: RunConfig) -> str:

@@ -206,10 +206,10 @@ def _inspect_rlp(config: RunConfig, model: ModelFacts, cluster: Cluster, *, onli
 
 def _contact(config: RunConfig, rubric: Rubric) -> None:
     """Try the oracle, and load the reward function: both run code of the user's, or use the network."""
-    from rayrl.oracles.build import build_oracle
+    from rayrl.oracles.build import check_oracle
     from rayrl.oracles.scripted import source_of
 
-    build_oracle(config.oracle, rubric).check()
+    check_oracle(config.oracle, rubric)
     # Its text is part of the key of PPO's work: a function without one, as a built-in's, cannot be resumed.
     if config.pipeline == "rlp" and config.ppo.function is not None:
         source_of(config.ppo.function, "ppo.function")

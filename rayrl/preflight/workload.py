@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rayrl.algorithms.budget import planned_spending
 from rayrl.algorithms.comparisons import num_disjoint, queries_per_pair, queries_per_prompt
 from rayrl.algorithms.pairing import num_pairs_planned
-from rayrl.config import RunConfig
+from rayrl.config import PanelOracleConfig, RunConfig
 from rayrl.errors import ConfigError
 from rayrl.runs.stage_table import (
     GENERATE,
@@ -114,6 +114,7 @@ def ledger_budgets(config: RunConfig, queries: tuple[int, ...]) -> dict[str, int
         "label": sum(queries),
         "evaluate": config.evaluate.budget + config.evaluate.diagnosis_budget,
         "test": TEST_BUDGET,
+        **({"people": config.oracle.people_budget} if isinstance(config.oracle, PanelOracleConfig) else {}),
     }
 
 

@@ -44,6 +44,7 @@ CONFIG = "config.json"
 INPUTS = "inputs.json"
 """In a run's folder: the digest of every input's content at the last start, by setting (`rayrl.runs.content`)."""
 CLUSTER = "cluster.json"
+WAITING = "waiting.json"
 """In a run's folder: the address of the cluster that it last ran in."""
 IDENTITY = "identity.json"
 """In a run's folder: an id that stays with it wherever it lies, and by which a ledger knows the run's questions."""
@@ -407,6 +408,20 @@ def identity(url: str) -> str:
             f"{path} must hold the id by which the ledger knows this run's questions, but is damaged ({error}); the "
             'ledger has it in column run of table attempts: write it back as {"id": "..."}'
         ) from None
+
+
+def note_waiting(url: str, waiting: Mapping[str, Any] | None) -> None:
+    """Note what the run in a folder waits for, as it parks; None as it goes on."""
+    if waiting is None:
+        storage.remove(storage.join(url, WAITING))
+    else:
+        storage.write_json(storage.join(url, WAITING), waiting)
+
+
+def noted_waiting(url: str) -> dict[str, Any] | None:
+    """Read what a parked run waits for (`rayrl.oracles.people.waiting.Waiting`); None if it waits for nobody."""
+    path = storage.join(url, WAITING)
+    return storage.read_json(path) if storage.exists(path) else None
 
 
 def note_cluster(url: str, address: str) -> None:

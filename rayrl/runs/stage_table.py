@@ -17,8 +17,9 @@ from rayrl.runs import stage_metrics as metrics
 
 M = TypeVar("M", bound=metrics.StageMetrics, covariant=True)
 
-Purpose = Literal["label", "evaluate", "test"]
-"""Budgets of the ledger: questions that teach, questions that measure, and those that try the judge out beforehand."""
+Purpose = Literal["label", "evaluate", "test", "people"]
+"""Budgets of the ledger: questions that teach, questions that measure, those that try the judge out beforehand, and
+those that people are asked beside judges."""
 EMBEDDINGS = "embeddings-"
 """In the folder of the selection: vectors of the responses, named by the work that they are."""
 ENTROPIES = "entropies-"

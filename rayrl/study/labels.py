@@ -24,7 +24,8 @@ from rayrl.config.oracle import ReplayOracleConfig
 from rayrl.errors import BudgetExhausted, RayRLError
 from rayrl.metrics.progress import track
 from rayrl.models.judge_prompt import Rubric
-from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool
+from rayrl.oracles.pool import OraclePool
+from rayrl.oracles.questions import BUDGET_EXHAUSTED
 from rayrl.oracles.replay import ReplayOracle
 from rayrl.records import Comparison, Judgement, Preference
 from rayrl.runs.stage_table import PREFERENCES, QUERY

@@ -10,7 +10,8 @@ import pytest
 
 from rayrl.config import HttpOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool
+from rayrl.oracles.pool import OraclePool
+from rayrl.oracles.questions import BUDGET_EXHAUSTED
 from rayrl.records import Comparison, Judgement
 from tests.judge_server import JudgeServer, Reply
 from tests.oracles.test_ledger import answers as kept

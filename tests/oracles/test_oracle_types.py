@@ -21,8 +21,9 @@ from rayrl.config.oracle import OracleTable, Prices
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_oracle
 from rayrl.oracles.http import HttpOracle
-from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool
+from rayrl.oracles.pool import OraclePool
 from rayrl.oracles.protocol import Verdict
+from rayrl.oracles.questions import BUDGET_EXHAUSTED
 from rayrl.oracles.replay import ReplayOracle
 from rayrl.oracles.scripted import ScriptedOracle
 from rayrl.records import Comparison, Judgement

@@ -11,8 +11,9 @@ from rayrl.config import PanelOracleConfig, RubricConfig, RunConfig
 from rayrl.errors import ConfigError, JudgeFailed
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles import breaker
-from rayrl.oracles.panel import PanelOracle, most_frequent
+from rayrl.oracles.panel import PanelOracle
 from rayrl.oracles.pool import OraclePool
+from rayrl.oracles.samples import most_frequent
 from tests.judge_server import JudgeServer, Reply
 from tests.oracles.test_comparing_pool import item
 from tests.oracles.test_pool import items

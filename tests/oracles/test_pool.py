@@ -17,7 +17,8 @@ import pytest
 from rayrl.config import HttpOracleConfig, RubricConfig, ScriptedOracleConfig
 from rayrl.errors import ConfigError, RunDirectoryError, UsdExhausted
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.pool import BUDGET_EXHAUSTED, OraclePool, start_oracle_pool
+from rayrl.oracles.pool import OraclePool, start_oracle_pool
+from rayrl.oracles.questions import BUDGET_EXHAUSTED
 from rayrl.records import Judgement
 from tests.judge_server import JudgeServer, Reply
 from tests.oracles.test_ledger import answers

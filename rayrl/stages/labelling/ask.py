@@ -147,8 +147,10 @@ def _in_chunks(
     """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
     if not questions:
         return []
-    _announce(wait_for(oracle.outlook.remote(questions, stage.pays, stage.name), describe, COUNT_TIMEOUT_S), stage)
-    chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
+    outlook: Outlook = wait_for(oracle.outlook.remote(questions, stage.pays, stage.name), describe, COUNT_TIMEOUT_S)
+    _announce(outlook, stage)
+    size = len(questions) if outlook.is_whole else CHUNK
+    chunks = [questions[start : start + size] for start in range(0, len(questions), size)]
     pending: list[Any] = [method.remote(chunk, stage.pays, stage.name) for chunk in chunks]
     answers: list[Question] = []
     for chunk in track(pending, describe):
