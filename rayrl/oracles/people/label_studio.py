@@ -1,0 +1,239 @@
+"""A desk in Label Studio: each question is a task of a project, and its annotations are people's answers."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import httpx
+from label_studio_sdk import LabelStudio
+from label_studio_sdk.core.api_error import ApiError
+
+from rayrl.config import LabelStudioOracleConfig
+from rayrl.errors import ConfigError, DataError, JudgeFailed
+from rayrl.models.judge_prompt import Rubric
+from rayrl.oracles.keys import read_key
+from rayrl.oracles.people.criteria import criteria
+from rayrl.oracles.people.desk import CANNOT_SAY, Annotation, Kind, kind_of, share_of
+from rayrl.records import Comparison, Judgement
+
+TEXTS: dict[Kind, tuple[str, ...]] = {"judgements": ("prompt", "response"), "comparisons": ("prompt", "first", "second")}
+"""Fields of a task that people read."""
+ANSWER, REASONS = "answer", "reasons"
+"""Names of the two controls."""
+TASKS_PER_CALL = 200
+MAX_CHOICES = 12
+"""Scores that are shown as buttons; of more, a number is typed."""
+_TITLES = {"prompt": "Prompt", "response": "Response", "first": "First response", "second": "Second response"}
+
+
+class LabelStudioDesk:
+    """Projects in Label Studio, one for each kind of question."""
+
+    def __init__(self, config: LabelStudioOracleConfig, rubric: Rubric) -> None:
+        self._config = config
+        self._rubric = rubric
+        self._key = read_key(config.api_key_env)
+        self._people: dict[int, str] = {}
+        self.name = self.comparer = f"people of {config.project}"
+
+    def check(self) -> None:
+        with self._told(ConfigError):
+            self._client().users.whoami()
+        for kind in TEXTS:
+            self.collect(kind)
+
+    def post(self, questions: Sequence[Judgement | Comparison]) -> None:
+        if not questions:
+            return
+        kind = kind_of(questions[0])
+        with self._told(JudgeFailed):
+            client = self._client()
+            project = self._project(client, kind) or self._new_project(client, kind)
+            known = {task.data.get("key") for task in self._tasks(client, project.id)}
+            new = [question for question in questions if question.key not in known]
+            tasks: list[Any] = [
+                {"key": each.key, **{name: getattr(each, name) for name in TEXTS[kind]}} for each in new
+            ]
+            for start in range(0, len(tasks), TASKS_PER_CALL):
+                client.projects.import_tasks(project.id, request=tasks[start : start + TASKS_PER_CALL])
+
+    def collect(self, kind: Kind) -> dict[str, list[Annotation]]:
+        with self._told(JudgeFailed):
+            client = self._client()
+            project = self._project(client, kind)
+            if project is None:
+                return {}
+            found: dict[str, list[Annotation]] = {}
+            for task in self._tasks(client, project.id):
+                # The last word of each person counts.
+                by_person: dict[object, Annotation] = {}
+                for annotation in task.annotations or ():
+                    if not annotation.get("was_cancelled"):
+                        person = annotation.get("completed_by")
+                        by_person[person] = self._read(client, kind, annotation, f"{project.id}, task {task.id}")
+                if by_person and task.data.get("key"):
+                    found[str(task.data["key"])] = list(by_person.values())
+            return found
+
+    def place(self, kind: Kind) -> str:
+        with self._told(JudgeFailed):
+            project = self._project(self._client(), kind)
+        return f"{self._config.url}/projects/{'' if project is None else f'{project.id}/data'}"
+
+    def _client(self) -> LabelStudio:
+        return LabelStudio(base_url=self._config.url, api_key=self._key, timeout=self._config.timeout_s)
+
+    def _title(self, kind: Kind) -> str:
+        return self._config.project + (" comparisons" if kind == "comparisons" else "")
+
+    def _project(self, client: LabelStudio, kind: Kind) -> Any:
+        """Find the project by its title; None if there is none.
+
+        Raises:
+            ConfigError: several have it, or it has no control that answers.
+        """
+        title = self._title(kind)
+        found = [each for each in client.projects.list(title=title) if each.title == title]
+        if not found:
+            return None
+        if len(found) > 1:
+            raise ConfigError(
+                f"oracle.project must be the title of one project at {self._config.url}, and {len(found)} are called "
+                f"{title!r}; rename all but one of them, or choose another title"
+            )
+        (project,) = found
+        if f'name="{ANSWER}"' not in (project.label_config or ""):
+            raise ConfigError(
+                f"oracle.project {title!r} at {self._config.url} must have a control with the name {ANSWER}, and its "
+                "labelling interface has none; choose another title, and a project with it is made"
+            )
+        if (project.maximum_annotations or 1) < self._config.num_people:
+            client.projects.update(project.id, maximum_annotations=self._config.num_people)
+        return project
+
+    def _new_project(self, client: LabelStudio, kind: Kind) -> Any:
+        return client.projects.create(
+            title=self._title(kind),
+            label_config=interface(self._rubric, kind),
+            maximum_annotations=self._config.num_people,
+            show_skip_button=False,  # who cannot say, says so
+            show_instruction=False,
+        )
+
+    def _tasks(self, client: LabelStudio, project: int) -> Iterator[Any]:
+        return iter(client.tasks.list(project=project, fields="all", page_size=TASKS_PER_CALL))
+
+    def _read(self, client: LabelStudio, kind: Kind, annotation: Mapping[str, Any], where: str) -> Annotation:
+        """Read one person's annotation.
+
+        Raises:
+            DataError: it holds no answer.
+        """
+        score = read_answer(annotation.get("result") or [], kind, self._rubric)
+        if isinstance(score, str):
+            raise DataError(f"{self._config.url}, project {where}: {score}; correct it there. Nothing was taken over")
+        return Annotation(
+            annotator=self._name_of(client, annotation.get("completed_by")),
+            score=None if math.isnan(score) else score,
+            rationale=read_reasons(annotation.get("result") or []),
+            seconds=annotation.get("lead_time"),
+        )
+
+    def _name_of(self, client: LabelStudio, person: Any) -> str:
+        number = person.get("id") if isinstance(person, dict) else person
+        if number not in self._people:
+            try:
+                user = client.users.get(number)
+                self._people[number] = user.email or user.username or f"user {number}"
+            except ApiError:  # the token's user may not look others up
+                self._people[number] = f"user {number}"
+        return self._people[number]
+
+    @contextmanager
+    def _told(self, kind: type[ConfigError] | type[JudgeFailed]) -> Iterator[None]:
+        """Tell what goes wrong at the server in one line, without its headers, which hold cookies."""
+        where = f"oracle.url: Label Studio at {self._config.url}"
+        try:
+            yield
+        except ApiError as error:
+            body: Any = error.body
+            detail = body.get("detail") if isinstance(body, dict) else None
+            remedy = "try again later"
+            if error.status_code in (401, 403):
+                remedy = f"put a valid access token into {self._config.api_key_env} (Account & Settings there)"
+            raise kind(f"{where} answers {error.status_code} ({detail or 'no reason'}); {remedy}") from None
+        except httpx.HTTPError as error:
+            raise kind(
+                f"{where} cannot be reached ({error}); start it, or correct the address, and run the same command "
+                "again: what people answered stays there"
+            ) from None
+
+
+def interface(rubric: Rubric, kind: Kind) -> str:
+    """Write the labelling interface of a project: the texts, the criteria, the answer and its reasons."""
+    parts = [f"<Header value={quoteattr('How to answer')} size='4'/>"]
+    parts += [f"<Header value={quoteattr(line)} size='6'/>" for line in criteria(rubric, kind).split("\n") if line]
+    parts += [_text(name) for name in TEXTS[kind][:1]]
+    responses = "".join(f"<View style='flex: 1'>{_text(name)}</View>" for name in TEXTS[kind][1:])
+    parts.append(f"<View style='display: flex; gap: 1em'>{responses}</View>")
+    about = TEXTS[kind][1]
+    values = ["first", "second", "tie"]
+    if kind == "judgements":
+        values = [str(score) for score in range(rubric.min_score, rubric.max_score + 1)]
+    title = "Which response is better?" if kind == "comparisons" else "Score"
+    parts.append(f"<Header value={quoteattr(title)} size='5'/>")
+    if len(values) > MAX_CHOICES:
+        parts.append(f"<Number name='{ANSWER}' toName='{about}' min='{values[0]}' max='{values[-1]}'/>")
+        choices = [CANNOT_SAY]
+        name, required = "cannot_say", "false"
+    else:
+        choices, name, required = [*values, CANNOT_SAY], ANSWER, "true"
+    buttons = "".join(f"<Choice value={quoteattr(choice)}/>" for choice in choices)
+    parts.append(
+        f"<Choices name='{name}' toName='{about}' choice='single' required='{required}' showInLine='true'>"
+        f"{buttons}</Choices>"
+    )
+    parts.append(
+        f"<TextArea name='{REASONS}' toName='{about}' rows='3' editable='true' placeholder='Your reasons, if you like'/>"
+    )
+    return f"<View>{''.join(parts)}</View>".replace("'", '"')
+
+
+def _text(name: str) -> str:
+    return f"<Header value='{_TITLES[name]}' size='5'/><Text name='{name}' value='${name}'/>"
+
+
+def read_answer(result: Sequence[Mapping[str, Any]], kind: Kind, rubric: Rubric) -> float | str:
+    """Read the score of an annotation; NaN where a person cannot say, and a text where it holds no answer."""
+    given: list[str] = []
+    for part in result:
+        value: Mapping[str, Any] = part.get("value") or {}
+        if part.get("from_name") in (ANSWER, "cannot_say"):
+            given += [str(each) for each in value.get("choices") or ()]
+            if value.get("number") is not None:
+                given.append(str(value["number"]))
+    if CANNOT_SAY in given:
+        return math.nan
+    if len(given) != 1:
+        return f"it must have one answer, and has {len(given)}"
+    if kind == "comparisons":
+        share = share_of(given[0])
+        return f"its answer must be first, second or tie, got {given[0]!r}" if share is None else share
+    try:
+        score = float(given[0])
+    except ValueError:
+        return f"its answer must be a number, got {given[0]!r}"
+    if not rubric.accepts(score):
+        return f"its answer must be from {rubric.min_score} to {rubric.max_score}, got {given[0]}"
+    return score
+
+
+def read_reasons(result: Sequence[Mapping[str, Any]]) -> str:
+    """Read the reasons of an annotation; "" without any."""
+    texts: list[str] = []
+    for part in result:
+        if part.get("from_name") == REASONS:
+            texts += [str(each) for each in (part.get("value") or {}).get("text") or ()]
+    return "\n".join(texts).strip()
