@@ -446,7 +446,7 @@ def _headline(facts: "RunFacts") -> str:
 
 def _usd(facts: "RunFacts") -> str:
     """Say what all queries have cost, of what they may, or that there is no price; empty before any is asked."""
-    paid = [facts.paid.label, facts.paid.evaluate, facts.paid.test]
+    paid = [facts.paid.label, facts.paid.evaluate, facts.paid.test, facts.paid.people]
     prices = facts.run.config.oracle.prices()
     if prices is None:
         num_tokens = sum((each.input_tokens or 0) + (each.output_tokens or 0) for each in paid)

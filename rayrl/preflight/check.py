@@ -14,6 +14,7 @@ from rayrl.models.judge_prompt import Rubric, load_rubric
 from rayrl.preflight.cluster import Cluster
 from rayrl.preflight.clustering_models import inspect_clustering_models
 from rayrl.preflight.cost import estimate_cost
+from rayrl.preflight.descriptions import describe_people
 from rayrl.preflight.discovery import find_cluster
 from rayrl.preflight.engine_settings import check_engines
 from rayrl.preflight.inputs import check_held_out, inspect_others, inspect_pool, inspect_seed_data
@@ -119,6 +120,7 @@ def check(
         num_pairs=workload.num_pairs,
         budgets=ledger_budgets(config, workload.label_queries),
         test_prompts=pool.first,
+        people=describe_people(config.oracle),
         usd=None if cost is None else cost.total_usd,
         disk_bytes=disk.needed,
         free_bytes=disk.free,

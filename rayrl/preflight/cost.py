@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rayrl.config import RunConfig
+from rayrl.config import OracleBase, PanelOracleConfig, RunConfig
 from rayrl.models.judge_prompt import Rubric, oracle_prompt
 from rayrl.models.pairwise_prompt import pairwise_prompt
 from rayrl.preflight.inputs import PoolFacts, count_tokens
@@ -16,10 +16,12 @@ class Cost:
 
     label_usd: float
     evaluate_usd: float
+    people_usd: float = 0.0
+    """Of people beside judges."""
 
     @property
     def total_usd(self) -> float:
-        return self.label_usd + self.evaluate_usd
+        return self.label_usd + self.evaluate_usd + self.people_usd
 
 
 def estimate_cost(
@@ -45,4 +47,12 @@ def estimate_cost(
     return Cost(
         label_usd=label * workload.num_label_queries,
         evaluate_usd=judgement * num_judgements + comparison * num_comparisons,
+        people_usd=_people_usd(config.oracle),
     )
+
+
+def _people_usd(oracle: OracleBase) -> float:
+    if not isinstance(oracle, PanelOracleConfig) or oracle.people is None:
+        return 0.0
+    prices = oracle.people.prices()
+    return 0.0 if prices is None else oracle.people_budget * prices.bound_usd(0)

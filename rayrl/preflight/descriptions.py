@@ -5,7 +5,7 @@ A stage without an entry is described by its name.
 
 from collections.abc import Callable
 
-from rayrl.config import RunConfig
+from rayrl.config import OracleBase, PanelOracleConfig, RunConfig
 from rayrl.runs import stage_table as table
 from rayrl.runs.stage_table import Stage
 
@@ -130,3 +130,18 @@ _DESCRIPTIONS: dict[Stage, Callable[[RunConfig], str]] = {
     table.AUDIT_PAIRS: lambda config: "ask the oracle about synthetic pairs",
     table.EVALUATE: _evaluate,
 }
+
+
+def describe_people(oracle: OracleBase) -> str:
+    """Say what people are asked, and how the run waits for them; "" where nobody is asked."""
+    people = oracle.people_asked()
+    if people is None:
+        return ""
+    which = "about everything"
+    if isinstance(oracle, PanelOracleConfig):
+        which = f"about at most {oracle.people_budget:,} items on which the judges differ by {oracle.people_above:g}"
+    until = f", or {people.deadline.isoformat()}" if people.deadline is not None else ""
+    return (
+        f"asked {which}, {people.num_people} per item; the run parks until {people.enough:.0%} of a stage's questions "
+        f"are answered{until}, and the same command goes on"
+    )

@@ -99,6 +99,8 @@ class Plan:
     """Caps of the ledger: paid queries over all rounds, by `rayrl.runs.stage_table.Purpose`."""
     test_prompts: tuple[Prompt, ...]
     """Prompts of the pool that the oracle is tried out on before the first stage."""
+    people: str
+    """What people are asked, and that the run parks meanwhile; "" where nobody is asked."""
     usd: float | None
     """At most about this much for all paid queries; None without prices."""
     disk_bytes: int | None
@@ -189,6 +191,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         **(_rlp_facts(plan) if plan.pipeline == "rlp" else _proxy_dpo_facts(plan)),
         "paid": f"{paid}; {price}",
         "oracle": f"{plan.oracle}; this plan has not asked it",
+        **({"people": plan.people} if plan.people else {}),
         "test": _test_fact(plan.num_test_questions),
         "disk": disk,
         "cluster": _cluster_fact(plan.cluster),

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rayrl.algorithms.estimate import Estimate
 from rayrl.algorithms.meter import LabelMeter
+from rayrl.report.people import PeopleFacts
 from rayrl.report.recorded_run import RecordedRun
 from rayrl.report.stage_progress import Progress
 from rayrl.runs.stage_metrics import PairValidation, PolicyEvaluation, ReferenceEvaluation, RewardEvaluation
@@ -66,6 +67,8 @@ class Paid:
     label: PaidQueries
     evaluate: PaidQueries
     test: PaidQueries
+    people: PaidQueries
+    """Questions to people beside judges; the other budgets pay where people are the only oracle."""
     num_pairs: int | None
     """Preference pairs of all rounds."""
     num_scored: int | None
@@ -179,6 +182,8 @@ class RunFacts:
     samples: list[Sample]
     """Evenly spaced rows of the evaluation's table."""
     caveats: list[str]
+    people: PeopleFacts | None = None
+    """None where nobody has answered."""
     meter: LabelMeter | None = None
     """The label meter; only the report reads it, since it takes seconds. None without labels or their vectors."""
 

@@ -7,7 +7,12 @@ from rayrl.report.facts import Paid
 
 def answers(paid: Paid) -> Iterator[str]:
     """Say how many questions were asked, answered and abstained on, and why; nothing of a purpose that asked none."""
-    for what, queries in (("label", paid.label), ("evaluation", paid.evaluate), ("test", paid.test)):
+    for what, queries in (
+        ("label", paid.label),
+        ("evaluation", paid.evaluate),
+        ("test", paid.test),
+        ("people's", paid.people),
+    ):
         if not queries.spent:
             continue
         reasons = "; ".join(f"{num} {reason}" for reason, num in queries.abstentions.items())

@@ -95,6 +95,7 @@ def sections(facts: RunFacts) -> list[Section]:
     makers: list[Callable[[RunFacts], Section | None]] = [
         _policies,
         _paid,
+        _people,
         _rounds,
         _selection,
         _evaluator,
@@ -230,6 +231,8 @@ def _paid_queries(facts: RunFacts) -> Table:
     purposes = {labels: facts.paid.label, "evaluation": facts.paid.evaluate}
     if facts.paid.test.spent:
         purposes["test"] = facts.paid.test
+    if facts.paid.people.budget:
+        purposes["people"] = facts.paid.people
     rows: list[list[str]] = []
     for name, measure in measures:
         rows.append([name, *(number(measure(paid), missing="-") for paid in purposes.values())])
@@ -238,6 +241,36 @@ def _paid_queries(facts: RunFacts) -> Table:
         nums = (paid.abstentions.get(reason, 0) for paid in purposes.values())
         rows.append([f"{INDENT}abstained: {reason}", *map(str, nums)])
     return Table(head=["paid queries", *purposes], rows=rows)
+
+
+def _people(facts: RunFacts) -> Section | None:
+    """Show who answered how much, how people agree, and how judges agree with them."""
+    people = facts.people
+    if people is None:
+        return None
+    rows = [
+        [each.name, str(each.num_answers), str(each.num_cannot_say), duration(each.median_s, missing="-")]
+        for each in people.people
+    ]
+    shares = Table(head=["person", "answers", "cannot say", "median time for one"], rows=rows, has_wide_names=True)
+    agreement = [
+        ["questions that people answered", number(people.num_questions)],
+        ["of those by two or more", number(people.num_shared)],
+        ["Krippendorff's alpha of scores", number(people.alpha_scores, ".3f", missing="-")],
+        ["Krippendorff's alpha of preferences", number(people.alpha_preferences, ".3f", missing="-")],
+    ]
+    if people.num_beside_judges:
+        agreement += [
+            ["questions that judges answered too", number(people.num_beside_judges)],
+            ["judges' score less people's, mean", number(people.mean_difference, "+.2f", missing="-")],
+            ["distance of the two scores, mean", number(people.mean_distance, ".2f", missing="-")],
+            ["Cohen's kappa of the preferences", number(people.kappa, ".3f", missing="-")],
+        ]
+    notes = "Alpha and kappa are 1 where all agree, and 0 where they agree as often as by chance."
+    if people.num_beside_judges:
+        notes += " People were asked where judges differ or abstain: elsewhere these agree with them better."
+    cards = Grid(cards=[shares, Table(head=["agreement", ""], rows=agreement)])
+    return Section(title="What people said", parts=[cards, Paragraph(text=notes)])
 
 
 def _bought(facts: RunFacts) -> Iterator[list[str]]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rayrl.algorithms.estimate import Estimate
 from rayrl.algorithms.statistics import paired_difference
+from rayrl.config import PanelOracleConfig
 from rayrl.errors import DataError
 from rayrl.report.caveats import caveats
 from rayrl.report.controls import controls
@@ -30,6 +31,7 @@ from rayrl.report.facts import (
     StartUp,
 )
 from rayrl.report.ledger_counts import ledger_counts
+from rayrl.report.people import people_facts
 from rayrl.report.policies import latest, policy_titles, reward_titles, trained_policies
 from rayrl.report.recorded_run import RecordedRun, read_run, title
 from rayrl.report.stage_progress import stage_progress
@@ -103,6 +105,7 @@ def summarize_run(run_dir: str) -> RunFacts:
         compute=_compute(run),
         samples=_samples(table, titles),
         caveats=[],
+        people=people_facts(run.url, run.config),
     )
     # Caveats are drawn from the other facts.
     return replace(facts, caveats=caveats(facts))
@@ -228,7 +231,7 @@ def _reward_model(metrics: RewardModelMetrics | None) -> RewardModelFacts | None
 def _paid(run: RecordedRun) -> Paid:
     live = ledger_counts(run.url, run.config)
     label, evaluate = _paid_queries(run, "label", live), _paid_queries(run, "evaluate", live)
-    test = _paid_queries(run, "test", live)
+    test, people = _paid_queries(run, "test", live), _paid_queries(run, "people", live)
     labelled = run.all_rounds(PSEUDO_LABEL)
     if not labelled:
         preferences = run.last(PREFERENCES)
@@ -236,6 +239,7 @@ def _paid(run: RecordedRun) -> Paid:
             label=label,
             evaluate=evaluate,
             test=test,
+            people=people,
             num_pairs=None if preferences is None else preferences.num_pairs,  # with those of earlier rounds
             num_scored=None,
             num_ties=None,
@@ -248,6 +252,7 @@ def _paid(run: RecordedRun) -> Paid:
         label=label,
         evaluate=evaluate,
         test=test,
+        people=people,
         num_pairs=num_pairs,
         num_scored=sum(metrics.num_scored for metrics in labelled),
         num_ties=sum(metrics.num_ties for metrics in labelled),
@@ -261,6 +266,8 @@ def _paid_queries(run: RecordedRun, purpose: Purpose, live: dict[str, LedgerCoun
     config = run.config
     if purpose == "test":
         budget = 0  # it is no setting: the ledger has a cap of its own
+    elif purpose == "people":
+        budget = config.oracle.people_budget if isinstance(config.oracle, PanelOracleConfig) else 0
     elif purpose == "evaluate":
         budget = config.evaluate.budget + config.evaluate.diagnosis_budget
     elif config.learns_from_judgements or config.asks_for_comparisons:

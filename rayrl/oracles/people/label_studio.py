@@ -1,9 +1,9 @@
 """A desk in Label Studio: each question is a task of a project, and its annotations are people's answers."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from xml.sax.saxutils import quoteattr
 
 import httpx
@@ -18,7 +18,10 @@ from rayrl.oracles.people.criteria import criteria
 from rayrl.oracles.people.desk import CANNOT_SAY, Annotation, Kind, kind_of, share_of
 from rayrl.records import Comparison, Judgement
 
-TEXTS: dict[Kind, tuple[str, ...]] = {"judgements": ("prompt", "response"), "comparisons": ("prompt", "first", "second")}
+TEXTS: dict[Kind, tuple[str, ...]] = {
+    "judgements": ("prompt", "response"),
+    "comparisons": ("prompt", "first", "second"),
+}
 """Fields of a task that people read."""
 ANSWER, REASONS = "answer", "reasons"
 """Names of the two controls."""
@@ -82,13 +85,13 @@ class LabelStudioDesk:
             project = self._project(self._client(), kind)
         return f"{self._config.url}/projects/{'' if project is None else f'{project.id}/data'}"
 
-    def _client(self) -> LabelStudio:
+    def _client(self) -> Any:
         return LabelStudio(base_url=self._config.url, api_key=self._key, timeout=self._config.timeout_s)
 
     def _title(self, kind: Kind) -> str:
         return self._config.project + (" comparisons" if kind == "comparisons" else "")
 
-    def _project(self, client: LabelStudio, kind: Kind) -> Any:
+    def _project(self, client: Any, kind: Kind) -> Any:
         """Find the project by its title; None if there is none.
 
         Raises:
@@ -113,7 +116,7 @@ class LabelStudioDesk:
             client.projects.update(project.id, maximum_annotations=self._config.num_people)
         return project
 
-    def _new_project(self, client: LabelStudio, kind: Kind) -> Any:
+    def _new_project(self, client: Any, kind: Kind) -> Any:
         return client.projects.create(
             title=self._title(kind),
             label_config=interface(self._rubric, kind),
@@ -122,10 +125,10 @@ class LabelStudioDesk:
             show_instruction=False,
         )
 
-    def _tasks(self, client: LabelStudio, project: int) -> Iterator[Any]:
+    def _tasks(self, client: Any, project: int) -> Iterator[Any]:
         return iter(client.tasks.list(project=project, fields="all", page_size=TASKS_PER_CALL))
 
-    def _read(self, client: LabelStudio, kind: Kind, annotation: Mapping[str, Any], where: str) -> Annotation:
+    def _read(self, client: Any, kind: Kind, annotation: Mapping[str, Any], where: str) -> Annotation:
         """Read one person's annotation.
 
         Raises:
@@ -141,8 +144,8 @@ class LabelStudioDesk:
             seconds=annotation.get("lead_time"),
         )
 
-    def _name_of(self, client: LabelStudio, person: Any) -> str:
-        number = person.get("id") if isinstance(person, dict) else person
+    def _name_of(self, client: Any, person: Any) -> str:
+        number = cast("dict[str, int]", person)["id"] if isinstance(person, dict) else cast("int", person)
         if number not in self._people:
             try:
                 user = client.users.get(number)
@@ -152,14 +155,13 @@ class LabelStudioDesk:
         return self._people[number]
 
     @contextmanager
-    def _told(self, kind: type[ConfigError] | type[JudgeFailed]) -> Iterator[None]:
+    def _told(self, kind: type[ConfigError] | type[JudgeFailed]) -> Generator[None]:
         """Tell what goes wrong at the server in one line, without its headers, which hold cookies."""
         where = f"oracle.url: Label Studio at {self._config.url}"
         try:
             yield
         except ApiError as error:
-            body: Any = error.body
-            detail = body.get("detail") if isinstance(body, dict) else None
+            detail = cast("dict[str, Any]", error.body).get("detail") if isinstance(error.body, dict) else None
             remedy = "try again later"
             if error.status_code in (401, 403):
                 remedy = f"put a valid access token into {self._config.api_key_env} (Account & Settings there)"
@@ -196,7 +198,7 @@ def interface(rubric: Rubric, kind: Kind) -> str:
         f"{buttons}</Choices>"
     )
     parts.append(
-        f"<TextArea name='{REASONS}' toName='{about}' rows='3' editable='true' placeholder='Your reasons, if you like'/>"
+        f"<TextArea name='{REASONS}' toName='{about}' rows='3' editable='true' placeholder='Reasons, if you like'/>"
     )
     return f"<View>{''.join(parts)}</View>".replace("'", '"')
 
@@ -209,7 +211,7 @@ def read_answer(result: Sequence[Mapping[str, Any]], kind: Kind, rubric: Rubric)
     """Read the score of an annotation; NaN where a person cannot say, and a text where it holds no answer."""
     given: list[str] = []
     for part in result:
-        value: Mapping[str, Any] = part.get("value") or {}
+        value: dict[str, Any] = part.get("value") or {}
         if part.get("from_name") in (ANSWER, "cannot_say"):
             given += [str(each) for each in value.get("choices") or ()]
             if value.get("number") is not None:
@@ -235,5 +237,6 @@ def read_reasons(result: Sequence[Mapping[str, Any]]) -> str:
     texts: list[str] = []
     for part in result:
         if part.get("from_name") == REASONS:
-            texts += [str(each) for each in (part.get("value") or {}).get("text") or ()]
+            value: dict[str, list[object]] = part.get("value") or {}
+            texts += map(str, value.get("text") or [])
     return "\n".join(texts).strip()
