@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
+<<<<<<< HEAD
 .PHONY: install reference quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench bench-families lock
+=======
+.PHONY: install quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard label-studio test-people bench bench-families lock
+>>>>>>> bd672aa (Label Studio: tests on a real server and in a real browser; the lock)
 
 install: $(VENV)/.installed
 
@@ -31,7 +35,7 @@ check: install
 	$(BIN)/basedpyright
 
 test: check
-	$(BIN)/python -m pytest -m "not gpu and not slow and not faults and not dashboard" -q
+	$(BIN)/python -m pytest -m "not gpu and not slow and not faults and not dashboard and not people" -q
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -q
@@ -61,6 +65,19 @@ dashboard-tools:
 # Fails, and does not skip, where Prometheus or Chromium is absent.
 test-dashboard: install
 	$(BIN)/python -m pytest -m dashboard -q
+
+# A labelling tool in an environment of its own, which it shares no package with; 1 GB. `make label-studio` and then
+# `.label-studio/bin/label-studio start` is how a team tries it.
+label-studio: .label-studio/.installed
+
+.label-studio/.installed:
+	$(PYTHON) -m venv .label-studio
+	.label-studio/bin/pip install -q label-studio==1.23.2
+	touch $@
+
+# Fails, and does not skip, where Chromium is absent.
+test-people: install label-studio
+	$(BIN)/python -m pytest -m people -q
 
 bench: install
 	for bench in k_center generation against_trl startup swap memory ppo replicas scale oracle reading ranks; do $(BIN)/python jobs/bench/$$bench.py || exit 1; done

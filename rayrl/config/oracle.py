@@ -515,6 +515,7 @@ class SheetOracleConfig(PeopleConfig):
     implementation: ClassVar[str] = "rayrl.oracles.people.sheet:SheetDesk"
 
     type: Literal["sheet"] = "sheet"
+    """Kind of oracle."""
     path: Operation[Place]
     """Spreadsheet that ends in .xlsx or .csv. Comparisons lie beside it, under its name with "-comparisons"; with
     `people`, each has files of their own, under its name with theirs."""
@@ -563,6 +564,7 @@ class LabelStudioOracleConfig(PeopleConfig):
     model_config = ConfigDict(hide_input_in_errors=True)
 
     type: Literal["label_studio"] = "label_studio"
+    """Kind of oracle."""
     url: Operation[str]
     """Address of the server, such as http://localhost:8080."""
     api_key_env: Operation[str] = "LABEL_STUDIO_API_KEY"

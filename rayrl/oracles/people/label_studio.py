@@ -42,8 +42,8 @@ class LabelStudioDesk:
         self.name = self.comparer = f"people of {config.project}"
 
     def check(self) -> None:
-        with self._told(ConfigError):
-            self._client().users.whoami()
+        with self._connected(ConfigError) as client:
+            client.users.whoami()
         for kind in TEXTS:
             self.collect(kind)
 
@@ -51,8 +51,7 @@ class LabelStudioDesk:
         if not questions:
             return
         kind = kind_of(questions[0])
-        with self._told(JudgeFailed):
-            client = self._client()
+        with self._connected() as client:
             project = self._project(client, kind) or self._new_project(client, kind)
             known = {task.data.get("key") for task in self._tasks(client, project.id)}
             new = [question for question in questions if question.key not in known]
@@ -63,8 +62,7 @@ class LabelStudioDesk:
                 client.projects.import_tasks(project.id, request=tasks[start : start + TASKS_PER_CALL])
 
     def collect(self, kind: Kind) -> dict[str, list[Annotation]]:
-        with self._told(JudgeFailed):
-            client = self._client()
+        with self._connected() as client:
             project = self._project(client, kind)
             if project is None:
                 return {}
@@ -81,12 +79,9 @@ class LabelStudioDesk:
             return found
 
     def place(self, kind: Kind) -> str:
-        with self._told(JudgeFailed):
-            project = self._project(self._client(), kind)
+        with self._connected() as client:
+            project = self._project(client, kind)
         return f"{self._config.url}/projects/{'' if project is None else f'{project.id}/data'}"
-
-    def _client(self) -> Any:
-        return LabelStudio(base_url=self._config.url, api_key=self._key, timeout=self._config.timeout_s)
 
     def _title(self, kind: Kind) -> str:
         return self._config.project + (" comparisons" if kind == "comparisons" else "")
@@ -155,11 +150,12 @@ class LabelStudioDesk:
         return self._people[number]
 
     @contextmanager
-    def _told(self, kind: type[ConfigError] | type[JudgeFailed]) -> Generator[None]:
-        """Tell what goes wrong at the server in one line, without its headers, which hold cookies."""
+    def _connected(self, kind: type[ConfigError] | type[JudgeFailed] = JudgeFailed) -> Generator[Any]:
+        """Connect to the server, and tell what goes wrong there in one line: its headers hold cookies."""
         where = f"oracle.url: Label Studio at {self._config.url}"
         try:
-            yield
+            with httpx.Client(timeout=self._config.timeout_s, follow_redirects=True) as connection:
+                yield LabelStudio(base_url=self._config.url, api_key=self._key, httpx_client=connection)
         except ApiError as error:
             detail = cast("dict[str, Any]", error.body).get("detail") if isinstance(error.body, dict) else None
             remedy = "try again later"
