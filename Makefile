@@ -5,11 +5,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE = 1
 
-<<<<<<< HEAD
-.PHONY: install reference quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard bench bench-families lock
-=======
-.PHONY: install quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard label-studio test-people bench bench-families lock
->>>>>>> bd672aa (Label Studio: tests on a real server and in a real browser; the lock)
+.PHONY: install reference quickstart rlp-quickstart test check test-slow test-faults test-gpu test-gpu-cluster chaos dashboard-tools test-dashboard label-studio test-people bench bench-families lock
 
 install: $(VENV)/.installed
 
