@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import urllib.request
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -162,6 +164,7 @@ def test_a_person_labels_twelve_items_in_a_browser_and_the_run_ends_with_them(se
     page_of_tasks = next(word for word in parked.stderr.split() if word.startswith(server.url))
 
     page = browser.new_context(viewport={"width": 1400, "height": 1100}).new_page()
+    page.set_default_timeout(180_000)  # the first page takes a minute on a busy machine
     page.goto(f"{server.url}/user/login")
     page.fill("input[name=email]", server.email)
     page.fill("input[name=password]", server.password)
@@ -170,11 +173,12 @@ def test_a_person_labels_twelve_items_in_a_browser_and_the_run_ends_with_them(se
     page.goto(page_of_tasks.replace("/data", "/data?labeling=1"))
     for number in range(NUM_LABELLED):
         page.get_by_text("Start at 0 and add one point").first.wait_for()
-        page.locator("label", has_text=str(number % 6)).first.click()
+        # The name of a choice is followed by its key in brackets.
+        page.locator("label", has_text=re.compile(rf"^{number % 6}\[")).first.click()
         page.locator("textarea").first.fill(f"reason {number}")
         with page.expect_response(lambda answer: "/annotations" in answer.url and answer.request.method == "POST"):
             page.get_by_role("button", name="Submit").first.click()
-        page.wait_for_timeout(500)
+        page.wait_for_function("document.querySelector('textarea')?.value !== 'reason %d'" % number)
 
     began = time.monotonic()
     done = run(server, folder)
@@ -185,6 +189,10 @@ def test_a_person_labels_twelve_items_in_a_browser_and_the_run_ends_with_them(se
     ((person,), num) = report["people"]["people"], report["people"]["num_questions"]
     assert (person["name"], person["num_answers"], num) == (server.email, NUM_LABELLED, NUM_LABELLED)
     assert person["median_s"] > 0
+    table = pq.read_table(folder / "stages" / "query" / "table").to_pylist()
+    assert {row["rationale"]: row["score"] for row in table} == {
+        f"reason {number}": float(number % 6) for number in range(NUM_LABELLED)
+    }
     shown = browser.new_page()
     shown.goto(f"file://{folder}/report.html")
     assert "What people said" in shown.content() and server.email in shown.content()

@@ -12,7 +12,7 @@ from rayrl.algorithms.selection import STRATEGIES
 from rayrl.config import ReplayOracleConfig, RubricConfig
 from rayrl.errors import BudgetExhausted, ConfigError, DataError
 from rayrl.models.judge_prompt import load_rubric
-from rayrl.oracles.pool import BUDGET_EXHAUSTED
+from rayrl.oracles.questions import BUDGET_EXHAUSTED
 from rayrl.oracles.replay import ReplayOracle
 from rayrl.study.comparison import Comparison
 from rayrl.study.comparisons_table import pool_of_comparisons, table_of
