@@ -178,7 +178,7 @@ def test_a_person_labels_twelve_items_in_a_browser_and_the_run_ends_with_them(se
         page.locator("textarea").first.fill(f"reason {number}")
         with page.expect_response(lambda answer: "/annotations" in answer.url and answer.request.method == "POST"):
             page.get_by_role("button", name="Submit").first.click()
-        page.wait_for_function("document.querySelector('textarea')?.value !== 'reason %d'" % number)
+        page.wait_for_function(f"document.querySelector('textarea')?.value !== 'reason {number}'")
 
     began = time.monotonic()
     done = run(server, folder)
