@@ -148,7 +148,12 @@ def reward_model_parts(pairs: list[Row], path: str) -> tuple[Any, ...]:
         checkpoint = Checkpoint(path=path, version=path)
         model = reward_model.new_reward_model(checkpoint, "last", torch.float32, lora=None, trust_remote_code=False)
         idle = reward_model.pair_batch([reward_model.IDLE_PAIR])
-        return model, is_packed(model.backbone), idle, lambda engine, b: reward_model.pair_losses(engine, b)[0].sum()
+        return (
+            model,
+            is_packed(model.backbone),
+            idle,
+            lambda engine, b: reward_model.pair_losses(engine, b).losses.sum(),
+        )
 
     return rows, reward_model.collated, len, start
 

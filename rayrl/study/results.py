@@ -14,7 +14,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayrl.records import from_table, to_table
+from rayrl.records import Record, from_table, to_table
 from rayrl.runs import storage
 from rayrl.study.config import Point, StudyConfig
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 CELLS, RESULTS = "cells", "results.parquet"
 GOLD = "gold"
 """Of the names of files with gold scores along PPO."""
-R = TypeVar("R")
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

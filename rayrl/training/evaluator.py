@@ -16,6 +16,7 @@ from rayrl.data.collate import TokenBatch, sequence_batch
 from rayrl.metrics import meters
 from rayrl.models.packing import is_packed
 from rayrl.models.reward_model import Pooling
+from rayrl.models.scalar_head import Float32Linear
 from rayrl.records import Checkpoint
 from rayrl.training import deepspeed_engine as zero
 from rayrl.training import launch
@@ -63,6 +64,7 @@ def train_scalar(job: ScalarJob, data: launch.Rows[ScoredRow]) -> None:
             trust_remote_code=job.policy.trust_remote_code,
         )
         # The first steps then learn differences between responses, and not the level of the scale.
+        assert isinstance(evaluator.head, Float32Linear), "evaluators have no bottleneck"
         torch.nn.init.constant_(evaluator.head.bias, job.mean_score)
         schedule_steps = num_steps(job.num_rows, training, training.batch_size)
         engine = zero.start(evaluator, training, job.torch_dtype, schedule_steps)
