@@ -9,21 +9,21 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-Distance = Callable[[Float[np.ndarray, "a b"]], Float[np.ndarray, "a b"]]
-"""How far two answers are apart, given the difference of their values."""
+Distances = Callable[[Float[np.ndarray, " n"]], float]
+"""Sum of the distances of all ordered pairs of some answers."""
 
 
-def interval(difference: Float[np.ndarray, "a b"]) -> Float[np.ndarray, "a b"]:
-    """Distance of scores: the square of their difference."""
-    return difference**2
+def interval(values: Float[np.ndarray, " n"]) -> float:
+    """Distances of scores, the squares of their differences: sum_ij (v_i - v_j)^2 = 2 n sum_i (v_i - mean)^2."""
+    return float(2 * len(values) * ((values - values.mean()) ** 2).sum())
 
 
-def nominal(difference: Float[np.ndarray, "a b"]) -> Float[np.ndarray, "a b"]:
-    """Distance of kinds: 1 between different ones."""
-    return (difference != 0).astype(float)
+def nominal(values: Float[np.ndarray, " n"]) -> float:
+    """Distances of kinds, 1 between different ones: n^2 less the squares of how often each kind is there."""
+    return float(len(values) ** 2 - (np.unique(values, return_counts=True)[1] ** 2).sum())
 
 
-def krippendorff_alpha(answers: Sequence[Sequence[float]], distance: Distance = interval) -> float:
+def krippendorff_alpha(answers: Sequence[Sequence[float]], distances: Distances = interval) -> float:
     """Krippendorff's alpha (2011, "Computing Krippendorff's Alpha-Reliability"), for any number of raters a question.
 
     alpha = 1 - observed / expected disagreement: the mean distance of answers to one question, over that of all answers
@@ -31,7 +31,7 @@ def krippendorff_alpha(answers: Sequence[Sequence[float]], distance: Distance = 
 
     Args:
         answers: of each question the answers that were given; those with fewer than two tell nothing.
-        distance: `interval` for scores, `nominal` for preferences.
+        distances: `interval` for scores, `nominal` for preferences.
 
     Returns:
         NaN without a question that two have answered, or where all answers are the same.
@@ -40,11 +40,10 @@ def krippendorff_alpha(answers: Sequence[Sequence[float]], distance: Distance = 
     if not units:
         return math.nan
     values = np.concatenate(units)
-    expected = distance(np.subtract.outer(values, values)).sum() / (len(values) - 1)
-    if expected == 0:
+    expected = distances(values) / (len(values) - 1)
+    if np.ptp(values) == 0:
         return math.nan
-    observed = sum(distance(np.subtract.outer(unit, unit)).sum() / (len(unit) - 1) for unit in units)
-    return float(1 - observed / expected)
+    return 1 - sum(distances(unit) / (len(unit) - 1) for unit in units) / expected
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:

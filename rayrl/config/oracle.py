@@ -462,11 +462,11 @@ class PeopleConfig(OracleBase):
     """Score of a question with several answers: the mean, or the score that more than half give (without one, the
     median). Comparisons are decided by the majority in either case, and are a tie without one."""
     enough: Operation[float] = Field(default=1.0, gt=0, le=1)
-    """Share of a stage's questions that must be answered before the run goes on. What is not answered then abstains,
-    and costs nothing."""
+    """Share of a stage's questions that must be answered, each by num_people, before the run goes on. What is answered
+    by fewer then counts too; what nobody has answered abstains, and costs nothing."""
     deadline: Operation[datetime | None] = None
-    """After it the run goes on with what has been answered, also by fewer than num_people. With a time zone, as in
-    2027-01-31T18:00:00+01:00."""
+    """After it the run goes on with what has been answered, and stops where a stage has no answer at all. With a time
+    zone, as in 2027-01-31T18:00:00+01:00."""
     poll_s: Operation[float] = Field(default=30.0, gt=0)
     """With --wait: time between two looks at what has been answered."""
     usd_per_answer: Operation[float | None] = Field(default=None, ge=0)
@@ -486,6 +486,11 @@ class PeopleConfig(OracleBase):
 
     def people_asked(self) -> "PeopleConfig | None":
         return self
+
+    @property
+    def in_key(self) -> str:
+        """Name of the people in the key of an answer: how many must answer, and how that is combined."""
+        return "people" if self.num_people == 1 else f"{self.num_people} people by {self.combine}"
 
     @model_validator(mode="after")
     def _settings_of_people(self) -> "PeopleConfig":
@@ -519,8 +524,9 @@ class SheetOracleConfig(PeopleConfig):
     path: Operation[Place]
     """Spreadsheet that ends in .xlsx or .csv. Comparisons lie beside it, under its name with "-comparisons"; with
     `people`, each has files of their own, under its name with theirs."""
-    people: list[str] = Field(default=[])
-    """Names of those who answer, who share the questions; none is one nameless person."""
+    people: Operation[list[str]] = Field(default=[])
+    """Names of those who answer, who share the questions; none is one nameless person. Answers of somebody who leaves
+    stay as long as the name is here."""
     encoding: Operation[Encoding] = "utf-8"
     """Of .csv files, where the program in which people answer writes another one."""
 
@@ -569,14 +575,15 @@ class LabelStudioOracleConfig(PeopleConfig):
     """Address of the server, such as http://localhost:8080."""
     api_key_env: Operation[str] = "LABEL_STUDIO_API_KEY"
     """Environment variable (or, with a leading "file:", the file) that holds the access token of a user there."""
-    project: str = Field(min_length=1, max_length=38)
+    project: Operation[str] = Field(min_length=3, max_length=38)
     """Title of the project; it is made if there is none. Comparisons lie in another one, with " comparisons" behind."""
 
     @field_validator("url")
     @classmethod
     def _plain_url(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        is_plain = "@" not in parts.netloc and not parts.query and not parts.fragment
+        if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
             raise ValueError("url must be an http or https address without user, key and query")
         return url.rstrip("/")
 

@@ -97,6 +97,7 @@ class RunConfig(Table):
         _check_budget(self)
         _check_selection(self)
         _check_answers(self)
+        _check_order_of_people(self)
         _check_seed_data(self)
         _check_pairs(self)
         if self.rounds > 1:
@@ -271,6 +272,20 @@ def _check_selection(config: RunConfig) -> None:
             f"select.batches must be at most select.budget ({select.budget}), got {select.batches}: each batch asks at "
             "least one question; lower it"
         )
+
+
+def _check_order_of_people(config: RunConfig) -> None:
+    """Refuse to put each pair before people twice, once in either order."""
+    orders = {
+        "preferences.order": config.preferences.order if config.asks_for_comparisons and config.preferences else "",
+        "evaluate.reference_answers.order": config.competes_by or "",
+    }
+    for setting, order in orders.items():
+        if config.oracle.people_asked() is config.oracle and order == "both":
+            raise ValueError(
+                f'{setting} must be "random" where people compare, got "both", which puts each pair before them twice; '
+                "set it"
+            )
 
 
 def _check_evaluator_is_read(config: RunConfig) -> None:

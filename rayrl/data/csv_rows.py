@@ -21,7 +21,8 @@ SEPARATORS = (",", ";", "\t", "|")
 MAX_CELL_CHARACTERS = 1 << 26
 """Longest cell: a quotation mark that never closes must not take the rest of a large file into memory."""
 _SAMPLE_CHARACTERS = 1 << 16
-_NAMED_SEPARATOR = re.compile(r"sep=([^\r\n])[^\S\r\n]*(\r\n?|\n)", re.IGNORECASE)
+NAMED_SEPARATOR = re.compile(r"sep=([^\r\n])[^\S\r\n]*(\r\n?|\n)", re.IGNORECASE)
+"""First line by which a file names its separator."""
 _ESCAPED_MARK = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
 """A quotation mark behind a backslash that is not behind another one."""
 
@@ -72,7 +73,7 @@ def csv_rows(
     sample = file.read(_SAMPLE_CHARACTERS) + file.readline()
     num_skipped, separator = 0, None
     # A first line of this kind is Excel's.
-    if named := _NAMED_SEPARATOR.match(sample):
+    if named := NAMED_SEPARATOR.match(sample):
         num_skipped, separator = 1, named[1]
         sample = sample[named.end() :]
     dialect = find_dialect(sample, needed or (), ("\t", *SEPARATORS) if is_tsv else SEPARATORS, separator)

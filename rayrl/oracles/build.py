@@ -20,13 +20,13 @@ def build_oracle(config: OracleBase, rubric: Rubric) -> Oracle:
     return _implementation(config)(config, rubric)
 
 
-def build_desk(config: PeopleConfig, rubric: Rubric) -> Desk:
-    """Build the desk at which a config's people answer.
+def build_desk(config: PeopleConfig, rubric: Rubric, setting: str = "oracle") -> Desk:
+    """Build the desk at which a config's people answer; its messages name the table of settings so.
 
     Raises:
         ConfigError: its key or address is unusable.
     """
-    return _implementation(config)(config, rubric)
+    return _implementation(config)(config, rubric, setting)
 
 
 def check_oracle(config: OracleBase, rubric: Rubric) -> None:
@@ -38,10 +38,10 @@ def check_oracle(config: OracleBase, rubric: Rubric) -> None:
     build_oracle(config, rubric).check()
     people = config.people_asked()
     if people is not None and people is not config:
-        build_desk(people, rubric).check()
+        build_desk(people, rubric, "oracle.people").check()
 
 
-def _implementation(config: OracleBase) -> Callable[[OracleBase, Rubric], Any]:
+def _implementation(config: OracleBase) -> Callable[..., Any]:
     module, _, name = config.implementation.partition(":")
     # Imported by name and only here: the SDK of a chat endpoint takes a second, and other types need not pay that.
     return getattr(importlib.import_module(module), name)

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import sqlite3
 import tempfile
@@ -188,7 +189,14 @@ class Ledger:
     def num_left(self, purpose: str) -> int:
         """Count the questions that a purpose's budget still pays for."""
         with self._lock:
-            return self._budgets.get(purpose, 0) - self._num_spent.get(purpose, 0)
+            return max(0, self._budgets.get(purpose, 0) - self._num_spent.get(purpose, 0))
+
+    def num_payable(self, usd: float | None) -> float:
+        """Count the questions of a price that the budget in USD still pays for; infinity without a budget or price."""
+        with self._lock:
+            if self._budget_usd is None or not usd:
+                return math.inf
+            return math.floor(round((self._budget_usd - self._spent_usd) / usd, 9))
 
     def annotate(self, key: str, annotations: Iterable[Mapping[str, object]]) -> None:
         """Keep what each person said about a question."""

@@ -32,7 +32,16 @@ from rayrl.oracles.ledger import Ledger, Outlook, Reserved
 from rayrl.oracles.limits import Slots
 from rayrl.oracles.people.waiting import People, Waiting
 from rayrl.oracles.protocol import Verdict
-from rayrl.oracles.questions import BUDGET_EXHAUSTED, Question, address, call, estimate_usd, refused, reused
+from rayrl.oracles.questions import (
+    BUDGET_EXHAUSTED,
+    Question,
+    address,
+    call,
+    estimate_usd,
+    refused,
+    reused,
+    settled_by,
+)
 from rayrl.records import Comparison, Judgement
 from rayrl.runs.stage_metrics import LedgerCounts
 from rayrl.runs.stage_table import Purpose
@@ -80,8 +89,11 @@ class OraclePool:
         self._oracle = build_oracle(config, rubric)
         self._ledger = Ledger(ledger, budgets, run=run, is_own=config.ledger is None, budget_usd=budget_usd)
         people = config.people_asked()
-        self._people = None if people is None else People(build_desk(people, rubric), people, self._ledger)
         self._has_judge = config is not people
+        self._people = None
+        if people is not None:
+            desk = build_desk(people, rubric, "oracle.people" if self._has_judge else "oracle")
+            self._people = People(desk, people, self._ledger, is_only=not self._has_judge)
         self._people_above = config.people_above if isinstance(config, PanelOracleConfig) else 0.0
         self._breaker = Breaker(config.max_unreadable)
         self._call_timeout_s = config.longest_call_s()
@@ -239,15 +251,13 @@ class OraclePool:
             WaitingForPeople: they have not answered yet. The judges' answers are in the ledger.
         """
         disagreements = self._ledger.disagreements(answer.key for answer in answers)
-        doubts = [
-            math.inf if answer.status == "abstained" else disagreements.get(answer.key) or 0.0 for answer in answers
-        ]
+        doubts = [_doubt(answer, disagreements.get(answer.key)) for answer in answers]
         places = in_doubt(doubts, self._people_above)
         questions = [address(asked[place], people.desk, self._rubric, "people") for place in places]
         settled = list(answers)
         for place, answer in zip(places, await people.answers(questions, "people", stage), strict=True):
             if answer.status == "scored":
-                settled[place] = answer
+                settled[place] = settled_by(answers[place], answer)
         return settled
 
     async def _answer_all(self, questions: Sequence[Question], stage: str) -> list[Question]:
@@ -439,6 +449,13 @@ class OraclePool:
                     return None
             await settled.wait()
             self._breaker.refuse_if_stopped()
+
+
+def _doubt(answer: Judgement | Comparison, disagreement: float | None) -> float:
+    """Return how much judges doubt an answer of theirs: without bound where they abstain, not at all if not asked."""
+    if answer.status == "abstained":
+        return 0.0 if answer.rationale == BUDGET_EXHAUSTED else math.inf
+    return disagreement or 0.0
 
 
 def _told(answer: Judgement | Comparison) -> str:

@@ -77,6 +77,24 @@ def reused(question: Question, paid: Judgement | Comparison) -> Question:
     return replace(question, status=paid.status, preference=paid.preference, rationale=paid.rationale)
 
 
+def settled_by(question: Question, people: Question) -> Question:
+    """Put the answer of people in the place of the judges' to the same texts, whose key the question keeps."""
+    if isinstance(question, Judgement):
+        assert isinstance(people, Judgement)
+        settled = replace(question, score=people.score)
+    else:
+        assert isinstance(people, Comparison)
+        settled = replace(question, preference=people.preference)
+    costs = [each.cost_usd for each in (question, people) if each.cost_usd is not None]
+    return replace(
+        settled,
+        status=people.status,
+        oracle=people.oracle,
+        rationale=people.rationale,
+        cost_usd=sum(costs) if costs else None,
+    )
+
+
 def refused(question: Question, reason: str) -> Question:
     """Abstain on a question that was never asked."""
     return replace(question, status="abstained", rationale=reason)

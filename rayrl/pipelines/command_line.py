@@ -26,7 +26,7 @@ WAITING_EXIT_CODE = os.EX_TEMPFAIL
 """Of a run that is parked: 75, "try again later"."""
 PARKED = (
     "nothing of the run is going on any more; the same command continues it with what is answered then, and with "
-    "--wait it looks itself. oracle.enough and oracle.deadline end the waiting with what there is"
+    "--wait it looks itself. The settings enough and deadline of the people end the waiting with what there is"
 )
 
 

@@ -8,7 +8,6 @@ from rayrl.config import RunConfig
 from rayrl.errors import RayRLError
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.build import build_desk
-from rayrl.oracles.people.desk import Desk
 from rayrl.oracles.people.waiting import Waiting
 from rayrl.runs import storage
 from rayrl.runs.run import noted_waiting
@@ -25,23 +24,29 @@ def wait_for_people(config: RunConfig) -> None:
     people = config.oracle.people_asked()
     noted = noted_waiting(storage.absolute(config.run_dir))
     assert people is not None and noted is not None, "a run is parked for people alone"
-    waiting, desk = Waiting(**noted), build_desk(people, load_rubric(config.rubric))
-    said = waiting.num_answered, ""
+    setting = "oracle" if people is config.oracle else "oracle.people"
+    waiting, desk = Waiting(**noted), build_desk(people, load_rubric(config.rubric), setting)
+    said = f"{waiting.num_answered} of {waiting.num_needed} questions that are needed are answered"
     while people.deadline is None or datetime.now(UTC) < people.deadline:
-        num_answered, fault = _look(desk, waiting, said[0])
-        if (num_answered, fault) != said:
-            logger.info("%s", fault or f"{num_answered} of {waiting.num_needed} questions that are needed are answered")
-            said = num_answered, fault
-        if num_answered >= waiting.num_needed:
-            return
+        try:
+            # All of it: the run that goes on reads everything.
+            desk.check()
+            found = desk.collect(waiting.kind)
+        except RayRLError as error:
+            said = _told(str(error), said)
+        else:
+            if any(key not in found for key in waiting.keys):
+                return  # a file was put back, or a task removed: the run puts those questions there again
+            num_new = sum(len(found[key]) >= waiting.num_people for key in waiting.keys)
+            num_answered = waiting.num_answered + num_new
+            said = _told(f"{num_answered} of {waiting.num_needed} questions that are needed are answered", said)
+            if num_answered >= waiting.num_needed:
+                return
         time.sleep(people.poll_s)
 
 
-def _look(desk: Desk, waiting: Waiting, num_before: int) -> tuple[int, str]:
-    """Count the answered questions; also what keeps the desk from being read, if anything does."""
-    try:
-        found = desk.collect(waiting.kind)
-    except RayRLError as error:
-        return num_before, str(error)
-    num_new = sum(len(found.get(key, ())) >= waiting.num_people for key in waiting.keys)
-    return waiting.num_answered + num_new, ""
+def _told(now: str, before: str) -> str:
+    """Log what has changed, and return it."""
+    if now != before:
+        logger.info("%s", now)
+    return now

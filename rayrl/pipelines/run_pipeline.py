@@ -116,8 +116,11 @@ def running(
         try:
             yield Running(run=run, services=services, oracle=oracle)
         except WaitingForPeople:
-            waiting: Waiting = wait_for(oracle.waiting.remote(), "what people have not answered", COUNT_TIMEOUT_S)
-            note_waiting(run.url, asdict(waiting))
+            waiting: Waiting | None = wait_for(
+                oracle.waiting.remote(), "what people have not answered", COUNT_TIMEOUT_S
+            )
+            if waiting is not None:  # a pool that was started again a moment ago knows of nothing yet
+                note_waiting(run.url, asdict(waiting))
             raise
 
 

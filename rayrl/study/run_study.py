@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rayrl.config import RunConfig
-from rayrl.errors import BudgetExhausted, ConfigError, DiskFull, JudgeFailed, ResourceError
+from rayrl.errors import BudgetExhausted, ConfigError, DiskFull, JudgeFailed, ResourceError, WaitingForPeople
 from rayrl.oracles.user_modules import check_function, found_first
 from rayrl.pipelines.stopping import Stopping
 from rayrl.preflight import check
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FATAL = (BudgetExhausted, DiskFull, JudgeFailed, ResourceError)
+FATAL = (BudgetExhausted, DiskFull, JudgeFailed, ResourceError, WaitingForPeople)
 """Errors that the next run would meet as well: they end the study, which the same command continues."""
 VERSION = "1"
 """Raised by a change of `rayrl.study.run_measures` that changes results."""

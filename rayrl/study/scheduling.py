@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rayrl.errors import BudgetExhausted, DiskFull, JudgeFailed, RunDirectoryError
+from rayrl.errors import BudgetExhausted, DiskFull, JudgeFailed, RunDirectoryError, WaitingForPeople
 from rayrl.study.config import ResourcesConfig
 from rayrl.study.label_cells import Job, measure_cell
 from rayrl.study.labels import asking
@@ -18,7 +18,7 @@ from rayrl.study.results import Outcome, outcome_of
 
 logger = logging.getLogger(__name__)
 
-FATAL = (BudgetExhausted, DiskFull, JudgeFailed, RunDirectoryError)
+FATAL = (BudgetExhausted, DiskFull, JudgeFailed, RunDirectoryError, WaitingForPeople)
 """Errors that the next cell would meet as well: they end the study, which the same command continues."""
 MAX_RETRIES = 2
 """A cell whose worker process dies is started again so often."""

@@ -378,14 +378,17 @@ def test_two_forms_of_answers_are_refused_before_the_run(tmp_path):
         load_config(path)
 
 
+ORACLE_TYPES = '"http", "scripted", "replay", "sheet", "label_studio", "panel"'
+
+
 @pytest.mark.parametrize(
     ("oracle", "message"),
     [
         (
             'base_url = "http://a/v1"',
-            'oracle.type: required, and missing; it is one of "http", "scripted", "replay", "panel"',
+            f"oracle.type: required, and missing; it is one of {ORACLE_TYPES}",
         ),
-        ('type = "htpp"', 'oracle.type: must be one of "http", "scripted", "replay", "panel", got \'htpp\''),
+        ('type = "htpp"', f"oracle.type: must be one of {ORACLE_TYPES}, got 'htpp'"),
         (
             'type = "panel"\njudges = [{model = "a"}]',
             'oracle.judges[0].type: required, and missing; it is one of "http"',

@@ -180,7 +180,7 @@ def test_the_limits_of_the_judges_are_operation_and_their_models_are_science():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judges": [{"type": "scripted", "function": "a:b"}]}, "at least 2"),
+        ({"judges": [{"type": "scripted", "function": "a:b"}]}, "judges must be two or more"),
         ({"budget_usd": 1.0}, "needs the prices of every judge, and judges\\[1\\]"),
     ],
 )

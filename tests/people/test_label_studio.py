@@ -20,6 +20,7 @@ from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.people.label_studio import LabelStudioDesk
 from rayrl.records import Comparison, Judgement, content_id
 from tests.dashboard.watched import CHROMIUMS, ROOT, tool
+from tests.oracles.people.test_sheet import answers_of
 from tests.people.label_studio_server import label_studio
 
 pytestmark = [pytest.mark.people, pytest.mark.timeout(1800)]
@@ -100,12 +101,14 @@ def test_500_tasks_are_pushed_once_and_pulled(server):
     sheet = desk(server, "five hundred")
     sheet.check()
     assert sheet.collect("judgements") == {}
+    assert sheet.place("judgements").startswith(server.url)
     for _ in range(2):
         sheet.post(questions(500))
     answer(server, sheet, "judgements", 7, choice("4"), reasons("It is right."), lead_time=12.5)
     answer(server, sheet, "judgements", 8, choice("cannot say"))
     sheet.post(questions(501))
-    found = sheet.collect("judgements")
+    assert len(sheet.collect("judgements")) == 501
+    found = answers_of(sheet)
     assert list(found) == [questions(9)[7].key, questions(9)[8].key]
     ((said,), (unsaid,)) = found.values()
     assert (said.annotator, said.score, said.rationale, said.seconds) == (server.email, 4.0, "It is right.", 12.5)
@@ -118,8 +121,21 @@ def test_comparisons_lie_in_a_project_of_their_own(server):
     sheet = desk(server, "compared")
     sheet.post(pairs(2))
     answer(server, sheet, "comparisons", 1, choice("second"))
-    ((said,),) = sheet.collect("comparisons").values()
+    ((said,),) = answers_of(sheet, "comparisons").values()
     assert said.score == 0.0 and sheet.collect("judgements") == {}
+
+
+def test_marks_in_a_rubric_are_no_marks_of_the_interface(server):
+    template = (
+        'Judge the user\'s "request" <1 & 2>.\n<prompt>\n{prompt}\n</prompt>\n<response>\n{response}\n</response>'
+    )
+    sheet = desk(server, "marks", replace(RUBRIC, template=template))
+    sheet.post(questions(1))
+    project = int(sheet.place("judgements").split("/")[-2])
+    assert (
+        "Judge the user's &quot;request&quot; &lt;1 &amp; 2&gt;."
+        in call(server, f"/api/projects/{project}")["label_config"]
+    )
 
 
 def test_long_scales_are_typed_and_read(server):

@@ -53,7 +53,9 @@ class Desk(Named, Protocol):
         ...
 
     def collect(self, kind: Kind) -> Mapping[str, Sequence[Annotation]]:
-        """Read all answers of one kind that lie there, by the key of their question.
+        """Read what lies there of one kind: by the key of each question its answers so far, the first ones first.
+
+        A question that is not before as many people as it needs does not lie there.
 
         Raises:
             DataError: an answer cannot be read; names its row, the rule, what stands there and the remedy.

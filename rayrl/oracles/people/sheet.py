@@ -9,8 +9,11 @@ the cells stay. A row is known by its key.
 
 import csv
 import io
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from openpyxl import Workbook, load_workbook
@@ -20,9 +23,9 @@ from openpyxl.worksheet.datavalidation import DataValidation
 
 from rayrl.config import SheetOracleConfig
 from rayrl.data.cells import SHOWN_CHARACTERS
-from rayrl.data.csv_rows import find_dialect
+from rayrl.data.csv_rows import NAMED_SEPARATOR, SEPARATORS, find_dialect
 from rayrl.data.rows import read_rows
-from rayrl.errors import DataError
+from rayrl.errors import ConfigError, DataError
 from rayrl.models.judge_prompt import Rubric
 from rayrl.oracles.people.criteria import answer_form, criteria
 from rayrl.oracles.people.desk import CANNOT_SAY, Annotation, Kind, kind_of, share_of
@@ -55,15 +58,33 @@ class _Row:
 class SheetDesk:
     """Spreadsheets, one for each person and kind of question."""
 
-    def __init__(self, config: SheetOracleConfig, rubric: Rubric) -> None:
+    def __init__(self, config: SheetOracleConfig, rubric: Rubric, setting: str = "oracle") -> None:
         self._config = config
         self._rubric = rubric
+        self._setting = setting
         self._people = config.people or [""]
-        self.name = self.comparer = f"people: {', '.join(config.people)}" if config.people else "people"
+        self.name = self.comparer = config.in_key
 
     def check(self) -> None:
         for kind in COLUMNS:
+            for person in self._people:
+                self._check_place(self._file(person, kind))
             self.collect(kind)
+
+    def _check_place(self, url: str) -> None:
+        if not storage.is_local(url):
+            return
+        file = Path(storage.locate(url)[1])
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            usable = not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+        except OSError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"{self._setting}.path must be a spreadsheet that can be written, got {self._config.path}: {file} is a "
+                "folder, or lies where nothing can be written; name another one"
+            )
 
     def post(self, questions: Sequence[Judgement | Comparison]) -> None:
         if not questions:
@@ -80,10 +101,13 @@ class SheetDesk:
 
     def collect(self, kind: Kind) -> dict[str, list[Annotation]]:
         found: dict[str, list[Annotation]] = {}
+        num_files: Counter[str] = Counter()
         bad: list[str] = []
         for person in self._people:
             answered: dict[str, tuple[str, float | None]] = {}
+            keys: dict[str, None] = {}  # in the order of the rows
             for row in self._rows(self._file(person, kind), kind):
+                keys[_key(row)] = None
                 try:
                     annotation = self._read(row, kind, person)
                 except DataError as error:
@@ -97,10 +121,11 @@ class SheetDesk:
                     found.setdefault(key, []).append(annotation)
                 elif score != annotation.score:
                     bad.append(f"{row.where}: it answers the question of {where} otherwise; empty one of the two")
+            num_files.update(list(keys))
         if bad:
             more = f" (and {len(bad) - MAX_NAMED} more)" if len(bad) > MAX_NAMED else ""
             raise DataError(f"{'; '.join(bad[:MAX_NAMED])}{more}. Nothing was taken over; correct them and save")
-        return found
+        return {key: found.get(key, []) for key, num in num_files.items() if key and num >= self._config.num_people}
 
     def place(self, kind: Kind) -> str:
         return ", ".join(self._file(person, kind) for person in self._people)
@@ -152,35 +177,45 @@ class SheetDesk:
             yield _Row(where=row.where, cells=row.cells)
 
     def _with_rows_csv(self, url: str, kind: Kind, rows: list[list[str]]) -> bytes:
-        """Return the content of a .csv file with rows added in the order of its columns."""
-        columns, before, separator = COLUMNS[kind], b"\xef\xbb\xbf", ","  # a mark, without which Excel guesses
-        encoding = self._config.encoding
+        """Return the content of a .csv file with rows added in the order of its columns, in the way it is written."""
+        columns, encoding = COLUMNS[kind], self._config.encoding
         if storage.exists(url):
-            before = storage.read_bytes(url)
-            before += b"" if before.endswith((b"\n", b"\r")) else b"\n"
-            text = before.decode(encoding).removeprefix("\ufeff")
-            dialect = find_dialect(text, columns, (",", ";", "\t", "|"))
+            text = storage.read_bytes(url).decode(encoding)
+            text += "" if text.endswith(("\n", "\r")) else "\n"
+            marked, text = text.startswith("\ufeff"), text.removeprefix("\ufeff")
+            named = NAMED_SEPARATOR.match(text)
+            table = text[named.end() :] if named else text
+            dialect = find_dialect(table, columns, SEPARATORS, named[1] if named else None)
             separator = dialect.separator
-            header = next(dialect.reader(io.StringIO(text, newline="")))
+            header = next(row for row in dialect.reader(io.StringIO(table, newline="")) if any(map(str.strip, row)))
             rows = [[dict(zip(columns, row, strict=True)).get(name.strip(), "") for name in header] for row in rows]
         else:
-            rows = [columns, *rows]
+            # Without a mark Excel takes UTF-8 for something else. Python writes that of UTF-16 by itself.
+            text, separator, marked, rows = "", ",", encoding.lower().replace("_", "-") == "utf-8", [columns, *rows]
         sink = io.StringIO(newline="")
         # A text that begins like a formula would be computed by the program that opens the file.
         csv.writer(sink, delimiter=separator).writerows([[_no_formula(cell) for cell in row] for row in rows])
-        return before + sink.getvalue().encode(encoding, errors="replace")
+        try:
+            return (("\ufeff" if marked else "") + text + sink.getvalue()).encode(encoding)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{url}: {self._setting}.encoding {encoding} has no character {error.object[error.start]!r}, which "
+                "stands in a prompt or response; leave encoding out, or name an .xlsx file"
+            ) from None
 
     def _with_rows_xlsx(self, url: str, kind: Kind, rows: list[list[str]]) -> bytes:
         """Return the content of an .xlsx file with rows added below the last one."""
         if storage.exists(url):
-            book = load_workbook(io.BytesIO(storage.read_bytes(url)))
+            content = storage.read_bytes(url)
+            book = load_workbook(io.BytesIO(content))
             sheet: Any = book.worksheets[0]
             header = [str(cell.value or "").strip() for cell in sheet[1]]
+            _keep_computed(sheet, load_workbook(io.BytesIO(content), data_only=True).worksheets[0])
         else:
             book = Workbook()
             sheet, header = book.active, COLUMNS[kind]
             self._lay_out(book, sheet, kind)
-        start = sheet.max_row
+        start = max((cell.row for row in sheet.iter_rows() for cell in row if cell.value is not None), default=1)
         for number, row in enumerate(rows, start + 1):
             by_name = dict(zip(COLUMNS[kind], row, strict=True))
             for place, name in enumerate(header, 1):
@@ -220,6 +255,14 @@ class SheetDesk:
         letter = get_column_letter(header.index(ANSWER_COLUMN[kind]) + 1)
         choices.add(f"{letter}{first}:{letter}{last}")
         sheet.add_data_validation(choices)
+
+
+def _keep_computed(sheet: Any, computed: Any) -> None:
+    """Put what formulas of people's gave into their cells: a workbook that is written here is not computed again."""
+    for row in sheet.iter_rows(min_row=2):
+        for cell in row:
+            if cell.data_type == "f" and (value := computed[cell.coordinate].value) is not None:
+                cell.value = value
 
 
 def _rows_of_xlsx(url: str, needed: Sequence[str]) -> Iterator[_Row]:

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from rayrl.config import PeopleConfig
-from rayrl.errors import JudgeFailed, WaitingForPeople
+from rayrl.errors import JudgeFailed, UsdExhausted, WaitingForPeople
 from rayrl.oracles.ledger import Ledger, Reserved
 from rayrl.oracles.people.desk import Annotation, Desk, Kind, kind_of, verdict_of
 from rayrl.oracles.protocol import Verdict
 from rayrl.oracles.questions import BUDGET_EXHAUSTED, Question, refused
 from rayrl.runs.stage_table import Purpose
 
-UNANSWERED = "nobody has answered"
+UNANSWERED = "not answered by people"
 """Rationale of an abstention on a question that a run did not wait for any longer."""
 
 
@@ -55,12 +55,14 @@ class People:
         desk: where people answer.
         config: when there is enough.
         ledger: takes the answers.
+        is_only: whether nobody else answers. Beside judges, what people do not answer is left to those.
     """
 
-    def __init__(self, desk: Desk, config: PeopleConfig, ledger: Ledger) -> None:
+    def __init__(self, desk: Desk, config: PeopleConfig, ledger: Ledger, *, is_only: bool) -> None:
         self.desk = desk
         self._config = config
         self._ledger = ledger
+        self._is_only = is_only
         prices = config.prices()
         self._usd = None if prices is None else prices.bound_usd(0)
         self._lock = asyncio.Lock()
@@ -77,6 +79,8 @@ class People:
 
         Raises:
             WaitingForPeople: fewer are answered than `enough`, and the deadline is not over. All lie on the desk.
+            UsdExhausted: the budget in USD does not pay for all labels; nobody is asked.
+            JudgeFailed: the deadline is over, people are the only oracle, and none has answered. All lie on the desk.
         """
         if not questions:
             return []
@@ -85,16 +89,16 @@ class People:
             kind = kind_of(questions[0])
             by_key = {question.key: question for question in questions}
             known = self._ledger.answered(by_key)
-            affordable = max(0, self._ledger.num_left(purpose))
-            asked = dict([(key, each) for key, each in by_key.items() if key not in known][:affordable])
+            asked = self._affordable({key: each for key, each in by_key.items() if key not in known}, purpose)
             # Read before anything is written there.
             annotations = await asyncio.to_thread(self.desk.collect, kind)
             is_over = self._config.deadline is not None and datetime.now(UTC) >= self._config.deadline
-            num_needed = math.ceil(self._config.enough * (len(known) + len(asked)))
-            ready = _ready(asked, annotations, 1 if is_over else self._config.num_people)
+            # In floating point 0.55 of 100 is a little more than 55.
+            num_needed = math.ceil(round(self._config.enough * (len(known) + len(asked)), 9))
+            ready = _ready(asked, annotations, self._config.num_people)
             self._take(ready, annotations, kind, stage)
-            num_answered = len(known) + len(ready)
             missing = {key: question for key, question in asked.items() if key not in ready}
+            num_answered = len(known) + len(ready)
             if num_answered < num_needed and not is_over:
                 await self._ledger.sync()
                 await asyncio.to_thread(self.desk.post, list(missing.values()))
@@ -109,18 +113,34 @@ class People:
                     num_people=self._config.num_people,
                 )
                 raise WaitingForPeople(self.waiting.in_words())
-            # Some may have been answered by fewer people than they should be: that is better than nothing.
+            # The waiting is over: an answer of fewer people than were asked for is better than none.
             some = _ready(missing, annotations, 1)
             self._take(some, annotations, kind, stage)
             await self._ledger.sync()
             answered = {*known, *ready, *some}
-            if not answered:
+            if self._is_only and asked and not answered:
+                await asyncio.to_thread(self.desk.post, list(missing.values()))
                 raise JudgeFailed(
-                    f"nobody has answered any of {len(by_key)} questions of {stage}, in {self.desk.place(kind)}, and "
-                    "oracle.deadline is over; set a later one, and run the same command again"
+                    f"none of {len(asked)} questions of {stage} is answered, and oracle.deadline is over; they lie in "
+                    f"{self.desk.place(kind)}: set a later one, and run the same command again"
                 )
             self.waiting = None
             return [self._answer(question, stage, answered, is_asked=question.key in asked) for question in questions]
+
+    def _affordable(self, questions: dict[str, Question], purpose: Purpose) -> dict[str, Question]:
+        """Return the questions that the budgets pay for.
+
+        Raises:
+            UsdExhausted: these are labels, and the budget in USD does not pay for as many as that of queries.
+        """
+        num_left, num_payable = self._ledger.num_left(purpose), self._ledger.num_payable(self._usd)
+        num_wanted = min(len(questions), num_left)
+        if purpose == "label" and num_payable < num_wanted:
+            raise UsdExhausted(
+                f"oracle.budget_usd must cover every label: it pays for {num_payable:g} of {num_wanted} more questions "
+                "to people, none of which was asked; raise it, or lower select.budget, and run the same command again"
+            )
+        return dict(list(questions.items())[: int(min(num_wanted, num_payable))])
 
     def _take(
         self,
@@ -131,7 +151,7 @@ class People:
     ) -> None:
         """Write answers into the ledger; nothing is awaited, so that each is there whole or not at all."""
         for key, question in ready.items():
-            theirs = annotations[key]
+            theirs = list(annotations[key])[: self._config.num_people]  # so many are paid for
             reserved = self._ledger.reserve(question, self._usd, stage=stage)
             assert isinstance(reserved, Reserved), "it was not answered a moment ago"
             self._ledger.commit(reserved, self._priced(verdict_of(theirs, kind, self._config.combine), len(theirs)))

@@ -17,6 +17,7 @@ from rayrl.errors import RayRLError, RunDirectoryError, StageTimeout
 from rayrl.metrics.progress import track
 from rayrl.oracles.ledger import Outlook
 from rayrl.oracles.ledger_schema import REASON_CHARS
+from rayrl.oracles.people.waiting import UNANSWERED
 from rayrl.oracles.questions import Question
 from rayrl.records import Comparison, Judgement, content_id
 from rayrl.runs.stage_metrics import LedgerCounts
@@ -79,6 +80,20 @@ def num_spent(oracle: ActorHandle, answers: Sequence[Judgement | Comparison]) ->
     """Count the label queries that these answers took, with calls lost on the way. Known answers took none."""
     keys = [answer.key for answer in answers]
     return wait_for(oracle.num_spent.remote(keys, "label"), "counting queries", COUNT_TIMEOUT_S)
+
+
+def unpaid_questions(oracle: ActorHandle, answers: Sequence[Sequence[Judgement | Comparison]]) -> list[int]:
+    """List the items that have no answer and cost nothing; `answers` are those to the questions about each item.
+
+    What people have not answered by the end of the waiting is none of them: others in its place would have to be
+    waited for again.
+    """
+    return [
+        number
+        for number, each in enumerate(answers)
+        if not any(answer.status == "scored" or answer.rationale == UNANSWERED for answer in each)
+        and num_spent(oracle, each) == 0
+    ]
 
 
 def abstention_reasons(rationales: Sequence[str]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from rayrl.runs.run import Manifest, Run
 from rayrl.runs.stage_metrics import AskedPairs, PreferencesMetrics
 from rayrl.runs.stage_table import PREFERENCES
 from rayrl.stages.artifacts import Preferences, QueryRow, QuerySet, Responses
-from rayrl.stages.labelling.ask import ledger_counts, num_spent
+from rayrl.stages.labelling.ask import ledger_counts, num_spent, unpaid_questions
 from rayrl.stages.labelling.ask_pairs import ask_about, count_answers, drawn, in_drawn_order, pair_question
 from rayrl.stages.selection.select import AskBatch, num_possible_pairs
 
@@ -149,11 +149,7 @@ def asking_pairs(run: Run, oracle: ActorHandle) -> AskBatch:
             is_turned = first["response_id"] != question.first_id
             scores.append(None if decided is None else WON[TURNED[decided] if is_turned else decided])
         size = queries_per_pair(config.order)
-        unpaid = [
-            number
-            for number, score in enumerate(scores)
-            if score is None and num_spent(oracle, answers[size * number : size * (number + 1)]) == 0
-        ]
+        unpaid = unpaid_questions(oracle, [answers[start : start + size] for start in range(0, len(answers), size)])
         return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
 
     return ask_batch

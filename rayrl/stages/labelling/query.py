@@ -13,7 +13,7 @@ from rayrl.runs.run import Run
 from rayrl.runs.stage_metrics import QueryMetrics
 from rayrl.runs.stage_table import QUERY
 from rayrl.stages.artifacts import Judgements, QueryRow, QuerySet
-from rayrl.stages.labelling.ask import abstention_reasons, ask, ledger_counts, num_spent
+from rayrl.stages.labelling.ask import abstention_reasons, ask, ledger_counts, num_spent, unpaid_questions
 from rayrl.stages.selection.select import AskBatch
 
 
@@ -29,7 +29,7 @@ def asking(oracle: ActorHandle) -> AskBatch:
         answers = ask(oracle, [_as_question(row) for row in rows], QUERY, describe="asking the oracle")
         scores = [answer.score for answer in answers]
         # An answer that another run has paid for counts as one: the picks are the same with and without that run.
-        unpaid = [n for n, answer in enumerate(answers) if answer.score is None and num_spent(oracle, [answer]) == 0]
+        unpaid = unpaid_questions(oracle, [[answer] for answer in answers])
         return Answers(scores=scores, num_spent=len(scores) - len(unpaid), unpaid=unpaid)
 
     return ask_batch

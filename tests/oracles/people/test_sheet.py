@@ -2,13 +2,16 @@
 
 import csv
 import io
+import re
+import zipfile
 
 import pytest
 from openpyxl import load_workbook
+from openpyxl.styles import Font
 from pydantic import ValidationError
 
 from rayrl.config import RubricConfig, SheetOracleConfig
-from rayrl.errors import DataError
+from rayrl.errors import ConfigError, DataError
 from rayrl.models.judge_prompt import load_rubric
 from rayrl.oracles.people.sheet import MAX_CELL, SheetDesk
 from rayrl.records import Comparison, Judgement, content_id
@@ -40,6 +43,11 @@ def pair(number):
 
 def desk(tmp_path, suffix=".csv", **settings):
     return SheetDesk(SheetOracleConfig(path=str(tmp_path / f"questions{suffix}"), **settings), RUBRIC)
+
+
+def answers_of(desk, kind="judgements"):
+    """What people answered, without the questions that wait."""
+    return {key: answers for key, answers in desk.collect(kind).items() if answers}
 
 
 def rows_of(path):
@@ -76,7 +84,8 @@ def test_answers_come_back_by_key_and_partial_files_are_welcome(tmp_path, suffix
     assert [row[1:3] for row in rows_of(path)[1:]] == [[each.prompt, each.response] for each in questions]
     fill(path, "score", [4, "cannot say", None, " 0 ", "2.5"])
     fill(path, "reasons", ["clear", "no idea"])
-    found = sheet.collect("judgements")
+    assert set(sheet.collect("judgements")) == {each.key for each in questions}
+    found = answers_of(sheet)
     assert {key: [(a.score, a.rationale) for a in answers] for key, answers in found.items()} == {
         questions[0].key: [(4.0, "clear")],
         questions[1].key: [(None, "no idea")],
@@ -93,7 +102,7 @@ def test_questions_are_added_once_and_answers_stay(tmp_path, suffix):
     sheet.post([question(1), question(2)])
     sheet.post([question(2)])
     assert len(rows_of(path)) == 1 + 3
-    assert list(sheet.collect("judgements")) == [question(0).key]
+    assert list(answers_of(sheet)) == [question(0).key]
 
 
 def test_a_file_saved_with_semicolons_and_an_added_column_goes_on_as_it_is(tmp_path):
@@ -181,7 +190,7 @@ def test_people_share_the_questions_and_each_is_asked_of_as_many_as_it_needs(tmp
     assert all(30 <= len(theirs) <= 50 for theirs in keys.values())
     sheet.post(questions)
     fill(tmp_path / "questions-ben.csv", "score", [1])
-    ((_, [answer]),) = sheet.collect("judgements").items()
+    ((_, [answer]),) = answers_of(sheet).items()
     assert (answer.annotator, answer.score) == ("ben", 1.0)
 
 
@@ -227,3 +236,79 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         SheetOracleConfig(**({"path": "q.csv"} | settings))
+
+
+def test_a_question_that_is_not_before_all_whom_it_needs_does_not_lie_there(tmp_path):
+    sheet = desk(tmp_path, people=["anna", "ben"], num_people=2)
+    sheet.post([question(0), question(1)])
+    path = tmp_path / "questions-ben.csv"
+    header, first, _ = rows_of(path)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, first])
+    assert [f"q-{key}" for key in sheet.collect("judgements")] == [first[0]]
+    sheet.post([question(0), question(1)])
+    assert len(rows_of(path)) == 3
+
+
+def test_what_a_formula_gave_survives_the_next_questions(tmp_path):
+    sheet, path = desk(tmp_path, ".xlsx"), tmp_path / "questions.xlsx"
+    sheet.post([question(0)])
+    fill(path, "score", ["=1+2"])
+    book = load_workbook(path)
+    assert book.worksheets[0]["D2"].data_type == "f"
+    # openpyxl computes nothing: what Excel leaves beside the formula is put into the file by hand.
+    with zipfile.ZipFile(path) as before:
+        parts = {name: before.read(name) for name in before.namelist()}
+    name = "xl/worksheets/sheet1.xml"
+    parts[name] = re.sub(rb"<f>1\+2</f><v\s*/?>(</v>)?", b"<f>1+2</f><v>3</v>", parts[name])
+    with zipfile.ZipFile(path, "w") as after:
+        for each, content in parts.items():
+            after.writestr(each, content)
+    assert [a.score for a in sheet.collect("judgements")[question(0).key]] == [3.0]
+    sheet.post([question(1)])
+    assert [a.score for a in sheet.collect("judgements")[question(0).key]] == [3.0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_files_in_every_encoding_are_written_and_read_again(tmp_path, encoding):
+    sheet = desk(tmp_path, encoding=encoding)
+    for number in range(3):
+        sheet.post([question(number, "caf\u00e9")])
+    path = tmp_path / "questions.csv"
+    assert path.read_bytes().decode(encoding).removeprefix("\ufeff").count("caf\u00e9") == 3
+    assert len(sheet.collect("judgements")) == 3
+
+
+def test_a_character_that_an_encoding_lacks_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"oracle.encoding cp1252 has no character '\u4e2d'"):
+        desk(tmp_path, encoding="cp1252").post([question(0, "\u4e2d")])
+
+
+def test_a_file_that_names_its_separator_is_added_to_with_it(tmp_path):
+    sheet, path = desk(tmp_path), tmp_path / "questions.csv"
+    sheet.post([question(0)])
+    header, row = rows_of(path)
+    with open(path, "w", newline="") as file:
+        file.write("sep=;\n")
+        csv.writer(file, delimiter=";").writerows([header, row])
+    sheet.post([question(1)])
+    assert list(sheet.collect("judgements")) == [question(0).key, question(1).key]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "questions.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"oracle.people.path must be a spreadsheet that can be written"):
+        SheetDesk(SheetOracleConfig(path=str(tmp_path / "questions.csv")), RUBRIC, "oracle.people").check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"oracle.path must be a spreadsheet that can be written"):
+        SheetDesk(SheetOracleConfig(path=str(tmp_path / "file" / "questions.csv")), RUBRIC).check()
+
+
+def test_questions_come_below_the_last_row_with_a_value(tmp_path):
+    sheet, path = desk(tmp_path, ".xlsx"), tmp_path / "questions.xlsx"
+    sheet.post([question(0)])
+    book = load_workbook(path)
+    book.worksheets[0].cell(5000, 4).font = Font(bold=True)
+    book.save(path)
+    sheet.post([question(1)])
+    assert load_workbook(path).worksheets[0]["A3"].value == f"q-{question(1).key}"

@@ -40,7 +40,8 @@ def sheet(tmp_path, **settings):
 
 @contextlib.contextmanager
 def opened(tmp_path, config, **budgets):
-    pool = OraclePool(config, RUBRIC, str(tmp_path / "ledger.sqlite"), {"label": 100, "people": 100} | budgets, "run")
+    budgets = {"label": 100, "evaluate": 100, "people": 100} | budgets
+    pool = OraclePool(config, RUBRIC, str(tmp_path / "ledger.sqlite"), budgets, "run")
     try:
         yield pool
     finally:
@@ -121,7 +122,7 @@ def test_enough_ends_the_waiting_with_what_there_is(tmp_path):
     with opened(tmp_path, config) as pool:
         answers = judge(pool, items(5))
         assert sorted(score for score in scores(answers) if score is not None) == [5.0] * 3
-        assert {answer.rationale for answer in answers if answer.score is None} == {"nobody has answered"}
+        assert {answer.rationale for answer in answers if answer.score is None} == {"not answered by people"}
         assert pool.summary()["label"].spent == 3
 
 
@@ -129,7 +130,10 @@ def test_a_deadline_ends_the_waiting_also_with_fewer_people(tmp_path):
     waits, over = ({"people": ["anna", "ben"], "num_people": 2, "deadline": when} for when in (LATER, EARLIER))
     with opened(tmp_path, sheet(tmp_path, **waits)) as pool, pytest.raises(WaitingForPeople):
         judge(pool, items(2))
-    with opened(tmp_path, sheet(tmp_path, **over)) as pool, pytest.raises(JudgeFailed, match="deadline is over; set a"):
+    with (
+        opened(tmp_path, sheet(tmp_path, **over)) as pool,
+        pytest.raises(JudgeFailed, match="none of 2 questions of query is answered, and oracle.deadline is over"),
+    ):
         judge(pool, items(2))
     fill(tmp_path / "questions-anna.csv", "score", [1])
     with opened(tmp_path, sheet(tmp_path, **over)) as pool:
@@ -143,11 +147,15 @@ def test_budgets_bound_what_is_put_before_people(tmp_path):
     fill(tmp_path / "questions.csv", "score", [1, 1])
     with opened(tmp_path, sheet(tmp_path), label=2) as pool:
         assert scores(judge(pool, items(5))) == [1.0, 1.0, None, None, None]
-    priced = sheet(tmp_path, usd_per_answer=1.0, budget_usd=1.5)
     other = tmp_path / "other"
     other.mkdir()
-    with opened(other, priced) as pool, pytest.raises(UsdExhausted):
-        judge(pool, items(2))
+    priced = sheet(other, usd_per_answer=1.0, budget_usd=1.5)
+    with opened(other, priced) as pool:
+        with pytest.raises(UsdExhausted, match="it pays for 1 of 2 more questions"):
+            judge(pool, items(2))
+        assert not (other / "questions.csv").exists()  # nobody works for nothing
+        with pytest.raises(WaitingForPeople, match="0 of 1 questions"):
+            asyncio.run(pool.judge(items(2), "evaluate", "evaluate"))
 
 
 def test_comparisons(tmp_path):
@@ -171,10 +179,14 @@ def lenient(prompt, response):
     return 5.0
 
 
+def people_of(tmp_path, **settings):
+    return {"type": "sheet", "path": str(tmp_path / "questions.csv"), **settings}
+
+
 def panel(tmp_path, first=strict, second=lenient, **settings):
     judges = [{"type": "scripted", "function": f"{each.__module__}:{each.__name__}"} for each in (first, second)]
-    people = {"type": "sheet", "path": str(tmp_path / "questions.csv")}
-    return PanelOracleConfig(judges=judges, people=people, **({"people_above": 1.0, "people_budget": 10} | settings))
+    settings = {"people_above": 1.0, "people_budget": 10, "people": people_of(tmp_path)} | settings
+    return PanelOracleConfig(judges=judges, **settings)
 
 
 def test_people_settle_what_judges_doubt(tmp_path):
@@ -187,7 +199,8 @@ def test_people_settle_what_judges_doubt(tmp_path):
         answers = judge(pool, items(5))
         assert scores(answers) == [0.0, 1.0, 4.0, 4.5, 5.0]  # judges' where people cannot say
         assert [answer.oracle == "people" for answer in answers] == [True, True, False, False, False]
-        assert {name: counts.spent for name, counts in pool.summary().items()} == {"label": 5, "people": 3}
+        spent = {name: counts.spent for name, counts in pool.summary().items()}
+        assert spent == {"label": 5, "people": 3, "evaluate": 0}
     with opened(tmp_path, config) as pool:
         assert [asdict(each) for each in judge(pool, items(5))] == [asdict(each) for each in answers]
 
@@ -203,3 +216,54 @@ def test_a_panel_that_is_sure_asks_nobody(tmp_path):
     with opened(tmp_path, panel(tmp_path, first=lenient)) as pool:
         assert scores(judge(pool, items(3))) == [5.0] * 3
     assert not (tmp_path / "questions.csv").exists()
+
+
+def test_a_panel_whose_people_are_spent_goes_on_with_its_judges(tmp_path):
+    config = panel(tmp_path, people_budget=1)
+    with opened(tmp_path, config, people=1) as pool, pytest.raises(WaitingForPeople, match="0 of 1 questions"):
+        judge(pool, items(5))
+    fill(tmp_path / "questions.csv", "score", [0])
+    with opened(tmp_path, config, people=1) as pool:
+        assert scores(judge(pool, items(5))) == [0.0, 3.5, 4.0, 4.5, 5.0]
+        other = [Judgement(prompt_id="q", response_id="q-0", prompt="another", response="x")]
+        assert scores(asyncio.run(pool.judge(other, "evaluate", "evaluate"))) == [3.0]
+
+
+def test_a_panel_whose_deadline_is_over_goes_on_with_its_judges(tmp_path):
+    with opened(tmp_path, panel(tmp_path, people=people_of(tmp_path, deadline=EARLIER))) as pool:
+        assert scores(judge(pool, items(5))) == [3.0, 3.5, 4.0, 4.5, 5.0]
+
+
+def test_what_judges_were_not_asked_is_not_put_before_people(tmp_path):
+    with opened(tmp_path, panel(tmp_path, first=lenient), label=2) as pool:
+        assert scores(judge(pool, items(4))) == [5.0, 5.0, None, None]
+    assert not (tmp_path / "questions.csv").exists()
+
+
+def test_a_settled_answer_counts_as_the_judges_question(tmp_path):
+    config = panel(tmp_path)
+    with opened(tmp_path, config) as pool, pytest.raises(WaitingForPeople):
+        judge(pool, items(5))
+    fill(tmp_path / "questions.csv", "score", [0, 1, 2])
+    with opened(tmp_path, config) as pool:
+        answers = judge(pool, items(5))
+        assert pool.num_spent([answer.key for answer in answers], "label") == 5
+
+
+def test_no_more_answers_are_paid_than_a_question_needs(tmp_path):
+    both = sheet(tmp_path, people=["anna", "ben"], num_people=2, usd_per_answer=1.0)
+    with opened(tmp_path, both) as pool, pytest.raises(WaitingForPeople):
+        judge(pool, items(1))
+    for name in ("anna", "ben"):
+        fill(tmp_path / f"questions-{name}.csv", "score", [3])
+    one = sheet(tmp_path, people=["anna", "ben"], usd_per_answer=1.0, budget_usd=1.0)
+    assert one.in_key != both.in_key
+    with opened(tmp_path, both) as pool:
+        judge(pool, items(1))
+        assert pool.summary()["label"].cost_usd == 2.0
+
+
+def test_the_share_that_is_enough_is_not_raised_by_rounding(tmp_path):
+    config = sheet(tmp_path, enough=0.55)
+    with opened(tmp_path, config) as pool, pytest.raises(WaitingForPeople, match="and 55 are needed"):
+        judge(pool, items(100))
