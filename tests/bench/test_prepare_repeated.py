@@ -19,8 +19,6 @@ def test_the_first_person_labels_and_the_others_are_the_truth_where_they_agree()
 
 
 def test_the_response_is_taken_out_of_the_judge_prompt():
-    asked = (
-        "Task.\n###The instruction to evaluate:\nWhy?\n\n###Response to evaluate:\nSo.\n\n###Reference Answer (5):\nX"
-    )
+    asked = "Task.\n###The instruction to evaluate:\nWhy?\n\n###Response to evaluate:\nSo.\n\n###Reference Answer"
     row = prometheus_row({"instruction": asked, "gpt4_score": [3, 4, 5]})
     assert row == {"prompt": "Why?", "response": "So.", "score": 3, "others": 4.5}

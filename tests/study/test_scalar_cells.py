@@ -1,5 +1,6 @@
 """Cells of a study of labels that train a scalar evaluator; and studies of them that are refused."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from rayrl.study.pool import STRIDE, StudyPool
 from rayrl.study.results import Cell
 from rayrl.study.scalar_cells import ScalarFits, Texts
 
-MODEL = "jobs/quickstart/model"
+MODEL = str(Path("jobs/quickstart/model").resolve())  # workers run in folders of their own
 CONTEXT = 512
 
 
