@@ -132,7 +132,7 @@ def test_a_deadline_ends_the_waiting_also_with_fewer_people(tmp_path):
         judge(pool, items(2))
     with (
         opened(tmp_path, sheet(tmp_path, **over)) as pool,
-        pytest.raises(JudgeFailed, match="none of 2 questions of query is answered, and oracle.deadline is over"),
+        pytest.raises(JudgeFailed, match=r"none of 2 questions of query is answered, and oracle.deadline is over"),
     ):
         judge(pool, items(2))
     fill(tmp_path / "questions-anna.csv", "score", [1])
