@@ -111,23 +111,30 @@ class OraclePool:
         meters.show_budget(budgets, budget_usd)
         self._show_load()
 
-    async def judge(self, judgements: Sequence[Judgement], purpose: Purpose, stage: str = "") -> list[Judgement]:
+    async def judge(
+        self, judgements: Sequence[Judgement], purpose: Purpose, stage: str = "", *, by_people: bool = True
+    ) -> list[Judgement]:
         """Answer judgements, in order; items that fail and questions beyond the budget are abstentions.
 
         Args:
             judgements: of the status "asked".
             purpose: the budget that pays.
             stage: the stage that asks, for the ledger.
+            by_people: whether people answer too, who are asked about all of a stage at once. False has judges alone
+                answer, in parts, before that call.
 
         Raises:
+            WaitingForPeople: people have not answered enough of it yet.
             JudgeFailed: the oracle itself fails; what it had answered is in the ledger.
             UsdExhausted: the budget in USD is used up before all labels are asked for.
         """
-        return await self._answers(judgements, purpose, stage)
+        return await self._answers(judgements, purpose, stage, by_people=by_people)
 
-    async def compare(self, comparisons: Sequence[Comparison], purpose: Purpose, stage: str = "") -> list[Comparison]:
+    async def compare(
+        self, comparisons: Sequence[Comparison], purpose: Purpose, stage: str = "", *, by_people: bool = True
+    ) -> list[Comparison]:
         """Answer comparisons, as `judge` does. Each is one query of the purpose's budget, in the order given."""
-        return await self._answers(comparisons, purpose, stage)
+        return await self._answers(comparisons, purpose, stage, by_people=by_people)
 
     async def try_out(self, questions: Sequence[Question]) -> str:
         """Ask one of a few questions, alone and before anything else; the next one only if the first is unreadable.
@@ -212,9 +219,13 @@ class OraclePool:
         """Give up the ledger, for another owner in the same process."""
         self._ledger.close()
 
-    async def _answers(self, asked: Sequence[Question], purpose: Purpose, stage: str) -> list[Question]:
+    async def _answers(
+        self, asked: Sequence[Question], purpose: Purpose, stage: str, *, by_people: bool
+    ) -> list[Question]:
         start = time.monotonic()
         if self._people is not None and not self._has_judge:
+            if not by_people:
+                return list(asked)
             questions = [address(each, self._people.desk, self._rubric, purpose) for each in asked]
             return await self._people.answers(questions, purpose, stage)
         if stage != self._stage:  # unreadable answers of a stage that has ended are what they are
@@ -229,7 +240,7 @@ class OraclePool:
                 answers[place] = answer
                 self._unanswered.discard(answer.key)
         await self._ledger.sync()
-        if self._people is not None:
+        if self._people is not None and by_people:
             answers = await self._settled_by_people(self._people, asked, answers, stage)
         num_scored = sum(answer.status == "scored" for answer in answers)
         logger.info(

@@ -159,15 +159,21 @@ def _announce(outlook: Outlook, stage: AnyStage) -> None:
 def _in_chunks(
     oracle: ActorHandle, method: ActorMethod, questions: Sequence[Question], stage: AnyStage, describe: str
 ) -> list[Question]:
-    """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time."""
+    """Send all chunks at once, and wait for them in order. The pool limits how many questions are asked at a time.
+
+    People are asked about all of them in one call, once the judges beside them, if there are any, have answered.
+    """
     if not questions:
         return []
     outlook: Outlook = wait_for(oracle.outlook.remote(questions, stage.pays, stage.name), describe, COUNT_TIMEOUT_S)
     _announce(outlook, stage)
-    size = len(questions) if outlook.is_whole else CHUNK
-    chunks = [questions[start : start + size] for start in range(0, len(questions), size)]
-    pending: list[Any] = [method.remote(chunk, stage.pays, stage.name) for chunk in chunks]
+    chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
+    pending: list[Any] = [
+        method.remote(chunk, stage.pays, stage.name, by_people=not outlook.is_whole) for chunk in chunks
+    ]
     answers: list[Question] = []
     for chunk in track(pending, describe):
         answers += wait_for(chunk, describe, CHUNK_TIMEOUT_S)
+    if outlook.is_whole:  # what judges have answered is free now
+        return wait_for(method.remote(questions, stage.pays, stage.name), describe, CHUNK_TIMEOUT_S)
     return answers

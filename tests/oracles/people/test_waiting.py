@@ -267,3 +267,18 @@ def test_the_share_that_is_enough_is_not_raised_by_rounding(tmp_path):
     config = sheet(tmp_path, enough=0.55)
     with opened(tmp_path, config) as pool, pytest.raises(WaitingForPeople, match="and 55 are needed"):
         judge(pool, items(100))
+
+
+def test_judges_answer_in_parts_before_people_are_asked_about_the_whole(tmp_path):
+    config = panel(tmp_path)
+    with opened(tmp_path, config) as pool:
+        parts = [
+            asyncio.run(pool.judge(part, "label", "query", by_people=False)) for part in (items(5)[:3], items(5)[3:])
+        ]
+        assert scores([*parts[0], *parts[1]]) == [3.0, 3.5, 4.0, 4.5, 5.0]
+        assert not (tmp_path / "questions.csv").exists()
+        with pytest.raises(WaitingForPeople, match="0 of 3 questions"):
+            judge(pool, items(5))
+        assert pool.summary()["label"].spent == 5
+    with opened(tmp_path, sheet(tmp_path)) as pool:
+        assert scores(asyncio.run(pool.judge(items(2), "label", "query", by_people=False))) == [None, None]
