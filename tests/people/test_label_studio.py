@@ -177,7 +177,7 @@ def test_a_person_labels_twelve_items_in_a_browser_and_the_run_ends_with_them(se
     print(f"from the start to parked: {time.monotonic() - began:.0f} s")
     assert parked.returncode == 75, parked.stderr[-3000:]
     assert f"0 of {NUM_LABELLED} questions of query are answered" in parked.stderr
-    page_of_tasks = next(word for word in parked.stderr.split() if word.startswith(server.url))
+    page_of_tasks = next(word for word in parked.stderr.split() if word.startswith(f"{server.url}/projects/"))
 
     page = browser.new_context(viewport={"width": 1400, "height": 1100}).new_page()
     page.set_default_timeout(180_000)  # the first page takes a minute on a busy machine
