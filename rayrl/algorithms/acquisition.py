@@ -48,7 +48,7 @@ class Labels:
 
     @property
     def compares(self) -> bool:
-        """Whether the questions are comparisons of two responses."""
+        """Return whether the questions are comparisons of two responses."""
         return self.ids.shape[1] == 2
 
     @property

@@ -137,11 +137,7 @@ def by_prompt(
     predicted, oracle, prompts = predicted[scored], oracle[scored], prompts[scored]
     if measure.controls_length:
         predicted = without_length(predicted, lengths[scored])
-    return {
-        number: value
-        for number, rows in _rows_by_prompt(prompts)
-        if len(rows) > 1 and not math.isnan(value := measure.of_prompt(predicted[rows], oracle[rows]))
-    }
+    return _defined(measure, predicted, oracle, prompts, least=2)
 
 
 def comparisons_by_prompt(
@@ -167,10 +163,17 @@ def comparisons_by_prompt(
     answered = ~np.isnan(wins)
     compared, wins = compared[answered], wins[answered]
     differences = predicted[compared[:, 0]] - predicted[compared[:, 1]]
+    return _defined(measure, differences, wins, prompts[compared[:, 0]], least=1)
+
+
+def _defined(
+    measure: Measure, predicted: np.ndarray, oracle: np.ndarray, prompts: Int64[np.ndarray, " n"], *, least: int
+) -> dict[int, float]:
+    """Values of a measure by prompt, of those with `least` rows or more on which it is defined."""
     return {
         number: value
-        for number, rows in _rows_by_prompt(prompts[compared[:, 0]])
-        if not math.isnan(value := measure.of_prompt(differences[rows], wins[rows]))
+        for number, rows in _rows_by_prompt(prompts)
+        if len(rows) >= least and not math.isnan(value := measure.of_prompt(predicted[rows], oracle[rows]))
     }
 
 

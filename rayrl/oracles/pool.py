@@ -178,7 +178,7 @@ class OraclePool:
         return replace(self._ledger.outlook(addressed, purpose, stage), is_whole=self._people is not None)
 
     def waiting(self) -> Waiting | None:
-        """What people were asked, and have not answered; None if nothing is missing."""
+        """Return the questions that people have not answered yet; None if nothing is missing."""
         return None if self._people is None else self._people.waiting
 
     def resize(self, least: int | None, most: int | None) -> FleetState:

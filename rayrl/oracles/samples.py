@@ -60,9 +60,14 @@ def combined(verdicts: Sequence[Verdict], num_samples: int, combine: Combine, *,
         reasons = [verdict.rationale for verdict in verdicts if verdict.score is None]
         rationale = f"{len(scored)} of {len(verdicts)} {of} have a score, of {num_samples}; {reasons[-1]}"
         return replace(total, rationale=rationale)
+    score, rationale, disagreement = joined(scored, combine)
+    return replace(total, score=score, rationale=rationale, disagreement=disagreement)
+
+
+def joined(scored: Sequence[tuple[float, str]], combine: Combine) -> tuple[float, str, float | None]:
+    """Join several (score, rationale) to one: also how far the scores differ, None of a single one."""
     scores = [score for score, _ in scored]
     score = combine(scores)
-    # The reasons of the sample that is nearest to what came of all.
-    rationale = min(scored, key=lambda sample: abs(sample[0] - score))[1]
-    disagreement = statistics.pstdev(scores) if len(scores) > 1 else None
-    return replace(total, score=score, rationale=rationale, disagreement=disagreement)
+    # The reasons of the answer that is nearest to what came of all.
+    rationale = min(scored, key=lambda each: abs(each[0] - score))[1]
+    return score, rationale, statistics.pstdev(scores) if len(scores) > 1 else None

@@ -1,4 +1,4 @@
-"""What people said, as the report tells it: who answered how much, how they agree, and how a judge agrees with them."""
+"""People's answers in the report: each person's share, their agreement, and that of judges with them."""
 
 import contextlib
 import math

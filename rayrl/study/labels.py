@@ -30,7 +30,7 @@ from rayrl.oracles.replay import ReplayOracle
 from rayrl.records import Comparison, Judgement, Preference
 from rayrl.runs.stage_table import PREFERENCES, QUERY
 from rayrl.stages.labelling.ask import CHUNK, wait_for
-from rayrl.stages.labelling.ask_pairs import drawn, questions, verdict
+from rayrl.stages.labelling.ask_pairs import in_drawn_order, pair_question, questions, verdict
 from rayrl.stages.labelling.comparisons import WON
 
 Question = tuple[int, ...]
@@ -130,17 +130,10 @@ class Labels:
         """Compare pairs, each in its drawn order or in both; return the wins of the first id."""
         pairs: list[Comparison] = []
         for question in asked:
+            rows = self._rows(question)
             # By the response's id alone, so that every cell asks in the same order.
-            first, second = sorted(self._rows(question), key=lambda row: drawn(0, row["response_id"]))
-            pair = Comparison(
-                prompt_id=first["prompt_id"],
-                first_id=first["response_id"],
-                second_id=second["response_id"],
-                prompt=first["prompt"],
-                first=first["response"],
-                second=second["response"],
-            )
-            pairs.append(pair)
+            sides = in_drawn_order(0, *((row["response_id"], row["response"]) for row in rows))
+            pairs.append(pair_question(rows[0]["prompt_id"], rows[0]["prompt"], sides))
         put = [each for pair in pairs for each in questions(pair, self._order)]
         answers: list[Comparison] = await self._paid(
             self._oracle.compare.remote(put, PREFERENCES.pays, PREFERENCES.name)

@@ -10,11 +10,10 @@ them train in the folder of one run, by that run's stage: a cell which was inter
 
 import logging
 import math
-import time
-import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from rayrl.study.label_cells import Job, measure_cell
 from rayrl.study.labels import asking
 from rayrl.study.pool import StudyPool
 from rayrl.study.pool_stages import pool_responses
-from rayrl.study.results import Outcome, write_result
+from rayrl.study.results import Outcome, outcome_of
 from rayrl.study.scheduling import FATAL
 
 logger = logging.getLogger(__name__)
@@ -104,29 +103,14 @@ class ScalarFits:
         """
         for number, job in enumerate(jobs, 1):
             logger.info("cell %d of %d: %s", number, len(jobs), job.cell.title)
-            started = time.monotonic()
-            try:
-
-                def fitted(
-                    pool: StudyPool, rows: Int64[np.ndarray, "n 1"], scores: Float64[np.ndarray, " n"], job: Job
-                ) -> Float64[np.ndarray, " all"]:
-                    return self._fitted(pool, response_ids, rows[:, 0], scores, job)
-
-                measured = measure_cell(job, pools[job.pool], asking(labels), fitted)
-                write_result(study_dir, job.key, measured)
-            except FATAL:
-                raise
-            except Exception as error:  # of any cell: it is named and counted, and the others go on
-                logger.warning("%s: %s", job.cell.title, traceback.format_exc())
-                yield Outcome(cell=job.cell, key=job.key, failure=f"{type(error).__name__}: {error}")
-                continue
-            yield Outcome(cell=job.cell, key=job.key, measured=measured, seconds=time.monotonic() - started)
+            measure = partial(measure_cell, job, pools[job.pool], asking(labels), partial(self._fitted, response_ids))
+            yield outcome_of(job.cell, job.key, study_dir, measure, fatal=FATAL)
 
     def _fitted(
         self,
-        pool: StudyPool,
         response_ids: Sequence[str],
-        rows: Int64[np.ndarray, " n"],
+        pool: StudyPool,
+        rows: Int64[np.ndarray, "n 1"],
         scores: Float64[np.ndarray, " n"],
         job: Job,
     ) -> Float64[np.ndarray, " all"]:
@@ -137,7 +121,7 @@ class ScalarFits:
         # The seed of the cell draws the order of the training and what is held back.
         config = self.now.run.config
         run = replace(self.now.run, config=RunConfig.model_validate(config.model_dump() | {"seed": job.cell.seed}))
-        judged = [self.texts[response_ids[int(row)]] for row in rows]
+        judged = [self.texts[response_ids[int(row)]] for row in rows[:, 0]]
         judgements = self._judgements(judged, scores, job)
         evaluator = fit_evaluator(run, self.now.services, self.m1, [judgements])
         assert evaluator is not None, "refused before: a base config that fits no evaluator"

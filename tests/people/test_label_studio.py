@@ -188,7 +188,7 @@ def test_a_person_labels_twelve_items_in_a_browser_and_the_run_ends_with_them(se
     page.wait_for_url(lambda url: "login" not in url)
     page.goto(page_of_tasks.replace("/data", "/data?labeling=1"))
     for number in range(NUM_LABELLED):
-        page.get_by_text("Start at 0 and add one point").first.wait_for()
+        page.get_by_role("button", name="Submit").first.wait_for()
         # The name of a choice is followed by its key in brackets.
         page.locator("label", has_text=re.compile(rf"^{number % 6}\[")).first.click()
         page.locator("textarea").first.fill(f"reason {number}")

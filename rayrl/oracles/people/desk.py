@@ -4,13 +4,12 @@ A question is known there by its key, so that it lies there once however often i
 off a desk: answers stay, and are read again.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from rayrl.oracles.protocol import PREFERENCE_SHARES, Named, Verdict
-from rayrl.oracles.samples import majority, mean, most_frequent
+from rayrl.oracles.samples import joined, majority, mean, most_frequent
 from rayrl.records import Comparison, Judgement
 
 Kind: TypeAlias = Literal["judgements", "comparisons"]
@@ -84,12 +83,8 @@ def verdict_of(annotations: Sequence[Annotation], kind: Kind, combine: Combine) 
     if not scored:
         reasons = "; ".join(each.rationale for each in annotations if each.rationale)
         return Verdict(score=None, rationale=f"{CANNOT_SAY}: {reasons}" if reasons else CANNOT_SAY)
-    scores = [score for score, _ in scored]
     how = majority if kind == "comparisons" else mean if combine == "mean" else most_frequent
-    score = how(scores)
-    # The reasons of whoever is nearest to what came of all.
-    rationale = min(scored, key=lambda each: abs(each[0] - score))[1]
-    disagreement = statistics.pstdev(scores) if len(scores) > 1 else None
+    score, rationale, disagreement = joined(scored, how)
     return Verdict(score=score, rationale=rationale, disagreement=disagreement)
 
 
