@@ -74,14 +74,14 @@ def test_a_cell_trains_as_a_run_does_and_scores_the_held_out_responses(tmp_path,
     m1 = Checkpoint(path=MODEL, version="m1")
     fits = ScalarFits(now=Running(run=run, services=services(), oracle=None), m1=m1, texts=texts)
 
-    predicted = fits._fitted(pool, list(texts), rows, rows % 5 * 1.0, job)
+    predicted = fits._fitted(list(texts), pool, rows[:, None], rows % 5 * 1.0, job)
     assert np.isnan(predicted[~is_held_out]).all() and np.isnan(predicted[held_out[0]])
     assert predicted[held_out[1:]].tolist() == [3.0 + i % 5 for i in held_out[1:]]
     done = run.manifest(FIT_EVALUATOR)
     # The stage holds labels back for its own validation, as a run's does.
     assert 0 < done.num_rows < 12 and done.metrics.num_steps > 0
 
-    fits._fitted(pool, list(texts), rows, rows % 5 * 1.0, job)
+    fits._fitted(list(texts), pool, rows[:, None], rows % 5 * 1.0, job)
     assert run.manifest(FIT_EVALUATOR).finished_at == done.finished_at
 
 
