@@ -646,7 +646,8 @@ class PanelOracleConfig(OracleBase):
         only = self.judges[0]
         if len(self.judges) == 1 and not (isinstance(only, HttpOracleConfig) and only.num_samples > 1):
             raise ValueError(
-                "judges must show where they are not sure: name two, or set judges[0].num_samples to 2 or more"
+                "judges must be two or more, or one with num_samples of 2 or more, where people are asked about what "
+                "the judges differ on: a single answer differs from nothing; add a judge, or raise num_samples"
             )
         if self.people.budget_usd is not None:
             raise ValueError(

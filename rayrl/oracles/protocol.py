@@ -39,7 +39,7 @@ class Verdict:
 
 
 class Named(Protocol):
-    """Whoever is asked: an oracle, or people."""
+    """Name of an oracle, or of people, as it stands in the keys of their answers."""
 
     @property
     def name(self) -> str:

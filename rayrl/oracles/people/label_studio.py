@@ -184,8 +184,8 @@ class LabelStudioDesk:
             raise
         except Exception as error:  # an answer of another shape than the SDK knows
             raise kind(
-                f"{where} is none, or one of another version: its answer cannot be read ({type(error).__name__}: "
-                f"{error}); correct the address"
+                f"{self._setting}.url must be the address of a Label Studio server, got {self._config.url}, whose "
+                f"answer cannot be read ({type(error).__name__}: {error}); correct it, or install Label Studio 1.23"
             ) from None
 
 
